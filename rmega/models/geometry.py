@@ -1,0 +1,44 @@
+"""The shape of a backbone, read from a Hugging Face ``config.json`` and nothing else.
+
+Shape letters used here and in the weight tables: V vocabulary, h hidden size, f MLP width, L layers,
+a query heads, g key/value groups, d head dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched; the field names are those of ``rope_parameters`` in transformers."""
+
+    rope_type: str = "default"  # default | linear | dynamic | llama3
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Everything about a backbone that decides shapes or arithmetic.
+
+    ``family`` is the key into ``rmega.models.BACKBONES``. ``has_reward_head`` says whether the folder that it was
+    read from already is a reward model, so that its head is loaded instead of a new one made.
+    """
+
+    family: str  # "internlm2" | "llama"
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling = RopeScaling()
+    tie_word_embeddings: bool = False
+    has_reward_head: bool = False
