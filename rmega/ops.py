@@ -1,0 +1,196 @@
+"""The hot operators: plain-torch reference, native operator (``rmega._C``), and the choice between them.
+
+Imports torch and ``rmega._C`` only, and works without ``_C`` (then every operator is its reference).
+
+Letters: t tokens, h hidden, n responses, m pairs, s segments, g key groups, a heads, d head size, f MLP size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SCORE_RANGE = 5.0  # the log barrier holds scores inside +-SCORE_RANGE (InternLM2)
+BARRIER_EDGE = 1e-3  # from SCORE_RANGE - BARRIER_EDGE outwards the barrier is continued
+
+LOSSES = ("ranking", "focal")
+PENALTIES = ("none", "log_barrier", "l2", "center")
+IMPLEMENTATIONS = ("auto", "native", "reference")
+
+STATS = ("num_pairs", "base_loss", "penalty", "num_correct", "num_ties", "chosen_score", "rejected_score", "abs_diff")
+
+_implementation = "auto"
+
+
+def set_implementation(name: str) -> None:
+    """Choose ``"native"`` (raises where ``rmega._C`` is not built), ``"reference"``, or ``"auto"`` (native if built)."""
+    global _implementation
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {name!r}")
+    _implementation = name
+
+
+def active_implementation(device: str | torch.device = "cpu") -> str:
+    """``"native"`` or ``"reference"``: what an operator on ``device`` would run now."""
+    return "reference"
+
+
+# ---- gather_last_token ------------------------------------------------------------------------------------------
+
+
+def gather_last_token(hidden: Tensor, last: Tensor) -> Tensor:
+    """Rows ``last`` [n] (int64) of ``hidden`` [t, h] -> [n, h]. Rows may repeat; their gradients add in fixed order."""
+    return gather_last_token_ref(hidden, last)
+
+
+def gather_last_token_ref(hidden: Tensor, last: Tensor) -> Tensor:
+    """Plain torch form of :func:`gather_last_token`."""
+    # The backward of indexing sorts on CUDA, that of index_select adds in order on a CPU: each is the fixed order there.
+    return hidden[last] if hidden.is_cuda else hidden.index_select(0, last)
+
+
+# ---- pairwise_loss ----------------------------------------------------------------------------------------------
+
+
+def pairwise_loss(rewards: Tensor, chosen: Tensor, rejected: Tensor, margin: Tensor, weight: Tensor, *,
+                  loss: str = "ranking", penalty: str = "none", penalty_weight: float = 0.01,
+                  label_smoothing: float = 0.0, barrier_clamp: bool = False) -> tuple[Tensor, Tensor]:
+    """Sum over pairs of ``weight * (base + penalty_weight * penalty)``, and what to report of it.
+
+    ``rewards`` [n] any float dtype; ``chosen``, ``rejected`` [m] int64 rows of it; ``margin``, ``weight`` [m].
+    Computed in fp32 (fp64 for fp64 rewards). With ``d = r_c - r_r``, ``x = d - margin``, ``e = label_smoothing``:
+
+    - base, ranking: ``-(1-e) logsigmoid(x) - e logsigmoid(-x)``
+    - base, focal: the same times ``(1 - 2 relu(sigmoid(x) - 1/2))^2``, gradient through the factor (InternLM2 report)
+    - penalty, log_barrier: ``B(r_c) + B(r_r)``, ``B(s) = -ln(5 - s) - ln(5 + s)``; beyond +-4.999 it goes on as the
+      tangent there, so a score that has left the range is pulled back; ``barrier_clamp`` clamps the score instead
+      (XTuner: no gradient outside)
+    - penalty, l2: ``r_c^2 + r_r^2``;  center: ``(r_c + r_r)^2`` (TRL)
+
+    Returns ``(loss_sum [], stats [8])``; stats carries no gradient and is in the order of ``STATS``: num_pairs (m),
+    sum of weighted base, sum of weighted penalty (``penalty_weight`` included, so [1] + [2] = loss_sum), pairs with
+    d > 0 (ties count half), ties (d == 0), sum of r_c, of r_r, of |d|. Only ``rewards`` gets a gradient, once.
+    """
+    _check_loss(loss, penalty)
+    return pairwise_loss_ref(rewards, chosen, rejected, margin, weight, loss=loss, penalty=penalty,
+                             penalty_weight=penalty_weight, label_smoothing=label_smoothing,
+                             barrier_clamp=barrier_clamp)
+
+
+def pairwise_loss_ref(rewards: Tensor, chosen: Tensor, rejected: Tensor, margin: Tensor, weight: Tensor, *,
+                      loss: str = "ranking", penalty: str = "none", penalty_weight: float = 0.01,
+                      label_smoothing: float = 0.0, barrier_clamp: bool = False) -> tuple[Tensor, Tensor]:
+    """Plain torch form of :func:`pairwise_loss`; its gradient is autograd's."""
+    _check_loss(loss, penalty)
+    compute = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    scores, margin, weight = rewards.to(compute), margin.detach().to(compute), weight.detach().to(compute)
+    r_c, r_r = gather_last_token_ref(scores, chosen), gather_last_token_ref(scores, rejected)
+    d = r_c - r_r
+    x = d - margin
+    base = F.softplus(-x, threshold=1e4)  # -logsigmoid(x)
+    if label_smoothing != 0.0:
+        base = base + label_smoothing * x  # softplus(x) = softplus(-x) + x
+    if loss == "focal":
+        # 1 - 2 relu(sigmoid(x) - 1/2), written without its cancellation; no gradient at x = 0, as relu has none.
+        base = base * torch.where(x > 0, 2 * torch.sigmoid(-x), torch.ones_like(x)).square()
+    if penalty == "log_barrier":
+        extra = _barrier(r_c, barrier_clamp) + _barrier(r_r, barrier_clamp)
+    elif penalty == "l2":
+        extra = r_c.square() + r_r.square()
+    elif penalty == "center":
+        extra = (r_c + r_r).square()
+    else:
+        extra = torch.zeros_like(d)
+    base, extra = weight * base, weight * penalty_weight * extra
+    loss_sum = (base + extra).sum()
+    with torch.no_grad():
+        ties = (d == 0).to(compute).sum()
+        stats = torch.stack([torch.full_like(ties, d.numel()), base.sum(), extra.sum(),
+                             (d > 0).to(compute).sum() + 0.5 * ties, ties, r_c.sum(), r_r.sum(), d.abs().sum()])
+    return loss_sum, stats
+
+
+def _barrier(score: Tensor, clamp: bool) -> Tensor:
+    edge = SCORE_RANGE - BARRIER_EDGE
+    inside = score.clamp(-edge, edge)
+    barrier = -torch.log(SCORE_RANGE - inside) - torch.log(SCORE_RANGE + inside)
+    if clamp:
+        return barrier
+    slope = 2 * edge / (SCORE_RANGE**2 - edge**2)
+    return barrier + slope * (score.abs() - edge).relu()
+
+
+def _check_loss(loss: str, penalty: str) -> None:
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {loss!r}")
+    if penalty not in PENALTIES:
+        raise ValueError(f"penalty must be one of {', '.join(PENALTIES)}, not {penalty!r}")
+
+
+# ---- gather_prefix_kv -------------------------------------------------------------------------------------------
+
+
+def gather_prefix_kv(x: Tensor, prefix_start: Tensor, prefix_len: Tensor, own_start: Tensor, own_len: Tensor,
+                     total: int | None = None) -> Tensor:
+    """For each of s segments its prefix rows of ``x`` [t, g, d], then its own rows -> [total, g, d].
+
+    ``prefix_start, prefix_len, own_start, own_len`` [s], int32 or int64. ``total`` = sum of both lengths; give it when
+    the index tensors lie on a GPU, else it is read from there (a synchronisation). A prefix row's gradient is the sum
+    over the segments that share it, in the order of segments.
+    """
+    return gather_prefix_kv_ref(x, prefix_start, prefix_len, own_start, own_len, total)
+
+
+def gather_prefix_kv_ref(x: Tensor, prefix_start: Tensor, prefix_len: Tensor, own_start: Tensor, own_len: Tensor,
+                         total: int | None = None) -> Tensor:
+    """Plain torch form of :func:`gather_prefix_kv`."""
+    starts = torch.stack([prefix_start, own_start], 1).flatten().to(torch.int64)
+    lens = torch.stack([prefix_len, own_len], 1).flatten().to(torch.int64)
+    shift = starts - (lens.cumsum(0) - lens)  # source row - output row, constant in each run
+    rows = torch.repeat_interleave(shift, lens, output_size=total)
+    rows = rows + torch.arange(rows.numel(), device=rows.device)
+    return gather_last_token_ref(x, rows.to(x.device))
+
+
+# ---- fused elementwise ------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``weight * (x / sqrt(mean(x^2) + eps))`` over the last dimension of ``x`` [..., h]; ``weight`` [h].
+
+    Statistics in fp32, the normalised value rounded to x's dtype before the product (Hugging Face's LlamaRMSNorm).
+    """
+    return rms_norm_ref(x, weight, eps)
+
+
+def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Plain torch form of :func:`rms_norm`."""
+    x32 = x if x.dtype == torch.float64 else x.float()
+    return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """``silu(gate) * up`` for ``x`` [..., 2f] = [gate, up] -> [..., f]."""
+    return swiglu_ref(x)
+
+
+def swiglu_ref(x: Tensor) -> Tensor:
+    """Plain torch form of :func:`swiglu`."""
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the halves of each head of ``x`` [t, a, d] by the angles of its token; ``cos``, ``sin`` [t, d/2], fp32.
+
+    ``[x1 cos - x2 sin, x2 cos + x1 sin]``, computed in fp32 and rounded once (Hugging Face's ``rotate_half``).
+    """
+    return rope_ref(x, cos, sin)
+
+
+def rope_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Plain torch form of :func:`rope`."""
+    x1, x2 = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, -1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(x.dtype)
