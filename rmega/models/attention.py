@@ -1,0 +1,204 @@
+"""Packed attention in which the responses to one prompt share the prompt's keys: forward and backward, three backends.
+
+Shape letters: t tokens (rows) of the pack, tq query rows (tq = t, or one row per response in a pruned layer), s segments,
+a query heads, g key/value groups (a = r * g, query head i reads group i // r), d head dimension.
+
+A segment is a run of query rows. Each of its queries sees the whole prefix (if any) and, causally aligned bottom right,
+the segment's own keys: query i of q_len sees own keys j <= i + k_len - q_len. Rows that no segment covers give zeros.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "cuda", "cpu", "reference")
+
+
+class SegmentsLike(Protocol):
+    """What attention reads of a pack: int32 CPU tensors [s] and a dict that keeps what was derived from them."""
+
+    q_start: Tensor
+    q_len: Tensor
+    k_start: Tensor
+    k_len: Tensor
+    prefix_start: Tensor
+    prefix_len: Tensor
+    cache: dict
+
+
+class Segment(NamedTuple):
+    """One segment as Python integers."""
+
+    q_start: int
+    q_len: int
+    k_start: int
+    k_len: int
+    prefix_start: int
+    prefix_len: int
+
+
+class Part(NamedTuple):
+    """A block of the attention matrix: these query rows against these key rows, in full or causal (then square)."""
+
+    q_start: int
+    q_len: int
+    k_start: int
+    k_len: int
+    causal: bool
+
+
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scale: float, backend: str = "auto"
+) -> Tensor:
+    """softmax(scale * q k^T) v within each segment and its prefix.
+
+    q is [tq, a, d]; k and v are [t, g, d], all of one dtype and already rotated. Returns [tq, a * d].
+    ``backend`` auto: CUDA tensors -> cuda, fp64 -> reference, other CPU tensors -> cpu. A named backend that cannot
+    run on these tensors raises ValueError.
+    """
+    backend = choose_backend(q, backend)
+    run = {"cuda": _cuda_attention, "cpu": _cpu_attention, "reference": packed_attention_ref}[backend]
+    return run(q, k, v, segments, scale)
+
+
+def choose_backend(q: Tensor, backend: str = "auto") -> str:
+    """The backend that runs for a query tensor such as q: "cuda", "cpu" or "reference"."""
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        if q.dtype == torch.float64:
+            return "reference"
+        return "cuda" if q.is_cuda else "cpu"
+    if backend in ("cuda", "cpu") and q.device.type != backend:
+        raise ValueError(f"attention backend {backend} was asked for, but the tensors are on {q.device}")
+    return backend
+
+
+def segment_list(segments: SegmentsLike) -> list[Segment]:
+    """The segments as Python integers, read from the tensors once per pack."""
+    if "segment_list" not in segments.cache:
+        columns = [getattr(segments, name).tolist() for name in Segment._fields]
+        segments.cache["segment_list"] = [Segment(*row) for row in zip(*columns, strict=True)]
+    return segments.cache["segment_list"]
+
+
+def packed_attention_ref(q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scale: float) -> Tensor:
+    """The definition, one dense softmax per segment in plain torch: any device and dtype, slow. As packed_attention."""
+    tq, a, d = q.shape
+    r = a // k.shape[1]
+    out = q.new_zeros(tq, a, d)
+    for s in segment_list(segments):
+        rows = torch.cat(
+            [
+                torch.arange(s.prefix_start, s.prefix_start + s.prefix_len, device=q.device),
+                torch.arange(s.k_start, s.k_start + s.k_len, device=q.device),
+            ]
+        )
+        queries = slice(s.q_start, s.q_start + s.q_len)
+        scores = torch.einsum("qad,kad->aqk", q[queries], k[rows].repeat_interleave(r, dim=1)) * scale
+        visible = torch.ones(s.q_len, len(rows), dtype=torch.bool, device=q.device)
+        visible = visible.tril(diagonal=len(rows) - s.q_len)
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+        out[queries] = torch.einsum("aqk,kad->qad", weights, v[rows].repeat_interleave(r, dim=1))
+    return out.reshape(tq, a * d)
+
+
+# ---------------------------------------------------------------------------------------------------------------- cpu
+
+
+def attention_parts(segments: SegmentsLike) -> list[Part]:
+    """Cut the attention of a pack into blocks that are full or square causal; each block is computed by itself.
+
+    The suffixes of a comparison read the same prefix from neighbouring query rows, so they share one full block.
+    """
+    if "attention_parts" not in segments.cache:
+        own: list[Part] = []
+        shared: list[Part] = []
+        for s in segment_list(segments):
+            seen = s.k_len - s.q_len if s.q_len > 1 else s.k_len  # own keys that every query of the segment sees
+            if seen:
+                own.append(Part(s.q_start, s.q_len, s.k_start, seen, False))
+            if s.q_len > 1:
+                own.append(Part(s.q_start, s.q_len, s.k_start + seen, s.q_len, True))
+            if s.prefix_len:
+                last = shared[-1] if shared else None
+                if last and last[2:4] == (s.prefix_start, s.prefix_len) and last.q_start + last.q_len == s.q_start:
+                    shared[-1] = last._replace(q_len=last.q_len + s.q_len)
+                else:
+                    shared.append(Part(s.q_start, s.q_len, s.prefix_start, s.prefix_len, False))
+        segments.cache["attention_parts"] = own + shared
+    return segments.cache["attention_parts"]
+
+
+def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scale: float) -> Tensor:
+    return _FlashParts.apply(q, k, v, attention_parts(segments), scale).flatten(1)
+
+
+class _FlashParts(torch.autograd.Function):
+    """ATen's CPU flash kernel on each part, merged by log-sum-exp.
+
+    The backward kernel rebuilds a part's weights as exp(scores - lse). Given the lse and the output of the whole row,
+    not of the part, those are the row's true weights, so the gradients of the parts just add up.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, parts: list[Part], scale: float) -> Tensor:
+        out = q.new_zeros(q.shape)
+        lse = q.new_full(q.shape[:2], float("-inf"), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+        for p in parts:
+            rows = slice(p.q_start, p.q_start + p.q_len)
+            part_out, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                _heads(q, p.q_start, p.q_len),
+                _heads(k, p.k_start, p.k_len),
+                _heads(v, p.k_start, p.k_len),
+                0.0,
+                p.causal,
+                scale=scale,
+            )
+            part_out, part_lse = part_out[0].transpose(0, 1), part_lse[0].transpose(0, 1)
+            before, total = lse[rows], torch.logaddexp(lse[rows], part_lse)
+            share = (before - total).exp_().unsqueeze(-1)
+            merged = out[rows] * share + part_out * (1 - share)
+            out[rows] = merged
+            lse[rows] = total
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.parts, ctx.scale = parts, scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        q, k, v, out, lse = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_q, grad_k, grad_v = (x.new_zeros(x.shape) for x in (q, k, v))
+        for p in ctx.parts:
+            part_q, part_k, part_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                _heads(grad, p.q_start, p.q_len),
+                _heads(q, p.q_start, p.q_len),
+                _heads(k, p.k_start, p.k_len),
+                _heads(v, p.k_start, p.k_len),
+                _heads(out, p.q_start, p.q_len),
+                lse[None, p.q_start : p.q_start + p.q_len].transpose(1, 2),
+                0.0,
+                p.causal,
+                scale=ctx.scale,
+            )
+            grad_q[p.q_start : p.q_start + p.q_len] += part_q[0].transpose(0, 1)
+            grad_k[p.k_start : p.k_start + p.k_len] += part_k[0].transpose(0, 1)
+            grad_v[p.k_start : p.k_start + p.k_len] += part_v[0].transpose(0, 1)
+        return grad_q, grad_k, grad_v, None, None
+
+
+def _heads(x: Tensor, start: int, length: int) -> Tensor:
+    """Rows of [t, n, d] as [1, n, length, d], a view."""
+    return x.narrow(0, start, length).transpose(0, 1).unsqueeze(0)
+
+
+# --------------------------------------------------------------------------------------------------------------- cuda
+
+
+def _cuda_attention(q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scale: float) -> Tensor:
+    return packed_attention_ref(q, k, v, segments, scale)
