@@ -1,0 +1,146 @@
+"""The one place that lets megatron-core run without CUDA.
+
+megatron-core 0.16 names the device "cuda" and asks ``torch.cuda`` for the current device, streams and random states.
+``install`` gives the modules under ``megatron.core`` (and no others) a ``torch`` whose ``cuda`` is the CPU. Nothing
+outside megatron-core sees a difference: two methods of ``Tensor`` that cannot be replaced per module look at their
+caller first. ``installed`` lists what was replaced, and a test holds that list, so that a new release of the engine
+fails loudly instead of half working.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import sys
+import types
+
+import torch
+
+CPU = torch.device("cpu")
+
+# Functions of torch that take a device; megatron-core passes "cuda" to them.
+FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "ones_like", "rand", "randn", "tensor", "zeros",
+             "zeros_like")
+
+# Every module of the engine that a run reaches; those that are imported only inside functions are listed so that
+# they are here before the replacement, not after.
+ENGINE_MODULES = (
+    "megatron.core",
+    "megatron.core.dist_checkpointing",
+    "megatron.core.dist_checkpointing.exchange_utils",
+    "megatron.core.dist_checkpointing.strategies.async_utils",
+    "megatron.core.dist_checkpointing.strategies.common",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.distributed",
+    "megatron.core.models.common.embeddings.language_model_embedding",
+    "megatron.core.optimizer",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.distrib_optimizer",
+    "megatron.core.parallel_state",
+    "megatron.core.pipeline_parallel.p2p_communication",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.tensor_parallel",
+    "megatron.core.tensor_parallel.random",
+    "megatron.core.transformer.transformer_block",
+    "megatron.core.transformer.transformer_layer",
+)
+
+_replaced: dict[str, types.ModuleType] = {}
+
+
+def _on_cpu(factory):
+    @functools.wraps(factory)
+    def call(*args, **kwargs):
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return call
+
+
+def _namespace(module: types.ModuleType, **overrides) -> types.ModuleType:
+    """A module that answers like ``module`` except for the overrides, at the speed of an ordinary attribute."""
+    namespace = types.ModuleType(module.__name__)
+    namespace.__dict__.update(module.__dict__)
+    namespace.__dict__.update(overrides)
+    namespace.__getattr__ = lambda name: getattr(module, name)  # what torch loads lazily
+    return namespace
+
+
+class _Stream:
+    """There is one order of events on a CPU, so a stream has nothing to wait for."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        pass
+
+    def wait_stream(self, stream) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _cpu_torch() -> types.ModuleType:
+    cuda = _namespace(
+        torch.cuda,
+        current_device=lambda: CPU,
+        current_stream=lambda *a: _Stream(),
+        default_stream=lambda *a: _Stream(),
+        Stream=_Stream,
+        stream=lambda stream: contextlib.nullcontext(),
+        device_count=lambda: 1,
+        empty_cache=lambda: None,
+        get_rng_state=lambda *a, **k: torch.get_rng_state(),
+        set_rng_state=lambda state, *a, **k: torch.set_rng_state(state),
+        manual_seed=torch.manual_seed,
+        set_device=lambda *a: None,
+        synchronize=lambda *a: None,
+    )
+    return _namespace(torch, cuda=cuda, **{name: _on_cpu(getattr(torch, name)) for name in FACTORIES})
+
+
+def _called_by_engine() -> bool:
+    return sys._getframe(2).f_globals.get("__name__", "").startswith("megatron.core")
+
+
+def _patch_tensor() -> None:
+    tensor_type, tensor_cuda = torch.Tensor.type, torch.Tensor.cuda
+
+    def type_(self, *args, **kwargs):
+        # The optimizer sorts parameters by names such as 'torch.cuda.FloatTensor'.
+        name = tensor_type(self, *args, **kwargs)
+        if not args and not kwargs and _called_by_engine():
+            return name.replace("torch.", "torch.cuda.", 1)
+        return name
+
+    def cuda(self, *args, **kwargs):
+        return self if _called_by_engine() else tensor_cuda(self, *args, **kwargs)
+
+    torch.Tensor.type, torch.Tensor.cuda = type_, cuda
+
+
+def install() -> None:
+    """Make megatron-core use the CPU. Call before models, wrappers or optimizers are built; harmless when repeated."""
+    for name in ENGINE_MODULES:
+        importlib.import_module(name)
+    if not _replaced:
+        _patch_tensor()
+        random = sys.modules["megatron.core.tensor_parallel.random"]
+        random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
+        random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
+        _replaced["torch"] = _cpu_torch()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = _replaced["torch"]
+            _replaced[name] = module
+
+
+def installed() -> list[str]:
+    """Names of the engine's modules that were given the substitute, sorted."""
+    return sorted(name for name in _replaced if name != "torch")

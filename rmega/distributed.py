@@ -1,0 +1,107 @@
+"""Processes: device, backend, megatron-core's groups, seeds, and the one rank that speaks."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import sys
+import tempfile
+import warnings
+
+import torch
+import torch.distributed as dist
+
+
+def world_size() -> int:
+    """Processes of this run: torchrun's count, or 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's number among all; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def device() -> torch.device:
+    """This process's device: its GPU under CUDA, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def log(message: str = "") -> None:
+    """Print on rank 0 only."""
+    if rank() == 0:
+        print(message, flush=True)
+
+
+def quiet_engine() -> None:
+    """Silence the engine's remarks on packages that are not installed; what is active is printed by the run itself."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    warnings.filterwarnings("ignore", message=r".*(ffn_hidden_size|barrier\(\)|no_c10d|tensor_parallel.*deprecated).*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
+
+
+def initialize(*, tp: int = 1, pp: int = 1, vpp: int | None = None, seed: int = 42,
+               timeout_minutes: float = 10.0) -> torch.device:
+    """Join the process group and build megatron-core's groups; data parallel takes the ranks that tp x pp leave.
+
+    Uses torchrun's environment, or makes a group of one process without it. gloo on a CPU (through ``rmega.cpu``),
+    NCCL on CUDA. Raises ValueError when tp x pp does not divide the number of processes.
+    """
+    if world_size() % (tp * pp):
+        raise ValueError(f"--tp {tp} x --pp {pp} = {tp * pp} does not divide the {world_size()} processes that were "
+                         f"started (torchrun --nproc-per-node)")
+    quiet_engine()
+    where = device()
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    else:
+        from rmega import cpu
+
+        cpu.install()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        backend = "nccl" if where.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            store = dist.FileStore(os.path.join(tempfile.mkdtemp(prefix="rmega-"), "store"), 1)
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=vpp, create_gloo_process_groups=where.type == "cuda",
+            distributed_timeout_minutes=max(1, round(timeout_minutes)))
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    return where
+
+
+def is_reporting_rank() -> bool:
+    """True on the one rank of each model replica that holds the rewards: last stage, tensor rank 0."""
+    from megatron.core import parallel_state
+
+    return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor in place over all ranks (those with nothing to say pass zeros) and return it."""
+    dist.all_reduce(values)
+    return values
+
+
+def finish() -> None:
+    """Leave the process group."""
+    sys.stdout.flush()
+    if dist.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
