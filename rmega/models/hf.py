@@ -1,0 +1,261 @@
+"""The walker over a weight table, inwards: a Hugging Face folder into the parameters of this rank's stage.
+
+Each rank reads its own slices and nothing else, straight from the files, so a load needs no memory beside the model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from rmega.models import BACKBONES
+from rmega.models.geometry import Geometry
+from rmega.models.hf_config import read_config
+from rmega.models.weights import WeightRule, hf_shapes
+
+REWARD_HEAD = "reward_head.weight"
+EMBEDDING = "embedding.word_embeddings.weight"
+# Mapped pages count as memory of the process until the file is closed: reopen after this many bytes.
+REOPEN_BYTES = 128 * 2**20
+# Files of a hub repository that a reward model is built from. Never its code: rmega runs no remote code.
+HUB_FILES = ("*.json", "*.jinja", "*.model", "tokenizer*", "LICENSE*", "README.md")
+
+
+def resolve_model(name: str, *, flag: str = "--hf-model") -> Path:
+    """The local folder of a model: a folder, a Hugging Face hub name, or ``modelscope:NAME``.
+
+    Hub files are kept in the hub's own cache. Raises ValueError that names ``flag`` if there is no such model.
+    """
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    hub, colon, repository = name.partition(":")
+    if colon and hub == "modelscope":
+        try:
+            from modelscope import snapshot_download
+        except ImportError:
+            raise ValueError(f"{flag} {name}: pip install modelscope to read from ModelScope") from None
+        try:
+            return Path(snapshot_download(repository, ignore_file_pattern=[r".*\.(py|pth|pt|gguf|onnx|h5|msgpack)$"]))
+        except Exception as error:  # the library has no common base class for its errors
+            raise ValueError(f"{flag} {name}: not read from ModelScope: {_one_line(error)}") from None
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise ValueError(f"{flag} {name}: no such folder, and not a name that a hub could have")
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "pytorch_model*.bin"]))
+    except Exception as error:  # offline, not found, gated, disk full: the hub's message says which
+        raise ValueError(f"{flag} {name}: no such folder, and not read from the Hugging Face hub: "
+                         f"{_one_line(error)}") from None
+    return folder
+
+
+def read_geometry(folder: Path | str) -> tuple[Geometry, dict[str, Any]]:
+    """(geometry, ``config.json`` as a dict) of a model folder of any known family; ValueError on anything else."""
+    config = read_config(folder)
+    family = config.get("model_type")
+    if family not in BACKBONES:
+        raise ValueError(f"{config['_path']}: model_type={family!r} is not supported (only {', '.join(BACKBONES)})")
+    geometry = BACKBONES[family].read_geometry(config)
+    return geometry, {key: value for key, value in config.items() if key != "_path"}
+
+
+class HfFolder:
+    """The tensors of a model folder, read by slice: safetensors, else ``.bin`` (weights only), single or sharded."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.files = self._index()
+        self._open: tuple[str, Any] | None = None
+        self._bytes_read = 0
+
+    def __enter__(self) -> HfFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self._open = None
+
+    def _index(self) -> dict[str, str]:
+        """Tensor name -> file name."""
+        for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+            single, index = self.folder / f"{stem}.{suffix}", self.folder / f"{stem}.{suffix}.index.json"
+            if index.is_file():
+                try:
+                    files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                except (ValueError, KeyError, TypeError):
+                    raise ValueError(f"{index}: no weight_map in it") from None
+                if missing := sorted({f for f in files.values() if not (self.folder / f).is_file()}):
+                    raise ValueError(f"{index}: names {missing[0]}, which is not in the folder")
+                return files
+            if single.is_file():
+                return {name: single.name for name in self._names(single)}
+        raise ValueError(f"{self.folder}: no weights (model.safetensors, pytorch_model.bin, or one of their indices)")
+
+    def _names(self, path: Path) -> list[str]:
+        handle = self._load(path)
+        return list(handle.keys())
+
+    def _load(self, path: Path) -> Any:
+        if path.suffix == ".safetensors":
+            from safetensors import SafetensorError, safe_open
+
+            try:
+                return safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{path}: not a safetensors file: {_one_line(error)}") from None
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # written by a torch before 1.6: such a file cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path}: not readable as weights only: {_one_line(error)}") from None
+
+    def _handle(self, name: str) -> Any:
+        file = self.files[name]
+        if self._open is None or self._open[0] != file or self._bytes_read > REOPEN_BYTES:
+            self._open = None  # unmap first, so that two files are never mapped at once
+            self._open, self._bytes_read = (file, self._load(self.folder / file)), 0
+        return self._open[1]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        handle = self._handle(name)
+        return tuple(handle[name].shape if isinstance(handle, dict) else handle.get_slice(name).get_shape())
+
+    def read(self, name: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> torch.Tensor:
+        """Rows ``start`` to ``stop`` (and only these columns) of a tensor, in the dtype of the file."""
+        handle = self._handle(name)
+        source = handle[name] if isinstance(handle, dict) else handle.get_slice(name)
+        rows = source[start:stop] if columns is None else source[start:stop, columns[0]:columns[1]]
+        if not rows.dtype.is_floating_point or rows.dtype.itemsize < 2:
+            raise ValueError(f"{self.folder / self.files[name]}: {name} is {rows.dtype}: quantised weights cannot be "
+                             "trained")
+        self._bytes_read += rows.numel() * rows.element_size()
+        return rows
+
+
+def source_names(files: Iterable[str], geometry: Geometry, folder: Path | str) -> dict[str, str]:
+    """Table name -> name in this folder, for every tensor of the weight table that the folder has.
+
+    A bare backbone has no ``model.`` in front of its names, and a tied folder may have kept only the output matrix. A
+    tensor that the table does not know, such as a bias, is refused: leaving it out would change the model silently.
+    """
+    backbone, names = BACKBONES[geometry.family], set(files)
+    table = hf_shapes(backbone.weight_table(geometry))
+    bare = not any(name.startswith(backbone.PREFIX) for name in names)
+    found = {name: name.removeprefix(backbone.PREFIX) if bare else name for name in table}
+    embedding = next(iter(table))
+    if found[embedding] not in names and geometry.tie_word_embeddings:
+        found[embedding] = backbone.EMBEDDING_ALIAS
+    if missing := [name for name, theirs in found.items() if theirs not in names and name != backbone.HEAD]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{folder}: {found[missing[0]]}{more} not found in the weights; config.json does not describe "
+                         "them")
+    if found[backbone.HEAD] not in names:
+        if geometry.has_reward_head:
+            raise ValueError(f"{folder}: config.json says it is a reward model, but {backbone.HEAD} is not among its "
+                             "weights")
+        del found[backbone.HEAD]
+    ignored = {*backbone.IGNORED, *(name for name in names if name.endswith("rotary_emb.inv_freq"))}
+    if unknown := sorted(names - set(found.values()) - ignored):
+        what = "biases are not supported" if unknown[0].endswith(".bias") else "it is not part of this architecture"
+        raise ValueError(f"{folder}: tensor {unknown[0]} cannot be honoured: {what}")
+    return found
+
+
+def rule_name(parameter: str, layer_numbers: dict[int, int]) -> str:
+    """The global rmega tensor of a parameter of one stage; ``layer_numbers``: place in the stage -> global index.
+
+    Wrappers put ``module.`` in front; Transformer Engine keeps a norm's weight inside the linear layer after it.
+    """
+    name = re.sub(r"^(module\.)+", "", parameter)
+    name = re.sub(r"^decoder\.layers\.(\d+)\.", lambda m: f"decoder.layers.{layer_numbers[int(m[1])]}.", name)
+    return (name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
+            .replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"))
+
+
+@torch.no_grad()
+def load_hf(model: torch.nn.Module, folder: Path | str, geometry: Geometry, *, tp_rank: int | None = None,
+            tp_size: int | None = None, head_init: str = "zero", head_std: float | None = None,
+            head_seed: int = 0) -> str:
+    """Fill every parameter of this stage from a model folder; returns where the reward head comes from.
+
+    The model's parameters may be of any float dtype and on any device. ``tp_rank`` and ``tp_size`` default to those of
+    megatron-core's process groups. The answer, such as ``"new head (zero)"`` or ``"head from model.safetensors"``, is
+    the same on every rank, whether or not its stage holds the head. A new head is ``zero`` or ``normal`` with standard
+    deviation ``head_std`` (default 1 / sqrt(h + 1)), drawn from ``head_seed`` alone, so that replicas agree.
+
+    Raises ValueError naming folder and tensor if the folder lacks a tensor, has another shape, or has one too many.
+    """
+    if tp_rank is None or tp_size is None:
+        from megatron.core import parallel_state
+
+        tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    backbone = BACKBONES[geometry.family]
+    table = backbone.weight_table(geometry)
+    rules, shapes = {rule.name: rule for rule in table}, hf_shapes(table)
+    core = model
+    while not hasattr(core, "decoder"):
+        core = core.module
+    layer_numbers = {i: layer.layer_number - 1 for i, layer in enumerate(core.decoder.layers)}
+    with HfFolder(folder) as source:
+        names = source_names(source.files, geometry, source.folder)
+        for parameter_name, parameter in model.named_parameters():
+            rule = rules.get(rule_name(parameter_name, layer_numbers))
+            assert rule is not None, f"no weight rule for parameter {parameter_name}"
+            if rule.name == REWARD_HEAD and backbone.HEAD not in names:
+                init_head(parameter, head_init, head_std, head_seed)
+                continue
+            fill(parameter, rule, source, names, shapes, tp_rank, tp_size)
+        if backbone.HEAD in names:
+            return f"head from {source.files[names[backbone.HEAD]]}"
+    return f"new head ({head_init})"
+
+
+def init_head(weight: torch.Tensor, init: str, std: float | None, seed: int) -> None:
+    """A new reward head [1, h]: ``zero``, or ``normal`` with ``std`` (default 1 / sqrt(h + 1)) from ``seed``."""
+    if init not in ("zero", "normal"):
+        raise ValueError(f"--head-init {init}: zero or normal was expected")
+    if init == "zero":
+        weight.zero_()
+        return
+    generator = torch.Generator().manual_seed(seed)
+    std = (weight.shape[-1] + 1) ** -0.5 if std is None else std
+    weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float32) * std)
+
+
+def fill(parameter: torch.Tensor, rule: WeightRule, source: HfFolder, names: dict[str, str],
+         shapes: dict[str, tuple[int, ...]], tp_rank: int, tp_size: int) -> None:
+    """Copy this rank's part of one global tensor into ``parameter``; rows beyond the vocabulary become zero."""
+    ranges = rule.local_rows(tp_rank, tp_size, parameter.shape[0] if rule.name == EMBEDDING else None)
+    columns = rule.local_columns(tp_rank, tp_size)
+    expected = (sum(stop - start for start, stop in ranges), *rule.shape[1:])
+    expected = expected if columns is None else (expected[0], columns[1] - columns[0])
+    assert tuple(parameter.shape) == expected, f"{rule.name}: {tuple(parameter.shape)} is not {expected}"
+    at = 0
+    for start, stop in ranges:
+        filled = at
+        for offset, part in rule.overlaps(start, stop):
+            theirs = names[part.name]
+            if source.shape(theirs) != shapes[part.name]:
+                raise ValueError(f"{source.folder / source.files[theirs]}: {theirs} has shape {source.shape(theirs)}, "
+                                 f"config.json asks for {shapes[part.name]}")
+            rows = source.read(theirs, part.start, part.stop, columns)
+            parameter[at + offset:at + offset + len(rows)].copy_(rows)
+            filled = at + offset + len(rows)
+        at += stop - start
+        parameter[filled:at].zero_()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
