@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.hf_fixtures import Stage, hf_config, hf_tensors, tiny, write_folder
 from torch.nn import functional as F
 
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry, RopeScaling
 from rmega.models.hf import load_hf, read_geometry, resolve_model
 from rmega.models.weights import hf_shapes
+from tests.hf_fixtures import Stage, hf_config, hf_tensors, tiny, write_folder
 
 FAMILIES = ("internlm2", "llama")
 
