@@ -7,9 +7,21 @@ Letters: t tokens, h hidden, n responses, m pairs, s segments, g key groups, a h
 
 from __future__ import annotations
 
+import os
+import sys
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+try:
+    from rmega import _C
+
+    _why_not_built = ""
+except ImportError as _error:  # not built, or built for another torch
+    _C = None
+    _why_not_built = str(_error)
 
 SCORE_RANGE = 5.0  # the log barrier holds scores inside +-SCORE_RANGE (InternLM2)
 BARRIER_EDGE = 1e-3  # from SCORE_RANGE - BARRIER_EDGE outwards the barrier is continued
@@ -21,6 +33,7 @@ IMPLEMENTATIONS = ("auto", "native", "reference")
 STATS = ("num_pairs", "base_loss", "penalty", "num_correct", "num_ties", "chosen_score", "rejected_score", "abs_diff")
 
 _implementation = "auto"
+_said: set[str] = set()  # devices whose fallback was said
 
 
 def set_implementation(name: str) -> None:
@@ -28,12 +41,41 @@ def set_implementation(name: str) -> None:
     global _implementation
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {name!r}")
+    if name == "native" and _C is None:
+        raise ValueError(f"the native operators are not built ({_why_not_built}); pip install --no-build-isolation -e .")
     _implementation = name
 
 
 def active_implementation(device: str | torch.device = "cpu") -> str:
-    """``"native"`` or ``"reference"``: what an operator on ``device`` would run now."""
-    return "reference"
+    """``"native"`` or ``"reference"``: what an operator on ``device`` runs now."""
+    return "native" if _native(torch.device(device)) else "reference"
+
+
+def _native(device: torch.device) -> bool:
+    if _implementation == "reference":
+        return False
+    if _C is not None and (device.type != "cuda" or _C.has_cuda):
+        return True
+    why = "rmega._C was built without CUDA" if _C is not None else f"rmega._C is not there ({_why_not_built})"
+    if _implementation == "native":
+        raise RuntimeError(f"native operators were asked for on {device.type}, but {why}")
+    if device.type not in _said:
+        _said.add(device.type)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"rmega: operators on {device.type} run in plain torch: {why}", file=sys.stderr)
+    return False
+
+
+def _register(name: str, schema: str, fake, backward=None, setup_context=None) -> None:
+    """Make ``_C.<name>`` the operator ``torch.ops.rmega.<name>`` on CPU and CUDA."""
+    torch.library.define(f"rmega::{name}", schema)
+    torch.library.register_fake(f"rmega::{name}", fake)
+    if backward is not None:
+        torch.library.register_autograd(f"rmega::{name}", backward, setup_context=setup_context)
+    if _C is not None:
+        kernel = getattr(_C, name)
+        for key in ("CPU", "CUDA") if _C.has_cuda else ("CPU",):
+            torch.library.impl(f"rmega::{name}", key.lower(), kernel)
 
 
 # ---- gather_last_token ------------------------------------------------------------------------------------------
@@ -41,13 +83,37 @@ def active_implementation(device: str | torch.device = "cpu") -> str:
 
 def gather_last_token(hidden: Tensor, last: Tensor) -> Tensor:
     """Rows ``last`` [n] (int64) of ``hidden`` [t, h] -> [n, h]. Rows may repeat; their gradients add in fixed order."""
-    return gather_last_token_ref(hidden, last)
+    if not _native(hidden.device):
+        return gather_last_token_ref(hidden, last)
+    return torch.ops.rmega.gather_last_token(hidden, last)
 
 
 def gather_last_token_ref(hidden: Tensor, last: Tensor) -> Tensor:
     """Plain torch form of :func:`gather_last_token`."""
     # The backward of indexing sorts on CUDA, that of index_select adds in order on a CPU: each is the fixed order there.
     return hidden[last] if hidden.is_cuda else hidden.index_select(0, last)
+
+
+def _gather_setup(ctx, inputs, output):
+    hidden, last = inputs
+    ctx.save_for_backward(last)
+    ctx.num_tokens = hidden.shape[0]
+
+
+def _gather_backward(ctx, grad):
+    return torch.ops.rmega.gather_last_token_backward(grad, ctx.saved_tensors[0], ctx.num_tokens), None
+
+
+def _gather_backward_setup(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1])
+
+
+_register("gather_last_token", "(Tensor hidden, Tensor last) -> Tensor",
+          lambda hidden, last: hidden.new_empty(last.shape[0], hidden.shape[1]), _gather_backward, _gather_setup)
+_register("gather_last_token_backward", "(Tensor grad, Tensor last, SymInt t) -> Tensor",
+          lambda grad, last, t: grad.new_empty(t, grad.shape[1]),
+          lambda ctx, grad: (torch.ops.rmega.gather_last_token(grad, ctx.saved_tensors[0]), None, None),
+          _gather_backward_setup)
 
 
 # ---- pairwise_loss ----------------------------------------------------------------------------------------------
@@ -72,10 +138,14 @@ def pairwise_loss(rewards: Tensor, chosen: Tensor, rejected: Tensor, margin: Ten
     sum of weighted base, sum of weighted penalty (``penalty_weight`` included, so [1] + [2] = loss_sum), pairs with
     d > 0 (ties count half), ties (d == 0), sum of r_c, of r_r, of |d|. Only ``rewards`` gets a gradient, once.
     """
+    if not _native(rewards.device):
+        return pairwise_loss_ref(rewards, chosen, rejected, margin, weight, loss=loss, penalty=penalty,
+                                 penalty_weight=penalty_weight, label_smoothing=label_smoothing,
+                                 barrier_clamp=barrier_clamp)
     _check_loss(loss, penalty)
-    return pairwise_loss_ref(rewards, chosen, rejected, margin, weight, loss=loss, penalty=penalty,
-                             penalty_weight=penalty_weight, label_smoothing=label_smoothing,
-                             barrier_clamp=barrier_clamp)
+    loss_sum, stats, _ = torch.ops.rmega.pairwise_loss(rewards, chosen, rejected, margin, weight, loss, penalty,
+                                                       penalty_weight, label_smoothing, barrier_clamp)
+    return loss_sum, stats
 
 
 def pairwise_loss_ref(rewards: Tensor, chosen: Tensor, rejected: Tensor, margin: Tensor, weight: Tensor, *,
@@ -88,9 +158,9 @@ def pairwise_loss_ref(rewards: Tensor, chosen: Tensor, rejected: Tensor, margin:
     r_c, r_r = gather_last_token_ref(scores, chosen), gather_last_token_ref(scores, rejected)
     d = r_c - r_r
     x = d - margin
-    base = F.softplus(-x, threshold=1e4)  # -logsigmoid(x)
+    base = -F.logsigmoid(x)
     if label_smoothing != 0.0:
-        base = base + label_smoothing * x  # softplus(x) = softplus(-x) + x
+        base = base + label_smoothing * x  # -logsigmoid(-x) = x - logsigmoid(x)
     if loss == "focal":
         # 1 - 2 relu(sigmoid(x) - 1/2), written without its cancellation; no gradient at x = 0, as relu has none.
         base = base * torch.where(x > 0, 2 * torch.sigmoid(-x), torch.ones_like(x)).square()
@@ -128,6 +198,29 @@ def _check_loss(loss: str, penalty: str) -> None:
         raise ValueError(f"penalty must be one of {', '.join(PENALTIES)}, not {penalty!r}")
 
 
+def _pairwise_fake(rewards, chosen, rejected, margin, weight, *options):
+    dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    return (rewards.new_empty((), dtype=dtype), rewards.new_empty(len(STATS), dtype=dtype),
+            rewards.new_empty(rewards.shape[0], dtype=dtype))
+
+
+def _pairwise_setup(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.save_for_backward(output[2])
+    ctx.dtype = inputs[0].dtype
+
+
+@once_differentiable
+def _pairwise_backward(ctx, grad_loss, grad_stats, grad_grad):
+    return ((ctx.saved_tensors[0] * grad_loss).to(ctx.dtype), *[None] * 9)
+
+
+_register("pairwise_loss",
+          "(Tensor rewards, Tensor chosen, Tensor rejected, Tensor margin, Tensor weight, str loss, str penalty, "
+          "float penalty_weight, float label_smoothing, bool barrier_clamp) -> (Tensor, Tensor, Tensor)",
+          _pairwise_fake, _pairwise_backward, _pairwise_setup)
+
+
 # ---- gather_prefix_kv -------------------------------------------------------------------------------------------
 
 
@@ -139,7 +232,11 @@ def gather_prefix_kv(x: Tensor, prefix_start: Tensor, prefix_len: Tensor, own_st
     the index tensors lie on a GPU, else it is read from there (a synchronisation). A prefix row's gradient is the sum
     over the segments that share it, in the order of segments.
     """
-    return gather_prefix_kv_ref(x, prefix_start, prefix_len, own_start, own_len, total)
+    if not _native(x.device):
+        return gather_prefix_kv_ref(x, prefix_start, prefix_len, own_start, own_len, total)
+    if total is None:
+        total = int((prefix_len + own_len).sum())
+    return torch.ops.rmega.gather_prefix_kv(x, prefix_start, prefix_len, own_start, own_len, total)
 
 
 def gather_prefix_kv_ref(x: Tensor, prefix_start: Tensor, prefix_len: Tensor, own_start: Tensor, own_len: Tensor,
@@ -151,6 +248,34 @@ def gather_prefix_kv_ref(x: Tensor, prefix_start: Tensor, prefix_len: Tensor, ow
     rows = torch.repeat_interleave(shift, lens, output_size=total)
     rows = rows + torch.arange(rows.numel(), device=rows.device)
     return gather_last_token_ref(x, rows.to(x.device))
+
+
+def _prefix_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:5])
+    ctx.num_tokens = inputs[0].shape[0]
+
+
+def _prefix_backward(ctx, grad):
+    grad = torch.ops.rmega.gather_prefix_kv_backward(grad, *ctx.saved_tensors, ctx.num_tokens)
+    return grad, None, None, None, None, None
+
+
+def _prefix_backward_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:5])
+    ctx.total = inputs[0].shape[0]
+
+
+def _prefix_double_backward(ctx, grad):
+    grad = torch.ops.rmega.gather_prefix_kv(grad, *ctx.saved_tensors, ctx.total)
+    return grad, None, None, None, None, None
+
+
+_SEGMENTS = "Tensor prefix_start, Tensor prefix_len, Tensor own_start, Tensor own_len"
+_register("gather_prefix_kv", f"(Tensor x, {_SEGMENTS}, SymInt total) -> Tensor",
+          lambda x, ps, pl, os, ol, total: x.new_empty(total, *x.shape[1:]), _prefix_backward, _prefix_setup)
+_register("gather_prefix_kv_backward", f"(Tensor grad, {_SEGMENTS}, SymInt t) -> Tensor",
+          lambda grad, ps, pl, os, ol, t: grad.new_empty(t, *grad.shape[1:]), _prefix_double_backward,
+          _prefix_backward_setup)
 
 
 # ---- fused elementwise ------------------------------------------------------------------------------------------

@@ -1,0 +1,171 @@
+// gather_prefix_kv: for each of s segments the rows of its prefix, then its own, of x [t, g, d] -> [total, g, d].
+// Backward: a source row's gradient is the sum over the segments that hold it, in the order of segments.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "rmega_ops.h"
+
+namespace rmega {
+namespace {
+
+// int64 [5, s] on the CPU or on x's device: prefix_start, prefix_len, own_start, own_len, first output row.
+at::Tensor read_index(const at::Tensor& x, const at::Tensor& prefix_start, const at::Tensor& prefix_len,
+                      const at::Tensor& own_start, const at::Tensor& own_len) {
+  std::vector<at::Tensor> columns;
+  for (const at::Tensor* tensor : {&prefix_start, &prefix_len, &own_start, &own_len}) {
+    TORCH_CHECK(tensor->dim() == 1 && tensor->sizes() == prefix_start.sizes() &&
+                    (tensor->scalar_type() == at::kInt || tensor->scalar_type() == at::kLong),
+                "gather_prefix_kv: starts and lengths must be int32 or int64 [s], got ", tensor->scalar_type(), " ",
+                tensor->sizes(), " beside ", prefix_start.sizes());
+    TORCH_CHECK(tensor->device() == prefix_start.device() && (tensor->is_cpu() || tensor->device() == x.device()),
+                "gather_prefix_kv: x on ", x.device(), ", index on ", tensor->device());
+    columns.push_back(tensor->to(at::kLong));
+  }
+  const at::Tensor len = columns[1] + columns[3];
+  columns.push_back(len.cumsum(0) - len);
+  at::Tensor index = at::stack(columns);
+  return x.is_cuda() && index.is_cpu() ? index.to(x.device(), /*non_blocking=*/true) : index;
+}
+
+struct Index {
+  const int64_t *prefix_start, *prefix_len, *own_start, *own_len, *out_start;
+  Index(const at::Tensor& index) {
+    const int64_t s = index.size(1);
+    prefix_start = index.const_data_ptr<int64_t>();
+    prefix_len = prefix_start + s;
+    own_start = prefix_start + 2 * s;
+    own_len = prefix_start + 3 * s;
+    out_start = prefix_start + 4 * s;
+  }
+};
+
+void check_range(const Index& index, int64_t s, int64_t t, int64_t total) {
+  for (int64_t i = 0; i < s; ++i) {
+    TORCH_CHECK_INDEX(index.prefix_start[i] >= 0 && index.prefix_len[i] >= 0 && index.own_start[i] >= 0 &&
+                          index.own_len[i] >= 0 && index.prefix_start[i] + index.prefix_len[i] <= t &&
+                          index.own_start[i] + index.own_len[i] <= t,
+                      "gather_prefix_kv: segment ", i, " has prefix ", index.prefix_start[i], "+",
+                      index.prefix_len[i], ", own ", index.own_start[i], "+", index.own_len[i], " with t = ", t);
+  }
+  const int64_t last = s - 1;
+  const int64_t sum = s == 0 ? 0 : index.out_start[last] + index.prefix_len[last] + index.own_len[last];
+  TORCH_CHECK(sum == total, "gather_prefix_kv: total is ", total, ", the lengths sum to ", sum);
+}
+
+// Adds grad rows [first_out ..) of the run [start, start + len) to the part of it inside [begin, end) of sum.
+template <typename T, typename Acc>
+void add_run(const T* grad, Acc* sum, int64_t start, int64_t len, int64_t first_out, int64_t begin, int64_t end,
+             int64_t width) {
+  const int64_t from = std::max(start, begin), to = std::min(start + len, end);
+  for (int64_t row = from; row < to; ++row) {
+    const T* source = grad + (first_out + row - start) * width;
+    Acc* target = sum + (row - begin) * width;
+    for (int64_t j = 0; j < width; ++j) {
+      target[j] += static_cast<Acc>(source[j]);
+    }
+  }
+}
+
+template <typename T, typename Acc>
+void scatter(const T* grad, const Index& index, T* out, int64_t t, int64_t s, int64_t width) {
+  const int64_t block = std::max<int64_t>(1, 16384 / std::max<int64_t>(width, 1));  // rows whose sums stay in cache
+  at::parallel_for(0, (t + block - 1) / block, 1, [&](int64_t block_begin, int64_t block_end) {
+    std::vector<Acc> sum(block * width);
+    for (int64_t b = block_begin; b < block_end; ++b) {
+      const int64_t begin = b * block, end = std::min(begin + block, t);
+      std::fill(sum.begin(), sum.end(), Acc(0));
+      for (int64_t i = 0; i < s; ++i) {
+        add_run(grad, sum.data(), index.prefix_start[i], index.prefix_len[i], index.out_start[i], begin, end, width);
+        add_run(grad, sum.data(), index.own_start[i], index.own_len[i], index.out_start[i] + index.prefix_len[i],
+                begin, end, width);
+      }
+      T* target = out + begin * width;
+      for (int64_t j = 0; j < (end - begin) * width; ++j) {
+        target[j] = static_cast<T>(sum[j]);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+at::Tensor gather_prefix_kv(const at::Tensor& x, const at::Tensor& prefix_start, const at::Tensor& prefix_len,
+                            const at::Tensor& own_start, const at::Tensor& own_len, int64_t total) {
+  TORCH_CHECK(x.dim() == 3, "gather_prefix_kv: x must be [t, g, d], got ", x.sizes());
+  const at::Tensor index_tensor = read_index(x, prefix_start, prefix_len, own_start, own_len);
+  const int64_t t = x.size(0), g = x.size(1), d = x.size(2), s = prefix_start.size(0);
+  const int64_t size = static_cast<int64_t>(x.element_size());
+  const at::Tensor source = x.stride(2) == 1 ? x : x.contiguous();  // values are views into the fused qkv projection
+  at::Tensor out = at::empty({total, g, d}, x.options());
+  if (x.is_cuda()) {
+    if (out.numel() > 0) {
+      RMEGA_CUDA_CALL(x, launch_gather_prefix(source.const_data_ptr(), index_tensor.const_data_ptr<int64_t>(),
+                                              out.mutable_data_ptr(), t, s, total, g, d, source.stride(0),
+                                              source.stride(1), static_cast<int>(size), stream));
+    }
+    return out;
+  }
+  const Index index(index_tensor);
+  check_range(index, s, t, total);
+  const char* from = static_cast<const char*>(source.const_data_ptr());
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  const bool dense_row = g <= 1 || source.stride(1) == d;
+  const int64_t row = source.stride(0) * size, group = source.stride(1) * size, run = dense_row ? g * d : d;
+  const auto copy = [&](int64_t source_row, int64_t out_row, int64_t rows) {
+    char* target = to + out_row * g * d * size;
+    if (dense_row && row == g * d * size) {
+      std::memcpy(target, from + source_row * row, rows * row);
+      return;
+    }
+    for (int64_t i = source_row; i < source_row + rows; ++i) {
+      for (int64_t j = 0; j < (dense_row ? 1 : g); ++j, target += run * size) {
+        std::memcpy(target, from + i * row + j * group, run * size);
+      }
+    }
+  };
+  at::parallel_for(0, total, std::max<int64_t>(1, 131072 / std::max<int64_t>(g * d * size, 1)),
+                   [&](int64_t begin, int64_t end) {
+                     int64_t i = std::upper_bound(index.out_start, index.out_start + s, begin) - index.out_start - 1;
+                     for (int64_t at = begin; at < end; ++i) {
+                       const int64_t own_begin = index.out_start[i] + index.prefix_len[i];
+                       const int64_t own_end = own_begin + index.own_len[i];
+                       if (const int64_t stop = std::min(own_begin, end); at < stop) {
+                         copy(index.prefix_start[i] + at - index.out_start[i], at, stop - at);
+                         at = stop;
+                       }
+                       if (const int64_t stop = std::min(own_end, end); at < stop) {
+                         copy(index.own_start[i] + at - own_begin, at, stop - at);
+                         at = stop;
+                       }
+                     }
+                   });
+  return out;
+}
+
+at::Tensor gather_prefix_kv_backward(const at::Tensor& grad, const at::Tensor& prefix_start,
+                                     const at::Tensor& prefix_len, const at::Tensor& own_start,
+                                     const at::Tensor& own_len, int64_t t) {
+  TORCH_CHECK(grad.dim() == 3, "gather_prefix_kv: grad must be [total, g, d], got ", grad.sizes());
+  const at::Tensor index_tensor = read_index(grad, prefix_start, prefix_len, own_start, own_len);
+  const at::Tensor source = grad.contiguous();
+  const int64_t g = grad.size(1), d = grad.size(2), s = prefix_start.size(0);
+  at::Tensor out = at::empty({t, g, d}, grad.options());
+  if (grad.is_cuda()) {
+    if (out.numel() > 0) {
+      RMEGA_CUDA_CALL(grad, launch_gather_prefix_backward(
+                                source.const_data_ptr(), index_tensor.const_data_ptr<int64_t>(),
+                                out.mutable_data_ptr(), t, s, g * d, dtype_of(grad), stream));
+    }
+    return out;
+  }
+  const Index index(index_tensor);
+  check_range(index, s, t, grad.size(0));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "gather_prefix_kv_backward", [&] {
+    scatter<scalar_t, at::opmath_type<scalar_t>>(source.const_data_ptr<scalar_t>(), index,
+                                                 out.mutable_data_ptr<scalar_t>(), t, s, g * d);
+  });
+  return out;
+}
+
+}  // namespace rmega

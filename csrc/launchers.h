@@ -1,0 +1,47 @@
+// CUDA launchers: raw pointers, sizes, a stream. No torch header here, so that nvcc alone compiles every .cu.
+// Each returns the CUDA error code of its launch (0 = success). Out-of-range rows trap in the kernel.
+#pragma once
+
+#include <cstdint>
+
+namespace rmega {
+
+enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
+
+// Loss and penalty names in the order of LOSSES and PENALTIES in rmega/ops.py.
+enum class Loss : int { ranking = 0, focal = 1 };
+enum class Penalty : int { none = 0, log_barrier = 1, l2 = 2, center = 3 };
+
+struct LossOptions {
+  Loss loss;
+  Penalty penalty;
+  double penalty_weight;
+  double label_smoothing;
+  bool barrier_clamp;
+};
+
+constexpr int kNumStats = 8;
+
+using Stream = void*;  // cudaStream_t
+
+// out[i, :] = hidden[last[i], :]; row_bytes = h * size of an element.
+int launch_gather_rows(const void* hidden, const int64_t* last, void* out, int64_t t, int64_t n, int64_t row_bytes,
+                       Stream stream);
+// grad_hidden [t, h] = 0, then grad_hidden[last[i]] += grad[i], repeated rows summed in fp32 in the order of i.
+int launch_gather_rows_backward(const void* grad, const int64_t* last, void* grad_hidden, int64_t t, int64_t n,
+                                int64_t h, DType dtype, Stream stream);
+
+// rewards [n] of dtype; margin, weight [m], loss [1], stats [8], grad [n] in fp32 (fp64 where dtype is f64).
+int launch_pairwise_loss(const void* rewards, const int64_t* chosen, const int64_t* rejected, const void* margin,
+                         const void* weight, void* loss, void* stats, void* grad, int64_t n, int64_t m, DType dtype,
+                         LossOptions options, Stream stream);
+
+// index [5, s]: prefix_start, prefix_len, own_start, own_len, first output row of each segment.
+// x has row stride x_stride0 and group stride x_stride1 (elements); out [total, g, d] is contiguous.
+int launch_gather_prefix(const void* x, const int64_t* index, void* out, int64_t t, int64_t s, int64_t total,
+                         int64_t g, int64_t d, int64_t x_stride0, int64_t x_stride1, int element_size, Stream stream);
+// grad [total, width] -> grad_x [t, width], summed in fp32 in the order of segments.
+int launch_gather_prefix_backward(const void* grad, const int64_t* index, void* grad_x, int64_t t, int64_t s,
+                                  int64_t width, DType dtype, Stream stream);
+
+}  // namespace rmega

@@ -1,0 +1,61 @@
+// The operators as C++ functions on tensors. Checks and CPU kernels in <op>.cpp, CUDA kernels in <op>.cu.
+// Letters: t tokens, h hidden, n responses, m pairs, s segments, g key groups, d head size.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+
+#include <string>
+#include <tuple>
+
+#include "launchers.h"
+
+#ifdef RMEGA_WITH_CUDA
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAGuard.h>
+
+#define RMEGA_CUDA_CALL(tensor, call)                                                         \
+  do {                                                                                        \
+    const c10::cuda::CUDAGuard device_guard((tensor).device());                               \
+    const rmega::Stream stream = at::cuda::getCurrentCUDAStream().stream();                   \
+    const int error = (call);                                                                 \
+    TORCH_CHECK(error == 0, #call ": CUDA error ", error);                                    \
+  } while (false)
+#else
+#define RMEGA_CUDA_CALL(tensor, call) TORCH_CHECK(false, "rmega._C was built without CUDA")
+#endif
+
+namespace rmega {
+
+at::Tensor gather_last_token(const at::Tensor& hidden, const at::Tensor& last);
+at::Tensor gather_last_token_backward(const at::Tensor& grad, const at::Tensor& last, int64_t t);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> pairwise_loss(
+    const at::Tensor& rewards, const at::Tensor& chosen, const at::Tensor& rejected, const at::Tensor& margin,
+    const at::Tensor& weight, const std::string& loss, const std::string& penalty, double penalty_weight,
+    double label_smoothing, bool barrier_clamp);
+
+at::Tensor gather_prefix_kv(const at::Tensor& x, const at::Tensor& prefix_start, const at::Tensor& prefix_len,
+                            const at::Tensor& own_start, const at::Tensor& own_len, int64_t total);
+at::Tensor gather_prefix_kv_backward(const at::Tensor& grad, const at::Tensor& prefix_start,
+                                     const at::Tensor& prefix_len, const at::Tensor& own_start,
+                                     const at::Tensor& own_len, int64_t t);
+
+inline DType dtype_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return DType::f32;
+    case at::kDouble: return DType::f64;
+    case at::kHalf: return DType::f16;
+    case at::kBFloat16: return DType::bf16;
+    default: TORCH_CHECK(false, "expected float32, float64, float16 or bfloat16, got ", tensor.scalar_type());
+  }
+}
+
+// The dtype that sums are kept in.
+inline at::ScalarType accumulate_type(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+}  // namespace rmega
