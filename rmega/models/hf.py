@@ -236,11 +236,15 @@ def init_head(weight: torch.Tensor, init: str, std: float | None, seed: int) -> 
 def fill(parameter: torch.Tensor, rule: WeightRule, source: HfFolder, names: dict[str, str],
          shapes: dict[str, tuple[int, ...]], tp_rank: int, tp_size: int) -> None:
     """Copy this rank's part of one global tensor into ``parameter``; rows beyond the vocabulary become zero."""
-    ranges = rule.local_rows(tp_rank, tp_size, parameter.shape[0] if rule.name == EMBEDDING else None)
-    columns = rule.local_columns(tp_rank, tp_size)
+    ranges = rule.local_rows(tp_rank, tp_size, parameter.shape[0])
+    columns = rule.local_columns(tp_rank, tp_size, parameter.shape[-1])
     expected = (sum(stop - start for start, stop in ranges), *rule.shape[1:])
     expected = expected if columns is None else (expected[0], columns[1] - columns[0])
     assert tuple(parameter.shape) == expected, f"{rule.name}: {tuple(parameter.shape)} is not {expected}"
+    if columns is not None:  # of padded heads a rank may hold none that the files know
+        parameter.zero_()
+        columns = (min(columns[0], rule.shape[1]), min(columns[1], rule.shape[1]))
+        parameter = parameter[:, :columns[1] - columns[0]]
     at = 0
     for start, stop in ranges:
         filled = at

@@ -40,7 +40,7 @@ class WeightRule:
         """The global row ranges that rank ``tp_rank`` holds, in the order in which it holds them.
 
         ``held`` is the number of rows that a rank holds where that is more than an equal share: the engine pads the
-        vocabulary, and then a range may reach beyond ``shape[0]``.
+        vocabulary and, on request, attention heads, and then a range may reach beyond ``shape[0]``.
         """
         rows = self.shape[0]
         if self.shard_dim != 0:
@@ -49,11 +49,11 @@ class WeightRule:
         share = -(-block // tp_size) if held is None else held // self.shard_blocks
         return [(b * block + tp_rank * share, b * block + (tp_rank + 1) * share) for b in range(self.shard_blocks)]
 
-    def local_columns(self, tp_rank: int, tp_size: int) -> tuple[int, int] | None:
-        """The column range that rank ``tp_rank`` holds; None means all columns."""
+    def local_columns(self, tp_rank: int, tp_size: int, held: int | None = None) -> tuple[int, int] | None:
+        """The column range that rank ``tp_rank`` holds; None means all columns. ``held`` as in ``local_rows``."""
         if self.shard_dim != 1 or tp_size == 1:
             return None
-        share = self.shape[1] // tp_size
+        share = self.shape[1] // tp_size if held is None else held
         return tp_rank * share, (tp_rank + 1) * share
 
     def overlaps(self, start: int, stop: int) -> Iterator[tuple[int, Part]]:

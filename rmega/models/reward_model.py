@@ -1,0 +1,156 @@
+"""The reward model of one pipeline stage: embedding, decoder layers, reward head.
+
+Shape letters: t tokens of a pack, n responses in it, h hidden, tp tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from rmega.data.batching import PackedBatch
+from rmega.models.geometry import Geometry
+from rmega.models.layers import PackedRewardParams, block_spec, pool_rows
+from rmega.models.rotary import inverse_frequencies, rotary_tables
+
+
+def padded_groups(geometry: Geometry, tp: int) -> int:
+    """Key/value groups when they are padded with zero groups to a multiple of ``tp``."""
+    return -(-geometry.num_query_groups // tp) * tp
+
+
+def check_divides(geometry: Geometry, *, tp: int, pad_attention_heads: bool = False) -> None:
+    """Raise ValueError, naming the flag, where tensor parallelism does not divide the backbone."""
+    if geometry.num_query_groups % tp and not pad_attention_heads:
+        raise ValueError(
+            f"--tp {tp} does not divide the model's {geometry.num_query_groups} key/value heads "
+            f"({geometry.num_attention_heads} query heads); --pad-attention-heads adds "
+            f"{padded_groups(geometry, tp) - geometry.num_query_groups} groups of zero heads, which is exact")
+    if geometry.ffn_hidden_size % tp:
+        raise ValueError(f"--tp {tp} does not divide the model's MLP width {geometry.ffn_hidden_size}")
+    if geometry.hidden_size % tp:
+        raise ValueError(f"--tp {tp} does not divide the model's hidden size {geometry.hidden_size}")
+
+
+def transformer_config(geometry: Geometry, *, tp: int = 1, pp: int = 1, vpp: int | None = None, sp: bool = False,
+                       dtype: torch.dtype = torch.float32, pad_attention_heads: bool = False,
+                       recompute: str = "none", first_stage_layers: int | None = None,
+                       last_stage_layers: int | None = None, deterministic: bool = True,
+                       on_cpu: bool = True) -> TransformerConfig:
+    """megatron-core's configuration of a backbone in a layout. Raises ValueError where they do not fit."""
+    check_divides(geometry, tp=tp, pad_attention_heads=pad_attention_heads)
+    groups = padded_groups(geometry, tp)
+    heads = groups * (geometry.num_attention_heads // geometry.num_query_groups)
+    pipeline = {}
+    if pp > 1:
+        # With two stages, previous and next rank are the same process and batched sends of an interleaved schedule
+        # cross: gradients would be wrong without a word.
+        pipeline = dict(overlap_p2p_comm=bool(vpp), batch_p2p_comm=not vpp, pipeline_dtype=dtype,
+                        num_layers_in_first_pipeline_stage=first_stage_layers,
+                        num_layers_in_last_pipeline_stage=last_stage_layers)
+        _check_stages(geometry, pp=pp, vpp=vpp, first=first_stage_layers, last=last_stage_layers)
+    return TransformerConfig(
+        num_layers=geometry.num_layers,
+        hidden_size=geometry.hidden_size,
+        ffn_hidden_size=geometry.ffn_hidden_size,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=geometry.head_dim,
+        layernorm_epsilon=geometry.norm_eps,
+        normalization="RMSNorm",
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        use_te_activation_func=True,  # takes the activation from the layer's specification
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        bias_dropout_fusion=False,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu_initialization=on_cpu,
+        perform_initialization=False,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        sequence_parallel=sp and tp > 1,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # asked for with variable lengths, in dense models too
+        calculate_per_token_loss=True,  # must be set before the data-parallel wrapper is built
+        gradient_accumulation_fusion=False,
+        deterministic_mode=deterministic and on_cpu,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+        **pipeline,
+    )
+
+
+def _check_stages(geometry: Geometry, *, pp: int, vpp: int | None, first: int | None, last: int | None) -> None:
+    layers, stages = geometry.num_layers, pp
+    for given in (first, last):
+        if given is not None:
+            layers, stages = layers - given, stages - 1
+    chunks = vpp or 1
+    if stages and (layers <= 0 or layers % (stages * chunks)):
+        raise ValueError(
+            f"--pp {pp}{f' --vpp {vpp}' if vpp else ''} does not divide the model's {geometry.num_layers} layers"
+            f"{' that are left for the middle stages' if (first or last) else ''}: {layers} layers over {stages} "
+            f"stages{f' of {chunks} chunks' if vpp else ''} "
+            f"(--num-layers-in-first-pipeline-stage and --num-layers-in-last-pipeline-stage make stages uneven)")
+
+
+class RewardModel(MegatronModule):
+    """What one pipeline stage (or one virtual chunk of it) holds.
+
+    Composed of megatron-core's embedding and block; not a ``GPTModel``, which would carry a language-model head into
+    checkpoints and stages. ``forward`` takes a ``PackedBatch`` and returns rewards [n] in fp32 on the last stage,
+    hidden states elsewhere.
+    """
+
+    def __init__(self, config: TransformerConfig, geometry: Geometry, *, pre_process: bool = True,
+                 post_process: bool = True, vp_stage: int | None = None, prune_last_layer: bool = True,
+                 transformer_engine: bool = False) -> None:
+        super().__init__(config=config)
+        self.geometry = geometry
+        self.pre_process = pre_process
+        self.post_process = post_process
+        self.vp_stage = vp_stage
+        self.prune_last_layer = prune_last_layer
+        self.share_embeddings_and_output_weights = False  # there is no output embedding to share
+        self.speeds = inverse_frequencies(geometry)
+        if pre_process:
+            tp = config.tensor_model_parallel_size
+            self.embedding = LanguageModelEmbedding(
+                config, vocab_size=-(-geometry.vocab_size // tp) * tp,
+                max_sequence_length=geometry.max_position_embeddings, position_embedding_type="rope")
+        self.decoder = TransformerBlock(
+            config,
+            block_spec(config, post_process=post_process, prune_last_layer=prune_last_layer, vp_stage=vp_stage,
+                       transformer_engine=transformer_engine),
+            pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+        if post_process:
+            self.reward_head = torch.nn.Linear(config.hidden_size, 1, bias=False, dtype=torch.float32)
+            torch.nn.init.zeros_(self.reward_head.weight)
+
+    def set_input_tensor(self, input_tensor: list[torch.Tensor]) -> None:
+        """Called by the pipeline schedule with what the previous stage sent."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        """[n] fp32 rewards on the last stage, else hidden states [t(/tp), 1, h]."""
+        cos, sin = rotary_tables(batch.position_ids, self.speeds, self.config.params_dtype)
+        pack = PackedRewardParams(segments=batch.segments, pooled_segments=batch.pooled_segments, pooled=batch.pooled,
+                                  cos=cos, sin=sin)
+        hidden = self.embedding(batch.tokens, batch.position_ids) if self.pre_process else None
+        hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=pack)
+        if not self.post_process:
+            return hidden
+        if not self.prune_last_layer:
+            hidden = pool_rows(hidden, batch.pooled, self.config.sequence_parallel)
+        # Head and loss are fp32 in every precision: a bf16 reward of 4.03 and one of 4.04 are the same number.
+        return F.linear(hidden.squeeze(1).float(), self.reward_head.weight).squeeze(1)
