@@ -62,12 +62,12 @@ def write_folder(folder: Path, config: dict, tensors: dict[str, torch.Tensor], s
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     if shards == 1:
-        save_file(tensors, folder / "model.safetensors")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
     names, weight_map = sorted(tensors), {}
     for i in range(shards):
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        save_file({name: tensors[name] for name in names[i::shards]}, folder / file)
+        save_file({name: tensors[name] for name in names[i::shards]}, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names[i::shards], file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
