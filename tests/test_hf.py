@@ -148,6 +148,29 @@ def test_dtype_padding_bare_names_and_bin(tmp_path: Path) -> None:
                load(tmp_path / "a", geometry)[0].items())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padded_groups_of_heads_are_zero(tmp_path: Path, family: str) -> None:
+    """2 groups over 4 ranks, padded to 4: two ranks hold a group each, two hold zeros."""
+    geometry = tiny(family)
+    folder = write_folder(tmp_path / "m", hf_config(geometry), hf_tensors(geometry))
+    whole, _ = load(folder, geometry)
+    qkv, proj = (f"decoder.layers.1.self_attention.linear_{kind}.weight" for kind in ("qkv", "proj"))
+    ranks = []
+    for rank in range(4):
+        stage = Stage(geometry, tp_rank=rank, tp_size=4)
+        for name in list(stage.names):
+            if "linear_qkv" in name:
+                stage.names[name] = torch.nn.Parameter(torch.full((32, 32), float("nan")))
+            if "linear_proj" in name:
+                stage.names[name] = torch.nn.Parameter(torch.full((32, 16), float("nan")))
+        load_hf(stage, folder, geometry, tp_rank=rank, tp_size=4)
+        ranks.append(stage.names)
+    padded = torch.cat([rank[qkv] for rank in ranks])
+    assert torch.equal(padded[:64], whole[qkv]) and padded[64:].abs().max() == 0
+    padded = torch.cat([rank[proj] for rank in ranks], 1)
+    assert torch.equal(padded[:, :32], whole[proj]) and padded[:, 32:].abs().max() == 0
+
+
 def test_head_start(tmp_path: Path) -> None:
     geometry = tiny("llama")
     folder = write_folder(tmp_path / "m", hf_config(geometry), hf_tensors(geometry))

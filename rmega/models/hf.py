@@ -20,7 +20,6 @@ from rmega.models.hf_config import read_config
 from rmega.models.weights import WeightRule, hf_shapes
 
 REWARD_HEAD = "reward_head.weight"
-EMBEDDING = "embedding.word_embeddings.weight"
 # Mapped pages count as memory of the process until the file is closed: reopen after this many bytes.
 REOPEN_BYTES = 128 * 2**20
 # Files of a hub repository that a reward model is built from. Never its code: rmega runs no remote code.
@@ -235,29 +234,29 @@ def init_head(weight: torch.Tensor, init: str, std: float | None, seed: int) -> 
 
 def fill(parameter: torch.Tensor, rule: WeightRule, source: HfFolder, names: dict[str, str],
          shapes: dict[str, tuple[int, ...]], tp_rank: int, tp_size: int) -> None:
-    """Copy this rank's part of one global tensor into ``parameter``; rows beyond the vocabulary become zero."""
-    ranges = rule.local_rows(tp_rank, tp_size, parameter.shape[0])
-    columns = rule.local_columns(tp_rank, tp_size, parameter.shape[-1])
-    expected = (sum(stop - start for start, stop in ranges), *rule.shape[1:])
-    expected = expected if columns is None else (expected[0], columns[1] - columns[0])
-    assert tuple(parameter.shape) == expected, f"{rule.name}: {tuple(parameter.shape)} is not {expected}"
-    if columns is not None:  # of padded heads a rank may hold none that the files know
+    """Copy this rank's part of one global tensor into ``parameter``; what the engine padded becomes zero."""
+    expected = rule.local_shape(tp_size)
+    assert len(expected) == parameter.dim() and all(
+        have == want or (have > want and dim == rule.shard_dim and rule.shard_blocks == 1)
+        for dim, (have, want) in enumerate(zip(parameter.shape, expected, strict=True))
+    ), f"{rule.name}: {tuple(parameter.shape)} does not hold {expected}"
+    dim = rule.shard_dim
+    if dim is not None and parameter.shape[dim] * tp_size > rule.shape[dim]:
         parameter.zero_()
-        columns = (min(columns[0], rule.shape[1]), min(columns[1], rule.shape[1]))
-        parameter = parameter[:, :columns[1] - columns[0]]
+    columns = rule.local_columns(tp_rank, parameter.shape[1]) if parameter.dim() == 2 else None
+    if columns is not None and columns[0] == columns[1]:
+        return
     at = 0
-    for start, stop in ranges:
-        filled = at
+    for start, stop in rule.local_rows(tp_rank, parameter.shape[0]):
         for offset, part in rule.overlaps(start, stop):
             theirs = names[part.name]
             if source.shape(theirs) != shapes[part.name]:
                 raise ValueError(f"{source.folder / source.files[theirs]}: {theirs} has shape {source.shape(theirs)}, "
                                  f"config.json asks for {shapes[part.name]}")
             rows = source.read(theirs, part.start, part.stop, columns)
-            parameter[at + offset:at + offset + len(rows)].copy_(rows)
-            filled = at + offset + len(rows)
+            target = parameter[at + offset:at + offset + len(rows)]
+            (target if target.dim() == 1 else target[:, :rows.shape[1]]).copy_(rows)
         at += stop - start
-        parameter[filled:at].zero_()
 
 
 def _one_line(error: BaseException) -> str:

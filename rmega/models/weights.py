@@ -36,25 +36,28 @@ class WeightRule:
     shard_dim: int | None = None
     shard_blocks: int = 1
 
-    def local_rows(self, tp_rank: int, tp_size: int, held: int | None = None) -> list[tuple[int, int]]:
-        """The global row ranges that rank ``tp_rank`` holds, in the order in which it holds them.
+    def local_shape(self, tp_size: int) -> tuple[int, ...]:
+        """The smallest shape that a rank can hold; the engine may pad the cut dimension with zeros beyond it."""
+        if self.shard_dim is None:
+            return self.shape
+        share = self.shard_blocks * -(-(self.shape[self.shard_dim] // self.shard_blocks) // tp_size)
+        return (*self.shape[:self.shard_dim], share, *self.shape[self.shard_dim + 1:])
 
-        ``held`` is the number of rows that a rank holds where that is more than an equal share: the engine pads the
-        vocabulary and, on request, attention heads, and then a range may reach beyond ``shape[0]``.
+    def local_rows(self, tp_rank: int, held: int) -> list[tuple[int, int]]:
+        """The global row ranges that rank ``tp_rank``, holding ``held`` rows, holds, in its own order.
+
+        Where the engine pads (the vocabulary, groups of heads), a range may reach beyond ``shape[0]``.
         """
-        rows = self.shape[0]
         if self.shard_dim != 0:
-            return [(0, rows)]
-        block = rows // self.shard_blocks
-        share = -(-block // tp_size) if held is None else held // self.shard_blocks
+            return [(0, held)]
+        block, share = self.shape[0] // self.shard_blocks, held // self.shard_blocks
         return [(b * block + tp_rank * share, b * block + (tp_rank + 1) * share) for b in range(self.shard_blocks)]
 
-    def local_columns(self, tp_rank: int, tp_size: int, held: int | None = None) -> tuple[int, int] | None:
-        """The column range that rank ``tp_rank`` holds; None means all columns. ``held`` as in ``local_rows``."""
-        if self.shard_dim != 1 or tp_size == 1:
+    def local_columns(self, tp_rank: int, held: int) -> tuple[int, int] | None:
+        """The columns of the global tensor that rank ``tp_rank``, holding ``held`` columns, has; None means all."""
+        if self.shard_dim != 1 or held >= self.shape[1]:
             return None
-        share = self.shape[1] // tp_size if held is None else held
-        return tp_rank * share, (tp_rank + 1) * share
+        return min(tp_rank * held, self.shape[1]), min((tp_rank + 1) * held, self.shape[1])
 
     def overlaps(self, start: int, stop: int) -> Iterator[tuple[int, Part]]:
         """Cut the parts to the global rows ``start`` to ``stop``; yields (rows after ``start``, part)."""
