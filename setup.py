@@ -1,7 +1,8 @@
 """Builds ``rmega._C`` from csrc/: CPU always, CUDA where the toolkit and a CUDA build of torch are there.
 
 The choice looks at the toolkit and at torch's own build, never at the GPU that happens to be present, so that a login
-node builds what its compute nodes run. Needs an installed torch: ``pip install --no-build-isolation -e .``
+node builds what its compute nodes run. RMEGA_BUILD_CUDA=0 leaves CUDA out. Needs an installed torch:
+``pip install --no-build-isolation -e .``
 """
 
 import os
@@ -19,9 +20,10 @@ def extensions():
     except ImportError:
         raise SystemExit("error: rmega builds against an installed torch: pip install 'torch>=2.10,<2.14' first, "
                          "then pip install --no-build-isolation -e .") from None
-    with_cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
-    print(f"rmega._C: CPU{' and CUDA ' + str(torch.version.cuda) if with_cuda else ' only'} (torch {torch.__version__}, "
-          f"CUDA toolkit {cpp_extension.CUDA_HOME or 'not found'})")
+    with_cuda = (torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
+                 and os.environ.get("RMEGA_BUILD_CUDA", "1") != "0")
+    print(f"rmega._C: {'CPU and CUDA' if with_cuda else 'CPU only'} (torch {torch.__version__}, "
+          f"its CUDA {torch.version.cuda or 'none'}, toolkit {cpp_extension.CUDA_HOME or 'not looked for'})")
     sources = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc").glob("*.cpp"))
     # OpenMP is compiled for but not linked: torch's own copy is in the process, and a second one would start a second
     # set of threads on the same cores.
@@ -29,6 +31,7 @@ def extensions():
     if not with_cuda:
         return [cpp_extension.CppExtension("rmega._C", sources, extra_compile_args={"cxx": flags})], cpp_extension
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    # Objects are named by stem, so no .cu may share its stem with a .cpp (hence <op>_cuda.cu).
     sources += sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc").glob("*.cu"))
     return [cpp_extension.CUDAExtension(
         "rmega._C", sources, define_macros=[("RMEGA_WITH_CUDA", None)],

@@ -24,16 +24,18 @@ struct PairTerm {
 // B(s) = -ln(5 - s) - ln(5 + s) for |s| <= edge; beyond, its tangent at the edge or (clamped) its value there.
 template <typename T>
 RMEGA_HOST_DEVICE T log_barrier(T s, bool clamped, T* slope) {
-  const T range = T(5), edge = T(5.0 - 1e-3);
+  const T edge = T(5.0 - 1e-3);
   const T a = s < T(0) ? -s : s;
-  const T inside = a > edge ? edge : a;  // NaN goes on as NaN
-  const T value = -std::log(range - inside) - std::log(range + inside);
-  T b = T(2) * inside / ((range - inside) * (range + inside));
-  if (a > edge && clamped) {
-    b = T(0);
+  T value, rise;
+  if (a > edge) {
+    rise = clamped ? T(0) : T(2 * 4.999 / (25.0 - 4.999 * 4.999));
+    value = T(4.605270190988424) + rise * (a - edge);  // -ln(0.001) - ln(9.999)
+  } else {  // NaN comes here and stays NaN
+    rise = T(2) * a / ((T(5) - a) * (T(5) + a));
+    value = -std::log(T(5) - a) - std::log(T(5) + a);
   }
-  *slope = s < T(0) ? -b : b;
-  return a > edge && !clamped ? value + b * (a - edge) : value;
+  *slope = s < T(0) ? -rise : rise;
+  return value;
 }
 
 template <typename T>

@@ -1,4 +1,4 @@
-// The operators as C++ functions on tensors. Checks and CPU kernels in <op>.cpp, CUDA kernels in <op>.cu.
+// The operators as C++ functions on tensors. Checks and CPU kernels in <op>.cpp, CUDA kernels in <op>_cuda.cu.
 // Letters: t tokens, h hidden, n responses, m pairs, s segments, g key groups, d head size.
 #pragma once
 
@@ -13,13 +13,13 @@
 #include "launchers.h"
 
 #ifdef RMEGA_WITH_CUDA
-#include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 
 #define RMEGA_CUDA_CALL(tensor, call)                                                         \
   do {                                                                                        \
     const c10::cuda::CUDAGuard device_guard((tensor).device());                               \
-    const rmega::Stream stream = at::cuda::getCurrentCUDAStream().stream();                   \
+    const rmega::Stream stream = c10::cuda::getCurrentCUDAStream().stream();                   \
     const int error = (call);                                                                 \
     TORCH_CHECK(error == 0, #call ": CUDA error ", error);                                    \
   } while (false)

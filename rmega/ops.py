@@ -37,29 +37,35 @@ _said: set[str] = set()  # devices whose fallback was said
 
 
 def set_implementation(name: str) -> None:
-    """Choose ``"native"`` (raises where ``rmega._C`` is not built), ``"reference"``, or ``"auto"`` (native if built)."""
+    """Choose ``"native"`` (raises where ``rmega._C`` is not built), ``"reference"`` or ``"auto"`` (native if built)."""
     global _implementation
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {name!r}")
     if name == "native" and _C is None:
-        raise ValueError(f"the native operators are not built ({_why_not_built}); pip install --no-build-isolation -e .")
+        raise ValueError(f"native operators are not built ({_why_not_built}): pip install --no-build-isolation -e .")
     _implementation = name
 
 
 def active_implementation(device: str | torch.device = "cpu") -> str:
     """``"native"`` or ``"reference"``: what an operator on ``device`` runs now."""
-    return "native" if _native(torch.device(device)) else "reference"
+    return "reference" if _why_reference(torch.device(device)) else "native"
+
+
+def _why_reference(device: torch.device) -> str:
+    if _implementation == "reference":
+        return "asked for"
+    if _C is None:
+        return f"rmega._C is not there ({_why_not_built})"
+    return "rmega._C was built without CUDA" if device.type == "cuda" and not _C.has_cuda else ""
 
 
 def _native(device: torch.device) -> bool:
-    if _implementation == "reference":
-        return False
-    if _C is not None and (device.type != "cuda" or _C.has_cuda):
+    why = _why_reference(device)
+    if not why:
         return True
-    why = "rmega._C was built without CUDA" if _C is not None else f"rmega._C is not there ({_why_not_built})"
     if _implementation == "native":
         raise RuntimeError(f"native operators were asked for on {device.type}, but {why}")
-    if device.type not in _said:
+    if _implementation == "auto" and device.type not in _said:
         _said.add(device.type)
         if os.environ.get("RANK", "0") == "0":
             print(f"rmega: operators on {device.type} run in plain torch: {why}", file=sys.stderr)
@@ -90,7 +96,7 @@ def gather_last_token(hidden: Tensor, last: Tensor) -> Tensor:
 
 def gather_last_token_ref(hidden: Tensor, last: Tensor) -> Tensor:
     """Plain torch form of :func:`gather_last_token`."""
-    # The backward of indexing sorts on CUDA, that of index_select adds in order on a CPU: each is the fixed order there.
+    # The backward of indexing sorts on CUDA, that of index_select adds in order on a CPU: a fixed order in both.
     return hidden[last] if hidden.is_cuda else hidden.index_select(0, last)
 
 

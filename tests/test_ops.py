@@ -1,0 +1,412 @@
+"""The operators against independent arithmetic in fp64: values, gradients, odd shapes, empty and single-row cases."""
+
+import math
+
+import pytest
+import torch
+
+from rmega import ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BOTH = pytest.mark.parametrize("implementation", ["native", "reference"])
+
+
+@pytest.fixture(autouse=True)
+def auto_implementation():
+    yield
+    ops.set_implementation("auto")
+
+
+def choose(implementation):
+    if implementation == "native" and ops._C is None:
+        pytest.skip(f"rmega._C is not built: {ops._why_not_built}")
+    ops.set_implementation(implementation)
+
+
+def max_error(got, exact):
+    return (got.double() - exact).abs().max().item() if exact.numel() else 0.0
+
+
+def assert_twice_plain(got, plain, exact, floor=1e-7):
+    """The project's law for kernels: an error of at most twice that of plain torch in the same dtype."""
+    assert got.dtype == plain.dtype and got.shape == plain.shape
+    scale = exact.abs().max().item() if exact.numel() else 0.0
+    assert max_error(got, exact) <= 2 * max_error(plain, exact) + floor * scale
+
+
+def both_with_grad(op, inputs, wrt, grad_seed=0):
+    """(value, gradients) of op at inputs, of which those at positions ``wrt`` are differentiated."""
+    inputs = [x.detach().clone().requires_grad_(i in wrt) if isinstance(x, torch.Tensor) else x
+              for i, x in enumerate(inputs)]
+    out = op(*inputs)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(grad_seed), dtype=torch.float64)
+    grads = torch.autograd.grad(out, [inputs[i] for i in wrt], upstream.to(out.dtype))
+    return out.detach(), grads
+
+
+def opcheck(op, args):
+    if ops._C is None:
+        pytest.skip(f"rmega._C is not built: {ops._why_not_built}")
+    torch.library.opcheck(getattr(torch.ops.rmega, op).default, args)
+
+
+# ---- choice of implementation -----------------------------------------------------------------------------------
+
+
+def test_implementation_choice():
+    ops.set_implementation("reference")
+    assert ops.active_implementation() == "reference"
+    ops.set_implementation("auto")
+    assert ops.active_implementation() == ("native" if ops._C else "reference")
+    with pytest.raises(ValueError, match="auto, native, reference"):
+        ops.set_implementation("fast")
+
+
+def test_without_the_extension_says_so_once_and_works(monkeypatch, capsys):
+    monkeypatch.setattr(ops, "_C", None)
+    monkeypatch.setattr(ops, "_said", set())
+    monkeypatch.delenv("RANK", raising=False)
+    for _ in range(2):
+        assert ops.gather_last_token(torch.arange(6.0).view(3, 2), torch.tensor([2])).tolist() == [[4.0, 5.0]]
+    assert capsys.readouterr().err.count("plain torch") == 1
+    with pytest.raises(ValueError, match="not built"):
+        ops.set_implementation("native")
+
+
+def test_a_named_request_that_cannot_be_met_raises(monkeypatch):
+    choose("native")
+    monkeypatch.setattr(ops, "_C", None)
+    with pytest.raises(RuntimeError, match="native"):
+        ops.gather_last_token(torch.ones(1, 1), torch.tensor([0]))
+
+
+# ---- gather_last_token ------------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("t,h,rows", [(1, 1, [0]), (7, 33, [6, 0, 3]), (5, 64, [4, 4, 1, 4]), (4, 8, []), (0, 8, []),
+                                      (3, 0, [1]), (300, 130, [*range(0, 300, 7)])])
+def test_gather_last_token(implementation, dtype, t, h, rows):
+    choose(implementation)
+    torch.manual_seed(0)
+    hidden, last = torch.randn(t, h).to(dtype), torch.tensor(rows, dtype=torch.int64)
+    out, (grad,) = both_with_grad(ops.gather_last_token, [hidden, last], [0])
+    assert torch.equal(out, torch.stack([hidden[i] for i in rows]) if rows else hidden.new_empty(0, h))
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    exact = torch.zeros(t, h, dtype=torch.float64)
+    for i, row in enumerate(rows):
+        exact[row] += upstream[i].double()
+    plain = torch.zeros(t, h, dtype=dtype).index_add_(0, last, upstream)
+    assert_twice_plain(grad, plain, exact)
+
+
+@BOTH
+def test_gather_last_token_takes_strided_rows(implementation):
+    choose(implementation)
+    hidden = torch.arange(24.0).view(6, 4)
+    last = torch.tensor([2, 0])
+    assert torch.equal(ops.gather_last_token(hidden.t(), last), hidden.t()[[2, 0]])
+    assert torch.equal(ops.gather_last_token(hidden[::2, 1:3], last), hidden[::2, 1:3][[2, 0]])
+
+
+def test_gather_last_token_gradcheck_and_opcheck():
+    hidden, last = torch.randn(5, 3, dtype=torch.float64, requires_grad=True), torch.tensor([4, 1, 4])
+    assert torch.autograd.gradcheck(ops.gather_last_token, (hidden, last))
+    assert torch.autograd.gradgradcheck(ops.gather_last_token, (hidden, last))
+    opcheck("gather_last_token", (hidden, last))
+    opcheck("gather_last_token_backward", (torch.randn(3, 2, requires_grad=True), last, 5))
+
+
+@pytest.mark.parametrize("row", [-1, 3])
+def test_gather_last_token_refuses_rows_outside(row):
+    choose("native")
+    with pytest.raises(IndexError, match=rf"last\[1\] = {row} with t = 3"):
+        ops.gather_last_token(torch.ones(3, 2), torch.tensor([0, row]))
+
+
+def test_gather_last_token_names_shapes():
+    choose("native")
+    with pytest.raises(RuntimeError, match=r"hidden must be \[rows, h\], got \[3, 1, 2\]"):
+        ops.gather_last_token(torch.ones(3, 1, 2), torch.tensor([0]))
+    with pytest.raises(RuntimeError, match="int64"):
+        ops.gather_last_token(torch.ones(3, 2), torch.tensor([0], dtype=torch.int32))
+
+
+# ---- pairwise_loss ----------------------------------------------------------------------------------------------
+
+OPTIONS = [dict(loss=loss, penalty=penalty, label_smoothing=smoothing, barrier_clamp=clamp)
+           for loss in ops.LOSSES for penalty in ops.PENALTIES for smoothing in (0.0, 0.1)
+           for clamp in ((False, True) if penalty == "log_barrier" else (False,))]
+
+
+def pair_by_hand(c, r, margin, *, loss, penalty, penalty_weight, label_smoothing, barrier_clamp):
+    """(base, penalty) of one pair with Python's math: the formulas as they are printed in the papers."""
+    x = c - r - margin
+    sigmoid = 1 / (1 + math.exp(-x)) if x > -700 else 0.0
+    log_sigmoid = -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
+    base = -(1 - label_smoothing) * log_sigmoid - label_smoothing * (log_sigmoid - x)
+    if loss == "focal":
+        base *= (1 - 2 * max(sigmoid - 0.5, 0)) ** 2
+    extra = {"none": 0.0, "l2": c * c + r * r, "center": (c + r) ** 2}.get(penalty)
+    if penalty == "log_barrier":
+        extra = 0.0
+        for score in (c, r):
+            inside = min(max(score, -4.999), 4.999)
+            extra -= math.log(5 - inside) + math.log(5 + inside)
+            if not barrier_clamp and abs(score) > 4.999:
+                extra += (abs(score) - 4.999) * (1 / (5 - 4.999) - 1 / (5 + 4.999))
+    return base, penalty_weight * extra
+
+
+def random_pairs(n, m, spread=2.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(n, generator=generator) * spread
+    chosen = torch.randint(n, (m,), generator=generator)
+    rejected = torch.randint(n, (m,), generator=generator)
+    margin, weight = torch.rand(m, generator=generator), torch.rand(m, generator=generator) + 0.5
+    return rewards, chosen, rejected, margin, weight
+
+
+@BOTH
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_pairwise_loss_against_the_printed_formulas(implementation, options):
+    choose(implementation)
+    rewards, chosen, rejected, margin, weight = random_pairs(40, 57, spread=3.0)
+    rejected[3] = chosen[3]  # a tie
+    rewards[chosen[0]] = 6.5  # outside the barrier's range
+    rewards, margin, weight = rewards.double(), margin.double(), weight.double()
+    loss_sum, stats = ops.pairwise_loss(rewards, chosen, rejected, margin, weight, penalty_weight=0.02, **options)
+    base = penalty = correct = 0.0
+    for c, r, mg, w in zip(rewards[chosen].tolist(), rewards[rejected].tolist(), margin.tolist(), weight.tolist(),
+                           strict=True):
+        terms = pair_by_hand(c, r, mg, penalty_weight=0.02, **options)
+        base, penalty = base + w * terms[0], penalty + w * terms[1]
+        correct += 1.0 if c > r else 0.5 if c == r else 0.0
+    d = rewards[chosen] - rewards[rejected]
+    expected = [57, base, penalty, correct, (d == 0).sum().item(), rewards[chosen].sum().item(),
+                rewards[rejected].sum().item(), d.abs().sum().item()]
+    assert loss_sum.item() == pytest.approx(base + penalty, rel=1e-12)
+    assert stats.tolist() == pytest.approx(expected, rel=1e-12)
+    assert expected[4] >= 1 and stats.requires_grad is False
+
+
+@BOTH
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_pairwise_loss_gradcheck(implementation, options):
+    choose(implementation)
+    rewards, chosen, rejected, margin, weight = random_pairs(9, 12)
+    rewards[0], rewards[1] = 5.5, -6.0
+    rewards = rewards.double().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda r: ops.pairwise_loss(r, chosen, rejected, margin, weight, **options)[0], (rewards,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_pairwise_loss_error_is_at_most_twice_plain_torchs(dtype, options):
+    choose("native")
+    rewards, chosen, rejected, margin, weight = random_pairs(128, 200)
+    rewards = rewards.to(dtype)
+    results = []
+    plain = ops.pairwise_loss_ref
+    for op, cast in ((ops.pairwise_loss, dtype), (plain, dtype), (plain, torch.float64)):
+        x = rewards.to(cast).clone().requires_grad_()
+        loss_sum, stats = op(x, chosen, rejected, margin, weight, **options)
+        loss_sum.backward()
+        results.append((loss_sum.detach(), stats, x.grad))
+    for got, plain, exact in zip(*results, strict=True):
+        assert_twice_plain(got, plain, exact)
+
+
+@BOTH
+def test_pairwise_loss_at_the_start_of_training(implementation):
+    """A head that starts at zero: ln 2, and with focal and barrier the figure of the InternLM2 recipe."""
+    choose(implementation)
+    rewards = torch.zeros(8, requires_grad=True)
+    chosen, rejected = torch.arange(0, 8, 2), torch.arange(1, 8, 2)
+    zero, one = torch.zeros(4), torch.ones(4)
+    loss_sum, _ = ops.pairwise_loss(rewards, chosen, rejected, zero, one)
+    assert loss_sum.item() / 4 == pytest.approx(math.log(2), rel=1e-6)
+    loss_sum, stats = ops.pairwise_loss(rewards, chosen, rejected, zero, one, loss="focal", penalty="log_barrier")
+    assert loss_sum.item() / 4 == pytest.approx(0.628770, abs=1e-6)
+    assert stats.tolist()[3:5] == [2.0, 4.0]
+    loss_sum.backward()
+    assert rewards.grad.tolist() == [-0.5, 0.5] * 4
+
+
+@BOTH
+def test_pairwise_loss_barrier_pulls_back_unless_clamped(implementation):
+    choose(implementation)
+    args = (torch.tensor([0]), torch.tensor([1]), torch.zeros(1), torch.ones(1))
+    for score in (5.0, 80.0, -5.0, -300.0):
+        for clamp in (False, True):
+            rewards = torch.tensor([score, score], requires_grad=True)
+            loss_sum, _ = ops.pairwise_loss(rewards, *args, penalty="log_barrier", barrier_clamp=clamp)
+            loss_sum.backward()
+            expected = 0.0 if clamp else math.copysign(0.01 * 999.9, score)
+            assert math.isfinite(loss_sum.item())
+            assert rewards.grad.sum().item() / 2 == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pairwise_loss_far_scores_stay_finite(implementation, dtype):
+    choose(implementation)
+    rewards = torch.tensor([300.0, -300.0, 0.0, 100.0], dtype=dtype, requires_grad=True)
+    pairs = (torch.tensor([0, 1, 3, 2]), torch.tensor([1, 0, 2, 3]), torch.zeros(4), torch.ones(4))
+    for loss in ops.LOSSES:
+        loss_sum, _ = ops.pairwise_loss(rewards, *pairs, loss=loss)
+        (grad,) = torch.autograd.grad(loss_sum, rewards)
+        assert loss_sum.item() == pytest.approx(700.0)
+        assert grad.tolist() == [-1.0, 1.0, -1.0, 1.0][::-1] or grad.tolist() == [1.0, -1.0, -1.0, 1.0]
+
+
+@BOTH
+def test_pairwise_loss_of_nothing(implementation):
+    choose(implementation)
+    none, no_index = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+    for n in (0, 3):
+        rewards = torch.randn(n, requires_grad=True)
+        loss_sum, stats = ops.pairwise_loss(rewards, no_index, no_index, none, none, penalty="log_barrier")
+        (grad,) = torch.autograd.grad(loss_sum, rewards)
+        assert loss_sum.item() == 0 and stats.tolist() == [0.0] * 8 and grad.tolist() == [0.0] * n
+
+
+@BOTH
+def test_pairwise_loss_is_additive_over_pairs(implementation):
+    """However a batch is cut, sums and gradients add up: no mean hides inside."""
+    choose(implementation)
+    rewards, *pairs = random_pairs(20, 30)
+    rewards = rewards.double().requires_grad_()
+    options = dict(loss="focal", penalty="center", label_smoothing=0.05)
+    whole, stats = ops.pairwise_loss(rewards, *pairs, **options)
+    parts = [ops.pairwise_loss(rewards, *(x[a:b] for x in pairs), **options) for a, b in ((0, 11), (11, 12), (12, 30))]
+    assert torch.allclose(whole, sum(part[0] for part in parts), rtol=1e-12)
+    assert torch.allclose(stats, sum(part[1] for part in parts), rtol=1e-12)
+    (grad,) = torch.autograd.grad(whole, rewards)
+    (grad_parts,) = torch.autograd.grad(sum(part[0] for part in parts), rewards)
+    assert torch.allclose(grad, grad_parts, rtol=1e-12)
+
+
+def test_pairwise_loss_scales_with_the_upstream_gradient():
+    choose("native")
+    rewards, *pairs = random_pairs(6, 8)
+    rewards = rewards.to(torch.bfloat16).requires_grad_()
+    loss_sum, _ = ops.pairwise_loss(rewards, *pairs)
+    (one,) = torch.autograd.grad(loss_sum, rewards, retain_graph=True)
+    (scaled,) = torch.autograd.grad(loss_sum * 64, rewards)
+    assert one.dtype == torch.bfloat16 and torch.equal(scaled, one * 64)
+
+
+def test_pairwise_loss_refuses_what_it_does_not_know():
+    args = random_pairs(4, 3)
+    for implementation in ("reference", "auto"):
+        ops.set_implementation(implementation)
+        with pytest.raises(ValueError, match="ranking, focal"):
+            ops.pairwise_loss(*args, loss="hinge")
+        with pytest.raises(ValueError, match="log_barrier"):
+            ops.pairwise_loss(*args, penalty="l1")
+    choose("native")
+    rewards, chosen, rejected, margin, weight = args
+    with pytest.raises(RuntimeError, match=r"margin \[2\] for chosen \[3\]"):
+        ops.pairwise_loss(rewards, chosen, rejected, margin[:2], weight)
+    with pytest.raises(RuntimeError, match=r"rewards must be \[n\], got \[4, 1\]"):
+        ops.pairwise_loss(rewards[:, None], chosen, rejected, margin, weight)
+    with pytest.raises(IndexError, match="pair 0 is"):
+        ops.pairwise_loss(rewards, chosen + 4, rejected, margin, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pairwise_loss_opcheck(dtype):
+    rewards, *pairs = random_pairs(6, 8)
+    opcheck("pairwise_loss", (rewards.to(dtype).requires_grad_(), *pairs, "focal", "log_barrier", 0.01, 0.1, False))
+
+
+# ---- gather_prefix_kv -------------------------------------------------------------------------------------------
+
+SEGMENTS = {  # prefix_start, prefix_len, own_start, own_len
+    "one pair": ([0, 0, 0], [0, 4, 4], [0, 4, 7], [4, 3, 2]),
+    "four responses": ([0] * 5, [0, 5, 5, 5, 5], [0, 5, 6, 7, 20], [5, 1, 1, 13, 2]),
+    "no prefix": ([0, 0], [0, 0], [0, 3], [3, 9]),
+    "single row": ([0], [0], [0], [1]),
+    "rows nobody reads": ([3], [2], [9], [2]),
+    "empty segment": ([0, 2, 0], [0, 0, 3], [0, 2, 3], [2, 0, 1]),
+    "nothing": ([], [], [], []),
+}
+
+
+def prefix_rows(segments):
+    return [row for ps, pl, os, ol in zip(*segments, strict=True) for row in [*range(ps, ps + pl), *range(os, os + ol)]]
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", SEGMENTS)
+@pytest.mark.parametrize("g,d", [(1, 1), (2, 16), (3, 5)])
+def test_gather_prefix_kv(implementation, dtype, case, g, d):
+    choose(implementation)
+    torch.manual_seed(0)
+    t, rows = 23, prefix_rows(SEGMENTS[case])
+    x = torch.randn(t, g, d).to(dtype)
+    index = [torch.tensor(column, dtype=torch.int32) for column in SEGMENTS[case]]
+    out, (grad,) = both_with_grad(ops.gather_prefix_kv, [x, *index], [0])
+    assert torch.equal(out, x[rows])
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    exact = torch.zeros(t, g, d, dtype=torch.float64)
+    for i, row in enumerate(rows):
+        exact[row] += upstream[i].double()
+    plain = torch.zeros(t, g, d, dtype=dtype).index_add_(0, torch.tensor(rows, dtype=torch.int64), upstream)
+    assert_twice_plain(grad, plain, exact)
+
+
+@BOTH
+def test_gather_prefix_kv_takes_views_of_the_fused_projection(implementation):
+    choose(implementation)
+    qkv = torch.randn(9, 2, 12)  # per group: two queries, a key, a value of size 3
+    index = [torch.tensor(column) for column in SEGMENTS["one pair"]]
+    for view in (qkv[..., 9:], qkv[..., 6:9], qkv[:, :1, 6:9], qkv.transpose(1, 2)):
+        assert torch.equal(ops.gather_prefix_kv(view, *index), view[prefix_rows(SEGMENTS["one pair"])])
+        assert torch.equal(ops.gather_prefix_kv(view, *index, total=17), view[prefix_rows(SEGMENTS["one pair"])])
+
+
+def test_gather_prefix_kv_many_rows_and_threads():
+    choose("native")
+    t, rows, k = 3000, 64, 20
+    index = [torch.tensor([0] * k), torch.tensor([2000] * k), torch.arange(k) * 50 + 2000, torch.tensor([50] * k)]
+    x = torch.randn(t, 2, rows, dtype=torch.bfloat16)
+    plain = ops.gather_prefix_kv_ref(x, *index)
+    assert torch.equal(ops.gather_prefix_kv(x, *index), plain)
+    grad = torch.randn_like(plain)
+    exact = torch.zeros(x.shape, dtype=torch.float64).index_add_(
+        0, torch.tensor(prefix_rows([c.tolist() for c in index])), grad.double())
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(torch.ops.rmega.gather_prefix_kv_backward(grad, *index, t))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert torch.equal(results[0], exact.float().to(torch.bfloat16))  # summed in fp32, rounded once
+
+
+def test_gather_prefix_kv_gradcheck_and_opcheck():
+    index = [torch.tensor(column, dtype=torch.int32) for column in SEGMENTS["one pair"]]
+    x = torch.randn(9, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: ops.gather_prefix_kv(x, *index), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: ops.gather_prefix_kv(x, *index), (x,))
+    opcheck("gather_prefix_kv", (x, *index, 17))
+    opcheck("gather_prefix_kv_backward", (torch.randn(17, 2, 3, requires_grad=True), *index, 9))
+
+
+def test_gather_prefix_kv_refuses_segments_outside():
+    choose("native")
+    x, one = torch.ones(4, 1, 1), torch.tensor([1])
+    with pytest.raises(IndexError, match=r"segment 0 has prefix 1\+1, own 3\+2 with t = 4"):
+        ops.gather_prefix_kv(x, one, one, one + 2, one + 1)
+    with pytest.raises(RuntimeError, match="total is 3, the lengths sum to 2"):
+        ops.gather_prefix_kv(x, one, one, one, one, total=3)
+    with pytest.raises(RuntimeError, match=r"\[t, g, d\]"):
+        ops.gather_prefix_kv(x[0], one, one, one, one)
