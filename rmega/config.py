@@ -5,11 +5,235 @@ Imports neither torch nor megatron-core, so that ``--help`` answers at once on a
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
 
 T = TypeVar("T")
+
+
+def _alias(short: str) -> Any:
+    return tyro.conf.arg(aliases=[f"--{short}"])
+
+
+@dataclasses.dataclass(kw_only=True)
+class ModelArgs:
+    """Model"""
+
+    hf_model: str
+    """Backbone or reward model to start from: a Hugging Face folder, a hub name, or modelscope:NAME. Geometry and
+    weights come from there."""
+    head_init: Literal["zero", "normal"] = "zero"
+    """Start of a new reward head; a folder that already is a reward model keeps its own."""
+    no_prune_last_layer: bool = False
+    """Compute the last layer for every token, not for pooled tokens only. Same rewards, slower; to measure the gain."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Linear layers: megatron-core's own, or Transformer Engine's. auto takes the latter where it is installed on a
+    CUDA machine."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class DataArgs:
+    """Data"""
+
+    data_path: tuple[str, ...]
+    """Prefixes written by tools/preprocess_pref.py. Each may be WEIGHT=PREFIX: the set is visited WEIGHT times per
+    epoch (2 = twice, 0.5 = half of it)."""
+    valid_data_path: tuple[str, ...] = ()
+    """Prefixes to evaluate on, each reported under its own name (NAME=PREFIX, or the prefix's last part)."""
+    no_share_prefix: bool = False
+    """Compute the prompt once per response instead of once per comparison. Same rewards, slower; to measure the gain."""
+    max_tokens_per_microbatch: int = 8192
+    """Most computed tokens in one forward pass; a comparison that is longer has a pass to itself."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class LossArgs:
+    """Loss"""
+
+    loss: Literal["ranking", "focal"] = "focal"
+    """ranking: -logsigmoid(d - margin). focal: the same times (1 - 2 relu(sigmoid(d) - 1/2))^2 (InternLM2)."""
+    penalty: Literal["none", "log_barrier", "l2", "center"] = "log_barrier"
+    """Keeps scores in reach: log barrier at +-5 (InternLM2), squared scores, or squared sum of a pair's scores (TRL)."""
+    penalty_weight: float = 0.01
+    """Weight of the penalty."""
+    label_smoothing: float = 0.0
+    """Probability that a label is wrong."""
+    use_margin: bool = False
+    """Subtract the difference of the ratings, where the data has ratings, inside the loss."""
+    barrier_clamp: bool = False
+    """XTuner's form of the log barrier: no gradient beyond +-4.999. By default the barrier goes on linearly."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainArgs:
+    """Training"""
+
+    train_steps: int | None = None
+    """Optimizer steps to run. This or --train-epochs."""
+    train_epochs: float | None = None
+    """Passes over the data; the last step may be smaller than a global batch."""
+    global_batch_size: int = 64
+    """Comparisons per optimizer step, over all ranks."""
+    seed: int = 42
+    """Decides the order of the data and the start of a normal head."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on CUDA and on processors whose measured bf16 matmul is the faster one, else fp32. Head, loss,
+    gradients and optimizer state are fp32 in every case."""
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
+    """torch.set_float32_matmul_precision. auto: the fastest setting that measures as exact as fp32 on this machine."""
+    log_interval: int = 10
+    """Steps between log lines."""
+    eval_interval: int = 0
+    """Steps between evaluations; 0: before and after training only."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard, under --save."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project (WANDB_MODE=offline works without network)."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class OptimizerArgs:
+    """Optimizer"""
+
+    lr: float = 2e-5
+    """Highest learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
+    lr_warmup_fraction: float = 0.03
+    """Share of the steps with a linear warm-up from 0."""
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (never on norms)."""
+    adam_beta1: float = 0.9
+    """First moment."""
+    adam_beta2: float = 0.999
+    """Second moment."""
+    adam_eps: float = 1e-8
+    """Added to the denominator."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    initial_loss_scale: float = 65536.0
+    """First loss scale of --precision fp16."""
+    max_skipped_steps: int = 10
+    """Stop after this many updates in a row were skipped for a gradient that is not finite."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class ParallelArgs:
+    """Layout"""
+
+    tensor_model_parallel_size: Annotated[int, _alias("tp")] = 1
+    """Ranks over which each layer is cut."""
+    pipeline_model_parallel_size: Annotated[int, _alias("pp")] = 1
+    """Stages of layers."""
+    virtual_pipeline_model_parallel_size: Annotated[int | None, _alias("vpp")] = None
+    """Chunks of layers per stage (interleaved schedule)."""
+    sequence_parallel: Annotated[bool, _alias("sp")] = False
+    """Cut norms and residuals along the tokens over the tensor ranks; saves memory. Needs --tp > 1."""
+    context_parallel_size: Annotated[int, _alias("cp")] = 1
+    """Only 1: a comparison's tokens are not cut over ranks."""
+    data_parallel_size: Annotated[int | None, _alias("dp")] = None
+    """Replicas. Follows from the number of processes; given, it is checked."""
+    num_layers_in_first_pipeline_stage: int | None = None
+    """Layers of the first stage, when stages are uneven."""
+    num_layers_in_last_pipeline_stage: int | None = None
+    """Layers of the last stage, when stages are uneven."""
+    pad_attention_heads: bool = False
+    """Add groups of zero heads until --tp divides the key/value heads. Exact: zero heads stay zero."""
+    use_distributed_optimizer: bool = True
+    """Cut optimizer state and update over the data-parallel ranks. Checkpoints go from any layout to any other with
+    it; without it only between runs that also do without."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass goes on."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Recompute activations in the backward pass: nothing, attention, or whole layers."""
+    distributed_timeout_minutes: float = 10.0
+    """A collective that takes longer ends the run with an error."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class CheckpointArgs:
+    """Checkpoints"""
+
+    save: str | None = None
+    """Run folder: checkpoints, metrics.jsonl, configuration."""
+    load: str | None = None
+    """Run folder to go on from: its newest good checkpoint. May be the same as --save, also when it is still empty."""
+    save_interval: int = 0
+    """Steps between checkpoints; 0: at the end only."""
+    keep_last: int = 0
+    """Remove all but this many newest checkpoints (the best one stays too); 0: keep all."""
+    exit_duration_min: float | None = None
+    """Save and leave with exit code 75 after so many minutes, for a queue that starts the job again."""
+    num_proof_comparisons: int = 16
+    """Held-out comparisons kept with a checkpoint, with which an export proves itself."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainingConfig:
+    """Train a reward model on preference data. Start it with torchrun."""
+
+    model: ModelArgs
+    data: DataArgs
+    loss: LossArgs = dataclasses.field(default_factory=LossArgs)
+    train: TrainArgs = dataclasses.field(default_factory=TrainArgs)
+    optimizer: OptimizerArgs = dataclasses.field(default_factory=OptimizerArgs)
+    parallel: ParallelArgs = dataclasses.field(default_factory=ParallelArgs)
+    checkpoint: CheckpointArgs = dataclasses.field(default_factory=CheckpointArgs)
+
+    def check(self, world_size: int) -> None:
+        """Raise ValueError, naming the flag, on anything that can be known to be wrong before a model is read."""
+        t, p = self.train, self.parallel
+        if (t.train_steps is None) == (t.train_epochs is None):
+            raise ValueError("give one of --train-steps and --train-epochs")
+        for flag, value in (("--train-steps", t.train_steps), ("--train-epochs", t.train_epochs),
+                            ("--global-batch-size", t.global_batch_size), ("--log-interval", t.log_interval),
+                            ("--max-tokens-per-microbatch", self.data.max_tokens_per_microbatch),
+                            ("--tp", p.tensor_model_parallel_size), ("--pp", p.pipeline_model_parallel_size),
+                            ("--lr", self.optimizer.lr), ("--max-skipped-steps", self.optimizer.max_skipped_steps)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{flag} {value}: must be greater than 0")
+        for flag, value in (("--weight-decay", self.optimizer.weight_decay), ("--clip-grad", self.optimizer.clip_grad),
+                            ("--penalty-weight", self.loss.penalty_weight), ("--min-lr", self.optimizer.min_lr),
+                            ("--eval-interval", t.eval_interval), ("--save-interval", self.checkpoint.save_interval),
+                            ("--keep-last", self.checkpoint.keep_last)):
+            if value < 0:
+                raise ValueError(f"{flag} {value}: must not be negative")
+        if not 0 <= self.loss.label_smoothing < 0.5:
+            raise ValueError(f"--label-smoothing {self.loss.label_smoothing}: must be in [0, 0.5)")
+        if not 0 <= self.optimizer.lr_warmup_fraction < 1:
+            raise ValueError(f"--lr-warmup-fraction {self.optimizer.lr_warmup_fraction}: must be in [0, 1)")
+        if p.context_parallel_size != 1:
+            raise ValueError(f"--cp {p.context_parallel_size}: context parallelism is not supported for reward models")
+        shards = p.tensor_model_parallel_size * p.pipeline_model_parallel_size
+        if world_size % shards:
+            raise ValueError(f"--tp {p.tensor_model_parallel_size} x --pp {p.pipeline_model_parallel_size} = {shards} "
+                             f"does not divide the {world_size} processes that were started (torchrun "
+                             "--nproc-per-node)")
+        replicas = world_size // shards
+        if p.data_parallel_size not in (None, replicas):
+            raise ValueError(f"--dp {p.data_parallel_size}: {world_size} processes leave {replicas} replicas of "
+                             f"--tp {p.tensor_model_parallel_size} x --pp {p.pipeline_model_parallel_size}")
+        if t.global_batch_size < replicas:
+            raise ValueError(f"--global-batch-size {t.global_batch_size} is smaller than the {replicas} data-parallel "
+                             "ranks")
+        if p.sequence_parallel and p.tensor_model_parallel_size == 1:
+            raise ValueError("--sp needs --tp greater than 1")
+        if p.virtual_pipeline_model_parallel_size and p.pipeline_model_parallel_size == 1:
+            raise ValueError("--vpp needs --pp greater than 1")
+        if p.overlap_grad_reduce and replicas == 1:
+            p.overlap_grad_reduce = False  # nothing to reduce, hence nothing to overlap
+        if self.checkpoint.save_interval and not self.checkpoint.save:
+            raise ValueError("--save-interval needs --save")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values, group by group."""
+        return dataclasses.asdict(self)
 
 
 def parse_args(cls: type[T], argv: Sequence[str] | None = None, *, prog: str | None = None,
@@ -18,8 +242,6 @@ def parse_args(cls: type[T], argv: Sequence[str] | None = None, *, prog: str | N
 
     A field's docstring is its help text. Ends the program with exit code 2 on a flag that is unknown or malformed.
     """
-    import tyro
-
     return tyro.cli(cls, args=argv, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,))
 
 

@@ -286,6 +286,67 @@ def epoch_order(num_comparisons: int, *, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_comparisons)
 
 
+class Mixture:
+    """Several datasets as one: dataset i is visited ``weights[i]`` times per epoch (0.5: half of it, another half in
+    another epoch). It has the vectorised accessors of a single dataset, and the order of an epoch.
+    """
+
+    def __init__(self, datasets: Sequence, weights: Sequence[float], *, seed: int) -> None:
+        self.datasets, self.weights, self.seed = list(datasets), list(weights), seed
+        self.manifest = datasets[0].manifest
+        self.prefix = datasets[0].prefix
+        self._firsts = np.cumsum([0, *(len(d) for d in datasets)])
+        if len(datasets) == 1:
+            self.document_indices = datasets[0].document_indices
+            self.sequence_lengths = datasets[0].sequence_lengths
+        else:
+            starts = np.cumsum([0, *(len(d.sequence_lengths) for d in datasets)])
+            self.document_indices = np.concatenate(
+                [d.document_indices[:-1] + s for d, s in zip(datasets, starts, strict=False)] + [starts[-1:]])
+            self.sequence_lengths = np.concatenate([d.sequence_lengths for d in datasets])
+
+    @classmethod
+    def open(cls, paths: Sequence[str], *, seed: int) -> Mixture:
+        """Open ``PREFIX`` or ``WEIGHT=PREFIX`` arguments."""
+        from rmega.data.indexed import open_preferences
+
+        datasets, weights = [], []
+        for text in paths:
+            weight, equals, prefix = text.partition("=")
+            try:
+                weights.append(float(weight) if equals else 1.0)
+            except ValueError:
+                raise ValueError(f"--data-path {text}: {weight} is not a number (WEIGHT=PREFIX)") from None
+            if not weights[-1] > 0:
+                raise ValueError(f"--data-path {text}: the weight must be greater than 0")
+            datasets.append(open_preferences(prefix if equals else text))
+        return cls(datasets, weights, seed=seed)
+
+    def __len__(self) -> int:
+        """Comparisons of one epoch."""
+        return sum(self._share(i) for i in range(len(self.datasets)))
+
+    def _share(self, i: int) -> int:
+        return max(1, round(self.weights[i] * len(self.datasets[i])))
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Numbers of the comparisons that epoch ``epoch`` visits, in order: int64 [len(self)]."""
+        if self.weights == [1.0]:
+            return epoch_order(len(self), seed=self.seed, epoch=epoch)
+        numbers = []
+        for i, dataset in enumerate(self.datasets):
+            whole, rest = divmod(self._share(i), len(dataset))
+            part = epoch_order(len(dataset), seed=self.seed + i + 1, epoch=epoch)[:rest]
+            numbers += [np.arange(len(dataset))] * whole + [part]
+            numbers[-whole - 1:] = [n + self._firsts[i] for n in numbers[-whole - 1:]]
+        return np.concatenate(numbers)[epoch_order(len(self), seed=self.seed, epoch=epoch)]
+
+    def get(self, number: int):
+        """The comparison with this number."""
+        i = int(np.searchsorted(self._firsts, number, side="right")) - 1
+        return self.datasets[i].get(number - int(self._firsts[i]))
+
+
 class Batcher:
     """The packs of any step for any data-parallel rank, without state: position is a count of consumed comparisons."""
 
@@ -317,7 +378,8 @@ class Batcher:
         while count > 0:
             epoch, offset = divmod(consumed, size)
             if self._epoch is None or self._epoch[0] != epoch:
-                self._epoch = (epoch, epoch_order(size, seed=self.seed, epoch=epoch))
+                order = getattr(self.dataset, "order", None)
+                self._epoch = (epoch, order(epoch) if order else epoch_order(size, seed=self.seed, epoch=epoch))
             part = self._epoch[1][offset : offset + count]
             out.append(part)
             consumed += len(part)

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -116,6 +119,7 @@ class RewardModel(MegatronModule):
                  post_process: bool = True, vp_stage: int | None = None, prune_last_layer: bool = True,
                  transformer_engine: bool = False) -> None:
         super().__init__(config=config)
+        self.model_type = ModelType.encoder_or_decoder  # asked for by the schedules
         self.geometry = geometry
         self.pre_process = pre_process
         self.post_process = post_process
@@ -137,6 +141,8 @@ class RewardModel(MegatronModule):
             self.reward_head = torch.nn.Linear(config.hidden_size, 1, bias=False, dtype=torch.float32)
             torch.nn.init.zeros_(self.reward_head.weight)
 
+        _mark_shards(self)
+
     def set_input_tensor(self, input_tensor: list[torch.Tensor]) -> None:
         """Called by the pipeline schedule with what the previous stage sent."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
@@ -154,3 +160,16 @@ class RewardModel(MegatronModule):
             hidden = pool_rows(hidden, batch.pooled, self.config.sequence_parallel)
         # Head and loss are fp32 in every precision: a bf16 reward of 4.03 and one of 4.04 are the same number.
         return F.linear(hidden.squeeze(1).float(), self.reward_head.weight).squeeze(1)
+
+
+def _mark_shards(model: torch.nn.Module) -> None:
+    """Say of each weight how tensor parallelism cuts it.
+
+    megatron-core does this while it initialises weights, which is skipped here because they are read from a folder;
+    unmarked, they would count on tensor rank 0 only and the gradient norm would be too small.
+    """
+    for module in model.modules():
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
+            set_tensor_model_parallel_attributes(module.weight, True, 0, getattr(module, "stride", 1) or 1)
+        elif isinstance(module, RowParallelLinear):
+            set_tensor_model_parallel_attributes(module.weight, True, 1, 1)

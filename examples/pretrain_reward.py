@@ -1,0 +1,33 @@
+"""Train a reward model. This file is the composition of a run: copy it to change what a run does.
+
+    torchrun --nproc-per-node 2 examples/pretrain_reward.py --tp 2 --pp 1 --hf-model MODEL \\
+        --data-path TRAIN_PREFIX --valid-data-path VALID_PREFIX --save RUN --train-epochs 1
+"""
+
+from __future__ import annotations
+
+import sys
+
+from rmega.config import TrainingConfig, parse_args, run_tool
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = parse_args(TrainingConfig, argv, prog="pretrain_reward.py")
+
+    from rmega import distributed
+
+    config.check(distributed.world_size())
+    from rmega.run import Run
+
+    try:
+        run = Run(config)
+        run.load_data()
+        run.build()
+        run.restore_or_start()
+        return run.train()
+    finally:
+        distributed.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))

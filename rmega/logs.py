@@ -1,0 +1,140 @@
+"""What a run says: one line and one row per interval, progress with an ETA, and the optional trackers."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rmega.distributed import log, rank
+
+# The columns of a training line, in order, and how each is printed.
+COLUMNS = {"lr": ".4e", "eta": "", "time": ".4f", "data_time": ".4f", "memory": "d", "loss": ".4f", "acc": ".4f",
+           "chosen_score_mean": ".4f", "rejected_score_mean": ".4f", "grad_norm": ".4f", "num_samples": "d",
+           "num_tokens": "d", "shared": ".3f", "fill": ".4f", "pairs/s": ".2f"}
+
+
+def duration(seconds: float) -> str:
+    """``2:59:41``; days in front where there are any."""
+    days, rest = divmod(max(0, round(seconds)), 86400)
+    clock = f"{rest // 3600}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
+    return f"{days} day{'s' if days > 1 else ''}, {clock}" if days else clock
+
+
+def memory_mb() -> int:
+    """Peak memory of this process in MB: of its GPU under CUDA, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() // 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def train_line(step: int, total: int, row: Mapping[str, Any]) -> str:
+    """``Iter(train) [   10/15230]  lr: 3.9580e-07  eta: 2:59:41  time: 0.7083 ...``"""
+    parts = []
+    for name, form in COLUMNS.items():
+        value = row.get(name)
+        if value is not None:
+            parts.append(f"{name}: {format(value, form)}")
+    return f"Iter(train) [{step:>{len(str(total))}}/{total}]  " + "  ".join(parts)
+
+
+class MetricsLog:
+    """Rows of ``metrics.jsonl`` in the run folder, and the same to TensorBoard and Weights & Biases where asked for.
+
+    Only rank 0 writes. Without a folder only the lines on the terminal remain.
+    """
+
+    def __init__(self, run: str | None, *, resumed_at: int | None = None, tensorboard: bool = False,
+                 wandb_project: str | None = None, config: Mapping[str, Any] | None = None) -> None:
+        self._file = self._board = self._wandb = None
+        if rank() != 0:
+            return
+        if run is not None:
+            path = Path(run) / "metrics.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                _drop_rows_after(path, resumed_at)
+            self._file = open(path, "a", encoding="utf-8")
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError("--tensorboard: tensorboard is not installed (pip install 'rmega[track]')") from None
+            if run is None:
+                raise ValueError("--tensorboard needs --save, where its files go")
+            self._board = SummaryWriter(str(Path(run) / "tensorboard"), purge_step=resumed_at)
+        if wandb_project:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError("--wandb-project: wandb is not installed (pip install 'rmega[track]')") from None
+            self._wandb = wandb.init(project=wandb_project, dir=run, config=dict(config or {}))
+
+    def row(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append one row {"type": kind, "step": step, ...}."""
+        if rank() != 0:
+            return
+        if self._file:
+            self._file.write(json.dumps({"type": kind, "step": step, **values}) + "\n")
+            self._file.flush()
+        name = f"{kind}/{values['name']}" if "name" in values else kind
+        numbers = {f"{name}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
+        if self._board:
+            for key, value in numbers.items():
+                self._board.add_scalar(key, value, step)
+        if self._wandb:
+            self._wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        for sink in (self._file, self._board):
+            if sink:
+                sink.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _drop_rows_after(path: Path, step: int | None) -> None:
+    """A resumed run writes the steps after its checkpoint again; a run from scratch starts an empty file."""
+    rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()] if step is not None else []
+    path.write_text("".join(f"{line}\n" for line in rows if json.loads(line).get("step", 0) <= step), encoding="utf-8")
+
+
+class Progress:
+    """A line that is rewritten on a terminal, with an ETA; silent elsewhere, where the log lines do."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self.label, self.total, self.done = label, max(total, 1), 0
+        self.start = time.monotonic()
+        self.shown = rank() == 0 and sys.stderr.isatty()
+
+    def advance(self, count: int = 1) -> None:
+        """``count`` more units are done."""
+        self.done = min(self.done + count, self.total)
+        if self.shown:
+            elapsed = time.monotonic() - self.start
+            eta = elapsed / self.done * (self.total - self.done) if self.done else 0
+            filled = 24 * self.done // self.total
+            sys.stderr.write(f"\r{self.label} [{'#' * filled}{'.' * (24 - filled)}] {self.done}/{self.total} "
+                             f"eta {duration(eta)} ")
+            sys.stderr.flush()
+
+    def clear(self) -> None:
+        """Take the line away (before another is printed)."""
+        if self.shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+def say(progress: Progress | None, message: str) -> None:
+    """Print a line on rank 0 without tearing a progress line."""
+    if progress:
+        progress.clear()
+    log(message)

@@ -1,0 +1,89 @@
+"""Which number formats this machine computes in: a short self-test decides, and the choice is printed.
+
+A CPU may run bf16 matrix products several times faster than fp32 (AMX, AVX512-BF16) or several times slower (all
+others), and ``torch.set_float32_matmul_precision("medium")`` may keep fp32 accuracy or round to bf16. Only a
+measurement tells.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SIZE = 768  # one product takes milliseconds, and is large enough for the fast kernels
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """What was chosen and what was measured (GFLOP/s of a square matrix product, error relative to fp64)."""
+
+    dtype: torch.dtype
+    matmul_precision: str
+    description: str
+
+
+def _rate(a: torch.Tensor, b: torch.Tensor, repeats: int = 5) -> float:
+    a @ b
+    best = min(_timed(a, b) for _ in range(repeats))
+    return 2 * SIZE**3 / best / 1e9
+
+
+def _timed(a: torch.Tensor, b: torch.Tensor) -> float:
+    start = time.perf_counter()
+    a @ b
+    return time.perf_counter() - start
+
+
+def _fp32_error(a: torch.Tensor, b: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((a @ b).double() - exact).norm().item() / exact.norm().item()
+
+
+def choose(precision: str = "auto", matmul_precision: str = "auto", device: torch.device | str = "cpu") -> Precision:
+    """Decide, apply torch's fp32 matmul setting, and say why.
+
+    ``precision`` auto: bf16 on CUDA (fp32 before compute capability 8), and on a CPU where bf16 products measure at
+    least 1.5 times as fast as fp32 ones. ``matmul_precision`` auto: the fastest setting whose error is at most twice
+    that of "highest".
+    """
+    if torch.device(device).type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        dtype = DTYPES.get(precision, torch.bfloat16 if fast else torch.float32)
+        setting = "highest" if matmul_precision == "auto" else matmul_precision
+        torch.set_float32_matmul_precision(setting)
+        return Precision(dtype, setting, f"{_name(dtype)}, fp32 matmul {setting}, {torch.cuda.get_device_name(device)}")
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(SIZE, SIZE, generator=generator) for _ in range(2))
+    exact = a.double() @ b.double()
+    torch.set_float32_matmul_precision("highest")
+    plain, floor = _rate(a, b), _fp32_error(a, b, exact)
+    setting, rate = ("highest", plain) if matmul_precision == "auto" else (matmul_precision, plain)
+    why = ""
+    if matmul_precision == "auto":
+        torch.set_float32_matmul_precision("medium")
+        medium, error = _rate(a, b), _fp32_error(a, b, exact)
+        if error <= 2 * floor and medium > 1.1 * plain:
+            setting, rate = "medium", medium
+        elif error > 2 * floor:
+            why = f" (medium rounds to bf16 here: error {error:.0e} against {floor:.0e})"
+    torch.set_float32_matmul_precision(setting)
+    half = _rate(a.bfloat16(), b.bfloat16())
+    dtype = DTYPES.get(precision) or (torch.bfloat16 if half >= 1.5 * rate else torch.float32)
+    return Precision(dtype, setting, f"{_name(dtype)}, fp32 matmul {setting}{why}; measured fp32 {rate:.0f}, bf16 "
+                                     f"{half:.0f} GFLOP/s on {torch.get_num_threads()} threads")
+
+
+def choose_together(precision: str, matmul_precision: str, device: torch.device) -> Precision:
+    """``choose`` on rank 0, applied on every rank, so that no two ranks differ."""
+    import torch.distributed as dist
+
+    box = [choose(precision, matmul_precision, device) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    torch.set_float32_matmul_precision(box[0].matmul_precision)
+    return box[0]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next(name for name, value in DTYPES.items() if value is dtype)

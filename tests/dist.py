@@ -1,0 +1,91 @@
+"""Run a function on several gloo ranks from a test: ``run_distributed(fn, world_size, *args)``.
+
+The worker processes stay alive between calls, because importing torch and megatron-core costs seconds; a call that
+fails or takes too long ends them, and the next call starts fresh ones.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+
+_context = multiprocessing.get_context("spawn")
+_workers: list[tuple] = []
+
+
+def _serve(pipe) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        rank, world_size, port, module, name, args = job
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
+        try:
+            fn = getattr(importlib.import_module(module), name)
+            pipe.send(("ok", fn(rank, world_size, *args)))
+        except BaseException:  # the test's own process reports it
+            pipe.send(("error", traceback.format_exc()))
+        finally:
+            from rmega import distributed
+
+            distributed.finish()
+
+
+def _stop() -> None:
+    for process, pipe in _workers:
+        process.kill()
+        pipe.close()
+    _workers.clear()
+
+
+atexit.register(_stop)
+
+
+def run_distributed(fn, world_size: int, *args, timeout: float = 240.0) -> list:
+    """Call the module-level ``fn(rank, world_size, *args)`` on ``world_size`` processes; their results in rank order.
+
+    Raises RuntimeError with the first failing rank's traceback, or after ``timeout`` seconds.
+    """
+    while len(_workers) < world_size:
+        mine, theirs = _context.Pipe()
+        process = _context.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        _workers.append((process, mine))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for rank in range(world_size):
+        _workers[rank][1].send((rank, world_size, port, fn.__module__, fn.__qualname__, args))
+    results: dict[int, object] = {}
+    deadline = time.monotonic() + timeout
+    while len(results) < world_size:
+        for rank in range(world_size):
+            process, pipe = _workers[rank]
+            if rank in results:
+                continue
+            if pipe.poll(0.02):
+                try:
+                    status, value = pipe.recv()
+                except EOFError:
+                    _stop()
+                    raise RuntimeError(f"rank {rank} of {world_size} died") from None
+                if status == "error":
+                    _stop()
+                    raise RuntimeError(f"rank {rank} of {world_size} failed:\n{value}")
+                results[rank] = value
+        if time.monotonic() > deadline:
+            _stop()
+            raise RuntimeError(f"no answer from ranks {sorted(set(range(world_size)) - set(results))} of {world_size} "
+                               f"after {timeout} s")
+    return [results[rank] for rank in range(world_size)]
