@@ -87,7 +87,7 @@ class Stage(torch.nn.Module):
             if name.startswith("embedding"):
                 if 0 not in layers:
                     continue
-                shape[0] = vocab or shape[0]
+                shape[0] = vocab * tp_size if vocab else shape[0]
             if name.startswith(("decoder.final", "reward_head")) and geometry.num_layers - 1 not in layers:
                 continue
             if name.startswith("decoder.layers."):
