@@ -91,7 +91,7 @@ class PreferenceDataset:
         first, end = int(self.document_indices[index]), int(self.document_indices[index + 1])
         starts = self._pointers[first:end] // self._tokens.itemsize
         lengths = self.sequence_lengths[first:end]
-        parts = [self._tokens[s:s + n] for s, n in zip(starts.tolist(), lengths.tolist())]
+        parts = [self._tokens[s:s + n] for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
         scores = np.asarray(self.scores[first:end])
         return StoredComparison(prefix=parts[0], suffixes=parts[1:], scores=scores[1:], graded=bool(scores[0]),
                                 source=self.sources[int(self.source_ids[index])])
@@ -162,7 +162,7 @@ def _open_index(path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         raise ValueError(f"{path}: not a Megatron index file")
     _, version, code, sequences, documents = _HEADER.unpack(head)
     if version != 1 or code != _INT32_CODE or documents < 1:
-        raise ValueError(f"{path}: a Megatron index of version {version}, type {code}; expected 1, {_INT32_CODE} (int32)")
+        raise ValueError(f"{path}: a Megatron index of version {version}, type {code}; expected 1, {_INT32_CODE}")
     need = _HEADER.size + 12 * sequences + 8 * documents
     if size < need:
         raise ValueError(f"{path}: {size} bytes, its header needs {need}: cut short")
@@ -204,27 +204,30 @@ class PreferenceWriter:
         """Append one comparison."""
         parts = [comparison.prefix, *comparison.suffixes]
         assert len(comparison.scores) == len(comparison.suffixes) and all(len(s) for s in comparison.suffixes)
-        self.add_many(b"".join(np.asarray(p, dtype=np.int32).tobytes() for p in parts),
-                      np.array([len(p) for p in parts], np.int32),
-                      np.array([float(comparison.graded), *comparison.scores], np.float32),
-                      np.array([len(parts)], np.int64), np.array([source_id], np.uint16))
+        self.add_tokens(np.concatenate(parts))
+        self.add_documents(np.array([len(p) for p in parts]), np.array([float(comparison.graded), *comparison.scores]),
+                           np.array([len(parts)]), np.array([source_id]))
 
-    def add_many(self, tokens: bytes | memoryview, lengths: np.ndarray, scores: np.ndarray, num_sequences: np.ndarray,
-                 source_ids: np.ndarray) -> None:
-        """Append comparisons: int32 ids as bytes, per sequence lengths and scores, per document the other two."""
+    def add_tokens(self, tokens: np.ndarray) -> None:
+        """Append ids of whole comparisons, which `add_documents` then describes."""
+        self._bin.write(np.ascontiguousarray(tokens, np.int32).data)
+
+    def add_documents(self, lengths: np.ndarray, scores: np.ndarray, num_sequences: np.ndarray,
+                      source_ids: np.ndarray) -> None:
+        """Describe comparisons: per sequence its length and score, per document its sequences and source."""
         assert len(lengths) == len(scores) == num_sequences.sum() and len(num_sequences) == len(source_ids)
-        self._bin.write(tokens)
-        self._lengths.append(lengths.astype(np.int32, copy=True))
-        self._scores.append(scores.astype(np.float32, copy=True))
-        self._num_sequences.append(num_sequences.astype(np.int64, copy=True))
-        self._source_ids.append(source_ids.astype(np.uint16, copy=True))
+        self._lengths.append(np.asarray(lengths, np.int32))
+        self._scores.append(np.asarray(scores, np.float32))
+        self._num_sequences.append(np.asarray(num_sequences, np.int64))
+        self._source_ids.append(np.asarray(source_ids, np.uint16))
 
-    def close(self, manifest: dict[str, Any]) -> None:
-        """Finish: index, scores, checksums, then rename everything into place."""
+    def seal(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Write everything under temporary names, with checksums; returns the manifest."""
         self._bin.close()
         prefix = self.prefix
-        num_sequences = _concatenate(self._num_sequences, np.int64)
-        write_index(f"{prefix}.idx.tmp", _concatenate(self._lengths, np.int32), num_sequences)
+        lengths = _concatenate(self._lengths, np.int32)
+        assert os.path.getsize(f"{prefix}.bin.tmp") == 4 * int(lengths.sum(dtype=np.int64)), "tokens without document"
+        write_index(f"{prefix}.idx.tmp", lengths, _concatenate(self._num_sequences, np.int64))
         _save_npy(f"{prefix}.scores.npy.tmp", _concatenate(self._scores, np.float32))
         _save_npy(f"{prefix}.sources.npy.tmp", _concatenate(self._source_ids, np.uint16))
         manifest = {"format_version": FORMAT_VERSION, **manifest,
@@ -232,10 +235,21 @@ class PreferenceWriter:
         with open(f"{prefix}{MANIFEST_SUFFIX}.tmp", "w", encoding="utf-8") as stream:
             json.dump(manifest, stream, ensure_ascii=False, indent=1)
             stream.write("\n")
-        if os.path.exists(prefix + MANIFEST_SUFFIX):
-            os.remove(prefix + MANIFEST_SUFFIX)  # from here on the earlier dataset is gone, never a mixture of both
+        return manifest
+
+    def publish(self) -> None:
+        """Put the sealed files in place, the manifest last."""
+        manifest = self.prefix + MANIFEST_SUFFIX
+        if os.path.exists(manifest):
+            os.remove(manifest)  # from here on the earlier dataset is gone, never a mixture of both
         for suffix in (*DATA_SUFFIXES, MANIFEST_SUFFIX):
-            os.replace(f"{prefix}{suffix}.tmp", prefix + suffix)
+            os.replace(f"{self.prefix}{suffix}.tmp", self.prefix + suffix)
+
+    def close(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """`seal` and `publish`."""
+        manifest = self.seal(manifest)
+        self.publish()
+        return manifest
 
     def abort(self) -> None:
         """Remove the temporary files."""
@@ -272,6 +286,20 @@ def write_index(path: str, lengths: np.ndarray, num_sequences: np.ndarray) -> No
         stream.write(_HEADER.pack(_MAGIC, 1, _INT32_CODE, len(lengths), len(documents)))
         for array in (lengths, pointers, documents):
             array.tofile(stream)
+
+
+def count_pairs(document_indices: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """int64 [N]: pairs of responses with different scores of each comparison. ``scores`` [S] as stored."""
+    document_indices, scores = np.asarray(document_indices), np.asarray(scores)
+    responses = np.diff(document_indices) - 1
+    pairs = np.zeros(len(responses), np.int64)
+    for k in np.unique(responses):
+        which = np.flatnonzero(responses == k)
+        for i in range(k):
+            for j in range(i + 1, k):
+                first = document_indices[which] + 1
+                pairs[which] += scores[first + i] != scores[first + j]
+    return pairs
 
 
 def checksum(path: str) -> str:

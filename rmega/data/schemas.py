@@ -1,0 +1,354 @@
+"""The schemas of preference sets: how each is recognised by its columns, and how its row becomes a comparison."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rmega.data.records import (
+    Comparison,
+    Message,
+    Rejected,
+    as_messages,
+    as_number,
+    as_text,
+    assistant,
+    field_of,
+    is_messages,
+    make_comparison,
+    ratings_of,
+    split_prompt,
+    user,
+    with_system,
+)
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Schema:
+    """One way to lay out a preference row."""
+
+    name: str
+    columns: str
+    """The columns, for messages to the user."""
+    fits: Callable[[Row], bool]
+    """True if the row looks like this schema; never raises."""
+    convert: Callable[[Row], Comparison]
+    """The row as a comparison; raises `Rejected`."""
+    groups_by: str | None = None
+    """Adjacent rows with the same value in this column are one comparison (``convert`` gets ``{"rows": [...]}``)."""
+
+
+# ---- prompt, chosen, rejected
+
+def _pair(row: Row, prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> Comparison:
+    scores, graded, notes = ratings_of(row)
+    tools, tool_notes = _tools(row)
+    return make_comparison(with_system(row, prompt), [chosen, rejected], scores, graded=graded, tools=tools,
+                           notes=notes + tool_notes)
+
+
+def _tools(row: Row) -> tuple[list[Any] | None, list[str]]:
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            return None, ["a tools column that is not JSON: left out"]
+    return (tools, []) if isinstance(tools, list) and tools else (None, [])
+
+
+def _messages(row: Row) -> Comparison:
+    sides = [as_messages(field_of(row, name), name) for name in ("chosen", "rejected")]
+    given = row.get("prompt")
+    if isinstance(given, list) and given:
+        prompt = as_messages(given, "prompt")
+        sides = [s[len(prompt):] if s[:len(prompt)] == prompt else s for s in sides]
+        return _pair(row, prompt, *sides)
+    if all(s[0]["role"] == "assistant" for s in sides):
+        return _pair(row, [user(as_text(field_of(row, "prompt", "question", "instruction"), "prompt"))], *sides)
+    prompt, sides = split_prompt(sides)
+    return _pair(row, prompt, *sides)
+
+
+def _strings(row: Row) -> Comparison:
+    given = field_of(row, "prompt", "question", "instruction", "query")
+    prompt = as_messages(given, "prompt") if isinstance(given, list) else [user(as_text(given, "prompt"))]
+    chosen, rejected = (as_text(field_of(row, name), name) for name in ("chosen", "rejected"))
+    return _pair(row, prompt, [assistant(chosen)], [assistant(rejected)])
+
+
+def _strings_with_prompt(row: Row) -> Comparison:
+    chosen, rejected = (as_text(field_of(row, name), name) for name in ("chosen", "rejected"))
+    prompt = row.get("prompt")
+    if isinstance(prompt, str) and prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
+        cut = len(prompt)
+    else:
+        cut = _shared_length(chosen, rejected)
+    return _pair(row, [user(chosen[:cut])], [assistant(chosen[cut:])], [assistant(rejected[cut:])])
+
+
+def _shared_length(a: str, b: str) -> int:
+    """Length of the longest common beginning that ends where a word ends."""
+    end = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        end += 1
+    while 0 < end and not a[end - 1:end].isspace() and not (a[end:end + 1].isspace() and b[end:end + 1].isspace()):
+        end -= 1
+    return end
+
+
+_HH_TURN = re.compile(r"(?:\A|\n\n) ?(Human|Assistant|System):")
+_HH_ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
+
+
+def parse_hh(text: str, name: str) -> list[Message]:
+    """Messages of a dialogue written with ``\\n\\nHuman:`` and ``\\n\\nAssistant:``."""
+    parts = _HH_TURN.split(text)
+    if parts[0].strip() or len(parts) < 3:
+        raise Rejected("wrong_type", f"{name} does not begin with Human: or Assistant:")
+    return [{"role": _HH_ROLES[role], "content": content.strip()}
+            for role, content in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def _hh(row: Row) -> Comparison:
+    sides = [as_text(field_of(row, name), name) for name in ("chosen", "rejected")]
+    prompt = row.get("prompt")
+    if isinstance(prompt, str) and prompt and not all(s.startswith(prompt) for s in sides):
+        sides = [prompt + s for s in sides]
+    shared, rests = split_prompt([parse_hh(s, n) for s, n in zip(sides, ("chosen", "rejected"), strict=True)])
+    return _pair(row, shared, *rests)
+
+
+def _many_against_many(row: Row) -> Comparison:
+    """RM-Bench and RewardBench 2: lists of chosen and of rejected responses; any chosen beats any rejected."""
+    groups = []
+    for name in ("chosen", "rejected"):
+        values = field_of(row, name)
+        values = values if isinstance(values, list) else [values]
+        groups.append([[assistant(as_text(v, f"{name}[{i}]"))] for i, v in enumerate(values)])
+    if not groups[0] or not groups[1]:
+        raise Rejected("too_few_responses", "an empty list of chosen or rejected")
+    given = field_of(row, "prompt", "question")
+    prompt = as_messages(given, "prompt") if isinstance(given, list) else [user(as_text(given, "prompt"))]
+    return make_comparison(with_system(row, prompt), groups[0] + groups[1],
+                           [1.0] * len(groups[0]) + [0.0] * len(groups[1]), graded=False)
+
+
+# ---- sharegpt, Alpaca
+
+def _sharegpt(row: Row) -> Comparison:
+    prompt = as_messages(field_of(row, "conversations", "messages"), "conversations")
+    sides = []
+    for name in ("chosen", "rejected"):
+        value = field_of(row, name)
+        sides.append([assistant(value)] if isinstance(value, str) else as_messages(value, name))
+    return _pair(row, prompt, *sides)
+
+
+def _alpaca(row: Row) -> Comparison:
+    output = row.get("output")
+    pair = output if isinstance(output, list) else [field_of(row, "chosen"), field_of(row, "rejected")]
+    if len(pair) < 2:
+        raise Rejected("too_few_responses", "output")
+    prompt: list[Message] = []
+    for turn in row.get("history") or []:
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2:
+            raise Rejected("wrong_type", "history is not a list of [question, answer]")
+        prompt += [user(as_text(turn[0], "history")), assistant(as_text(turn[1], "history"))]
+    question = as_text(field_of(row, "instruction"), "instruction")
+    extra = row.get("input")
+    if extra is not None and as_text(extra, "input"):
+        question = f"{question}\n{extra}" if question else extra
+    prompt.append(user(question))
+    answers = [[assistant(as_text(p, f"response {i}"))] for i, p in enumerate(pair, 1)]
+    if len(answers) == 2:
+        return _pair(row, prompt, *answers)
+    return make_comparison(with_system(row, prompt), answers, [float(-i) for i in range(len(answers))], graded=False)
+
+
+# ---- several responses with scores or ranks
+
+_RESPONSE_LISTS = ("responses", "answers", "completions", "candidates")
+_RESPONSE_TEXTS = ("content", "response", "answer", "text", "completion", "message")
+_SCORES = ("score", "overall_score", "rating", "reward")
+
+
+def _response_list(row: Row) -> list[Any] | None:
+    for name in _RESPONSE_LISTS:
+        value = row.get(name)
+        if isinstance(value, list) and value:
+            return value
+    return None
+
+
+def _is_ranked(row: Row) -> bool:
+    values = _response_list(row)
+    if values is None:
+        return False
+    if isinstance(values[0], dict):
+        return any(k in values[0] for k in (*_SCORES, "rank"))
+    return any(isinstance(row.get(k), list) for k in ("scores", "ratings", "ranks", "rank"))
+
+
+def _ranked(row: Row) -> Comparison:
+    values = _response_list(row)
+    if values is None:
+        raise Rejected("missing_field", "responses")
+    by_rank = False
+    responses: list[list[Message]] = []
+    scores: list[float] = []
+    if all(isinstance(v, dict) for v in values):
+        by_rank = not any(k in v for v in values for k in _SCORES)
+        for i, value in enumerate(values):
+            text = field_of(value, *_RESPONSE_TEXTS)
+            responses.append([assistant(text)] if isinstance(text, str) else as_messages(text, f"responses[{i}]"))
+            scores.append(_score(field_of(value, *(("rank",) if by_rank else _SCORES)), i))
+    else:
+        by_rank = not any(isinstance(row.get(k), list) for k in ("scores", "ratings"))
+        given = field_of(row, *(("ranks", "rank") if by_rank else ("scores", "ratings")))
+        if not isinstance(given, list) or len(given) != len(values):
+            raise Rejected("wrong_type", f"{len(values)} responses, but not as many scores")
+        for i, value in enumerate(values):
+            responses.append([assistant(value)] if isinstance(value, str) else as_messages(value, f"responses[{i}]"))
+            scores.append(_score(given[i], i))
+    if by_rank:  # rank 1 is the best
+        scores = [len(scores) - s for s in scores]
+    return make_comparison(with_system(row, _any_prompt(row)), responses, scores, graded=not by_rank, ordered=False)
+
+
+def _score(value: Any, index: int) -> float:
+    number = as_number(value)
+    if number is None:
+        raise Rejected("wrong_type", f"the score of response {index + 1} is not a number")
+    return number
+
+
+def _any_prompt(row: Row) -> list[Message]:
+    given = field_of(row, "prompt", "instruction", "question", "context", "conversations")
+    if isinstance(given, str) and given.lstrip().startswith("Human:"):
+        messages = parse_hh(given if given.startswith("\n\n") else "\n\n" + given.lstrip(), "prompt")
+        if messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
+            messages.pop()
+        return messages
+    return [user(given)] if isinstance(given, str) else as_messages(given, "prompt")
+
+
+def _two_rated(row: Row) -> Comparison:
+    """HelpSteer 2 and 3 preferences: a strength from -3 (the first is much better) to 3 (the second is)."""
+    responses = [field_of(row, *names) for names in (("response_1", "response1"), ("response_2", "response2"))]
+    strength = as_number(field_of(row, "preference_strength", "overall_preference"))
+    if strength is None:
+        raise Rejected("wrong_type", "the strength of the preference is not a number")
+    prompt = _any_prompt({k: row.get(k) for k in ("prompt", "context")})
+    return make_comparison(with_system(row, prompt), [[assistant(as_text(r, "response"))] for r in responses],
+                           [max(-strength, 0.0), max(strength, 0.0)], graded=True, ordered=False)
+
+
+def _rated_rows(row: Row) -> Comparison:
+    """HelpSteer: a row per response; the rows of one prompt follow each other."""
+    rows = row["rows"]
+    responses, scores = [], []
+    for i, r in enumerate(rows):
+        responses.append([assistant(as_text(field_of(r, "response"), "response"))])
+        scores.append(_score(field_of(r, "helpfulness"), i))
+    return make_comparison(_any_prompt(rows[0]), responses, scores, graded=True, ordered=False)
+
+
+# ---- recognition
+
+def _texts(row: Row, *names: str) -> bool:
+    return all(isinstance(row.get(n), str) for n in names)
+
+
+def _is_hh(row: Row) -> bool:
+    return _texts(row, "chosen", "rejected") and any(
+        row[n].lstrip().startswith("Human:") or "\n\nHuman:" in row[n] for n in ("chosen", "rejected")) or (
+        _texts(row, "prompt", "chosen", "rejected") and row["prompt"].startswith("\n\nHuman:"))
+
+
+def _has_prompt_inside(row: Row) -> bool:
+    if not _texts(row, "chosen", "rejected"):
+        return False
+    prompt = row.get("prompt")
+    if prompt is None:
+        return not any(row.get(n) is not None for n in ("question", "instruction", "query"))
+    return isinstance(prompt, str) and len(prompt) > 1 and all(
+        row[n].startswith(prompt) and len(row[n]) > len(prompt) for n in ("chosen", "rejected"))
+
+
+def _is_pair_of_messages(row: Row) -> bool:
+    return is_messages(row.get("chosen")) and is_messages(row.get("rejected"))
+
+
+SCHEMAS: tuple[Schema, ...] = (
+    Schema("sharegpt", "conversations, chosen, rejected",
+           lambda r: is_messages(r.get("conversations")) and "chosen" in r and "rejected" in r, _sharegpt),
+    Schema("argilla", "prompt, chosen, rejected (messages), chosen-rating, rejected-rating",
+           lambda r: _is_pair_of_messages(r) and "chosen-rating" in r, _messages),
+    Schema("orpo-dpo-mix", "source, prompt, question, chosen, rejected (messages)",
+           lambda r: _is_pair_of_messages(r) and {"question", "source"} <= r.keys(), _messages),
+    Schema("messages", "prompt, chosen, rejected (messages), or the prompt inside chosen and rejected",
+           _is_pair_of_messages, _messages),
+    Schema("hh", "chosen, rejected (strings with Human: and Assistant:)", _is_hh, _hh),
+    Schema("alpaca", "instruction, input, chosen, rejected, or output = [better, worse]",
+           lambda r: _texts(r, "instruction") and (_texts(r, "chosen", "rejected") or isinstance(r.get("output"), list)
+                                                   and "prompt" not in r), _alpaca),
+    Schema("many-against-many", "prompt, chosen, rejected (lists of strings): RM-Bench, RewardBench 2",
+           lambda r: all(isinstance(r.get(n), list) and r[n] and isinstance(r[n][0], str)
+                         for n in ("chosen", "rejected")), _many_against_many),
+    Schema("helpsteer-preference", "prompt or context, response_1, response_2, preference_strength",
+           lambda r: ("response_1" in r or "response1" in r)
+           and ("preference_strength" in r or "overall_preference" in r), _two_rated),
+    Schema("helpsteer", "prompt, response, helpfulness (a row per response)",
+           lambda r: _texts(r, "prompt", "response") and "helpfulness" in r, _rated_rows, groups_by="prompt"),
+    Schema("ranked", "prompt, responses with score or rank: also Nectar and UltraFeedback's completions",
+           _is_ranked, _ranked),
+    Schema("strings-with-prompt", "chosen, rejected (strings that begin with the prompt)", _has_prompt_inside,
+           _strings_with_prompt),
+    Schema("strings", "prompt, chosen, rejected (strings): also RewardBench",
+           lambda r: _texts(r, "chosen", "rejected") and not {"prompt", "question", "query"}.isdisjoint(r), _strings),
+)
+SCHEMA_NAMES = tuple(s.name for s in SCHEMAS)
+
+
+def schema_named(name: str) -> Schema:
+    """The schema ``--format`` names; ValueError lists the names."""
+    for schema in SCHEMAS:
+        if schema.name == name:
+            return schema
+    raise ValueError(f"--format {name}: unknown; known are {', '.join(SCHEMA_NAMES)}")
+
+
+def recognise(rows: Sequence[Row]) -> Schema | None:
+    """The schema that most of the rows look like (the earlier one where two fit alike), or None."""
+    best, most = None, 0
+    for schema in SCHEMAS:
+        count = sum(schema.fits(row) for row in rows)
+        if count > most:
+            best, most = schema, count
+    return best
+
+
+def prompt_of(row: Row, schema: Schema) -> list[Message]:
+    """The prompt of a row, also of one whose responses make no comparison; raises `Rejected`."""
+    try:
+        return schema.convert({"rows": [row, row]} if schema.groups_by and "rows" not in row else row).prompt
+    except Rejected:
+        return _any_prompt(row["rows"][0] if schema.groups_by and "rows" in row else row)
+
+
+def source_of(row: Row, default: str) -> str:
+    """The name of the part of the set that a row comes from: its ``source`` or ``subset``, else ``default``."""
+    for name in ("source", "subset", "domain"):
+        value = row.get(name)
+        if isinstance(value, str) and 0 < len(value) <= 100:
+            return value
+    return default
+

@@ -1,0 +1,320 @@
+"""Comparison -> token ids: chat template, reward token, special-token text in user data, over-length policy.
+
+The ids of a conversation are what transformers' ``apply_chat_template`` gives, then the reward token, whose hidden
+state the reward is read from. A comparison is stored as the longest common prefix of its conversations and a suffix per
+response; the suffix always holds at least the reward token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rmega.data.records import Comparison, Message, Rejected
+
+OVERLONG_POLICIES = ("left-prompt", "right", "drop", "error")
+
+DEFAULT_TEMPLATE = ("{{ bos_token if bos_token else '' }}{% for message in messages %}"
+                    "{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}")
+"""For tokenizers that have no chat template."""
+
+_REWARD_TOKENS = ("[UNUSED_TOKEN_130]", "<|reserved_special_token_0|>", "<|endoftext|>", "</s>")
+_PAD_TOKENS = ("<|finetune_right_pad_id|>",)
+_CONTROL_TEXT = re.compile(r"<\|[^|<>\s]+\|>|\[UNUSED_TOKEN_\d+\]|<(?:s|/s|unk|pad|bos|eos)>")
+_PROBES = ("The quick brown fox doesn't jump over 12345 lazy dogs.", "  two spaces,\ttab\n\n\nnew lines  \n",
+           "你好，世界！今天天气很好。", "def f(x):\n    return x**2  # α ≤ β",
+           "naïve café – „Größe“ 🙂👍🏽 \u200b\u00a0", "مرحبا Привет こんにちは 안녕하세요 नमस्ते")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A comparison as ids (int32 arrays); ``notes`` are the things done to it, for the counts."""
+
+    prefix: np.ndarray
+    suffixes: list[np.ndarray]
+    notes: list[str]
+
+
+class PairTokenizer:
+    """Turns conversations and comparisons into ids, with one tokenizer, template, reward token and length limit."""
+
+    def __init__(self, tokenizer: Any, *, name: str = "", reward_token: str = "auto", chat_template: str | None = None,
+                 max_length: int | None = None, overlong: str = "left-prompt") -> None:
+        """``tokenizer`` is transformers'; ``chat_template`` the text of a template, in place of the tokenizer's own.
+
+        ``max_length`` counts the reward token; None: no limit.
+        """
+        if overlong not in OVERLONG_POLICIES:
+            raise ValueError(f"--overlong {overlong}: unknown; known are {', '.join(OVERLONG_POLICIES)}")
+        if max_length is not None and max_length < 2:
+            raise ValueError(f"--max-length {max_length}: must be at least 2 (one token and the reward token)")
+        self.tokenizer, self.name = tokenizer, name
+        self.max_length, self.overlong = max_length, overlong
+        self.messages: list[str] = []
+        """Things the user should be told, a line each."""
+        template = chat_template or _own_template(tokenizer)
+        if template is None:
+            template = DEFAULT_TEMPLATE
+            self.messages.append("the tokenizer has no chat template: a turn is written as a line 'role: content'")
+        self.template: str = template
+        self.vocab_size = len(tokenizer)
+        vocab = tokenizer.get_vocab()
+        self.reward_token_id = _find_reward_token(tokenizer, vocab, reward_token, template)
+        self.pad_token_id = _find_pad_token(tokenizer, vocab, self.reward_token_id)
+        self.fingerprint = tokenizer_fingerprint(tokenizer)
+        self.template_hash = hashlib.sha256(template.encode()).hexdigest()[:16]
+        self._control = _control_pattern(tokenizer, template, self.reward_token_id)
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._template_takes = {key for key in ("tool_calls", "tools") if key in template}
+
+    @classmethod
+    def load(cls, folder: str | Path, *, reward_token: str = "auto", chat_template: str | None = None,
+             max_length: int | None = None, overlong: str = "left-prompt",
+             trust_remote_code: bool = False) -> PairTokenizer:
+        """From a tokenizer's folder or hub name; ``chat_template`` may also name a file."""
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one process per core is the parallelism
+        from transformers import AutoTokenizer
+
+        if chat_template is not None and os.path.exists(chat_template):
+            chat_template = Path(chat_template).read_text(encoding="utf-8")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        except Exception as error:  # the hub, json and the Rust layer all raise their own kinds
+            raise ValueError(f"--tokenizer {folder}: cannot be loaded ({_first_line(error)})") from None
+        return cls(tokenizer, name=str(folder), reward_token=reward_token, chat_template=chat_template,
+                   max_length=max_length, overlong=overlong)
+
+    # ---- conversations
+
+    def escape(self, text: str) -> tuple[str, int]:
+        """Break control-token text in user data: ``<|im_end|>`` becomes ``< |im_end|>``. Also the number of breaks."""
+        count = 0
+        while True:
+            text, num = self._control.subn(lambda m: f"{m[0][0]} {m[0][1:]}" if len(m[0]) > 1 else " ", text)
+            if not num:
+                return text, count
+            count += num
+
+    def encode_conversation(self, messages: Sequence[Message], *, tools: list[Any] | None = None,
+                            max_length: int | None = None) -> list[int]:
+        """Ids of one conversation and the reward token, for scoring.
+
+        Over ``max_length`` (default: the tokenizer's own limit) the ``--overlong`` policy applies; ValueError where it
+        gives nothing. The ids equal those of the same conversation inside a stored comparison.
+        """
+        limit = max_length if max_length is not None else self.max_length
+        comparison = Comparison(prompt=list(messages[:-1]), responses=[list(messages[-1:])], scores=[0.0], tools=tools)
+        try:
+            return self._encode(comparison, limit)[0][0].tolist()
+        except Rejected as error:
+            raise ValueError(str(error)) from None
+
+    def encode_comparison(self, comparison: Comparison) -> Encoded:
+        """Prefix and suffixes; raises `Rejected`."""
+        ids, notes = self._encode(comparison, self.max_length)
+        shared = common_prefix_length(ids)
+        suffixes = [i[shared:] for i in ids]
+        first = suffixes[0]
+        if all(np.array_equal(first, s) for s in suffixes[1:]):
+            raise Rejected("identical_after_cut" if any("cut" in n for n in notes) else "identical_responses")
+        return Encoded(ids[0][:shared], suffixes, notes)
+
+    def _encode(self, comparison: Comparison, limit: int | None) -> tuple[list[np.ndarray], list[str]]:
+        notes = list(comparison.notes)
+        comparison = self._clean(comparison, notes)
+        ids = self._render(comparison)
+        if limit is None or max(map(len, ids)) <= limit:
+            return ids, notes
+        return self._shorten(comparison, ids, limit, notes), notes
+
+    def _clean(self, comparison: Comparison, notes: list[str]) -> Comparison:
+        """Escape special-token text everywhere, and write tool calls as text where the template would lose them."""
+        breaks = 0
+
+        def walk(value: Any) -> Any:
+            nonlocal breaks
+            if isinstance(value, str):
+                value, num = self.escape(value)
+                breaks += num
+                return value
+            if isinstance(value, dict):
+                return {k: walk(v) for k, v in value.items()}
+            if isinstance(value, (list, tuple)):
+                return [walk(v) for v in value]
+            return value
+
+        def clean(message: Message) -> Message:
+            if len(message) == 2:
+                return {"role": message["role"], "content": walk(message["content"])}
+            message = {k: v if k == "role" else walk(v) for k, v in message.items()}
+            if "tool_calls" in message and "tool_calls" not in self._template_takes:
+                calls = json.dumps(message.pop("tool_calls"), ensure_ascii=False, default=str)
+                message["content"] = f"{message['content']}\n{calls}" if message["content"] else calls
+                notes.append("tool calls written as text: the chat template has no place for them")
+            return message
+
+        tools = comparison.tools
+        if tools is not None and "tools" not in self._template_takes:
+            tools = None
+            notes.append("tool descriptions left out: the chat template has no place for them")
+        cleaned = replace(comparison, prompt=[clean(m) for m in comparison.prompt], tools=walk(tools),
+                          responses=[[clean(m) for m in r] for r in comparison.responses])
+        if breaks:
+            notes.append("special-token text broken up")
+        return cleaned
+
+    def _render(self, comparison: Comparison) -> list[np.ndarray]:
+        """int32 ids of each conversation, with the reward token."""
+        conversations = [comparison.prompt + r for r in comparison.responses]
+        try:
+            texts = self.tokenizer.apply_chat_template(conversations, chat_template=self.template, tokenize=False,
+                                                       tools=comparison.tools)
+        except Exception as error:  # templates raise what they like
+            raise Rejected("template", _first_line(error)) from None
+        return [self._to_ids(t) for t in texts]
+
+    def _to_ids(self, text: str) -> np.ndarray:
+        try:
+            if self._backend is not None:
+                ids = self._backend.encode(text, add_special_tokens=False).ids
+            else:
+                ids = self.tokenizer.encode(text, add_special_tokens=False)
+        except UnicodeEncodeError:
+            raise Rejected("not_utf8", "half of a surrogate pair") from None
+        return np.array([*ids, self.reward_token_id], np.int32)
+
+    # ---- over length
+
+    def _shorten(self, comparison: Comparison, ids: list[np.ndarray], limit: int, notes: list[str]) -> list[np.ndarray]:
+        longest = max(map(len, ids))
+        if self.overlong == "error":
+            raise ValueError(f"a conversation of {longest} tokens, --max-length is {limit} (--overlong error)")
+        if self.overlong == "drop":
+            raise Rejected("overlong", f"{longest} tokens")
+        if self.overlong == "left-prompt":
+            prompt = comparison.prompt
+            keep = next((i for i, m in enumerate(prompt) if m["role"] not in ("system", "developer")), len(prompt))
+            starts = [i for i, m in enumerate(prompt) if i > keep and m["role"] == "user"]
+            for start in starts:  # whole turns, oldest first; the system prompt and the last question stay
+                comparison = replace(comparison, prompt=prompt[:keep] + prompt[start:])
+                ids = self._render(comparison)
+                if max(map(len, ids)) <= limit:
+                    notes.append("cut: oldest turns of the prompt left out")
+                    return ids
+            if starts:
+                notes.append("cut: oldest turns of the prompt left out")
+            shortened = self._shorten_question(comparison, keep, limit)
+            if shortened is not None:
+                notes.append("cut: beginning of the last question left out")
+                return shortened
+        notes.append("cut: end of the response left out")
+        cut = [i if len(i) <= limit else np.append(i[:limit - 1], np.int32(self.reward_token_id)) for i in ids]
+        return cut
+
+    def _shorten_question(self, comparison: Comparison, index: int, limit: int) -> list[np.ndarray] | None:
+        """Cut the text of the message at ``index`` from its left until everything fits; None if it cannot."""
+        prompt = comparison.prompt
+        if index >= len(prompt):
+            return None
+        text = prompt[index]["content"]
+
+        def rendered(keep: int) -> list[np.ndarray]:
+            message = {**prompt[index], "content": text[len(text) - keep:]}
+            return self._render(replace(comparison, prompt=[*prompt[:index], message, *prompt[index + 1:]]))
+
+        low, high, best = 0, len(text), None
+        while low < high:  # the largest number of kept characters that fits
+            middle = (low + high) // 2
+            ids = rendered(middle)
+            if max(map(len, ids)) <= limit:
+                low, best = middle + 1, ids
+            else:
+                high = middle
+        return best
+
+    def manifest(self) -> dict[str, Any]:
+        """What a trainer or scorer must know to meet the same tokens again."""
+        return {"tokenizer": self.name, "tokenizer_fingerprint": self.fingerprint, "template_hash": self.template_hash,
+                "chat_template": self.template, "reward_token_id": self.reward_token_id,
+                "pad_token_id": self.pad_token_id, "vocab_size": self.vocab_size, "max_length": self.max_length,
+                "overlong": self.overlong}
+
+
+def common_prefix_length(sequences: Sequence[np.ndarray]) -> int:
+    """Length of the longest common prefix, at least one less than the shortest sequence's length."""
+    first = sequences[0]
+    length = min(map(len, sequences)) - 1
+    for other in sequences[1:]:
+        differ = first[:length] != other[:length]
+        if differ.any():
+            length = int(differ.argmax())
+    return length
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """16 hexadecimal digits that name a tokenizer: vocabulary, special tokens, template and behaviour on probe texts.
+
+    The probes catch a lost normaliser or pre-tokenizer, and a release of transformers that reads the files differently.
+    """
+    digest = hashlib.sha256()
+    for text, index in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
+        digest.update(f"{index}\0{text}\0".encode("utf-8", "surrogatepass"))
+    digest.update(json.dumps(sorted(map(str, tokenizer.all_special_tokens))).encode())
+    digest.update((_own_template(tokenizer) or "").encode())
+    for probe in _PROBES:
+        digest.update(np.asarray(tokenizer.encode(probe, add_special_tokens=False), np.int64).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _own_template(tokenizer: Any) -> str | None:
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template or None
+
+
+def _find_reward_token(tokenizer: Any, vocab: dict[str, int], wanted: str, template: str) -> int:
+    if wanted != "auto":
+        if wanted in vocab:
+            return vocab[wanted]
+        if wanted.isdigit() and int(wanted) < len(tokenizer):
+            return int(wanted)
+        raise ValueError(f"--reward-token {wanted}: neither a token of the tokenizer nor an id below {len(tokenizer)}")
+    for text in (*_REWARD_TOKENS, tokenizer.eos_token):
+        if text in vocab and not (text == "<|endoftext|>" and text in template):
+            return vocab[text]
+    raise ValueError("--reward-token auto: the tokenizer has none of the known ones "
+                     f"({', '.join(_REWARD_TOKENS)}) and no end-of-text token; name one")
+
+
+def _find_pad_token(tokenizer: Any, vocab: dict[str, int], reward_token_id: int) -> int:
+    candidates = [vocab.get(t) for t in _PAD_TOKENS]
+    candidates += [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0, 1]
+    return next(int(c) for c in candidates if c is not None and c != reward_token_id)
+
+
+def _control_pattern(tokenizer: Any, template: str, reward_token_id: int) -> re.Pattern[str]:
+    """Matches every added token that steers the model: special ones, the template's, and those with such a name."""
+    texts = set(tokenizer.all_special_tokens)
+    for index, token in tokenizer.added_tokens_decoder.items():
+        text = str(token)
+        steers = len(text) > 2 and not text.isalnum() and text in template
+        if token.special or index == reward_token_id or steers or _CONTROL_TEXT.fullmatch(text):
+            texts.add(text)
+    texts = {t for t in texts if t.strip()}
+    if not texts:
+        return re.compile(r"(?!)")
+    return re.compile("|".join(re.escape(t) for t in sorted(texts, key=lambda t: (-len(t), t))))
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

@@ -1,0 +1,20 @@
+"""Preference data of any common schema -> a dataset that rmega trains on (PREFIX.bin, .idx, .json).
+
+    python tools/preprocess_pref.py --input train.jsonl.gz --tokenizer MODEL --output-prefix data/train
+"""
+
+from __future__ import annotations
+
+import sys
+
+from rmega.config import parse_args, run_tool
+
+
+def main() -> None:
+    from rmega.data.preprocess import PreprocessArgs, preprocess
+
+    preprocess(parse_args(PreprocessArgs, description=__doc__))
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
