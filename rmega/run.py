@@ -62,6 +62,7 @@ class Run:
         self.manifest = self.dataset.manifest
         for flag, dataset in [("--data-path", self.dataset), *(("--valid-data-path", d) for d in self.valid.values())]:
             self._check_manifest(flag, dataset)
+        self._check_tokenizer()
         self.steps, self.comparisons = train.total_steps(c, len(self.dataset))
         shards = c.parallel.tensor_model_parallel_size * c.parallel.pipeline_model_parallel_size
         from megatron.core import parallel_state
@@ -83,14 +84,30 @@ class Run:
         if manifest["vocab_size"] > self.geometry.vocab_size:
             raise ValueError(f"{flag} {dataset.prefix}: was written with a tokenizer of {manifest['vocab_size']} ids, "
                              f"the model {self.folder} knows {self.geometry.vocab_size}")
-        check_length(self.geometry, manifest["max_length"])
+        check_length(self.geometry, manifest["max_length"] or int(dataset.sequence_lengths.max()))
         for field in ("tokenizer_fingerprint", "reward_token_id"):
             if manifest[field] != self.manifest[field]:
                 raise ValueError(f"{flag} {dataset.prefix}: {field} {manifest[field]} differs from that of "
                                  f"{self.dataset.prefix} ({self.manifest[field]}); preprocess both alike")
-        from rmega.data.tokenize import check_fingerprint
 
-        check_fingerprint(manifest, self.folder, flag=flag)
+    def _check_tokenizer(self) -> None:
+        """The data must have been written with the model's own tokenizer. Read on rank 0, known to all."""
+        import torch.distributed as dist
+
+        problem: list[str | None] = [None]
+        if distributed.rank() == 0 and any((self.folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model")):
+            from transformers import AutoTokenizer
+
+            from rmega.data.tokenize import tokenizer_fingerprint
+
+            own = tokenizer_fingerprint(AutoTokenizer.from_pretrained(str(self.folder)))
+            if own != self.manifest["tokenizer_fingerprint"]:
+                problem = [f"--data-path {self.dataset.prefix}: was written with the tokenizer {self.manifest['tokenizer']} "
+                           f"({self.manifest['tokenizer_fingerprint']}), which is not that of --hf-model {self.folder} "
+                           f"({own})"]
+        dist.broadcast_object_list(problem, src=0)
+        if problem[0]:
+            raise ValueError(problem[0])
 
     def build(self) -> None:
         """Model, gradient buffers, optimizer and schedule; weights from the Hugging Face folder."""

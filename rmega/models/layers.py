@@ -24,6 +24,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -67,11 +68,11 @@ class RMSNorm(torch.nn.Module):
         return ops.rms_norm(x, self.weight, self.eps)
 
 
-class SwiGLU(torch.nn.Module):
+class SwiGLU(MegatronModule):
     """silu(gate) * up for x = [gate, up] along the last axis."""
 
     def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
+        super().__init__(config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.swiglu(x)

@@ -147,6 +147,14 @@ class RewardModel(MegatronModule):
         """Called by the pipeline schedule with what the previous stage sent."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
+        """megatron-core's; weights of padded heads may be longer or shorter in a checkpoint of another layout."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for name, value in state.items():
+            if name.endswith(("linear_qkv.weight", "linear_proj.weight")):
+                value.allow_shape_mismatch = True
+        return state
+
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """[n] fp32 rewards on the last stage, else hidden states [t(/tp), 1, h]."""
         cos, sin = rotary_tables(batch.position_ids, self.speeds, self.config.params_dtype)
