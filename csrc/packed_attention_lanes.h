@@ -1,9 +1,17 @@
 // The elementwise half of packed attention, written in 16-float vectors that the compiler lowers to what a CPU has.
-// packed_attention.cpp includes this file once per instruction set, with LANES (a namespace) and LANES_TARGET (a
-// function attribute) defined. No standard header may be included here.
-namespace LANES {
+// packed_attention.cpp includes this file once per instruction set, with LANES (a class) and LANES_TARGET (a function
+// attribute) defined: vectors are lowered where they are written, so a template over the instruction set would not do.
+#ifndef RMEGA_SHUFFLE
+#ifdef __clang__
+#define RMEGA_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define RMEGA_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, v16i{__VA_ARGS__})
+#endif
+#endif
 
-#define LANES_INLINE LANES_TARGET inline __attribute__((always_inline))
+struct LANES {
+
+#define LANES_INLINE LANES_TARGET __attribute__((always_inline))
 
 typedef float v16f __attribute__((vector_size(64)));
 typedef float v8f __attribute__((vector_size(32)));
@@ -15,63 +23,67 @@ typedef float v16f_mem __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t v16u_mem __attribute__((vector_size(64), aligned(2), may_alias));
 typedef uint16_t v16h_mem __attribute__((vector_size(32), aligned(2), may_alias));
 
-static LANES_INLINE v16f load(const float* p) { return *reinterpret_cast<const v16f_mem*>(p); }
-static LANES_INLINE void store(float* p, v16f x) { *reinterpret_cast<v16f_mem*>(p) = x; }
-static LANES_INLINE v16f splat(float x) { return v16f{} + x; }
-static LANES_INLINE v16f max(v16f a, v16f b) { return a > b ? a : b; }
-static LANES_INLINE v16i lane_index() { return v16i{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+LANES_INLINE static v16f load(const float* p) { return *reinterpret_cast<const v16f_mem*>(p); }
+LANES_INLINE static void store(float* p, v16f x) { *reinterpret_cast<v16f_mem*>(p) = x; }
+LANES_INLINE static v16f splat(float x) { return v16f{} + x; }
+LANES_INLINE static v16f max(v16f a, v16f b) { return a > b ? a : b; }
+LANES_INLINE static v16i lane_index() { return v16i{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 
-static LANES_INLINE float sum_of(v16f x) {
-  const v8f half = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-                   __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-  const v4f y = __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
-  return (y[0] + y[1]) + (y[2] + y[3]);
+LANES_INLINE static float sum_of(v16f x) {
+  v8f half[2];
+  __builtin_memcpy(half, &x, sizeof half);
+  half[0] += half[1];
+  v4f quarter[2];
+  __builtin_memcpy(quarter, half, sizeof quarter);
+  quarter[0] += quarter[1];
+  return (quarter[0][0] + quarter[0][1]) + (quarter[0][2] + quarter[0][3]);
 }
 
-static LANES_INLINE float max_of(v16f x) {
-  const v8f low = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
-  const v8f high = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-  const v8f half = low > high ? low : high;
-  float y[8], top;
-  __builtin_memcpy(y, &half, sizeof y);
-  top = y[0];
-  for (int i = 1; i < 8; ++i) top = y[i] > top ? y[i] : top;
-  return top;
+LANES_INLINE static float max_of(v16f x) {
+  v8f half[2];
+  __builtin_memcpy(half, &x, sizeof half);
+  half[0] = half[0] > half[1] ? half[0] : half[1];
+  v4f y[2];
+  __builtin_memcpy(y, half, sizeof y);
+  y[0] = y[0] > y[1] ? y[0] : y[1];
+  const float a = y[0][0] > y[0][1] ? y[0][0] : y[0][1], b = y[0][2] > y[0][3] ? y[0][2] : y[0][3];
+  return a > b ? a : b;
 }
 
 // 2^x for x <= 0 (a little above is fine), to 2 units in the last place; below 2^-126 it stays at 2^-126.
-static LANES_INLINE v16f exp2_of(v16f x) {
+LANES_INLINE static v16f exp2_of(v16f x) {
   x = max(x, splat(-126.0f));
   const v16f shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const v16f rounded = x + shift;
   const v16f f = x - (rounded - shift);  // in [-1/2, 1/2]
-  v16f y = splat(1.5403530e-4f);         // Taylor series of 2^f, ln(2)^n / n!
-  y = y * f + 1.3333558e-3f;
-  y = y * f + 9.6181291e-3f;
-  y = y * f + 5.5504109e-2f;
-  y = y * f + 2.4022651e-1f;
-  y = y * f + 6.9314718e-1f;
-  y = y * f + 1.0f;
+  v16f y = splat(1.327647178e-3f);       // minimax, relative error 7.5e-8
+  y = y * f + 9.675541333e-3f;
+  y = y * f + 5.550713274e-2f;
+  y = y * f + 2.402211972e-1f;
+  y = y * f + 6.931469671e-1f;
+  y = y * f + 1.000000072f;
   const v16i exponent = reinterpret_cast<v16i>(rounded) << 23;  // the low bits of `rounded` hold the integer
   return reinterpret_cast<v16f>(reinterpret_cast<v16i>(y) + exponent);
 }
 
 // Round to nearest even; the bfloat16 is in the high half of each lane.
-static LANES_INLINE v16u round_bf16(v16f x) {
+LANES_INLINE static v16u round_bf16(v16f x) {
   const v16u u = reinterpret_cast<v16u>(x);
   return u + 0x7fff + ((u >> 16) & 1);
 }
 
-static LANES_INLINE void store(uint16_t* p, v16f x) {
+LANES_INLINE static void store(uint16_t* p, v16f x) {
   *reinterpret_cast<v16h_mem*>(p) = __builtin_convertvector(round_bf16(x) >> 16, v16h);
 }
 
 LANES_TARGET static float exp2_scalar(float x) { return exp2_of(splat(x))[0]; }
 
-// One row of scores s [0, n) becomes weights p = 2^(c s - m) [0, n), zero up to padded (both multiples of 16 are
+// One row of scores s [0, n) becomes weights p = 2^(c s - m) [0, n), zero up to padded (both whole vectors are
 // readable and writable); m is the running maximum, l the running sum. Returns what earlier sums shrink by.
 template <typename T>
 LANES_TARGET static float softmax_row(const float* s, int64_t n, int64_t padded, float c, float* m, float* l, T* p) {
+  for (int64_t i = (n + 15) & ~int64_t(15); i < padded; i += 16) store(p + i, v16f{});
+  if (n <= 0) return 1.0f;
   const int64_t full = n & ~int64_t(15);
   const v16i inside = lane_index() < static_cast<int32_t>(n - full);
   const v16f lowest = splat(-1e30f);
@@ -92,7 +104,6 @@ LANES_TARGET static float softmax_row(const float* s, int64_t n, int64_t padded,
     sum += e;
     store(p + full, e);
   }
-  for (int64_t i = (n + 15) & ~int64_t(15); i < padded; i += 16) store(p + i, v16f{});
   const float shrink = before == after ? 1.0f : exp2_scalar(before - after);
   *m = after;
   *l = *l * shrink + sum_of(sum);
@@ -129,7 +140,7 @@ LANES_TARGET static void weights_and_gradients(const float* s, const float* dp, 
                                                const int32_t* limit, T* p, T* gs, uint32_t* gs_pairs) {
   for (int64_t j = 0; j < columns; j += 16) {
     const v16f shift = load(lse + j), mean = load(delta + j);
-    const v16i last = *reinterpret_cast<const v16u_mem*>(limit + j);
+    const v16i last = reinterpret_cast<v16i>(v16u(*reinterpret_cast<const v16u_mem*>(limit + j)));
     for (int64_t i = 0; i < rows; i += 2) {
       const int64_t at = i * ld + j;
       v16f p0 = exp2_of(load(s + at) * c - shift), p1 = exp2_of(load(s + at + ld) * c - shift);
@@ -166,9 +177,8 @@ LANES_TARGET static void transpose(const uint32_t* in, int64_t ld_in, int64_t ro
       for (int round = 0; round < 4; ++round) {
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
-          y[2 * i] = __builtin_shuffle(x[i], x[i + 8], v16i{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
-          y[2 * i + 1] =
-              __builtin_shuffle(x[i], x[i + 8], v16i{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+          y[2 * i] = RMEGA_SHUFFLE(x[i], x[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+          y[2 * i + 1] = RMEGA_SHUFFLE(x[i], x[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i) x[i] = y[i];
@@ -213,4 +223,4 @@ LANES_TARGET static void store_row(const float* x, int64_t n, float factor, T* o
 }
 
 #undef LANES_INLINE
-}  // namespace LANES
+};

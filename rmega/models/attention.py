@@ -136,7 +136,7 @@ def packed_attention_ref(q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike
     return out.reshape(tq, a * d)
 
 
-# ---------------------------------------------------------------------------------------------------------------- cpu
+# --------------------------------------------------------------------------------------------------------------- cpu
 
 
 def attention_parts(segments: SegmentsLike) -> list[Part]:
@@ -163,8 +163,51 @@ def attention_parts(segments: SegmentsLike) -> list[Part]:
     return segments.cache["attention_parts"]
 
 
-def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scale: float) -> Tensor:
+def packed_attention_flash(q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scale: float) -> Tensor:
+    """As packed_attention, on ATen's flash kernel for CPUs: slower than the native kernel, but always there."""
     return _FlashParts.apply(q, k, v, attention_parts(segments), scale).flatten(1)
+
+
+def packed_attention_native(q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scale: float) -> Tensor:
+    """As packed_attention, on the kernel in csrc/packed_attention.cpp: CPU, fp32 and bf16."""
+    if "table" not in segments.cache:
+        columns = [getattr(segments, name) for name in Segment._fields]
+        segments.cache["table"] = torch.stack(columns).to("cpu", torch.int32)
+    return torch.ops.rmega.packed_attention(q, k, v, segments.cache["table"], scale)[0].flatten(1)
+
+
+def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scale: float) -> Tensor:
+    if ops.active_implementation("cpu") == "reference" or not hasattr(torch.ops.rmega, "packed_attention"):
+        _say_once("attention: the native kernel is not built or not wanted: ATen's flash kernel runs instead (slower)")
+    elif q.dtype not in (torch.float32, torch.bfloat16):
+        _say_once(f"attention: the native kernel takes no {q.dtype}: ATen's flash kernel runs instead (slower)")
+    else:
+        return packed_attention_native(q, k, v, segments, scale)
+    return packed_attention_flash(q, k, v, segments, scale)
+
+
+def _native_setup(ctx, inputs, output) -> None:
+    q, k, v, table, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, table)
+    ctx.set_materialize_grads(False)
+
+
+def _native_backward(ctx, grad: Tensor | None, _: Tensor | None):
+    if grad is None:
+        return None, None, None, None, None
+    return (*torch.ops.rmega.packed_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None, None)
+
+
+if hasattr(torch.ops.rmega, "packed_attention"):  # defined by rmega._C, which rmega.ops has loaded if it is built
+    torch.library.register_fake(
+        "rmega::packed_attention",
+        lambda q, k, v, table, scale: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)),
+    )
+    torch.library.register_fake(
+        "rmega::packed_attention_backward",
+        lambda grad, q, k, v, out, lse, table, scale: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+    )
+    torch.library.register_autograd("rmega::packed_attention", _native_backward, setup_context=_native_setup)
 
 
 class _FlashParts(torch.autograd.Function):
