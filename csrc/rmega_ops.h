@@ -43,6 +43,18 @@ at::Tensor gather_prefix_kv_backward(const at::Tensor& grad, const at::Tensor& p
                                      const at::Tensor& prefix_len, const at::Tensor& own_start,
                                      const at::Tensor& own_len, int64_t t);
 
+// CPU only, float32 and bfloat16 (elementwise.cpp). rms_norm also returns 1 / rms of each row, for its backward.
+std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
+std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                     const at::Tensor& weight, const at::Tensor& inv);
+at::Tensor swiglu(const at::Tensor& x);
+at::Tensor swiglu_backward(const at::Tensor& grad, const at::Tensor& x);
+at::Tensor rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, bool backwards);
+
+// "avx512", "avx2" or "portable": the best that this CPU has, or a lower one that a test set ("" = the best again).
+std::string elementwise_isa();
+void set_elementwise_isa(const std::string& name);
+
 inline DType dtype_of(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kFloat: return DType::f32;

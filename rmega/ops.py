@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_why_not_built = ""
 try:
     from rmega import _C
 
-    _why_not_built = ""
+    if not hasattr(_C, "rms_norm"):  # the newest of its functions
+        _C, _why_not_built = None, "it was built from older sources; build it again"
 except ImportError as _error:  # not built, or built for another torch
-    _C = None
-    _why_not_built = str(_error)
+    _C, _why_not_built = None, str(_error)
 
 SCORE_RANGE = 5.0  # the log barrier holds scores inside +-SCORE_RANGE (InternLM2)
 BARRIER_EDGE = 1e-3  # from SCORE_RANGE - BARRIER_EDGE outwards the barrier is continued
@@ -285,14 +286,21 @@ _register("gather_prefix_kv_backward", f"(Tensor grad, {_SEGMENTS}, SymInt t) ->
 
 
 # ---- fused elementwise ------------------------------------------------------------------------------------------
+# Their kernels are the CPU's, for fp32 and bf16: elsewhere ("native" or not) these three are plain torch.
+
+
+def _native_elementwise(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and _native(x.device)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``weight * (x / sqrt(mean(x^2) + eps))`` over the last dimension of ``x`` [..., h]; ``weight`` [h].
+    """``weight * (x / sqrt(mean(x^2) + eps))`` over the last dimension of ``x`` [..., h]; ``weight`` [h], x's dtype.
 
     Statistics in fp32, the normalised value rounded to x's dtype before the product (Hugging Face's LlamaRMSNorm).
     """
-    return rms_norm_ref(x, weight, eps)
+    if not _native_elementwise(x):
+        return rms_norm_ref(x, weight, eps)
+    return torch.ops.rmega.rms_norm(x, weight, eps)[0]
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -301,9 +309,32 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+def _norm_fake(x, weight, eps):
+    h = x.shape[-1]
+    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(
+        x.numel() // h if h else 0, dtype=torch.float32)
+
+
+def _norm_setup(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+
+
+@once_differentiable
+def _norm_backward(ctx, grad, _):
+    return (*torch.ops.rmega.rms_norm_backward(grad, *ctx.saved_tensors), None)
+
+
+_register("rms_norm", "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _norm_fake, _norm_backward,
+          _norm_setup)
+_register("rms_norm_backward", "(Tensor grad, Tensor x, Tensor weight, Tensor inv) -> (Tensor, Tensor)",
+          lambda grad, x, weight, inv: (torch.empty_like(x, memory_format=torch.contiguous_format),
+                                        torch.empty_like(weight)))
+
+
 def swiglu(x: Tensor) -> Tensor:
-    """``silu(gate) * up`` for ``x`` [..., 2f] = [gate, up] -> [..., f]."""
-    return swiglu_ref(x)
+    """``silu(gate) * up`` for ``x`` [..., 2f] = [gate, up] -> [..., f]; natively in fp32 with one rounding."""
+    return torch.ops.rmega.swiglu(x) if _native_elementwise(x) else swiglu_ref(x)
 
 
 def swiglu_ref(x: Tensor) -> Tensor:
@@ -312,16 +343,47 @@ def swiglu_ref(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of each head of ``x`` [t, a, d] by the angles of its token; ``cos``, ``sin`` [t, d/2], fp32.
+def _swiglu_setup(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0])
 
-    ``[x1 cos - x2 sin, x2 cos + x1 sin]``, computed in fp32 and rounded once (Hugging Face's ``rotate_half``).
+
+@once_differentiable
+def _swiglu_backward(ctx, grad):
+    return torch.ops.rmega.swiglu_backward(grad, ctx.saved_tensors[0])
+
+
+_register("swiglu", "(Tensor x) -> Tensor", lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2), _swiglu_backward,
+          _swiglu_setup)
+_register("swiglu_backward", "(Tensor grad, Tensor x) -> Tensor",
+          lambda grad, x: torch.empty_like(x, memory_format=torch.contiguous_format))
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the halves of each head of ``x`` [t, a, d] by the angles of its token: ``[x1 cos - x2 sin, x2 cos + x1
+    sin]`` (Hugging Face's ``rotate_half``).
+
+    ``cos``, ``sin`` [t, d/2] in fp32 or x's dtype, without gradient. Natively in fp32 with one rounding; a view into a
+    fused projection is read in place.
     """
-    return rope_ref(x, cos, sin)
+    return torch.ops.rmega.rope(x, cos, sin, False) if _native_elementwise(x) else rope_ref(x, cos, sin)
 
 
 def rope_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Plain torch form of :func:`rope`."""
+    """Plain torch form of :func:`rope`, in the wider dtype of ``x`` and the tables."""
     x1, x2 = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, -1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(x.dtype)
+
+
+def _rope_setup(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1], inputs[2])
+    ctx.backwards = inputs[3]
+
+
+def _rope_backward(ctx, grad):
+    return torch.ops.rmega.rope(grad, *ctx.saved_tensors, not ctx.backwards), None, None, None
+
+
+_register("rope", "(Tensor x, Tensor cos, Tensor sin, bool backwards) -> Tensor",
+          lambda x, cos, sin, backwards: torch.empty_like(x, memory_format=torch.contiguous_format), _rope_backward,
+          _rope_setup)

@@ -410,3 +410,146 @@ def test_gather_prefix_kv_refuses_segments_outside():
         ops.gather_prefix_kv(x, one, one, one, one, total=3)
     with pytest.raises(RuntimeError, match=r"\[t, g, d\]"):
         ops.gather_prefix_kv(x[0], one, one, one, one)
+
+
+# ---- fused elementwise: every instruction set that this CPU has ---------------------------------------------------
+
+ISAS = ["portable", "avx2", "avx512"]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    choose("native")
+    try:
+        ops._C.set_elementwise_isa(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+    yield request.param
+    ops._C.set_elementwise_isa("")
+
+
+def assert_kernel(op, plain, inputs, wrt, dtype):
+    """Values and gradients within twice plain torch's error; the exact ones are plain torch's in fp64."""
+    inputs = [x.to(dtype) if isinstance(x, torch.Tensor) else x for x in inputs]
+    wide = [x.double() if isinstance(x, torch.Tensor) else x for x in inputs]
+    out, grads = both_with_grad(op, inputs, wrt)
+    plain_out, plain_grads = both_with_grad(plain, inputs, wrt)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    wide = [x.requires_grad_(i in wrt) if isinstance(x, torch.Tensor) else x for i, x in enumerate(wide)]
+    exact = plain(*wide)
+    exact_grads = torch.autograd.grad(exact, [wide[i] for i in wrt], upstream.double())
+    assert_twice_plain(out, plain_out, exact.detach())
+    for got, simple, right in zip(grads, plain_grads, exact_grads, strict=True):
+        assert_twice_plain(got, simple, right)
+
+
+ELEMENTWISE_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@ELEMENTWISE_DTYPES
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 1, 64), (130, 1, 576), (65, 131), (0, 16), (2, 3, 48)])
+def test_rms_norm(isa, dtype, shape):
+    torch.manual_seed(1)
+    x, weight = torch.randn(shape) * 3, torch.rand(shape[-1]) + 0.5
+    assert_kernel(ops.rms_norm, ops.rms_norm_ref, [x, weight, 1e-5], [0, 1], dtype)
+
+
+def test_rms_norm_rounds_as_llama_does():
+    """bf16 values equal those of transformers' LlamaRMSNorm, but where fp32 sums in another order round otherwise."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    choose("native")
+    torch.manual_seed(0)
+    norm = LlamaRMSNorm(96, eps=1e-5).to(torch.bfloat16)
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    x = torch.randn(200, 96).to(torch.bfloat16)
+    got, expected = ops.rms_norm(x, norm.weight, 1e-5), norm(x)
+    assert (got != expected).float().mean() < 1e-3
+    assert torch.allclose(got.float(), expected.float(), rtol=2**-7)
+
+
+@ELEMENTWISE_DTYPES
+@pytest.mark.parametrize("shape", [(1, 2), (3, 10), (7, 1, 128), (33, 1, 3072), (5, 262), (0, 16)])
+def test_swiglu(isa, dtype, shape):
+    torch.manual_seed(2)
+    assert_kernel(ops.swiglu, ops.swiglu_ref, [torch.randn(shape) * 4], [0], dtype)
+
+
+@ELEMENTWISE_DTYPES
+@pytest.mark.parametrize("t,a,d", [(1, 1, 2), (5, 3, 8), (33, 9, 64), (4, 2, 130), (0, 2, 16), (7, 1, 96)])
+def test_rope(isa, dtype, t, a, d):
+    torch.manual_seed(3)
+    angles = torch.rand(t, d // 2) * 100
+    assert_kernel(ops.rope, ops.rope_ref, [torch.randn(t, a, d), angles.cos(), angles.sin()], [0], dtype)
+
+
+def test_rope_of_bf16_with_fp32_tables_and_of_views(isa):
+    torch.manual_seed(3)
+    angles = torch.rand(6, 16) * 100
+    qkv = torch.randn(6, 2, 4 * 32).to(torch.bfloat16)
+    for view in (qkv[..., 64:96], qkv.view(6, 8, 32)[:, ::3], qkv.view(6, 2, 4, 32)[:, :, 1].transpose(1, 2).mT):
+        exact = ops.rope_ref(view.double(), angles.cos().double(), angles.sin().double())
+        got = ops.rope(view, angles.cos(), angles.sin())
+        assert got.is_contiguous() and torch.allclose(got.double(), exact, rtol=2**-8, atol=1e-2)
+
+
+def test_elementwise_extremes(isa):
+    """What overflows, vanishes or is not a number comes out as plain torch has it."""
+    gate = torch.tensor([-1e30, -200.0, -88.0, -1e-30, 0.0, 1e-30, 88.0, 200.0, 1e30, math.inf, math.nan])
+    x = torch.cat([gate, torch.ones_like(gate)])[None].requires_grad_()
+    for dtype in (torch.float32, torch.bfloat16):
+        got, (grad,) = both_with_grad(ops.swiglu, [x.detach().to(dtype)], [0])
+        plain, (plain_grad,) = both_with_grad(ops.swiglu_ref, [x.detach().to(dtype)], [0])
+        assert torch.allclose(got[..., :9].float(), plain[..., :9].float(), rtol=1e-2, atol=1e-6)
+        assert torch.allclose(grad[..., 1:8].float(), plain_grad[..., 1:8].float(), rtol=1e-2, atol=1e-6)
+        assert got[0, -2] == math.inf and got[0, -1].isnan()
+        bad = torch.ones(3, 40, dtype=dtype)
+        bad[1, 3] = math.nan
+        assert ops.rms_norm(bad, torch.ones(40, dtype=dtype), 1e-5).isnan().all(1).tolist() == [False, True, False]
+        turned = ops.rope(bad.view(3, 2, 20), torch.ones(3, 10, dtype=dtype), torch.zeros(3, 10, dtype=dtype))
+        assert turned.isnan().flatten(1).any(1).tolist() == [False, True, False]
+
+
+def test_elementwise_sums_do_not_depend_on_threads(isa):
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(900, 96), torch.rand(96), torch.randn(900, 96)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y, inv = torch.ops.rmega.rms_norm(x, weight, 1e-5)
+            results.append((y, *torch.ops.rmega.rms_norm_backward(grad, x, weight, inv)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_elementwise_opcheck(dtype):
+    x, weight = torch.randn(3, 1, 8, dtype=dtype, requires_grad=True), torch.rand(8, dtype=dtype, requires_grad=True)
+    table = torch.rand(3, 4)
+    opcheck("rms_norm", (x, weight, 1e-5))
+    opcheck("rms_norm_backward", (x.detach(), x.detach(), weight.detach(), torch.rand(3)))
+    opcheck("swiglu", (x,))
+    opcheck("swiglu_backward", (x.detach()[..., :4], x.detach()))
+    opcheck("rope", (x, table, table, False))
+
+
+def test_elementwise_refuses_other_shapes():
+    choose("native")
+    x = torch.ones(3, 2, 8)
+    with pytest.raises(RuntimeError, match=r"weight Float \[7\] for x Float \[3, 2, 8\]"):
+        ops.rms_norm(x, torch.ones(7), 1e-5)
+    with pytest.raises(RuntimeError, match=r"x must be \[..., 2f\], got \[3, 5\]"):
+        ops.swiglu(torch.ones(3, 5))
+    with pytest.raises(RuntimeError, match=r"cos and sin must be \[t, d/2\].* \[3, 8\]"):
+        ops.rope(x, torch.ones(3, 8), torch.ones(3, 8))
+
+
+def test_elementwise_elsewhere_is_plain_torch():
+    choose("native")
+    for dtype in (torch.float16, torch.float64):
+        x = torch.randn(4, 16, dtype=dtype)
+        assert torch.equal(ops.rms_norm(x, x[0], 1e-5), ops.rms_norm_ref(x, x[0], 1e-5))
+        assert torch.equal(ops.swiglu(x), ops.swiglu_ref(x))

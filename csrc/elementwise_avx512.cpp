@@ -1,0 +1,31 @@
+// The fused elementwise kernels for x86 with AVX512; elementwise.cpp asks the CPU before it calls them.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "elementwise.h"
+
+#define RMEGA_LANES 16
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says it of its own intrinsics
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+#endif
+
+namespace rmega {
+namespace {
+#include "elementwise_kernels.h"
+}  // namespace
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+const ElementwiseKernels kElementwiseAvx512 = RMEGA_ELEMENTWISE_TABLE;
+
+}  // namespace rmega
+#endif
