@@ -157,7 +157,7 @@ def length_controlled_accuracy(d: np.ndarray, delta: np.ndarray, ridge: float = 
     the chosen minus length of the rejected, s its standard deviation, and read at delta = 0: sigmoid(a), with the 95 %
     interval of a. Source: Y. Dubois et al., "Length-Controlled AlpacaEval" (2024, arXiv:2404.04475), their model with
     the chosen answer as the model and the rejected one as the baseline, without the terms per instruction.
-    A pure length heuristic comes out at a half, however often the longer answer is the better one.
+    A pure length heuristic comes out near a half, however often the longer answer is the better one.
     ``ridge`` is the weight of b^2/2 against the summed likelihood; it keeps b finite where length decides all pairs.
     """
     n = int(d.size)

@@ -75,8 +75,11 @@ def pairs_of(items: Sequence[Judged]) -> Pairs:
     return Pairs(columns[0].astype(np.int64), *columns[1:6], columns[6].astype(np.int64), columns[7].astype(np.int64))
 
 
-def judge(items: Sequence[Judged], *, length_unit: str = "characters") -> dict[str, Any]:
+def judge(items: Sequence[Judged], *, length_unit: str = "characters",
+          probes: dict[str, dict[str, Any]] | None = None) -> dict[str, Any]:
     """Everything about one set of comparisons. ``length_unit`` is a word for the reader.
+
+    probes: {"swap": ``probes.swap_probe``, "prompt": ``probes.prompt_probe``} where a model was at hand.
 
     Raises ValueError where a reward is not finite: a mean over the rest would hide it.
     """
@@ -103,8 +106,8 @@ def judge(items: Sequence[Judged], *, length_unit: str = "characters") -> dict[s
         "calibration": metrics.calibration(d),
         "by_source": metrics.accuracy_by_group(d, sources, pairs.comparison),
         "by_margin": metrics.accuracy_by_margin(d, pairs.margin, pairs.comparison),
-        "swap": {"accuracy": swapped["accuracy"]},
-        "prompt": {"share_of_variance": metrics.prompt_share(rewards)},
+        "swap": {"accuracy": swapped["accuracy"], **(probes or {}).get("swap", {})},
+        "prompt": {"share_of_variance": metrics.prompt_share(rewards), **(probes or {}).get("prompt", {})},
         "ranked": metrics.ranked_report([i.rewards for i in many], [i.scores for i in many]) if many else None,
         "reward_bench": reward_bench_report(d, sources),
         "rm_bench": rm_bench_report([i.rewards for i in items if i.rm_bench],
@@ -112,6 +115,26 @@ def judge(items: Sequence[Judged], *, length_unit: str = "characters") -> dict[s
     }
     out["verdict"] = verdict(out)
     return out
+
+
+def judge_stored(dataset: Any, rewards: np.ndarray) -> dict[str, Any]:
+    """``judge`` over an open preference dataset, as an evaluation within training has it. No text is needed.
+
+    dataset: ``rmega.data.indexed.PreferenceDataset``. rewards: float [responses], all responses of all comparisons in
+    the dataset's order. Lengths are tokens of the responses.
+    """
+    items, first = [], 0
+    for i in range(len(dataset)):
+        stored = dataset.get(i)
+        k = len(stored.suffixes)
+        items.append(Judged(rewards=np.asarray(rewards[first:first + k], dtype=np.float64),
+                            scores=np.asarray(stored.scores, dtype=np.float64), graded=bool(stored.graded),
+                            lengths=np.array([len(s) for s in stored.suffixes]), source=stored.source,
+                            where=f"comparison {i}"))
+        first += k
+    if first != len(rewards):
+        raise ValueError(f"{len(rewards)} rewards for {first} responses")
+    return judge(items, length_unit="tokens")
 
 
 def flat_summary(judgement: dict[str, Any]) -> dict[str, float | int | None]:
@@ -209,7 +232,7 @@ def _calibration_verdict(j: dict[str, Any]) -> dict[str, str]:
                 "text": f"Calibration cannot be fitted: {why}; {head}."}
     fitted = f"dividing rewards by {t:.3g} would fit best, calibration error then {c['ece_scaled']:.3f}"
     sure = c["low"] <= 1 <= (c["high"] or math.inf)
-    if sure or 0.8 <= t <= 1.25:
+    if sure or 0.8 <= t <= 1.25 or c["ece"] <= 0.03:
         return {"about": "calibration", "level": "good", "text": f"Well calibrated: {head}; {fitted}."}
     word = "Overconfident" if t > 1 else "Underconfident"
     return {"about": "calibration", "level": "warn", "text": f"{word}: {head}; {fitted}."}

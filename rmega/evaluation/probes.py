@@ -1,0 +1,81 @@
+"""What a model must do on inputs whose answer is known: a few comparisons scored again in another form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from rmega.data.records import Comparison
+from rmega.evaluation.judge import Judged, pairs_of
+from rmega.metrics import correct
+
+Score = Callable[[list[Comparison]], list[list[float]]]
+"""Comparisons -> rewards, one list per comparison in the order of its responses."""
+
+
+def pick(items: Sequence[Judged], count: int) -> list[Judged]:
+    """``count`` comparisons spread evenly over the set (all, where it has no more); no randomness."""
+    if len(items) <= count:
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, count).astype(int)]
+
+
+def _mean_correct(items: Sequence[Judged]) -> float:
+    d = pairs_of(items).d
+    return float(correct(d).mean()) if d.size else 0.5
+
+
+def swap_probe(items: Sequence[Judged], score: Score) -> dict[str, Any]:
+    """The same comparisons with their responses in reverse order: every reward must stay what it was.
+
+    {"num_comparisons", "max_difference" of a reward, "changed_share" of comparisons whose ranking changed,
+    "rescored_accuracy": with the labels reversed too, so one minus the accuracy if all is well}.
+    """
+    again = score([_reversed(item.comparison) for item in items])
+    changed, largest, turned = 0, 0.0, []
+    for item, rewards in zip(items, again, strict=True):
+        values = np.asarray(rewards, dtype=np.float64)[::-1]
+        largest = max(largest, float(np.abs(values - item.rewards).max()))
+        changed += not np.array_equal(_signs(values), _signs(item.rewards))
+        turned.append(_with(item, rewards=values, scores=-item.scores))
+    return {"num_comparisons": len(items), "max_difference": largest, "changed_share": changed / len(items),
+            "rescored_accuracy": _mean_correct(turned)}
+
+
+def prompt_probe(items: Sequence[Judged], score: Score) -> dict[str, Any]:
+    """Prompt only: every response blanked, so that all pairs must tie and the accuracy must be a half; and the wrong
+    prompt: each comparison's responses under the prompt of the next one (a response-only baseline in the words the
+    model knows).
+
+    {"num_comparisons", "blank_accuracy", "shuffled_accuracy", "own_accuracy" on the same comparisons}.
+    """
+    blank = score([_blanked(item.comparison) for item in items])
+    prompts = [item.comparison.prompt for item in items]
+    shifted = score([replace(item.comparison, prompt=prompts[(i + 1) % len(items)]) for i, item in enumerate(items)])
+    return {"num_comparisons": len(items),
+            "blank_accuracy": _mean_correct([_with(i, rewards=np.asarray(r)) for i, r in
+                                             zip(items, blank, strict=True)]),
+            "shuffled_accuracy": _mean_correct([_with(i, rewards=np.asarray(r)) for i, r in
+                                                zip(items, shifted, strict=True)]),
+            "own_accuracy": _mean_correct(items)}
+
+
+def _with(item: Judged, *, rewards: np.ndarray, scores: np.ndarray | None = None) -> Judged:
+    return replace(item, rewards=rewards.astype(np.float64), scores=item.scores if scores is None else scores)
+
+
+def _signs(x: np.ndarray) -> np.ndarray:
+    return np.sign(x[:, None] - x[None, :])
+
+
+def _reversed(comparison: Comparison) -> Comparison:
+    # scores go along, so that they stay with their responses; the scorer must not read them
+    return replace(comparison, responses=comparison.responses[::-1], scores=comparison.scores[::-1])
+
+
+def _blanked(comparison: Comparison) -> Comparison:
+    blank = [{"role": "assistant", "content": " "}]
+    return replace(comparison, responses=[blank for _ in comparison.responses])

@@ -1,0 +1,137 @@
+"""Data files -> comparisons that can be judged, each with its place in the file and its id."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rmega.data import sources
+from rmega.data.records import REASONS, Comparison, Message, Rejected
+from rmega.data.schemas import SCHEMA_NAMES, Schema, recognise, schema_named, source_of
+from rmega.evaluation.judge import Judged
+
+if TYPE_CHECKING:
+    from rmega.evaluation.scores import ScoreRow
+
+SAMPLE_ROWS = 50
+
+
+@dataclass(slots=True)
+class EvalRow:
+    """One row of a data file; ``comparison`` is None where it cannot be judged (then ``reason`` says why)."""
+
+    comparison: Comparison | None
+    id: str | None
+    where: str
+    reason: str = ""
+    rm_bench: bool = False
+
+
+@dataclass(slots=True)
+class EvalSet:
+    """The rows of one file (or one hub set), in order."""
+
+    name: str
+    label: str
+    schema: str
+    rows: list[EvalRow] = field(default_factory=list)
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Reason -> number of rows that cannot be judged."""
+        return dict(Counter(row.reason for row in self.rows if row.comparison is None))
+
+    def summary(self) -> str:
+        """One line for the terminal: how many comparisons, and what was left out and why."""
+        used = sum(row.comparison is not None for row in self.rows)
+        text = f"{self.name}: {used:,} comparisons (schema {self.schema})"
+        if used < len(self.rows):
+            text += "; left out: " + ", ".join(f"{n:,} {REASONS[r]}" for r, n in sorted(self.left_out.items()))
+        return text
+
+
+def read_eval_set(source: sources.Input, format_name: str = "auto", limit: int | None = None) -> EvalSet:
+    """All rows of one input (the first ``limit``). ValueError where no schema fits or no row can be judged."""
+    schema: Schema | None = None if format_name == "auto" else schema_named(format_name)
+    chunks: Iterable[sources.Chunk] = sources.read_chunks(source, 0)
+    if schema is None:
+        kept: list[sources.Chunk] = []
+        sample: list[dict[str, Any]] = []
+        for chunk in chunks:
+            kept.append(chunk)
+            sample += [row for _, row, _ in sources.decode(chunk) if isinstance(row, dict)]
+            if len(sample) >= SAMPLE_ROWS:
+                break
+        schema = recognise(sample[:SAMPLE_ROWS])
+        if schema is None:
+            columns = ", ".join(sample[0]) if sample else "none"
+            raise ValueError(f"--data {source.name}: no schema fits its columns ({columns}); name one with --format: "
+                             f"{', '.join(SCHEMA_NAMES)}")
+        chunks = chain(kept, chunks)
+    if schema.groups_by:
+        chunks = sources.group_rows(chunks, schema.groups_by)
+    out = EvalSet(source.name, source.label, schema.name)
+    for chunk in chunks:
+        for number, row, _ in sources.decode(chunk):
+            out.rows.append(_eval_row(row, schema, source, number))
+            if limit is not None and len(out.rows) == limit:
+                return _checked(out)
+    return _checked(out)
+
+
+def _checked(out: EvalSet) -> EvalSet:
+    if all(row.comparison is None for row in out.rows):
+        reasons = ", ".join(f"{n:,} {REASONS[r]}" for r, n in sorted(out.left_out.items())) or "no rows"
+        raise ValueError(f"--data {out.name}: nothing to judge ({reasons})")
+    return out
+
+
+def _eval_row(row: dict[str, Any] | Rejected, schema: Schema, source: sources.Input, number: int) -> EvalRow:
+    where = f"{source.name}:{number}"
+    if isinstance(row, Rejected):
+        return EvalRow(None, None, where, row.reason)
+    first = row["rows"][0] if schema.groups_by else row
+    given = first.get("id")
+    id_ = str(given) if isinstance(given, (str, int)) and not isinstance(given, bool) else None
+    try:
+        comparison = schema.convert(row)
+    except Rejected as rejected:
+        return EvalRow(None, id_, where, rejected.reason)
+    comparison.source = source_of(first, source.label)
+    style = schema.name == "many-against-many" and len(row["chosen"]) == len(row["rejected"]) == 3 \
+        and comparison.positions is None
+    # RewardBench 2 has one chosen and more rejected; three against three with a domain is RM-Bench
+    return EvalRow(comparison, id_, where, rm_bench=style and "domain" in row)
+
+
+def response_text(messages: Sequence[Message]) -> str:
+    """The text of a response: the contents of its messages, a line between them."""
+    return "\n".join(str(m.get("content", "")) for m in messages)
+
+
+def judged(row: EvalRow, rewards: Sequence[float] | np.ndarray, length: Callable[[str], int]) -> Judged:
+    """A row and its rewards [k], in the order of ``row.comparison.responses``."""
+    comparison = row.comparison
+    assert comparison is not None
+    values = np.asarray(rewards, dtype=np.float64)
+    if values.shape != (len(comparison.responses),):
+        raise ValueError(f"{row.where}: {values.size} rewards for {len(comparison.responses)} responses")
+    lengths = np.array([length(response_text(r)) for r in comparison.responses])
+    return Judged(rewards=values, scores=np.array(comparison.scores), graded=comparison.graded, lengths=lengths,
+                  source=comparison.source, where=row.where if row.id is None else f"{row.where} (id {row.id})",
+                  comparison=comparison, rm_bench=row.rm_bench)
+
+
+def rewards_in_order(row: EvalRow, given: ScoreRow) -> np.ndarray:
+    """Scores in the order of the data row -> in the order of ``row.comparison.responses`` (best first)."""
+    comparison = row.comparison
+    assert comparison is not None
+    k = len(comparison.responses)
+    if given.scores.size != k:
+        raise ValueError(f"--scores {given.where}: {given.scores.size} scores for the {k} responses of {row.where}")
+    return given.scores if comparison.positions is None else given.scores[comparison.positions]

@@ -1,0 +1,347 @@
+"""The page of an evaluation: verdict, key numbers, plots, tables, the worst mistakes as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rmega.evaluation.judge import Judged, length_flag, pairs_of, percent
+from rmega.evaluation.table import margin_label, number
+from rmega.metrics import accuracy
+from rmega.report import page
+from rmega.report.figures import BLUE, GREEN, GREY, ORANGE, SMALL, WIDE, drawing, require_matplotlib
+
+MAX_TEXT = 1500
+MAX_SOURCES = 25
+MAX_POINTS = 4000
+
+
+def write_evaluation_report(folder: Path, subject: str, results: dict[str, dict[str, Any]],
+                            items: dict[str, list[Judged]], worst: dict[str, list[dict[str, Any]]]) -> Path:
+    """FOLDER/report.html for judgements by set; items and worst mistakes of the same sets. Returns the path."""
+    require_matplotlib("--report")
+    names = list(results)
+    # the whole first, then its parts
+    names = [n for n in names if n == "all files"] + [n for n in names if n != "all files"]
+    body = [f"<h1>Evaluation of {page.escape(subject)}</h1>\n"]
+    if len(names) > 1:
+        links = "".join(f'<a href="#set-{i}">{page.escape(n)}</a>' for i, n in enumerate(names))
+        body.append(f"<nav>{links}</nav>\n")
+        body.append(page.table(["set", "pairs", "accuracy", "95 % interval", "length bias", "ECE"],
+                               [[n, f"{results[n]['num_pairs']:,}", percent(results[n]["accuracy"]),
+                                 _interval(results[n]), length_flag(results[n]["length"]),
+                                 number(results[n]["calibration"]["ece"])] for n in names]))
+    for i, name in enumerate(names):
+        body.append(_section(i, name, results[name], items[name], worst[name], alone=len(names) == 1))
+    body.append(_explanations(results[names[0]]["length_unit"]))
+    return page.write_page(folder / "report.html", f"Evaluation of {subject}", "".join(body))
+
+
+def _section(i: int, name: str, j: dict[str, Any], items: Sequence[Judged], worst: list[dict[str, Any]],
+             *, alone: bool) -> str:
+    out = []
+    left = sum(j.get("left_out", {}).values())
+    sub = (f"{name}: {j['num_comparisons']:,} comparisons, {j['num_pairs']:,} pairs"
+           + (f"; {left:,} rows could not be judged" if left else ""))
+    out.append(f'<p class="sub">{page.escape(sub)}</p>\n' if alone else
+               f'<h2 id="set-{i}">{page.escape(name)}</h2><p class="sub">{page.escape(sub)}</p>\n')
+    out.append(page.verdicts(j["verdict"]))
+    if not j["num_pairs"]:
+        return "".join(out)
+    out.append(_tiles(j))
+    out.append(page.figures(_figures(f"set {i} ", j, items)))
+    out.append(_tables(j))
+    out.append(f"<h3>The {len(worst)} worst mistakes</h3>\n" if worst else "<h3>No mistakes</h3>\n")
+    if worst:
+        out.append('<p class="sub">Pairs in which the rejected response got the higher reward by the widest margin. '
+                   "Wrong labels show here too. Click to read.</p>\n")
+    out += [_mistake(n, w, j["length_unit"]) for n, w in enumerate(worst, 1)]
+    return "".join(out)
+
+
+def _interval(row: dict[str, Any]) -> str:
+    return f"{100 * row['accuracy_low']:.1f} to {percent(row['accuracy_high'])}" if row["num_pairs"] else "-"
+
+
+def _tiles(j: dict[str, Any]) -> str:
+    length, c = j["length"], j["calibration"]
+    return page.tiles([
+        ("Accuracy (ties half)", percent(j["accuracy"]), f"95 %: {_interval(j)}; {j['num_ties']:,} ties"),
+        ("Always taking the longer", percent(length["always_longer"]), "accuracy of that rule on these pairs"),
+        ("Accuracy at equal length", percent(length["controlled_accuracy"]),
+         f"95 %: {100 * length['controlled_low']:.1f} to {percent(length['controlled_high'])}"),
+        ("Reward follows length", number(length["spearman_within"], 2), "Spearman within pairs; 0 = not at all"),
+        ("Calibration error (ECE)", number(c["ece"]), f"Brier {number(c['brier'])} (a coin: 0.250)"),
+        ("Fitted temperature", f"{c['temperature']:.3g}" if c["temperature"] else "none",
+         "1 = as sure as it should be; above 1: too sure" if c["temperature"] else c["reason"]),
+        ("Mean margin", number(j["mean_margin"], 3), "reward of chosen minus rejected"),
+        ("Swapped labels", percent(j["swap"]["accuracy"]), "must be 100 % minus the accuracy"),
+    ])
+
+
+# ---------------------------------------------------------------------------------------------- figures
+
+def _figures(prefix: str, j: dict[str, Any], items: Sequence[Judged]) -> list[str]:
+    pairs = pairs_of(items)
+    d = pairs.d
+    out = [_scores_figure(prefix, pairs), _margins_figure(prefix, d), _reliability_figure(prefix, j["calibration"]),
+           _reward_length_figure(prefix, pairs, j["length_unit"]),
+           _length_figure(prefix, pairs, j, wide=not j["by_margin"])]
+    if j["by_margin"]:
+        out.append(_bars_figure(prefix, "Accuracy by margin of the ratings",
+                                {margin_label(row): row for row in j["by_margin"]}, "difference of the two ratings",
+                                "Where people saw a wider gap, a good model is more often right. Bars are 95 % "
+                                "intervals."))
+    out.append(_sources_figure(prefix, j))
+    return out
+
+
+def _range(values: np.ndarray) -> tuple[float, float]:
+    """What a histogram shows: all but the outermost half percent on each side, so that one outlier hides nothing."""
+    low, high = (float(x) for x in np.quantile(values, [0.005, 0.995]))
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _scores_figure(prefix: str, pairs: Any) -> str:
+    both = np.concatenate([pairs.chosen_reward, pairs.rejected_reward])
+    edges = np.linspace(*_range(both), 41)
+    with drawing(f"{prefix}Rewards") as fig:
+        ax = fig.axes
+        ax.set_title("Rewards of chosen and rejected")
+        for values, color, style, name in ((pairs.chosen_reward, BLUE, "-", "chosen"),
+                                           (pairs.rejected_reward, ORANGE, "--", "rejected")):
+            inside = np.clip(values, edges[0], edges[-1])
+            ax.hist(inside, edges, color=color, alpha=0.25)
+            ax.hist(inside, edges, color=color, histtype="step", linestyle=style, linewidth=1.6)
+            ax.axvline(np.clip(values.mean(), edges[0], edges[-1]), color=color, linestyle=style, linewidth=1.6,
+                       label=f"{name}, mean {values.mean():.3g}")
+        ax.set_xlabel("reward")
+        ax.set_ylabel("responses in pairs")
+        ax.legend()
+    return page.figure(fig.svg, "The further the two lie apart, the better. Values beyond the axis are counted at its "
+                                "ends.")
+
+
+def _margins_figure(prefix: str, d: np.ndarray) -> str:
+    limit = max(abs(x) for x in _range(d))
+    edges = np.linspace(-limit, limit, 42)
+    edges = np.sort(np.append(edges[(edges < -1e-12) | (edges > 1e-12)], 0.0))
+    inside = np.clip(d, -limit, limit)
+    wrong, right = float((d < 0).mean()), float((d > 0).mean())
+    with drawing(f"{prefix}Margins") as fig:
+        ax = fig.axes
+        ax.set_title("Margin: chosen minus rejected")
+        ax.hist(inside[inside < 0], edges, color=ORANGE, hatch="///", edgecolor="white", linewidth=0,
+                label=f"wrong: {percent(wrong)}")
+        ax.hist(inside[inside > 0], edges, color=BLUE, label=f"right: {percent(right)}")
+        ax.axvline(0, color="#1c2026", linewidth=1)
+        ax.axvline(np.clip(d.mean(), -limit, limit), color=GREY, linestyle="--", label=f"mean {d.mean():.3g}")
+        ax.set_xlabel("margin")
+        ax.set_ylabel("pairs")
+        ax.legend()
+    return page.figure(fig.svg, "Pairs left of 0 are mistakes. Wide margins on the left are the mistakes listed below.")
+
+
+def _reliability_figure(prefix: str, c: dict[str, Any]) -> str:
+    curve = c["reliability"]
+    with drawing(f"{prefix}Reliability", nrows=2, sharex=True, height_ratios=[3, 1]) as fig:
+        ax, counts = fig.axes
+        ax.set_title("Is it as sure as it should be?")
+        ax.plot([0.5, 1], [0.5, 1], color=GREY, linestyle="--", label="perfectly calibrated")
+        x, y = [b["confidence"] for b in curve], [b["accuracy"] for b in curve]
+        ax.vlines(x, [b["accuracy_low"] for b in curve], [b["accuracy_high"] for b in curve], color=BLUE, linewidth=1.5)
+        ax.plot(x, y, "o-", color=BLUE, label="this model, 95 % interval")
+        low = min(0.5, min((b["accuracy_low"] for b in curve), default=0.5))
+        ax.set_ylim(max(0.0, low - 0.03), 1.02)
+        ax.set_ylabel("how often right")
+        ax.legend(loc="lower right" if low > 0.3 else "upper left", fontsize=9)
+        counts.bar([b["low"] for b in curve], [b["num_pairs"] for b in curve],
+                   [b["high"] - b["low"] for b in curve], align="edge", color=GREY, edgecolor="white")
+        counts.set_ylabel("pairs")
+        counts.set_xlabel("confidence = sigmoid(|margin|)")
+        counts.set_xlim(0.495, 1.005)
+    return page.figure(fig.svg, f"Points under the dashed line: surer than right. Expected calibration error "
+                                f"{number(c['ece'])}.")
+
+
+def _length_axis(values: np.ndarray) -> bool:
+    """Logarithmic where lengths span more than a factor of 20."""
+    low, high = np.quantile(values, [0.02, 0.98])
+    return high > 20 * max(low, 1)
+
+
+def _reward_length_figure(prefix: str, pairs: Any, unit: str) -> str:
+    lengths = np.concatenate([pairs.chosen_length, pairs.rejected_length])
+    rewards = np.concatenate([pairs.chosen_reward, pairs.rejected_reward])
+    step = max(1, math.ceil(pairs.d.size / MAX_POINTS))
+    with drawing(f"{prefix}Length") as fig:
+        ax = fig.axes
+        ax.set_title("Reward against length")
+        for x, y, color, marker, name in ((pairs.chosen_length, pairs.chosen_reward, BLUE, "o", "chosen"),
+                                          (pairs.rejected_length, pairs.rejected_reward, ORANGE, "x", "rejected")):
+            ax.scatter(x[::step], y[::step], s=11, c=color, marker=marker, alpha=0.45, linewidths=0.8 if marker == "x"
+                       else 0, label=name, rasterized=True)
+        edges = np.unique(np.quantile(lengths, np.linspace(0, 1, 11)))
+        index = np.clip(np.searchsorted(edges, lengths, side="right") - 1, 0, max(edges.size - 2, 0))
+        bins = [index == b for b in range(edges.size - 1) if (index == b).any()]
+        ax.plot([np.median(lengths[m]) for m in bins], [rewards[m].mean() for m in bins], "s-", color="#1c2026",
+                markersize=4, linewidth=1.6, label="mean of a tenth")
+        if _length_axis(lengths):
+            ax.set_xscale("log")
+            ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        ax.set_ylim(*_widen(_range(rewards)))
+        ax.set_xlabel(f"length of the response in {unit}")
+        ax.set_ylabel("reward")
+        ax.legend(fontsize=9)
+    shown = "" if step == 1 else f" One point in {step} is drawn."
+    return page.figure(fig.svg, f"A rising line means that longer responses get higher rewards.{shown}")
+
+
+def _widen(limits: tuple[float, float]) -> tuple[float, float]:
+    room = 0.06 * (limits[1] - limits[0])
+    return limits[0] - room, limits[1] + room
+
+
+def _length_figure(prefix: str, pairs: Any, j: dict[str, Any], *, wide: bool) -> str:
+    """Accuracy against the ratio of the lengths: flat for a model that does not care."""
+    ratio = np.log2(np.maximum(pairs.chosen_length, 1) / np.maximum(pairs.rejected_length, 1))
+    edges = np.array([-np.inf, -1.5, -0.75, -0.25, 0.25, 0.75, 1.5, np.inf])
+    names = ["under\n1/3", "1/3 to\n0.6", "0.6 to\n0.84", "about\nequal", "1.2 to\n1.7", "1.7 to\n3", "over\n3"]
+    index = np.searchsorted(edges, ratio, side="right") - 1
+    with drawing(f"{prefix}Ratio", WIDE if wide else SMALL) as fig:
+        ax = fig.axes
+        ax.set_title("Accuracy by how long the chosen is")
+        for b in range(len(names)):
+            row = accuracy(pairs.d[index == b], pairs.comparison[index == b])
+            if row["num_pairs"]:
+                color = ORANGE if b < 3 else GREEN if b > 3 else GREY
+                ax.vlines(b, row["accuracy_low"], row["accuracy_high"], color=color, linewidth=2)
+                ax.plot(b, row["accuracy"], "os^"[1 if b < 3 else 2 if b > 3 else 0], color=color, markersize=7)
+            ax.text(b, 1.07, f"{row['num_pairs']:,}", ha="center", fontsize=8, color=GREY)
+        ax.axhline(j["accuracy"], color=BLUE, linestyle="--", linewidth=1.2)
+        ax.text(len(names) - 0.4, j["accuracy"], "all", color=BLUE, va="center", fontsize=9)
+        ax.set_xticks(range(len(names)), names, fontsize=8)
+        ax.set_xlim(-0.6, len(names) - 0.4)
+        ax.set_ylim(-0.04, 1.14)
+        ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
+        ax.set_xlabel("length of chosen / length of rejected")
+        ax.set_ylabel("accuracy")
+    return page.figure(fig.svg, "Flat: length plays no part. Rising to the right: longer wins, right or wrong. Grey "
+                                "numbers are pairs, bars 95 % intervals.", wide=wide)
+
+
+def _bars_figure(prefix: str, title: str, rows: dict[str, dict[str, Any]], label: str, caption: str) -> str:
+    with drawing(f"{prefix}{title}", SMALL) as fig:
+        ax = fig.axes
+        ax.set_title(title)
+        for x, row in enumerate(rows.values()):
+            ax.vlines(x, row["accuracy_low"], row["accuracy_high"], color=BLUE, linewidth=2)
+            ax.plot(x, row["accuracy"], "o", color=BLUE, markersize=7)
+            ax.text(x, 1.04, f"{row['num_pairs']:,}", ha="center", fontsize=8, color=GREY)
+        ax.axhline(0.5, color=GREY, linestyle=":")
+        ax.set_xticks(range(len(rows)), list(rows), fontsize=9)
+        ax.set_xlim(-0.5, len(rows) - 0.5)
+        ax.set_ylim(0, 1.1)
+        ax.set_xlabel(label)
+        ax.set_ylabel("accuracy")
+    return page.figure(fig.svg, caption)
+
+
+def _sources_figure(prefix: str, j: dict[str, Any]) -> str:
+    rows = sorted(j["by_source"].items(), key=lambda item: -item[1]["num_pairs"])
+    shown = sorted(rows[:MAX_SOURCES], key=lambda item: item[1]["accuracy"])
+    with drawing(f"{prefix}Sources", (WIDE[0], 1.1 + 0.27 * len(shown))) as fig:
+        ax = fig.axes
+        ax.set_title("Accuracy by source")
+        for y, (_, row) in enumerate(shown):
+            color = BLUE if row["accuracy_low"] > 0.5 else ORANGE if row["accuracy_high"] < 0.5 else GREY
+            ax.hlines(y, row["accuracy_low"], row["accuracy_high"], color=color, linewidth=2.2)
+            ax.plot(row["accuracy"], y, "o", color=color, markersize=7)
+        ax.axvline(0.5, color=GREY, linestyle=":")
+        ax.axvline(j["accuracy"], color=BLUE, linestyle="--", linewidth=1.2, label=f"all: {percent(j['accuracy'])}")
+        ax.set_yticks(range(len(shown)), [f"{n if len(n) <= 44 else n[:43] + '…'}  ({row['num_pairs']:,})"
+                                          for n, row in shown])
+        ax.set_ylim(-0.6, len(shown) - 0.4)
+        ax.set_xlim(-0.01, 1.01)
+        ax.set_xlabel("accuracy, 95 % interval (pairs in brackets); dotted: a coin")
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+    more = f" The {len(shown)} largest of {len(rows)} sources; all are in the table." if len(rows) > len(shown) else ""
+    return page.figure(fig.svg, f"Blue: better than a coin. Orange: worse. Grey: cannot be told.{more}", wide=True)
+
+
+# ---------------------------------------------------------------------------------------------- tables, text
+
+def _tables(j: dict[str, Any]) -> str:
+    length = j["length"]
+    out = ["<h3>Numbers</h3>\n", page.table(
+        ["pairs", "number", "accuracy", "95 % interval", "mean margin"],
+        [[name, f"{row['num_pairs']:,}", percent(row["accuracy"]), _interval(row), number(row["mean_margin"])]
+         for name, row in [("all", j), ("chosen is the longer", length["chosen_longer"]),
+                           ("chosen is the shorter", length["chosen_shorter"]),
+                           *((f"source: {n}", row) for n, row in j["by_source"].items() if len(j["by_source"]) > 1),
+                           *((f"rating margin {margin_label(row)}", row) for row in j["by_margin"])]])]
+    if j["ranked"]:
+        r = j["ranked"]
+        out.append(page.table(["prompts with several responses", "value", "compare"], [
+            ["prompts (all scores equal, left out)", f"{r['num_prompts']:,} ({r['num_unordered']:,})", ""],
+            ["best-of-N accuracy", percent(r["best_of_n"]),
+             f"95 %: {100 * r['best_of_n_low']:.1f} to {percent(r['best_of_n_high'])}; blind: {percent(r['chance'])}"],
+            ["mean score of the pick", number(r["picked_score"]),
+             f"blind: {number(r['mean_score'])}; best: {number(r['best_score'])}"],
+            ["rank correlation (Kendall tau-b)", number(r["kendall_tau_b"]), f"{r['num_tau']:,} prompts"]]))
+    if j["reward_bench"]:
+        b = j["reward_bench"]
+        rows = [[n, percent(v)] for n, v in b["sections"].items()] + [["overall", percent(b["overall"])]]
+        out.append(page.table(["RewardBench section", "accuracy"], rows))
+        if b["missing"]:
+            out.append(f'<p class="sub">Not in the data: {page.escape(", ".join(b["missing"]))}</p>\n')
+    if j["rm_bench"]:
+        b = j["rm_bench"]
+        out.append(page.table(["RM-Bench", "easy", "normal", "hard"],
+                              [[n, *(percent(v[k]) for k in ("easy", "normal", "hard"))]
+                               for n, v in [*b["domains"].items(), (f"overall (average {percent(b['average'])})", b)]]))
+    return "".join(out)
+
+
+def _mistake(n: int, w: dict[str, Any], unit: str) -> str:
+    gist = " ".join(str(w["prompt"][-1].get("content", "")).split())[:110] if w["prompt"] else ""
+    head = (f"<summary><b>{n}.</b> rejected {w['rejected_reward']:.3f} over chosen {w['chosen_reward']:.3f} "
+            f"(lengths {w['rejected_length']:,} and {w['chosen_length']:,} {unit}) "
+            f'<span class="gist">{page.escape(gist)}</span></summary>')
+    place = w["where"] + (f"; source {w['source']}" if w["source"] else "")
+    sides = "".join(f'<div class="{side}"><b>{title}</b>, reward {w[f"{side}_reward"]:.3f}{_messages(w[side])}</div>'
+                    for side, title in (("chosen", "Chosen in the data"), ("rejected", "Preferred by the model")))
+    return (f'<details{" open" if n == 1 else ""}>{head}<p class="sub">{page.escape(place)}</p>'
+            f'{_messages(w["prompt"])}<div class="two">{sides}</div></details>\n')
+
+
+def _messages(messages: Sequence[dict[str, Any]]) -> str:
+    out = []
+    for m in messages:
+        text = str(m.get("content", ""))
+        cut = f'<div class="cut">… {len(text) - MAX_TEXT:,} more characters</div>' if len(text) > MAX_TEXT else ""
+        out.append(f'<div class="message"><div class="role">{page.escape(m.get("role", ""))}</div>'
+                   f'<div class="text">{page.escape(text[:MAX_TEXT])}</div>{cut}</div>')
+    return "".join(out)
+
+
+def _explanations(unit: str) -> str:
+    rows = [
+        ("Accuracy", "share of pairs whose chosen response gets the higher reward; a tie counts half. The interval is "
+                     "Wilson's; pairs of one prompt are not counted as independent."),
+        ("Length", f"in {unit}. Bias is called strong where the accuracy differs by 30 points or more between pairs "
+                   "whose chosen response is the longer and the shorter one, or the rewards follow length (Spearman "
+                   "0.7); some, from 10 points on; both only where the 95 % interval of the difference excludes 0."),
+        ("At equal length", "a logistic regression of being right on tanh(length difference / its standard "
+                            "deviation), read at 0 (Dubois et al. 2024, Length-Controlled AlpacaEval)."),
+        ("Calibration", "sigmoid(margin) read as a probability. ECE over 10 equal bins of confidence; the temperature "
+                        "is the divisor of all rewards that makes the labels most likely."),
+    ]
+    return "<h2>How these numbers are made</h2>\n" + "".join(
+        f"<p><b>{page.escape(n)}</b>: {page.escape(t)}</p>\n" for n, t in rows)
+
+
