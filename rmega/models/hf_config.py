@@ -123,3 +123,32 @@ def read_shape(config: dict[str, Any], *, family: str, max_position_embeddings: 
         max_position_embeddings=positive_int(config, "max_position_embeddings", max_position_embeddings),
         norm_eps=float(norm_eps if eps is None else eps), rope_theta=theta, rope_scaling=scaling,
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)), has_reward_head=has_head)
+
+
+def write_shape(geometry: Geometry, source: dict[str, Any], *, architecture: str, dtype: str, reward_token_id: int,
+                pad_token_id: int) -> dict[str, Any]:
+    """The fields of an export's ``config.json`` that both families share, readable by transformers 4.44 and by 5.
+
+    ``source`` is the base model's: what does not touch arithmetic (initialiser, begin and end of text) comes from it.
+    Rotary parameters and dtype are written in the older and in the newer form, because each version reads one of them.
+    """
+    scaling = geometry.rope_scaling
+    rope: dict[str, Any] = {"rope_type": scaling.rope_type}
+    if scaling.rope_type != "default":
+        rope["factor"] = scaling.factor
+    if scaling.rope_type == "llama3":
+        rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor,
+                 "original_max_position_embeddings": scaling.original_max_position_embeddings}
+    return {
+        "architectures": [architecture], "model_type": geometry.family,
+        "hidden_size": geometry.hidden_size, "intermediate_size": geometry.ffn_hidden_size,
+        "num_hidden_layers": geometry.num_layers, "num_attention_heads": geometry.num_attention_heads,
+        "num_key_value_heads": geometry.num_query_groups, "vocab_size": geometry.vocab_size,
+        "max_position_embeddings": geometry.max_position_embeddings, "rms_norm_eps": geometry.norm_eps,
+        "hidden_act": "silu", "initializer_range": source.get("initializer_range", 0.02), "use_cache": False,
+        "pretraining_tp": 1, "tie_word_embeddings": geometry.tie_word_embeddings,
+        "rope_theta": geometry.rope_theta, "rope_scaling": None if scaling.rope_type == "default" else rope,
+        "rope_parameters": {"rope_theta": geometry.rope_theta, **rope},
+        "bos_token_id": source.get("bos_token_id"), "eos_token_id": source.get("eos_token_id"),
+        "pad_token_id": pad_token_id, "reward_token_id": reward_token_id,
+        "id2label": {"0": "reward"}, "label2id": {"reward": 0}, "torch_dtype": dtype, "dtype": dtype}

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from rmega.models.geometry import Geometry
-from rmega.models.hf_config import read_shape, refuse
+from rmega.models.hf_config import read_shape, refuse, write_shape
 from rmega.models.weights import Part, WeightRule, whole
 
+ARCHITECTURE = "InternLM2ForRewardModel"
 HEAD = "v_head.weight"
 PREFIX = "model."
 EMBEDDING_ALIAS = "output.weight"  # holds the embedding where a tied folder kept only one of the two names
@@ -24,11 +25,26 @@ def read_geometry(hf_config: dict[str, Any]) -> Geometry:
         raise refuse(hf_config, "bias", "attention biases are not supported (a missing field means true in InternLM2)")
     geometry = read_shape(
         hf_config, family="internlm2", max_position_embeddings=2048, norm_eps=1e-6,
-        reward_architectures=("InternLM2ForRewardModel",),
+        reward_architectures=(ARCHITECTURE,),
         base_architectures=("InternLM2ForCausalLM", "InternLM2Model"))
     if geometry.head_dim * geometry.num_attention_heads != geometry.hidden_size:
         raise refuse(hf_config, "head_dim", "InternLM2 needs num_attention_heads x head_dim = hidden_size")
     return geometry
+
+
+def export_config(geometry: Geometry, source: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """``config.json`` of an export; ``fields`` are those of ``write_shape``. ValueError on a shape InternLM2 lacks."""
+    if geometry.head_dim * geometry.num_attention_heads != geometry.hidden_size:
+        raise ValueError(f"--format internlm2: {geometry.num_attention_heads} heads of {geometry.head_dim} do not make "
+                         f"the hidden size {geometry.hidden_size}, as InternLM2 needs")
+    config = write_shape(geometry, source, architecture=ARCHITECTURE, **fields)
+    if config["rope_scaling"]:
+        config["rope_scaling"] = {"type": config["rope_scaling"]["rope_type"], **config["rope_scaling"]}
+    model = "modeling_internlm2.InternLM2ForRewardModel"
+    # No entry for a causal model: a reward model loaded as one would get a random output matrix without a word.
+    return {**config, "bias": False, "attn_implementation": "eager",  # read by the published class
+            "auto_map": {"AutoConfig": "configuration_internlm2.InternLM2Config", "AutoModel": model,
+                         "AutoModelForSequenceClassification": model}}
 
 
 def weight_table(geometry: Geometry) -> list[WeightRule]:

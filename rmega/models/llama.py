@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from rmega.models.geometry import Geometry
-from rmega.models.hf_config import read_shape, refuse
+from rmega.models.hf_config import read_shape, refuse, write_shape
 from rmega.models.weights import Part, WeightRule, grouped_qkv, whole
 
+ARCHITECTURE = "LlamaForSequenceClassification"
 HEAD = "score.weight"
 PREFIX = "model."
 EMBEDDING_ALIAS = "lm_head.weight"  # holds the embedding where a tied folder kept only one of the two names
@@ -24,8 +25,14 @@ def read_geometry(hf_config: dict[str, Any]) -> Geometry:
             raise refuse(hf_config, field, "biases are not supported")
     return read_shape(
         hf_config, family="llama", max_position_embeddings=2048, norm_eps=1e-6,
-        reward_architectures=("LlamaForSequenceClassification",),
+        reward_architectures=(ARCHITECTURE,),
         base_architectures=("LlamaForCausalLM", "LlamaModel"))
+
+
+def export_config(geometry: Geometry, source: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """``config.json`` of an export; ``fields`` are those of ``write_shape``."""
+    return {**write_shape(geometry, source, architecture=ARCHITECTURE, **fields), "head_dim": geometry.head_dim,
+            "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
 
 
 def weight_table(geometry: Geometry) -> list[WeightRule]:
