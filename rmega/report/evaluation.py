@@ -128,8 +128,7 @@ def _scores_figure(prefix: str, pairs: Any) -> str:
 
 def _margins_figure(prefix: str, d: np.ndarray) -> str:
     limit = max(abs(x) for x in _range(d))
-    edges = np.linspace(-limit, limit, 42)
-    edges = np.sort(np.append(edges[(edges < -1e-12) | (edges > 1e-12)], 0.0))
+    edges = np.linspace(-limit, limit, 41)  # 0 is one of them
     inside = np.clip(d, -limit, limit)
     wrong, right = float((d < 0).mean()), float((d > 0).mean())
     with drawing(f"{prefix}Margins") as fig:

@@ -243,7 +243,7 @@ def _figures(train: list[Row], evals: list[Row]) -> list[str]:
             _curve("Gradient norm", train, [("gradient norm", ("grad_norm",), BLUE)],
                    "Before clipping; spikes point at odd batches or a learning rate that is too high.", log=True),
             _curve("Throughput", train, [("pairs per second", ("pairs_per_second",), GREEN)],
-                   "Pairs per second; steps down mean a slow node, a full disk or a neighbour.", zero=True)]
+                   "Pairs per second; a step down means a slow node, a full disk or another job.", zero=True)]
     return [svg for svg in out if svg]
 
 
