@@ -27,7 +27,7 @@ def extensions():
     sources = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc").glob("*.cpp"))
     # OpenMP is compiled for but not linked: torch's own copy is in the process, and a second one would start a second
     # set of threads on the same cores.
-    flags = ["-O3", "-fopenmp", "-Wall", "-Wno-unknown-pragmas"] if os.name == "posix" else []
+    flags = ["-O3", "-g0", "-fopenmp", "-Wall", "-Wno-unknown-pragmas"] if os.name == "posix" else []
     if not with_cuda:
         return [cpp_extension.CppExtension("rmega._C", sources, extra_compile_args={"cxx": flags})], cpp_extension
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")

@@ -5,7 +5,7 @@
 namespace rmega {
 namespace {
 
-LossOptions read_options(const std::string& loss, const std::string& penalty, double penalty_weight,
+LossOptions read_options(c10::string_view loss, c10::string_view penalty, double penalty_weight,
                          double label_smoothing, bool barrier_clamp) {
   LossOptions options{Loss::ranking, Penalty::none, penalty_weight, label_smoothing, barrier_clamp};
   TORCH_CHECK(loss == "ranking" || loss == "focal", "pairwise_loss: unknown loss '", loss, "'");
@@ -44,7 +44,7 @@ void run(const R* rewards, const int64_t* chosen, const int64_t* rejected, const
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> pairwise_loss(
     const at::Tensor& rewards, const at::Tensor& chosen, const at::Tensor& rejected, const at::Tensor& margin,
-    const at::Tensor& weight, const std::string& loss, const std::string& penalty, double penalty_weight,
+    const at::Tensor& weight, c10::string_view loss, c10::string_view penalty, double penalty_weight,
     double label_smoothing, bool barrier_clamp) {
   const LossOptions options = read_options(loss, penalty, penalty_weight, label_smoothing, barrier_clamp);
   TORCH_CHECK(rewards.dim() == 1, "pairwise_loss: rewards must be [n], got ", rewards.sizes());

@@ -34,7 +34,7 @@ at::Tensor gather_last_token_backward(const at::Tensor& grad, const at::Tensor& 
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> pairwise_loss(
     const at::Tensor& rewards, const at::Tensor& chosen, const at::Tensor& rejected, const at::Tensor& margin,
-    const at::Tensor& weight, const std::string& loss, const std::string& penalty, double penalty_weight,
+    const at::Tensor& weight, c10::string_view loss, c10::string_view penalty, double penalty_weight,
     double label_smoothing, bool barrier_clamp);
 
 at::Tensor gather_prefix_kv(const at::Tensor& x, const at::Tensor& prefix_start, const at::Tensor& prefix_len,

@@ -13,13 +13,12 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _why_not_built = ""
 try:
     from rmega import _C
 
-    if not hasattr(_C, "rms_norm"):  # the newest of its functions
+    if getattr(_C, "interface", 1) != 2:  # csrc/bindings.cpp
         _C, _why_not_built = None, "it was built from older sources; build it again"
 except ImportError as _error:  # not built, or built for another torch
     _C, _why_not_built = None, str(_error)
@@ -73,16 +72,10 @@ def _native(device: torch.device) -> bool:
     return False
 
 
-def _register(name: str, schema: str, fake, backward=None, setup_context=None) -> None:
-    """Make ``_C.<name>`` the operator ``torch.ops.rmega.<name>`` on CPU and CUDA."""
-    torch.library.define(f"rmega::{name}", schema)
-    torch.library.register_fake(f"rmega::{name}", fake)
-    if backward is not None:
-        torch.library.register_autograd(f"rmega::{name}", backward, setup_context=setup_context)
+def _fake(name: str, kernel) -> None:
+    """Give ``torch.ops.rmega.<name>`` its shape-only kernel; the real ones and the derivative are csrc/autograd.cpp's."""
     if _C is not None:
-        kernel = getattr(_C, name)
-        for key in ("CPU", "CUDA") if _C.has_cuda else ("CPU",):
-            torch.library.impl(f"rmega::{name}", key.lower(), kernel)
+        torch.library.register_fake(f"rmega::{name}", kernel)
 
 
 # ---- gather_last_token ------------------------------------------------------------------------------------------
@@ -101,26 +94,8 @@ def gather_last_token_ref(hidden: Tensor, last: Tensor) -> Tensor:
     return hidden[last] if hidden.is_cuda else hidden.index_select(0, last)
 
 
-def _gather_setup(ctx, inputs, output):
-    hidden, last = inputs
-    ctx.save_for_backward(last)
-    ctx.num_tokens = hidden.shape[0]
-
-
-def _gather_backward(ctx, grad):
-    return torch.ops.rmega.gather_last_token_backward(grad, ctx.saved_tensors[0], ctx.num_tokens), None
-
-
-def _gather_backward_setup(ctx, inputs, output):
-    ctx.save_for_backward(inputs[1])
-
-
-_register("gather_last_token", "(Tensor hidden, Tensor last) -> Tensor",
-          lambda hidden, last: hidden.new_empty(last.shape[0], hidden.shape[1]), _gather_backward, _gather_setup)
-_register("gather_last_token_backward", "(Tensor grad, Tensor last, SymInt t) -> Tensor",
-          lambda grad, last, t: grad.new_empty(t, grad.shape[1]),
-          lambda ctx, grad: (torch.ops.rmega.gather_last_token(grad, ctx.saved_tensors[0]), None, None),
-          _gather_backward_setup)
+_fake("gather_last_token", lambda hidden, last: hidden.new_empty(last.shape[0], hidden.shape[1]))
+_fake("gather_last_token_backward", lambda grad, last, t: grad.new_empty(t, grad.shape[1]))
 
 
 # ---- pairwise_loss ----------------------------------------------------------------------------------------------
@@ -211,21 +186,8 @@ def _pairwise_fake(rewards, chosen, rejected, margin, weight, *options):
             rewards.new_empty(rewards.shape[0], dtype=dtype))
 
 
-def _pairwise_setup(ctx, inputs, output):
-    ctx.mark_non_differentiable(output[1], output[2])
-    ctx.save_for_backward(output[2])
-    ctx.dtype = inputs[0].dtype
-
-
-@once_differentiable
-def _pairwise_backward(ctx, grad_loss, grad_stats, grad_grad):
-    return ((ctx.saved_tensors[0] * grad_loss).to(ctx.dtype), *[None] * 9)
-
-
-_register("pairwise_loss",
-          "(Tensor rewards, Tensor chosen, Tensor rejected, Tensor margin, Tensor weight, str loss, str penalty, "
-          "float penalty_weight, float label_smoothing, bool barrier_clamp) -> (Tensor, Tensor, Tensor)",
-          _pairwise_fake, _pairwise_backward, _pairwise_setup)
+_fake("pairwise_loss", _pairwise_fake)
+_fake("pairwise_loss_backward", lambda grad, upstream, dtype: grad.new_empty(grad.shape, dtype=dtype))
 
 
 # ---- gather_prefix_kv -------------------------------------------------------------------------------------------
@@ -257,32 +219,8 @@ def gather_prefix_kv_ref(x: Tensor, prefix_start: Tensor, prefix_len: Tensor, ow
     return gather_last_token_ref(x, rows.to(x.device))
 
 
-def _prefix_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[1:5])
-    ctx.num_tokens = inputs[0].shape[0]
-
-
-def _prefix_backward(ctx, grad):
-    grad = torch.ops.rmega.gather_prefix_kv_backward(grad, *ctx.saved_tensors, ctx.num_tokens)
-    return grad, None, None, None, None, None
-
-
-def _prefix_backward_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[1:5])
-    ctx.total = inputs[0].shape[0]
-
-
-def _prefix_double_backward(ctx, grad):
-    grad = torch.ops.rmega.gather_prefix_kv(grad, *ctx.saved_tensors, ctx.total)
-    return grad, None, None, None, None, None
-
-
-_SEGMENTS = "Tensor prefix_start, Tensor prefix_len, Tensor own_start, Tensor own_len"
-_register("gather_prefix_kv", f"(Tensor x, {_SEGMENTS}, SymInt total) -> Tensor",
-          lambda x, ps, pl, os, ol, total: x.new_empty(total, *x.shape[1:]), _prefix_backward, _prefix_setup)
-_register("gather_prefix_kv_backward", f"(Tensor grad, {_SEGMENTS}, SymInt t) -> Tensor",
-          lambda grad, ps, pl, os, ol, t: grad.new_empty(t, *grad.shape[1:]), _prefix_double_backward,
-          _prefix_backward_setup)
+_fake("gather_prefix_kv", lambda x, ps, pl, os, ol, total: x.new_empty(total, *x.shape[1:]))
+_fake("gather_prefix_kv_backward", lambda grad, ps, pl, os, ol, t: grad.new_empty(t, *grad.shape[1:]))
 
 
 # ---- fused elementwise ------------------------------------------------------------------------------------------
@@ -311,25 +249,11 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _norm_fake(x, weight, eps):
     h = x.shape[-1]
-    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(
-        x.numel() // h if h else 0, dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(x.numel() // h if h else 0, dtype=torch.float32)
 
 
-def _norm_setup(ctx, inputs, output):
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(inputs[0], inputs[1], output[1])
-
-
-@once_differentiable
-def _norm_backward(ctx, grad, _):
-    return (*torch.ops.rmega.rms_norm_backward(grad, *ctx.saved_tensors), None)
-
-
-_register("rms_norm", "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _norm_fake, _norm_backward,
-          _norm_setup)
-_register("rms_norm_backward", "(Tensor grad, Tensor x, Tensor weight, Tensor inv) -> (Tensor, Tensor)",
-          lambda grad, x, weight, inv: (torch.empty_like(x, memory_format=torch.contiguous_format),
-                                        torch.empty_like(weight)))
+_fake("rms_norm", _norm_fake)
+_fake("rms_norm_backward", lambda grad, x, weight, inv: (x.new_empty(x.shape), weight.new_empty(weight.shape)))
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -343,19 +267,8 @@ def swiglu_ref(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def _swiglu_setup(ctx, inputs, output):
-    ctx.save_for_backward(inputs[0])
-
-
-@once_differentiable
-def _swiglu_backward(ctx, grad):
-    return torch.ops.rmega.swiglu_backward(grad, ctx.saved_tensors[0])
-
-
-_register("swiglu", "(Tensor x) -> Tensor", lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2), _swiglu_backward,
-          _swiglu_setup)
-_register("swiglu_backward", "(Tensor grad, Tensor x) -> Tensor",
-          lambda grad, x: torch.empty_like(x, memory_format=torch.contiguous_format))
+_fake("swiglu", lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
+_fake("swiglu_backward", lambda grad, x: x.new_empty(x.shape))
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -375,15 +288,4 @@ def rope_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(x.dtype)
 
 
-def _rope_setup(ctx, inputs, output):
-    ctx.save_for_backward(inputs[1], inputs[2])
-    ctx.backwards = inputs[3]
-
-
-def _rope_backward(ctx, grad):
-    return torch.ops.rmega.rope(grad, *ctx.saved_tensors, not ctx.backwards), None, None, None
-
-
-_register("rope", "(Tensor x, Tensor cos, Tensor sin, bool backwards) -> Tensor",
-          lambda x, cos, sin, backwards: torch.empty_like(x, memory_format=torch.contiguous_format), _rope_backward,
-          _rope_setup)
+_fake("rope", lambda x, cos, sin, backwards: x.new_empty(x.shape))

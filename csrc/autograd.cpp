@@ -1,0 +1,247 @@
+// Schemas of the operators in the namespace rmega, their kernels per device, and their derivatives. In C++ because a
+// derivative registered from Python costs ten times what the smaller of these operators take; rmega/ops.py adds the fake
+// (shape-only) kernels.
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "rmega_ops.h"
+
+namespace rmega {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+using Two = std::tuple<Tensor, Tensor>;
+
+// The operator of that name, through the dispatcher; looked up once per call site.
+#define RMEGA_OP(name, ...)                                                                                     \
+  ([]() -> auto& {                                                                                              \
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("rmega::" name, "").typed<__VA_ARGS__>();   \
+    return op;                                                                                                  \
+  }())
+
+Tensor pairwise_loss_backward(const Tensor& grad, const Tensor& upstream, at::ScalarType dtype) {
+  return (grad * upstream).to(dtype);
+}
+
+struct GatherLastToken : Function<GatherLastToken> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& last) {
+    ctx->save_for_backward({last});
+    ctx->saved_data["t"] = hidden.sym_size(0);
+    at::AutoDispatchBelowADInplaceOrView below;
+    return RMEGA_OP("gather_last_token", Tensor(const Tensor&, const Tensor&)).call(hidden, last);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    auto& op = RMEGA_OP("gather_last_token_backward", Tensor(const Tensor&, const Tensor&, c10::SymInt));
+    return {op.call(grads[0], ctx->get_saved_variables()[0], ctx->saved_data["t"].toSymInt()), Tensor()};
+  }
+};
+
+struct GatherLastTokenBackward : Function<GatherLastTokenBackward> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad, const Tensor& last, const c10::SymInt& t) {
+    ctx->save_for_backward({last});
+    at::AutoDispatchBelowADInplaceOrView below;
+    return RMEGA_OP("gather_last_token_backward", Tensor(const Tensor&, const Tensor&, c10::SymInt))
+        .call(grad, last, t);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    auto& op = RMEGA_OP("gather_last_token", Tensor(const Tensor&, const Tensor&));
+    return {op.call(grads[0], ctx->get_saved_variables()[0]), Tensor(), Tensor()};
+  }
+};
+
+struct PairwiseLoss : Function<PairwiseLoss> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& rewards, const Tensor& chosen,
+                               const Tensor& rejected, const Tensor& margin, const Tensor& weight, std::string loss,
+                               std::string penalty, double penalty_weight, double label_smoothing,
+                               bool barrier_clamp) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [total, stats, grad] =
+        RMEGA_OP("pairwise_loss",
+                 Three(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, c10::string_view,
+                       c10::string_view, double, double, bool))
+            .call(rewards, chosen, rejected, margin, weight, loss, penalty, penalty_weight, label_smoothing,
+                  barrier_clamp);
+    ctx->mark_non_differentiable({stats, grad});
+    ctx->save_for_backward({grad});
+    ctx->saved_data["dtype"] = static_cast<int64_t>(rewards.scalar_type());
+    return {total, stats, grad};
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    auto& op = RMEGA_OP("pairwise_loss_backward", Tensor(const Tensor&, const Tensor&, at::ScalarType));
+    const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());
+    variable_list result(10);
+    result[0] = op.call(ctx->get_saved_variables()[0], grads[0], dtype);
+    return result;
+  }
+};
+
+using GatherPrefixSchema = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                  c10::SymInt);
+
+struct GatherPrefix : Function<GatherPrefix> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& prefix_start, const Tensor& prefix_len,
+                        const Tensor& own_start, const Tensor& own_len, const c10::SymInt& total) {
+    ctx->save_for_backward({prefix_start, prefix_len, own_start, own_len});
+    ctx->saved_data["t"] = x.sym_size(0);
+    at::AutoDispatchBelowADInplaceOrView below;
+    return RMEGA_OP("gather_prefix_kv", GatherPrefixSchema)
+        .call(x, prefix_start, prefix_len, own_start, own_len, total);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto index = ctx->get_saved_variables();
+    variable_list result(6);
+    result[0] = RMEGA_OP("gather_prefix_kv_backward", GatherPrefixSchema)
+                    .call(grads[0], index[0], index[1], index[2], index[3], ctx->saved_data["t"].toSymInt());
+    return result;
+  }
+};
+
+struct GatherPrefixBackward : Function<GatherPrefixBackward> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad, const Tensor& prefix_start, const Tensor& prefix_len,
+                        const Tensor& own_start, const Tensor& own_len, const c10::SymInt& t) {
+    ctx->save_for_backward({prefix_start, prefix_len, own_start, own_len});
+    ctx->saved_data["total"] = grad.sym_size(0);
+    at::AutoDispatchBelowADInplaceOrView below;
+    return RMEGA_OP("gather_prefix_kv_backward", GatherPrefixSchema)
+        .call(grad, prefix_start, prefix_len, own_start, own_len, t);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto index = ctx->get_saved_variables();
+    variable_list result(6);
+    result[0] = RMEGA_OP("gather_prefix_kv", GatherPrefixSchema)
+                    .call(grads[0], index[0], index[1], index[2], index[3], ctx->saved_data["total"].toSymInt());
+    return result;
+  }
+};
+
+struct RmsNorm : Function<RmsNorm> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, double eps) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [y, inv] = RMEGA_OP("rms_norm", Two(const Tensor&, const Tensor&, double)).call(x, weight, eps);
+    ctx->mark_non_differentiable({inv});
+    ctx->save_for_backward({x, weight, inv});
+    return {y, inv};
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    auto [dx, dweight] =
+        RMEGA_OP("rms_norm_backward", Two(const Tensor&, const Tensor&, const Tensor&, const Tensor&))
+            .call(grads[0], saved[0], saved[1], saved[2]);
+    return {dx, dweight, Tensor()};
+  }
+};
+
+struct SwiGlu : Function<SwiGlu> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x) {
+    ctx->save_for_backward({x});
+    at::AutoDispatchBelowADInplaceOrView below;
+    return RMEGA_OP("swiglu", Tensor(const Tensor&)).call(x);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    auto& op = RMEGA_OP("swiglu_backward", Tensor(const Tensor&, const Tensor&));
+    return {op.call(grads[0], ctx->get_saved_variables()[0])};
+  }
+};
+
+// The derivative of a rotation is the rotation backwards.
+struct Rope : Function<Rope> {
+  using Schema = Tensor(const Tensor&, const Tensor&, const Tensor&, bool);
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& cos, const Tensor& sin, bool backwards) {
+    ctx->save_for_backward({cos, sin});
+    ctx->saved_data["backwards"] = backwards;
+    at::AutoDispatchBelowADInplaceOrView below;
+    return RMEGA_OP("rope", Schema).call(x, cos, sin, backwards);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto tables = ctx->get_saved_variables();
+    const bool backwards = ctx->saved_data["backwards"].toBool();
+    return {RMEGA_OP("rope", Schema).call(grads[0], tables[0], tables[1], !backwards), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Three pairwise_loss_autograd(const Tensor& rewards, const Tensor& chosen, const Tensor& rejected, const Tensor& margin,
+                             const Tensor& weight, c10::string_view loss, c10::string_view penalty,
+                             double penalty_weight, double label_smoothing, bool barrier_clamp) {
+  const auto out = PairwiseLoss::apply(rewards, chosen, rejected, margin, weight, std::string(loss),
+                                       std::string(penalty), penalty_weight, label_smoothing, barrier_clamp);
+  return {out[0], out[1], out[2]};
+}
+
+Two rms_norm_autograd(const Tensor& x, const Tensor& weight, double eps) {
+  const auto out = RmsNorm::apply(x, weight, eps);
+  return {out[0], out[1]};
+}
+
+TORCH_LIBRARY_FRAGMENT(rmega, m) {
+  m.def("gather_last_token(Tensor hidden, Tensor last) -> Tensor");
+  m.def("gather_last_token_backward(Tensor grad, Tensor last, SymInt t) -> Tensor");
+  m.def("pairwise_loss(Tensor rewards, Tensor chosen, Tensor rejected, Tensor margin, Tensor weight, str loss, "
+        "str penalty, float penalty_weight, float label_smoothing, bool barrier_clamp) -> (Tensor, Tensor, Tensor)");
+  m.def("pairwise_loss_backward(Tensor grad, Tensor upstream, ScalarType dtype) -> Tensor");
+  m.def("gather_prefix_kv(Tensor x, Tensor prefix_start, Tensor prefix_len, Tensor own_start, Tensor own_len, "
+        "SymInt total) -> Tensor");
+  m.def("gather_prefix_kv_backward(Tensor grad, Tensor prefix_start, Tensor prefix_len, Tensor own_start, "
+        "Tensor own_len, SymInt t) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inv) -> (Tensor, Tensor)");
+  m.def("swiglu(Tensor x) -> Tensor");
+  m.def("swiglu_backward(Tensor grad, Tensor x) -> Tensor");
+  m.def("rope(Tensor x, Tensor cos, Tensor sin, bool backwards) -> Tensor");
+}
+
+void every_device(torch::Library& m) {
+  m.impl("gather_last_token", gather_last_token);
+  m.impl("gather_last_token_backward", gather_last_token_backward);
+  m.impl("pairwise_loss", pairwise_loss);
+  m.impl("pairwise_loss_backward", pairwise_loss_backward);
+  m.impl("gather_prefix_kv", gather_prefix_kv);
+  m.impl("gather_prefix_kv_backward", gather_prefix_kv_backward);
+}
+
+TORCH_LIBRARY_IMPL(rmega, CPU, m) {
+  every_device(m);
+  m.impl("rms_norm", rms_norm);
+  m.impl("rms_norm_backward", rms_norm_backward);
+  m.impl("swiglu", swiglu);
+  m.impl("swiglu_backward", swiglu_backward);
+  m.impl("rope", rope);
+}
+
+#ifdef RMEGA_WITH_CUDA
+TORCH_LIBRARY_IMPL(rmega, CUDA, m) { every_device(m); }
+#endif
+
+TORCH_LIBRARY_IMPL(rmega, Autograd, m) {
+  m.impl("gather_last_token", [](const Tensor& hidden, const Tensor& last) {
+    return GatherLastToken::apply(hidden, last);
+  });
+  m.impl("gather_last_token_backward", [](const Tensor& grad, const Tensor& last, c10::SymInt t) {
+    return GatherLastTokenBackward::apply(grad, last, t);
+  });
+  m.impl("pairwise_loss", pairwise_loss_autograd);
+  m.impl("gather_prefix_kv", [](const Tensor& x, const Tensor& prefix_start, const Tensor& prefix_len,
+                                const Tensor& own_start, const Tensor& own_len, c10::SymInt total) {
+    return GatherPrefix::apply(x, prefix_start, prefix_len, own_start, own_len, total);
+  });
+  m.impl("gather_prefix_kv_backward", [](const Tensor& grad, const Tensor& prefix_start, const Tensor& prefix_len,
+                                         const Tensor& own_start, const Tensor& own_len, c10::SymInt t) {
+    return GatherPrefixBackward::apply(grad, prefix_start, prefix_len, own_start, own_len, t);
+  });
+  m.impl("rms_norm", rms_norm_autograd);
+  m.impl("swiglu", [](const Tensor& x) { return SwiGlu::apply(x); });
+  m.impl("rope", [](const Tensor& x, const Tensor& cos, const Tensor& sin, bool backwards) {
+    return Rope::apply(x, cos, sin, backwards);
+  });
+  // Once differentiable: a second derivative raises instead of being wrong.
+  for (const char* name : {"pairwise_loss_backward", "rms_norm_backward", "swiglu_backward"}) {
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
+  }
+}
+
+}  // namespace
+}  // namespace rmega
