@@ -129,7 +129,7 @@ def pearson(x: np.ndarray, y: np.ndarray) -> float:
         return math.nan
     x, y = x - x.mean(), y - y.mean()
     norm = math.sqrt(float(x @ x)) * math.sqrt(float(y @ y))
-    return float(x @ y) / norm if norm > 0 else math.nan
+    return min(1.0, max(-1.0, float(x @ y) / norm)) if norm > 0 else math.nan
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
@@ -144,7 +144,7 @@ def kendall_tau_b(x: np.ndarray, y: np.ndarray) -> float:
     """
     i, j = np.triu_indices(x.size, 1)
     a, b = np.sign(x[i] - x[j]), np.sign(y[i] - y[j])
-    norm = math.sqrt(float(np.abs(a).sum())) * math.sqrt(float(np.abs(b).sum()))
+    norm = math.sqrt(float(np.abs(a).sum()) * float(np.abs(b).sum()))
     return float((a * b).sum()) / norm if norm > 0 else math.nan
 
 

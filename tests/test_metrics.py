@@ -96,7 +96,8 @@ def test_by_group_and_margin():
 def test_correlations():
     # the examples of scipy.stats' own documentation
     assert m.spearman(np.array([1, 2, 3, 4, 5]), np.array([5, 6, 7, 8, 7])) == pytest.approx(0.8207826816681233)
-    assert m.kendall_tau_b(np.array([12, 2, 1, 12, 2]), np.array([1, 4, 7, 1, 0])) == pytest.approx(-0.47140452079103173)
+    x, y = np.array([12, 2, 1, 12, 2]), np.array([1, 4, 7, 1, 0])
+    assert m.kendall_tau_b(x, y) == pytest.approx(-0.47140452079103173)
     x = np.random.default_rng(1).normal(size=(2, 50))
     assert m.pearson(*x) == pytest.approx(np.corrcoef(x)[0, 1])
     assert m.ranks(np.array([3, 1, 3, 2])).tolist() == [3.5, 1, 3.5, 2]
@@ -113,11 +114,11 @@ def test_length_controlled_accuracy_solves_its_equations():
     assert low < value < high
     # brute force over the two coefficients
     y, x = m.correct(d), np.tanh(delta / delta.std())
-    a, b = np.meshgrid(np.linspace(-1, 2, 301), np.linspace(0, 4, 401), indexing="ij")
+    a, b = np.meshgrid(np.linspace(0, 1, 101), np.linspace(0, 3, 61), indexing="ij")
     z = a[..., None] + b[..., None] * x
     loss = (np.logaddexp(0, z) - y * z).sum(-1)
     best = np.unravel_index(loss.argmin(), loss.shape)
-    assert value == pytest.approx(1 / (1 + math.exp(-a[best])), abs=3e-3)
+    assert value == pytest.approx(1 / (1 + math.exp(-a[best])), abs=4e-3)
 
 
 def test_length_report_of_known_models():

@@ -3,6 +3,7 @@
 
     python tools/evaluate.py --model MODEL --data eval.jsonl --report report/
     python tools/evaluate.py --scores scores.jsonl --data eval.jsonl --json result.json
+    torchrun --nproc-per-node 8 tools/evaluate.py --model MODEL --data eval.jsonl
 
 With --scores neither torch nor a model is needed. Formats of scores files: rmega/evaluation/scores.py.
 """
@@ -10,11 +11,13 @@ With --scores neither torch nor a model is needed. Formats of scores files: rmeg
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -41,6 +44,8 @@ class EvaluateArgs:
     """Only the first rows of each file."""
     tokenizer: str | None = None
     """Folder of a tokenizer: response lengths in its tokens instead of characters."""
+    dtype: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """Arithmetic of --model."""
     probes: int = 128
     """With --model: score so many comparisons again in other forms (responses reversed, blanked, under the wrong
     prompt). 0: none."""
@@ -67,46 +72,56 @@ def main(args: EvaluateArgs) -> None:
         from rmega.report.figures import require_matplotlib
 
         require_matplotlib("--report")  # before an hour of scoring, not after it
+    speaks = os.environ.get("RANK", "0") == "0"  # under torchrun every rank scores, one speaks
+    say: Callable[[str], None] = print if speaks else lambda line: None
     sets = [read_eval_set(source, args.format, args.limit) for source in
             resolve(args.data, split=args.split, flag="--data")]
-    for data in sets:
-        print(data.summary())
-    length, unit = length_counter(args.tokenizer)
-    rewards, scorer = (model_rewards(args.model, sets) if args.model else (file_rewards(args.scores or [], sets), None))
-    if args.save_scores:
-        save_scores(Path(args.save_scores), sets, rewards)
-
     labels = [d.label if [s.label for s in sets].count(d.label) == 1 else d.name for d in sets]
-    items = {label: [judged(row, values, length) for row, values in zip(
-        (r for r in data.rows if r.comparison is not None), own, strict=True)]
-        for label, data, own in zip(labels, sets, rewards, strict=True)}
-    if len(items) > 1:
-        items["all files"] = [item for own in items.values() for item in own]
+    for data in sets:
+        say(data.summary())
+    length, unit = length_counter(args.tokenizer)
     results: dict[str, Any] = {}
-    for label, own in items.items():
-        extra: dict[str, Any] = {}
-        if scorer is not None and args.probes > 0:
-            some = pick(own, args.probes)
-            extra = {"swap": swap_probe(some, scorer.score_comparisons),
-                     "prompt": prompt_probe(some, scorer.score_comparisons)}
-        results[label] = judge(own, length_unit=unit, probes=extra)
-        print(f"\n{table_of(label, results[label])}")
+    with ExitStack() as stack:
+        scorer = None
+        if args.model:
+            from rmega import score
+
+            scorer = stack.enter_context(score.scorer(args.model, dtype=args.dtype))
+            rewards = model_rewards(scorer, sets)
+        else:
+            rewards = file_rewards(args.scores or [], sets)
+        items = {label: [judged(row, values, length) for row, values in zip(data.judgeable, own, strict=True)]
+                 for label, data, own in zip(labels, sets, rewards, strict=True)}
+        if len(items) > 1:
+            items["all files"] = [item for own in items.values() for item in own]
+        for label, own in items.items():
+            probes: dict[str, Any] = {}
+            if scorer is not None and args.probes > 0:
+                some = pick(own, args.probes)
+                probes = {"swap": swap_probe(some, scorer.score_comparisons),
+                          "prompt": prompt_probe(some, scorer.score_comparisons)}
+            results[label] = judge(own, length_unit=unit, probes=probes)
+            say(f"\n{table_of(label, results[label])}")
     for label, data in zip(labels, sets, strict=True):
         results[label] |= {"data": data.name, "schema": data.schema, "left_out": data.left_out}
+    if not speaks:
+        return
 
     subject = args.model or ", ".join(args.scores or [])
+    if args.save_scores:
+        save_scores(Path(args.save_scores), sets, rewards)
     if args.json:
         path = Path(args.json)
         path.parent.mkdir(parents=True, exist_ok=True)
         numbers = to_json({"format_version": 1, "subject": subject, "sets": results})
         path.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-        print(f"\nnumbers: {path}")
+        say(f"\nnumbers: {path}")
     if args.report:
         from rmega.report.evaluation import write_evaluation_report
 
         page = write_evaluation_report(Path(args.report), subject, results, items,
                                        {label: worst_mistakes(own) for label, own in items.items()})
-        print(f"\nreport: {page}")
+        say(f"\nreport: {page}")
 
 
 def length_counter(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
@@ -119,17 +134,21 @@ def length_counter(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
     return lambda text: len(loaded(text, add_special_tokens=False)["input_ids"]), "tokens"
 
 
-def model_rewards(model: str, sets: list[Any]) -> tuple[list[list[np.ndarray]], Any]:
-    """Rewards of every judgeable row of every set, best response first, and the scorer."""
-    from rmega.score import load_scorer
+def model_rewards(scorer: Any, sets: list[Any]) -> list[list[np.ndarray]]:
+    """Rewards of every judgeable row of every set, best response first."""
+    from rmega.logs import Progress
 
-    scorer = load_scorer(model)
-    return [[np.array(r) for r in scorer.score_comparisons([row.comparison for row in data.rows
-                                                            if row.comparison is not None])] for data in sets], scorer
+    out = []
+    for data in sets:
+        bar = Progress(f"scoring {data.label}", len(data.judgeable))
+        rewards = scorer.score_comparisons([row.comparison for row in data.judgeable], bar.advance)
+        bar.clear()
+        out.append([np.array(r) for r in rewards])
+    return out
 
 
 def file_rewards(paths: list[str], sets: list[Any]) -> list[list[np.ndarray]]:
-    """The same from scores files."""
+    """Rewards of every judgeable row of every set, best response first, from scores files."""
     from rmega.evaluation.rows import rewards_in_order
     from rmega.evaluation.scores import match_scores, read_scores
 

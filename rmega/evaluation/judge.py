@@ -193,6 +193,8 @@ def _accuracy_verdict(j: dict[str, Any]) -> dict[str, str]:
         level, more = "bad", "That is worse than a coin: the rewards point the wrong way on this data."
     elif low <= 0.5:
         level, more = "bad", "That cannot be told from a coin."
+        if n < 100:
+            level, more = "warn", "Too few pairs to tell it from a coin."
     elif low <= best:
         level = "warn"
         more = f"The rule \"the {rule} response wins\" gets {percent(best)} without reading a word."
@@ -214,7 +216,11 @@ def _length_verdict(j: dict[str, Any]) -> dict[str, str]:
         return {"about": "length", "level": "note",
                 "text": f"Length bias cannot be judged: the chosen response is the {side} one in only {few:,} pairs."}
     if flag == "none":
-        return {"about": "length", "level": "good", "text": f"No length bias to speak of: {numbers}."}
+        # a wide difference of few pairs is no proof, of neither
+        word = "No length bias to speak of" if abs(length["gap"]) < 0.1 else \
+            "No length bias beyond what chance explains (few pairs)"
+        return {"about": "length", "level": "good" if abs(length["gap"]) < 0.1 else "note",
+                "text": f"{word}: {numbers}."}
     strong = flag == "strong"
     leans = length["gap"] if not math.isnan(length["gap"]) else length["spearman_within"]
     return {"about": "length", "level": "bad" if strong else "warn",

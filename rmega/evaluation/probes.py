@@ -28,6 +28,22 @@ def _mean_correct(items: Sequence[Judged]) -> float:
     return float(correct(d).mean()) if d.size else 0.5
 
 
+def noise(items: Sequence[Judged]) -> float:
+    """Differences of rewards below this are rounding: a thousandth of the spread of the margins."""
+    d = pairs_of(items).d
+    return 1e-3 * float(d.std()) + 1e-6 if d.size else 1e-6
+
+
+def _settled(rewards: Sequence[float], tolerance: float) -> np.ndarray:
+    """Rewards that lie within ``tolerance`` of the next lower one become equal to it."""
+    values = np.asarray(rewards, dtype=np.float64).copy()
+    order = np.argsort(values, kind="stable")
+    for low, high in zip(order, order[1:], strict=False):
+        if values[high] - values[low] <= tolerance:
+            values[high] = values[low]
+    return values
+
+
 def swap_probe(items: Sequence[Judged], score: Score) -> dict[str, Any]:
     """The same comparisons with their responses in reverse order: every reward must stay what it was.
 
@@ -35,11 +51,14 @@ def swap_probe(items: Sequence[Judged], score: Score) -> dict[str, Any]:
     "rescored_accuracy": with the labels reversed too, so one minus the accuracy if all is well}.
     """
     again = score([_reversed(item.comparison) for item in items])
-    changed, largest, turned = 0, 0.0, []
+    changed, largest, turned, tolerance = 0, 0.0, [], noise(items)
     for item, rewards in zip(items, again, strict=True):
         values = np.asarray(rewards, dtype=np.float64)[::-1]
         largest = max(largest, float(np.abs(values - item.rewards).max()))
-        changed += not np.array_equal(_signs(values), _signs(item.rewards))
+        # two rewards that are equal but for rounding may fall either way
+        contradicts = _signs(values) * _signs(item.rewards) < 0
+        moved = np.abs((values[:, None] - values) - (item.rewards[:, None] - item.rewards)) > tolerance
+        changed += bool((contradicts & moved).any())
         turned.append(_with(item, rewards=values, scores=-item.scores))
     return {"num_comparisons": len(items), "max_difference": largest, "changed_share": changed / len(items),
             "rescored_accuracy": _mean_correct(turned)}
@@ -55,8 +74,9 @@ def prompt_probe(items: Sequence[Judged], score: Score) -> dict[str, Any]:
     blank = score([_blanked(item.comparison) for item in items])
     prompts = [item.comparison.prompt for item in items]
     shifted = score([replace(item.comparison, prompt=prompts[(i + 1) % len(items)]) for i, item in enumerate(items)])
+    tolerance = noise(items)
     return {"num_comparisons": len(items),
-            "blank_accuracy": _mean_correct([_with(i, rewards=np.asarray(r)) for i, r in
+            "blank_accuracy": _mean_correct([_with(i, rewards=_settled(r, tolerance)) for i, r in
                                              zip(items, blank, strict=True)]),
             "shuffled_accuracy": _mean_correct([_with(i, rewards=np.asarray(r)) for i, r in
                                                 zip(items, shifted, strict=True)]),

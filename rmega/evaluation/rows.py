@@ -42,13 +42,18 @@ class EvalSet:
     rows: list[EvalRow] = field(default_factory=list)
 
     @property
+    def judgeable(self) -> list[EvalRow]:
+        """The rows that have a comparison."""
+        return [row for row in self.rows if row.comparison is not None]
+
+    @property
     def left_out(self) -> dict[str, int]:
         """Reason -> number of rows that cannot be judged."""
         return dict(Counter(row.reason for row in self.rows if row.comparison is None))
 
     def summary(self) -> str:
         """One line for the terminal: how many comparisons, and what was left out and why."""
-        used = sum(row.comparison is not None for row in self.rows)
+        used = len(self.judgeable)
         text = f"{self.name}: {used:,} comparisons (schema {self.schema})"
         if used < len(self.rows):
             text += "; left out: " + ", ".join(f"{n:,} {REASONS[r]}" for r, n in sorted(self.left_out.items()))
@@ -85,7 +90,7 @@ def read_eval_set(source: sources.Input, format_name: str = "auto", limit: int |
 
 
 def _checked(out: EvalSet) -> EvalSet:
-    if all(row.comparison is None for row in out.rows):
+    if not out.judgeable:
         reasons = ", ".join(f"{n:,} {REASONS[r]}" for r, n in sorted(out.left_out.items())) or "no rows"
         raise ValueError(f"--data {out.name}: nothing to judge ({reasons})")
     return out

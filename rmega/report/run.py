@@ -55,6 +55,11 @@ def column(rows: Sequence[Row], *names: str) -> np.ndarray:
     return np.array(values, dtype=np.float64)
 
 
+def mean_of(y: np.ndarray) -> float:
+    """Mean of what is not NaN; NaN where nothing is left."""
+    return float(np.nanmean(y)) if not np.isnan(y).all() else math.nan
+
+
 def smoothed(y: np.ndarray, window: int) -> np.ndarray:
     """Running mean over the last ``window`` values, NaN left out. [n] -> [n]"""
     known = ~np.isnan(y)
@@ -161,11 +166,11 @@ def _loss_verdict(train: list[Row]) -> dict[str, str]:
     loss, part = column(train, "loss"), max(1, len(train) // 10)
     if np.isnan(loss[-part:]).all():
         return {"about": "loss", "level": "bad", "text": "The loss is not a number at the end of the run."}
-    first, last = float(np.nanmean(loss[:part])), float(np.nanmean(loss[-part:]))
+    first, last = mean_of(loss[:part]), mean_of(loss[-part:])
     acc = column(train, "acc")
     text = f"Training loss went from {first:.4f} to {last:.4f} (means of the first and last tenth)"
     if not np.isnan(acc[-part:]).all():
-        text += f"; training accuracy of the last tenth {percent(np.nanmean(acc[-part:]))}"
+        text += f"; training accuracy of the last tenth {percent(mean_of(acc[-part:]))}"
     text += "."
     return {"about": "loss", "level": "good" if last < first else "warn",
             "text": text if last < first else f"{text} It did not fall."}
@@ -192,9 +197,9 @@ def _score_verdicts(train: list[Row], config: Row) -> list[dict[str, str]]:
     part = max(1, len(train) // 10)
     chosen = column(train, "chosen_score_mean")[-part:]
     rejected = column(train, "rejected_score_mean")[-part:]
-    if np.isnan(chosen).all() or np.isnan(rejected).all():
+    c, r = mean_of(chosen), mean_of(rejected)
+    if math.isnan(c) or math.isnan(r):
         return []
-    c, r = float(np.nanmean(chosen)), float(np.nanmean(rejected))
     text = f"Mean reward at the end: chosen {c:.3f}, rejected {r:.3f}, {c - r:.3f} apart."
     if max(abs(c), abs(r)) > 5:
         barrier = _setting(config, "penalty") == "log_barrier"
@@ -213,7 +218,7 @@ def _tiles(train: list[Row], evals: list[Row]) -> str:
         part = max(1, len(train) // 10)
         rate, seconds = column(train, "pairs_per_second"), column(train, "time")
         tokens, norm = column(train, "num_tokens"), column(train, "grad_norm")
-        rows += [("Loss, last tenth", number(float(np.nanmean(column(train, "loss")[-part:])), 4), "training"),
+        rows += [("Loss, last tenth", number(mean_of(column(train, "loss")[-part:]), 4), "training"),
                  ("Pairs per second", _median(rate), f"median; {_median(seconds)} s per step"),
                  ("Gradient norm", _median(norm), "median")]
         if not np.isnan(tokens).all():
