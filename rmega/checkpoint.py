@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from rmega.distributed import log, rank
 
@@ -94,6 +96,30 @@ def _optimizer_state(optimizer, model_state: dict[str, Any], *, is_loading: bool
     return optimizer.sharded_state_dict(sharded, is_loading=is_loading, metadata=_metadata())
 
 
+def _prepare_loading(optimizer) -> None:
+    """Make the distributed optimizer read torch's Adam as it reads those of apex and Transformer Engine.
+
+    It allocates no state for torch's, and then copies every entry of that state from the checkpoint, though it has
+    taken the entry "step" out before (megatron-core 0.16).
+    """
+    for part in optimizer.chained_optimizers:
+        inner = part.optimizer
+        if isinstance(inner, torch.optim.Adam):
+            if hasattr(part, "_set_main_param_and_optimizer_states"):
+                part._set_main_param_and_optimizer_states = partial(_set_state_but_step, part)
+            for group in inner.param_groups:
+                for p in group["params"]:
+                    if not inner.state[p]:
+                        inner.state[p].update(step=torch.zeros((), device=p.device if group["fused"] else "cpu"),
+                                              exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+
+
+def _set_state_but_step(part, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+    group, place = part.model_param_group_index_map[model_param]
+    state = part.optimizer.state[part.optimizer.param_groups[group]["params"][place]]
+    type(part)._set_main_param_and_optimizer_states(part, model_param, {"step": state["step"].clone(), **tensors})
+
+
 def save(run: Path | str, *, state: RunState, wrapped, optimizer, scheduler, info: dict[str, Any],
          hf_files: list[Path] = ()) -> Path:
     """Write one checkpoint; called by every rank. The folder appears whole or not at all, then the tracker moves.
@@ -119,7 +145,7 @@ def save(run: Path | str, *, state: RunState, wrapped, optimizer, scheduler, inf
                 shutil.copy2(file, partial / "hf" / file.name)
             _write(partial / INFO, json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(state), **info},
                                               ensure_ascii=False, indent=1))
-    except (OSError, RuntimeError, CheckpointingException) as error:
+    except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
         failure = f"rank {rank()}: {error}"
     failures: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
@@ -152,17 +178,25 @@ def load(folder: Path | str, *, wrapped, optimizer=None, scheduler=None) -> RunS
     info = read_info(folder)
     content = _model_state(wrapped)
     if optimizer is not None:
+        _prepare_loading(optimizer)
         content["optimizer"] = _optimizer_state(optimizer, content, is_loading=True)
         content["scheduler"] = scheduler.state_dict()
     try:
         loaded = dist_checkpointing.load(content, str(folder), validate_access_integrity=False)
-    except (CheckpointingException, RuntimeError, KeyError, OSError, EOFError) as error:
-        raise ValueError(f"{folder}: broken, or of another model: {str(error).splitlines()[0]}") from error
+    except (CheckpointingException, CheckpointException, RuntimeError, KeyError, OSError, EOFError) as error:
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{folder}: broken, or of another model: {why[0]} ... {why[-1]}") from error
     chunks = [chunk.module if hasattr(chunk, "ddp_config") else chunk for chunk in wrapped]
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{i}"])
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
+        for part in optimizer.chained_optimizers:
+            # The engine gives all parameters one tensor as their step, which torch's Adam then counts up once for each.
+            for state in part.optimizer.state.values():
+                if isinstance(state.get("step"), torch.Tensor):
+                    state["step"] = state["step"].clone()
+        scheduler.num_steps = 0  # it adds the loaded count to its own
         scheduler.load_state_dict(loaded["scheduler"])
     return RunState(iteration=info["iteration"], consumed=info["consumed"])
 

@@ -59,7 +59,7 @@ def run_distributed(fn, world_size: int, *args, timeout: float = 240.0) -> list:
     """
     while len(_workers) < world_size:
         mine, theirs = _context.Pipe()
-        process = _context.Process(target=_serve, args=(theirs,), daemon=True)
+        process = _context.Process(target=_serve, args=(theirs,))
         process.start()
         _workers.append((process, mine))
     with socket.socket() as probe:
