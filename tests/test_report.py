@@ -201,7 +201,8 @@ def test_run_verdicts():
     assert ("evaluation", "bad") in levels(good, [eval_row(100, 0.4)])
     assert ("stability", "warn") in levels([*good, train_row(101, grad_norm=99.0), train_row(102, grad_norm=99.0)], [])
     assert ("stability", "bad") in levels([train_row(0, loss=None), *good], [])
-    assert ("loss", "warn") in levels([train_row(s, loss=s) for s in range(9)], [])
+    assert ("loss", "warn") in levels([train_row(s, loss=s) for s in range(30)], [])
+    assert ("loss", "note") in levels([train_row(s, loss=s) for s in range(9)], [])
     assert ("loss", "bad") in levels([*good, *(train_row(s, loss=math.nan) for s in range(101, 120))], [])
     reverse = [train_row(s, chosen_score_mean=-1, rejected_score_mean=1) for s in range(9)]
     assert ("rewards", "bad") in levels(reverse, [])

@@ -172,6 +172,8 @@ def _loss_verdict(train: list[Row]) -> dict[str, str]:
     if not np.isnan(acc[-part:]).all():
         text += f"; training accuracy of the last tenth {percent(mean_of(acc[-part:]))}"
     text += "."
+    if len(train) < 20:
+        return {"about": "loss", "level": "note", "text": f"{text} Too few rows to judge by."}
     return {"about": "loss", "level": "good" if last < first else "warn",
             "text": text if last < first else f"{text} It did not fall."}
 
@@ -238,7 +240,7 @@ def _figures(train: list[Row], evals: list[Row]) -> list[str]:
         out.append(_eval_figure(evals))
     if not train:
         return out
-    out += [_curve("Loss", train, [("loss", ("loss",), BLUE)], "Per logged interval (faint) and running mean."),
+    out += [_curve("Loss", train, [("loss", ("loss",), BLUE)], "Each logged interval, and the running mean in bold where there are many."),
             _curve("Training accuracy", train, [("accuracy", ("acc", "accuracy"), GREEN)],
                    "Share of training pairs ranked right when they were seen; 0.5 is a coin.", line=0.5),
             _curve("Mean rewards", train, [("chosen", ("chosen_score_mean",), BLUE),
@@ -302,7 +304,7 @@ def _eval_figure(evals: list[Row]) -> str:
         ax.set_ylabel("accuracy, 95 % interval")
         ax.legend(loc="best")
     more = f" The first 8 of {len(names)} sets; all are in the table." if len(names) > 8 else ""
-    return page.figure(fig.svg, f"Dotted: a coin. Where intervals overlap, two steps do not differ.{more}", wide=True)
+    return page.figure(fig.svg, f"Dotted: a coin. Where intervals overlap, two steps may not differ.{more}", wide=True)
 
 
 def _eval_table(evals: list[Row]) -> str:
