@@ -240,7 +240,8 @@ def _figures(train: list[Row], evals: list[Row]) -> list[str]:
         out.append(_eval_figure(evals))
     if not train:
         return out
-    out += [_curve("Loss", train, [("loss", ("loss",), BLUE)], "Each logged interval, and the running mean in bold where there are many."),
+    out += [_curve("Loss", train, [("loss", ("loss",), BLUE)],
+                   "Each logged interval; the bold line is a running mean."),
             _curve("Training accuracy", train, [("accuracy", ("acc", "accuracy"), GREEN)],
                    "Share of training pairs ranked right when they were seen; 0.5 is a coin.", line=0.5),
             _curve("Mean rewards", train, [("chosen", ("chosen_score_mean",), BLUE),
