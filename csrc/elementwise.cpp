@@ -14,19 +14,6 @@ std::string& forced() {
   return name;
 }
 
-const ElementwiseKernels& kernels() {
-  const std::string isa = elementwise_isa();
-#if defined(__x86_64__)
-  if (isa == "avx512") {
-    return kElementwiseAvx512;
-  }
-  if (isa == "avx2") {
-    return kElementwiseAvx2;
-  }
-#endif
-  return kElementwisePortable;
-}
-
 void check_input(const at::Tensor& x, const char* op) {
   TORCH_CHECK(x.is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16), op,
               ": the native kernel takes float32 and bfloat16 on the CPU, got ", x.scalar_type(), " on ", x.device());
@@ -48,7 +35,7 @@ T* out(at::Tensor& x) {
 // f(norm kernels, glu kernels of the dtype of x, T*(nullptr))
 template <typename F>
 void with_dtype(const at::Tensor& x, F f) {
-  const ElementwiseKernels& table = kernels();
+  const ElementwiseKernels& table = elementwise_kernels();
   if (x.scalar_type() == at::kFloat) {
     f(table.norm_f32, table.glu_f32, static_cast<float*>(nullptr));
   } else {
@@ -65,6 +52,19 @@ void check_norm(const at::Tensor& x, const at::Tensor& weight) {
 }
 
 }  // namespace
+
+const ElementwiseKernels& elementwise_kernels() {
+  const std::string isa = elementwise_isa();
+#if defined(__x86_64__)
+  if (isa == "avx512") {
+    return kElementwiseAvx512;
+  }
+  if (isa == "avx2") {
+    return kElementwiseAvx2;
+  }
+#endif
+  return kElementwisePortable;
+}
 
 std::string elementwise_isa() {
   static const std::string best = [] {
@@ -200,11 +200,11 @@ at::Tensor rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& si
     });
   };
   if (x.scalar_type() == at::kFloat) {
-    run(kernels().rope_f32, static_cast<float*>(nullptr), static_cast<float*>(nullptr));
+    run(elementwise_kernels().rope_f32, static_cast<float*>(nullptr), static_cast<float*>(nullptr));
   } else if (cos.scalar_type() == at::kFloat) {
-    run(kernels().rope_bf16_f32, static_cast<bf16*>(nullptr), static_cast<float*>(nullptr));
+    run(elementwise_kernels().rope_bf16_f32, static_cast<bf16*>(nullptr), static_cast<float*>(nullptr));
   } else {
-    run(kernels().rope_bf16, static_cast<bf16*>(nullptr), static_cast<bf16*>(nullptr));
+    run(elementwise_kernels().rope_bf16, static_cast<bf16*>(nullptr), static_cast<bf16*>(nullptr));
   }
   return y;
 }

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "launchers.h"
+
 namespace rmega {
 
 struct bf16 {
@@ -36,6 +38,20 @@ struct RopeKernels {
                  int64_t head_stride, float sign);
 };
 
+template <typename T>
+struct SumKernels {
+  // out [n] = round(sum over k < count, in that order, of sources[k][offset + .])
+  void (*sum)(const T* const* sources, int64_t count, int64_t offset, T* out, int64_t n);
+};
+
+constexpr int64_t kPairs = 256;  // pairs at a time
+
+// Scores, margins and weights of up to kPairs pairs, and what comes of them; the arithmetic of pair_math.h.
+struct PairBlock {
+  float chosen[kPairs], rejected[kPairs], margin[kPairs], weight[kPairs];
+  float base[kPairs], penalty[kPairs], grad_chosen[kPairs], grad_rejected[kPairs];
+};
+
 struct ElementwiseKernels {
   NormKernels<float> norm_f32;
   NormKernels<bf16> norm_bf16;
@@ -44,6 +60,9 @@ struct ElementwiseKernels {
   RopeKernels<float, float> rope_f32;
   RopeKernels<bf16, bf16> rope_bf16;
   RopeKernels<bf16, float> rope_bf16_f32;
+  SumKernels<float> sum_f32;
+  SumKernels<bf16> sum_bf16;
+  void (*pairs)(PairBlock& block, int64_t m, const LossOptions& options);
 };
 
 extern const ElementwiseKernels kElementwisePortable;
@@ -51,5 +70,8 @@ extern const ElementwiseKernels kElementwisePortable;
 extern const ElementwiseKernels kElementwiseAvx2;    // AVX2 and FMA
 extern const ElementwiseKernels kElementwiseAvx512;  // AVX-512 F, BW, DQ, VL
 #endif
+
+// The table for this CPU (elementwise.cpp).
+const ElementwiseKernels& elementwise_kernels();
 
 }  // namespace rmega

@@ -287,9 +287,113 @@ static void rotate(const T* x, const C* cos, const C* sin, T* y, int64_t rows, i
   }
 }
 
+// ---- sums of rows -----------------------------------------------------------------------------------------------
+
+template <typename T>
+static void sum_rows(const T* const* sources, int64_t count, int64_t offset, T* out, int64_t n) {
+  if (count <= 1) {
+    count == 0 ? (void)__builtin_memset(out, 0, n * sizeof(T))
+               : (void)__builtin_memcpy(out, sources[0] + offset, n * sizeof(T));
+    return;
+  }
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t j = 0; j < whole; j += kLanes) {
+    Vec sum = load(sources[0] + offset + j);
+    for (int64_t k = 1; k < count; ++k) {
+      sum += load(sources[k] + offset + j);
+    }
+    store(out + j, sum);
+  }
+  if (whole < n) {
+    Vec sum = {};
+    for (int64_t k = 0; k < count; ++k) {
+      sum += load_some(sources[k] + offset + whole, n - whole);
+    }
+    store_some(out + whole, sum, n - whole);
+  }
+}
+
+// ---- pairs ------------------------------------------------------------------------------------------------------
+
+// ln x for normal positive x (Cephes logf), to about 1 ulp. NaN stays NaN.
+RMEGA_INLINE Vec log_of(Vec x) {
+  const IntVec bits = reinterpret_cast<IntVec>(x);
+  // The exponent that puts the mantissa into [1/sqrt 2, sqrt 2).
+  const IntVec exponent = (bits - 0x3f3504f3) >> 23;
+  const Vec m = reinterpret_cast<Vec>(bits - (exponent << 23)) - splat(1.0f);
+  const Vec n = __builtin_convertvector(exponent, Vec);
+  Vec y = splat(7.0376836292e-2f);
+  y = y * m - splat(1.1514610310e-1f);
+  y = y * m + splat(1.1676998740e-1f);
+  y = y * m - splat(1.2420140846e-1f);
+  y = y * m + splat(1.4249322787e-1f);
+  y = y * m - splat(1.6668057665e-1f);
+  y = y * m + splat(2.0000714765e-1f);
+  y = y * m - splat(2.4999993993e-1f);
+  y = y * m + splat(3.3333331174e-1f);
+  const Vec square = m * m;
+  y = y * m * square + n * splat(-2.12194440e-4f) - splat(0.5f) * square;
+  y = m + y + n * splat(0.693359375f);
+  return x == x ? y : x;
+}
+
+// ln(1 + e) for 0 <= e <= 1, with the rounding of 1 + e made good.
+RMEGA_INLINE Vec log1p_of(Vec e) {
+  const Vec u = splat(1.0f) + e;
+  return log_of(u) + (e - (u - splat(1.0f))) * reciprocal(u);
+}
+
+RMEGA_INLINE Vec absolute(Vec x) { return reinterpret_cast<Vec>(reinterpret_cast<UintVec>(x) & 0x7fffffffu); }
+
+// As log_barrier of pair_math.h.
+RMEGA_INLINE Vec barrier_of(Vec s, bool clamped, Vec* slope) {
+  const Vec edge = splat(float(5.0 - 1e-3)), a = absolute(s);
+  const Vec product = (splat(5.0f) - a) * (splat(5.0f) + a);
+  const Vec outside_rise = splat(clamped ? 0.0f : float(2 * 4.999 / (25.0 - 4.999 * 4.999)));
+  const Vec outside = splat(4.605270190988424f) + (clamped ? Vec{} : outside_rise * (a - edge));
+  const Vec rise = a > edge ? outside_rise : splat(2.0f) * a / product;
+  *slope = s < splat(0) ? -rise : rise;
+  return a > edge ? outside : -log_of(product);
+}
+
+static void pair_terms(PairBlock& block, int64_t m, const LossOptions& options) {
+  const Vec zero = {}, one = splat(1.0f), smoothing = splat(float(options.label_smoothing));
+  const Vec penalty_weight = splat(float(options.penalty_weight));
+  for (int64_t i = 0; i < m; i += kLanes) {
+    const Vec c = load(block.chosen + i), r = load(block.rejected + i), weight = load(block.weight + i);
+    const Vec x = c - r - load(block.margin + i), a = absolute(x);
+    const Vec e = exp_of(-a), part = reciprocal(one + e);
+    const Vec q = x < zero ? part : e * part;  // sigmoid(-x)
+    Vec base = (x < zero ? a : zero) + log1p_of(e) + smoothing * x;
+    Vec slope = smoothing - q;
+    if (options.loss == Loss::focal) {
+      const Vec factor = splat(4.0f) * q * q;
+      slope = x > zero ? factor * (slope - splat(2.0f) * (one - q) * base) : slope;
+      base = x > zero ? factor * base : base;
+    }
+    Vec penalty = {}, slope_c = {}, slope_r = {};
+    if (options.penalty == Penalty::log_barrier) {
+      penalty = barrier_of(c, options.barrier_clamp, &slope_c);
+      penalty += barrier_of(r, options.barrier_clamp, &slope_r);
+    } else if (options.penalty == Penalty::l2) {
+      penalty = c * c + r * r;
+      slope_c = c + c;
+      slope_r = r + r;
+    } else if (options.penalty == Penalty::center) {
+      penalty = (c + r) * (c + r);
+      slope_c = slope_r = splat(2.0f) * (c + r);
+    }
+    store(block.base + i, weight * base);
+    store(block.penalty + i, weight * penalty_weight * penalty);
+    store(block.grad_chosen + i, weight * (slope + penalty_weight * slope_c));
+    store(block.grad_rejected + i, weight * (penalty_weight * slope_r - slope));
+  }
+}
+
 #define RMEGA_ELEMENTWISE_TABLE                                                                              \
   {                                                                                                          \
     {norm_forward<float>, norm_backward<float>}, {norm_forward<bf16>, norm_backward<bf16>},                  \
     {glu_forward<float>, glu_backward<float>}, {glu_forward<bf16>, glu_backward<bf16>},                      \
-    {rotate<float, float>}, {rotate<bf16, bf16>}, {rotate<bf16, float>}                                      \
+    {rotate<float, float>}, {rotate<bf16, bf16>}, {rotate<bf16, float>},                                     \
+    {sum_rows<float>}, {sum_rows<bf16>}, pair_terms                                                          \
   }

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "elementwise.h"
 #include "rmega_ops.h"
 
 namespace rmega {
@@ -53,37 +54,50 @@ void check_range(const Index& index, int64_t s, int64_t t, int64_t total) {
   TORCH_CHECK(sum == total, "gather_prefix_kv: total is ", total, ", the lengths sum to ", sum);
 }
 
-// Adds grad rows [first_out ..) of the run [start, start + len) to the part of it inside [begin, end) of sum.
-template <typename T, typename Acc>
-void add_run(const T* grad, Acc* sum, int64_t start, int64_t len, int64_t first_out, int64_t begin, int64_t end,
-             int64_t width) {
-  const int64_t from = std::max(start, begin), to = std::min(start + len, end);
-  for (int64_t row = from; row < to; ++row) {
-    const T* source = grad + (first_out + row - start) * width;
-    Acc* target = sum + (row - begin) * width;
-    for (int64_t j = 0; j < width; ++j) {
-      target[j] += static_cast<Acc>(source[j]);
+// out [n] = round(sum of sources[.][offset + .]) in the dtypes that have no vector kernel.
+template <typename T>
+void sum_plain(const T* const* sources, int64_t count, int64_t offset, T* out, int64_t n) {
+  using Acc = at::opmath_type<T>;
+  for (int64_t j = 0; j < n; ++j) {
+    Acc sum(0);
+    for (int64_t k = 0; k < count; ++k) {
+      sum += static_cast<Acc>(sources[k][offset + j]);
     }
+    out[j] = static_cast<T>(sum);
   }
 }
 
-template <typename T, typename Acc>
-void scatter(const T* grad, const Index& index, T* out, int64_t t, int64_t s, int64_t width) {
-  const int64_t block = std::max<int64_t>(1, 16384 / std::max<int64_t>(width, 1));  // rows whose sums stay in cache
-  at::parallel_for(0, (t + block - 1) / block, 1, [&](int64_t block_begin, int64_t block_end) {
-    std::vector<Acc> sum(block * width);
-    for (int64_t b = block_begin; b < block_end; ++b) {
-      const int64_t begin = b * block, end = std::min(begin + block, t);
-      std::fill(sum.begin(), sum.end(), Acc(0));
-      for (int64_t i = 0; i < s; ++i) {
-        add_run(grad, sum.data(), index.prefix_start[i], index.prefix_len[i], index.out_start[i], begin, end, width);
-        add_run(grad, sum.data(), index.own_start[i], index.own_len[i], index.out_start[i] + index.prefix_len[i],
-                begin, end, width);
-      }
-      T* target = out + begin * width;
-      for (int64_t j = 0; j < (end - begin) * width; ++j) {
-        target[j] = static_cast<T>(sum[j]);
-      }
+// Source rows between two neighbouring starts or ends of runs are held by the same segments: there the sum of rows is
+// one sum over contiguous memory. sum(sources, count, offset, out, n) adds in the order of sources, that of segments.
+template <typename T, typename F>
+void scatter(const T* grad, const Index& index, T* out, int64_t t, int64_t s, int64_t width, F sum) {
+  std::vector<int64_t> cuts{0, t};
+  for (int64_t i = 0; i < s; ++i) {
+    for (const int64_t cut : {index.prefix_start[i], index.prefix_start[i] + index.prefix_len[i], index.own_start[i],
+                              index.own_start[i] + index.own_len[i]}) {
+      cuts.push_back(cut);
+    }
+  }
+  std::sort(cuts.begin(), cuts.end());
+  cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
+  std::vector<std::vector<const T*>> sources(cuts.size() - 1);  // gradient of the first row between two cuts
+  const auto add_run = [&](int64_t start, int64_t len, int64_t first_out) {
+    size_t i = std::lower_bound(cuts.begin(), cuts.end(), start) - cuts.begin();
+    for (; len > 0 && cuts[i] < start + len; ++i) {
+      sources[i].push_back(grad + (first_out + cuts[i] - start) * width);
+    }
+  };
+  for (int64_t i = 0; i < s; ++i) {
+    add_run(index.prefix_start[i], index.prefix_len[i], index.out_start[i]);
+    add_run(index.own_start[i], index.own_len[i], index.out_start[i] + index.prefix_len[i]);
+  }
+  at::parallel_for(0, t, std::max<int64_t>(1, 32768 / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
+    size_t i = std::upper_bound(cuts.begin(), cuts.end(), begin) - cuts.begin() - 1;
+    for (int64_t row = begin; row < end; ++i) {
+      const int64_t stop = std::min(end, cuts[i + 1]);
+      sum(sources[i].data(), static_cast<int64_t>(sources[i].size()), (row - cuts[i]) * width, out + row * width,
+          (stop - row) * width);
+      row = stop;
     }
   });
 }
@@ -161,10 +175,18 @@ at::Tensor gather_prefix_kv_backward(const at::Tensor& grad, const at::Tensor& p
   }
   const Index index(index_tensor);
   check_range(index, s, t, grad.size(0));
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "gather_prefix_kv_backward", [&] {
-    scatter<scalar_t, at::opmath_type<scalar_t>>(source.const_data_ptr<scalar_t>(), index,
-                                                 out.mutable_data_ptr<scalar_t>(), t, s, g * d);
-  });
+  if (grad.scalar_type() == at::kFloat) {
+    scatter(source.const_data_ptr<float>(), index, out.mutable_data_ptr<float>(), t, s, g * d,
+            elementwise_kernels().sum_f32.sum);
+  } else if (grad.scalar_type() == at::kBFloat16) {
+    scatter(static_cast<const bf16*>(source.const_data_ptr()), index, static_cast<bf16*>(out.mutable_data_ptr()), t, s,
+            g * d, elementwise_kernels().sum_bf16.sum);
+  } else {
+    AT_DISPATCH_FLOATING_TYPES_AND(at::kHalf, grad.scalar_type(), "gather_prefix_kv_backward", [&] {
+      scatter(source.const_data_ptr<scalar_t>(), index, out.mutable_data_ptr<scalar_t>(), t, s, g * d,
+              sum_plain<scalar_t>);
+    });
+  }
   return out;
 }
 

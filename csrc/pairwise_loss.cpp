@@ -1,4 +1,7 @@
 // pairwise_loss: the sum over m pairs, what is reported of it, and the gradient of the sum wrt rewards [n], in one pass.
+#include <algorithm>
+
+#include "elementwise.h"
 #include "pair_math.h"
 #include "rmega_ops.h"
 
@@ -22,18 +25,47 @@ LossOptions read_options(c10::string_view loss, c10::string_view penalty, double
   return options;
 }
 
+void check_pair(int64_t i, int64_t c, int64_t r, int64_t n) {
+  TORCH_CHECK_INDEX(c >= 0 && c < n && r >= 0 && r < n, "pairwise_loss: pair ", i, " is (", c, ", ", r,
+                    ") with n = ", n);
+}
+
 // Pairs in their order, so that a reward that is in many pairs has its gradients added in one order.
-template <typename R, typename T>
-void run(const R* rewards, const int64_t* chosen, const int64_t* rejected, const T* margin, const T* weight, T* loss,
-         T* stats, T* grad, int64_t n, int64_t m, const LossOptions& options) {
+template <typename R>
+void run(const R* rewards, const int64_t* chosen, const int64_t* rejected, const float* margin, const float* weight,
+         float* loss, float* stats, float* grad, int64_t n, int64_t m, const LossOptions& options) {
+  const auto terms = elementwise_kernels().pairs;
+  PairSums sums;
+  PairBlock block = {};
+  for (int64_t first = 0; first < m; first += kPairs) {
+    const int64_t count = std::min(kPairs, m - first);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t c = chosen[first + i], r = rejected[first + i];
+      check_pair(first + i, c, r, n);
+      block.chosen[i] = static_cast<float>(rewards[c]);
+      block.rejected[i] = static_cast<float>(rewards[r]);
+      block.margin[i] = margin[first + i];
+      block.weight[i] = weight[first + i];
+    }
+    terms(block, count, options);
+    for (int64_t i = 0; i < count; ++i) {
+      sums.add(PairTerm<float>{block.base[i], block.penalty[i], 0, 0}, block.chosen[i], block.rejected[i]);
+      grad[chosen[first + i]] += block.grad_chosen[i];
+      grad[rejected[first + i]] += block.grad_rejected[i];
+    }
+  }
+  sums.write(loss, stats, m);
+}
+
+void run(const double* rewards, const int64_t* chosen, const int64_t* rejected, const double* margin,
+         const double* weight, double* loss, double* stats, double* grad, int64_t n, int64_t m,
+         const LossOptions& options) {
   PairSums sums;
   for (int64_t i = 0; i < m; ++i) {
     const int64_t c = chosen[i], r = rejected[i];
-    TORCH_CHECK_INDEX(c >= 0 && c < n && r >= 0 && r < n, "pairwise_loss: pair ", i, " is (", c, ", ", r,
-                      ") with n = ", n);
-    const T r_c = static_cast<T>(rewards[c]), r_r = static_cast<T>(rewards[r]);
-    const PairTerm<T> term = pair_term<T>(r_c, r_r, margin[i], weight[i], options);
-    sums.add(term, r_c, r_r);
+    check_pair(i, c, r, n);
+    const PairTerm<double> term = pair_term<double>(rewards[c], rewards[r], margin[i], weight[i], options);
+    sums.add(term, rewards[c], rewards[r]);
     grad[c] += term.grad_chosen;
     grad[r] += term.grad_rejected;
   }
@@ -79,9 +111,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> pairwise_loss(
   at::Tensor grad = at::zeros({n}, compute);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rewards.scalar_type(), "pairwise_loss", [&] {
     using T = at::opmath_type<scalar_t>;
-    run<scalar_t, T>(scores.const_data_ptr<scalar_t>(), c, r, margins.const_data_ptr<T>(),
-                     weights.const_data_ptr<T>(), total.mutable_data_ptr<T>(), stats.mutable_data_ptr<T>(),
-                     grad.mutable_data_ptr<T>(), n, m, options);
+    run(scores.const_data_ptr<scalar_t>(), c, r, margins.const_data_ptr<T>(),
+        weights.const_data_ptr<T>(), total.mutable_data_ptr<T>(), stats.mutable_data_ptr<T>(),
+        grad.mutable_data_ptr<T>(), n, m, options);
   });
   return {total, stats, grad};
 }

@@ -60,9 +60,9 @@ def _why_reference(device: torch.device) -> str:
 
 
 def _native(device: torch.device) -> bool:
-    why = _why_reference(device)
-    if not why:
+    if _implementation != "reference" and _C is not None and (_C.has_cuda or device.type != "cuda"):
         return True
+    why = _why_reference(device)
     if _implementation == "native":
         raise RuntimeError(f"native operators were asked for on {device.type}, but {why}")
     if _implementation == "auto" and device.type not in _said:
@@ -73,7 +73,7 @@ def _native(device: torch.device) -> bool:
 
 
 def _fake(name: str, kernel) -> None:
-    """Give ``torch.ops.rmega.<name>`` its shape-only kernel; the real ones and the derivative are csrc/autograd.cpp's."""
+    """Give ``torch.ops.rmega.<name>`` its shape-only kernel; csrc/autograd.cpp has the real ones and the derivative."""
     if _C is not None:
         torch.library.register_fake(f"rmega::{name}", kernel)
 

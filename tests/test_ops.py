@@ -44,6 +44,20 @@ def both_with_grad(op, inputs, wrt, grad_seed=0):
     return out.detach(), grads
 
 
+ISAS = ["portable", "avx2", "avx512"]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    choose("native")
+    try:
+        ops._C.set_elementwise_isa(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+    yield request.param
+    ops._C.set_elementwise_isa("")
+
+
 def opcheck(op, args):
     if ops._C is None:
         pytest.skip(f"rmega._C is not built: {ops._why_not_built}")
@@ -204,8 +218,7 @@ def test_pairwise_loss_gradcheck(implementation, options):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
-def test_pairwise_loss_error_is_at_most_twice_plain_torchs(dtype, options):
-    choose("native")
+def test_pairwise_loss_error_is_at_most_twice_plain_torchs(isa, dtype, options):
     rewards, chosen, rejected, margin, weight = random_pairs(128, 200)
     rewards = rewards.to(dtype)
     results = []
@@ -370,8 +383,7 @@ def test_gather_prefix_kv_takes_views_of_the_fused_projection(implementation):
         assert torch.equal(ops.gather_prefix_kv(view, *index, total=17), view[prefix_rows(SEGMENTS["one pair"])])
 
 
-def test_gather_prefix_kv_many_rows_and_threads():
-    choose("native")
+def test_gather_prefix_kv_many_rows_and_threads(isa):
     t, rows, k = 3000, 64, 20
     index = [torch.tensor([0] * k), torch.tensor([2000] * k), torch.arange(k) * 50 + 2000, torch.tensor([50] * k)]
     x = torch.randn(t, 2, rows, dtype=torch.bfloat16)
@@ -413,19 +425,6 @@ def test_gather_prefix_kv_refuses_segments_outside():
 
 
 # ---- fused elementwise: every instruction set that this CPU has ---------------------------------------------------
-
-ISAS = ["portable", "avx2", "avx512"]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    choose("native")
-    try:
-        ops._C.set_elementwise_isa(request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
-    yield request.param
-    ops._C.set_elementwise_isa("")
 
 
 def assert_kernel(op, plain, inputs, wrt, dtype):
