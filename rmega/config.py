@@ -6,6 +6,7 @@ Imports neither torch nor megatron-core, so that ``--help`` answers at once on a
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -253,6 +254,9 @@ def run_tool(main: Callable[..., Any], *args: Any) -> int:
     """
     try:
         return int(main(*args) or 0)
+    except BrokenPipeError:  # the reader, such as head, has what it wanted
+        sys.stdout = open(os.devnull, "w")
+        return 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

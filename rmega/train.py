@@ -1,7 +1,7 @@
 """The training loop: model chunks and optimizer from megatron-core, one step, evaluation, and the run itself.
 
-Shape letters: t tokens of a pack, n responses, m pairs. The loss is a sum over pairs with a count (law 5): megatron-core
-divides the summed gradient by the count of the whole global batch, so no layout changes what a step means.
+Shape letters: t tokens of a pack, n responses, m pairs. The loss is a sum over pairs with a count (law 5):
+megatron-core divides the summed gradient by the count of the whole global batch, so no layout changes what a step means.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from rmega import ops
 from rmega.config import LossArgs, TrainingConfig
-from rmega.data.batching import Batcher, PackedBatch, response_pairs
+from rmega.data.batching import Batcher, PackedBatch
 from rmega.distributed import is_reporting_rank, sum_over_ranks
-from rmega.metrics import wilson_interval
+from rmega.evaluation.judge import flat_summary, judge_stored
 from rmega.models.geometry import Geometry
 from rmega.models.reward_model import RewardModel, transformer_config
 
 
-def build_model(config: TrainingConfig, geometry: Geometry, *, dtype: torch.dtype, device: torch.device) -> list[RewardModel]:
+def build_model(config: TrainingConfig, geometry: Geometry, *, dtype: torch.dtype,
+                device: torch.device) -> list[RewardModel]:
     """This rank's chunks of the model (one, or ``--vpp`` of them), weights not loaded yet."""
     vpp = config.parallel.virtual_pipeline_model_parallel_size
     engine = use_transformer_engine(config.model.transformer_impl, device)
@@ -76,7 +77,8 @@ def use_transformer_engine(choice: str, device: torch.device) -> bool:
         import transformer_engine  # noqa: F401
     except ImportError:
         if choice == "transformer_engine":
-            raise ValueError("--transformer-impl transformer_engine: it is not installed (pip install 'rmega[te]')") from None
+            raise ValueError("--transformer-impl transformer_engine: it is not installed (pip install 'rmega[te]')"
+                             ) from None
         return False
     if device.type != "cuda" and choice == "transformer_engine":
         raise ValueError("--transformer-impl transformer_engine needs a CUDA device")
@@ -221,7 +223,8 @@ def train_step(wrapped: Sequence, optimizer, packs: list[PackedBatch], args: Los
         loss=loss, acc=sums["num_correct"] / pairs, chosen_score_mean=sums["chosen_score"] / pairs,
         rejected_score_mean=sums["rejected_score"] / pairs, grad_norm=norm, updated=updated,
         num_pairs=int(sums["num_pairs"]), num_samples=num_samples, num_tokens=int(sums["num_tokens"]),
-        real_tokens=int(sums["real_tokens"]), num_microbatches=int(sums["num_microbatches"]), padding=int(sums["padding"]))
+        real_tokens=int(sums["real_tokens"]), num_microbatches=int(sums["num_microbatches"]),
+        padding=int(sums["padding"]))
 
 
 @torch.no_grad()
@@ -247,25 +250,11 @@ def compute_rewards(wrapped: Sequence, batcher: Batcher, device: torch.device,
 
 def evaluate(wrapped: Sequence, batcher: Batcher, device: torch.device,
              progress: Callable[[int], None] | None = None) -> dict[str, float]:
-    """Accuracy over all pairs of a held-out set with its 95 % interval (Wilson), ties counting half, and mean margin."""
+    """What ``rmega.evaluation`` says of a held-out set, in one flat row: accuracy over all pairs with its 95 % interval
+    (Wilson; ties count half), mean margin, length bias, calibration."""
     rewards = compute_rewards(wrapped, batcher, device, progress)
-    dataset = batcher.dataset
-    correct = ties = pairs = 0
-    margin = 0.0
-    for d in range(len(dataset)):
-        first, last = (int(x) for x in dataset.document_indices[d : d + 2])
-        own, scores = rewards[first - d : last - d - 1], dataset.scores[first + 1 : last]
-        for better, worse in response_pairs(scores):
-            gap = float(own[better]) - float(own[worse])
-            correct += gap > 0
-            ties += gap == 0
-            margin += gap
-            pairs += 1
-    wins = correct + ties / 2
-    low, high = wilson_interval(wins, pairs)
-    return {"accuracy": wins / max(pairs, 1), "accuracy_low": low, "accuracy_high": high, "num_pairs": pairs,
-            "ties": ties, "mean_margin": margin / max(pairs, 1), "reward_mean": float(rewards.mean()),
-            "reward_std": float(rewards.std())}
+    summary = flat_summary(judge_stored(batcher.dataset, rewards))
+    return {**summary, "reward_mean": float(rewards.mean()), "reward_std": float(rewards.std())}
 
 
 def total_steps(config: TrainingConfig, num_comparisons: int) -> tuple[int, int]:
