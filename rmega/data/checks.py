@@ -6,9 +6,9 @@ objects nor their text.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -25,13 +25,11 @@ _SCRIPT_RANGES = ("A-Za-z\u00c0-\u024f\u1e00-\u1eff", "\u3400-\u4dbf\u4e00-\u9ff
                   "\u1100-\u11ff\uac00-\ud7af", "\u0400-\u052f", "\u0600-\u06ff\u0750-\u077f", "\u0900-\u097f",
                   "\u0370-\u03ff", "\u0590-\u05ff", "\u0e00-\u0e7f")
 _SCRIPT_RUNS = [re.compile(f"[{r}]+") for r in _SCRIPT_RANGES]
+_NOT_ASCII = re.compile("[^\x00-\x7f]+")
 _KANA = SCRIPTS.index("Kana")
-
-
-def hash_text(*texts: str) -> int:
-    """64-bit hash of texts (their order and borders count)."""
-    digest = hashlib.blake2b("\0".join(texts).encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+_MASK = (1 << 64) - 1
+_RANK_FACTORS = [pow(0x9E3779B97F4A7C15, r + 1, 1 << 64) for r in range(64)]
+"""Odd numbers: the sum of responses' hashes times their rank's factor names the set of responses and its order."""
 
 
 def hash_messages(messages: Iterable[Message]) -> int:
@@ -41,22 +39,23 @@ def hash_messages(messages: Iterable[Message]) -> int:
         parts += (message["role"], message["content"].strip())
         if len(message) > 2:
             parts.append(repr(sorted((k, repr(v)) for k, v in message.items() if k not in ("role", "content"))))
-    return hash_text(*parts)
+    return int.from_bytes(blake2b("\0".join(parts).encode("utf-8"), digest_size=8).digest(), "little")
 
 
 def document_row(comparison: Comparison, file: int, line: int, num_tokens: int, source: int) -> tuple[Any, ...]:
     """The comparison's row of the table (`DOCUMENT`)."""
-    prompt = comparison.prompt
-    first_user = next((i for i, m in enumerate(prompt) if m["role"] == "user"), len(prompt) - 1)
+    prompt, scores = comparison.prompt, comparison.scores
+    prompt_hash = hash_messages(prompt)
+    opening = prompt_hash
+    if len(prompt) > 1:
+        first_user = next((i for i, m in enumerate(prompt) if m["role"] == "user"), len(prompt) - 1)
+        opening = hash_messages([m for m in prompt[:first_user + 1] if m["role"] != "system"])
     responses = [hash_messages(r) for r in comparison.responses]
-    ranks = np.unique([-s for s in comparison.scores], return_inverse=True)[1].tolist() \
-        if len(responses) > 2 else [0, 1]
+    ranks = [sum(other > score for other in scores) for score in scores]
     wins, pairs = position_counts(comparison)
-    return (file, line, len(responses) + 1, num_tokens, source, hash_messages(prompt),
-            hash_messages(m for m in prompt[:first_user + 1] if m["role"] != "system"),
-            hash_text(*map(str, sorted(responses))),
-            hash_text(*(f"{r}:{h}" for r, h in sorted(zip(ranks, responses, strict=True)))),
-            wins, pairs, script_of(comparison))
+    return (file, line, len(responses) + 1, num_tokens, source, prompt_hash, opening, sum(responses) & _MASK,
+            sum(h * _RANK_FACTORS[r % 64] for h, r in zip(responses, ranks, strict=True)) & _MASK, wins, pairs,
+            script_of(comparison))
 
 
 def position_counts(comparison: Comparison) -> tuple[int, int]:
@@ -77,6 +76,9 @@ def script_of(comparison: Comparison) -> int:
     """Index into `SCRIPTS`: the script most letters of the last question and the first response are written in."""
     text = comparison.prompt[-1]["content"][:1000] + comparison.responses[0][-1]["content"][:1000]
     if text.isascii():
+        return 0
+    foreign = "".join(_NOT_ASCII.findall(text))
+    if len(foreign) * 10 < len(text):
         return 0
     counts = [sum(map(len, runs.findall(text))) for runs in _SCRIPT_RUNS]
     best = int(np.argmax(counts))

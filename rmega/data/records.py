@@ -39,7 +39,7 @@ REASONS = {
     "skipped_by_map": "the --map function returned None",
     "holdout": "its prompt is in a --holdout file",
 }
-NOT_FAULTS = frozenset({"tie", "duplicate", "overlong", "skipped_by_map", "holdout"})
+NOT_FAULTS = frozenset({"tie", "duplicate", "overlong", "identical_after_cut", "skipped_by_map", "holdout"})
 """Reasons that are a property or a wish, not a defect of the file: they do not count towards --max-rejected."""
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from rmega.data.records import Comparison, Message, Rejected
+from rmega.data.words import make_word_encoder
 
 OVERLONG_POLICIES = ("left-prompt", "right", "drop", "error")
 
@@ -28,6 +29,9 @@ DEFAULT_TEMPLATE = ("{{ bos_token if bos_token else '' }}{% for message in messa
 
 _REWARD_TOKENS = ("[UNUSED_TOKEN_130]", "<|reserved_special_token_0|>", "<|endoftext|>", "</s>")
 _PAD_TOKENS = ("<|finetune_right_pad_id|>",)
+_CHECK_EVERY = 1000
+"""Every so many conversations the fast path is held against the tokenizer itself."""
+BROKEN_UP = "special-token text in the data, broken up"
 _CONTROL_TEXT = re.compile(r"<\|[^|<>\s]+\|>|\[UNUSED_TOKEN_\d+\]|<(?:s|/s|unk|pad|bos|eos)>")
 _PROBES = ("The quick brown fox doesn't jump over 12345 lazy dogs.", "  two spaces,\ttab\n\n\nnew lines  \n",
            "你好，世界！今天天气很好。", "def f(x):\n    return x**2  # α ≤ β",
@@ -69,10 +73,16 @@ class PairTokenizer:
         vocab = tokenizer.get_vocab()
         self.reward_token_id = _find_reward_token(tokenizer, vocab, reward_token, template)
         self.pad_token_id = _find_pad_token(tokenizer, vocab, self.reward_token_id)
+        self._reward = np.array([self.reward_token_id], np.int32).tobytes()
         self.fingerprint = tokenizer_fingerprint(tokenizer)
         self.template_hash = hashlib.sha256(template.encode()).hexdigest()[:16]
         self._control = _control_pattern(tokenizer, template, self.reward_token_id)
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._words = make_word_encoder(tokenizer, _PROBES)
+        if self._words is None:
+            self.messages.append("this tokenizer has no fast path here: texts are encoded whole")
+        self._chat = _Chat(tokenizer, template)
+        self._num_encoded = 0
         self._template_takes = {key for key in ("tool_calls", "tools") if key in template}
 
     @classmethod
@@ -142,54 +152,61 @@ class PairTokenizer:
         def walk(value: Any) -> Any:
             nonlocal breaks
             if isinstance(value, str):
-                value, num = self.escape(value)
-                breaks += num
+                if self._control.search(value):
+                    value, num = self.escape(value)
+                    breaks += num
                 return value
             if isinstance(value, dict):
                 return {k: walk(v) for k, v in value.items()}
-            if isinstance(value, (list, tuple)):
-                return [walk(v) for v in value]
-            return value
+            return [walk(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-        def clean(message: Message) -> Message:
-            if len(message) == 2:
-                return {"role": message["role"], "content": walk(message["content"])}
-            message = {k: v if k == "role" else walk(v) for k, v in message.items()}
-            if "tool_calls" in message and "tool_calls" not in self._template_takes:
-                calls = json.dumps(message.pop("tool_calls"), ensure_ascii=False, default=str)
-                message["content"] = f"{message['content']}\n{calls}" if message["content"] else calls
-                notes.append("tool calls written as text: the chat template has no place for them")
-            return message
+        def clean(messages: list[Message]) -> list[Message]:
+            cleaned = []
+            for message in messages:
+                if len(message) > 2:
+                    message = {k: v if k == "role" else walk(v) for k, v in message.items()}
+                    if "tool_calls" in message and "tool_calls" not in self._template_takes:
+                        calls = json.dumps(message.pop("tool_calls"), ensure_ascii=False, default=str)
+                        message["content"] = f"{message['content']}\n{calls}" if message["content"] else calls
+                        notes.append("tool calls written as text: the chat template has no place for them")
+                elif self._control.search(message["content"]):
+                    message = {"role": message["role"], "content": walk(message["content"])}
+                cleaned.append(message)
+            return cleaned
 
         tools = comparison.tools
         if tools is not None and "tools" not in self._template_takes:
             tools = None
             notes.append("tool descriptions left out: the chat template has no place for them")
-        cleaned = replace(comparison, prompt=[clean(m) for m in comparison.prompt], tools=walk(tools),
-                          responses=[[clean(m) for m in r] for r in comparison.responses])
+        cleaned = Comparison(prompt=clean(comparison.prompt), responses=[clean(r) for r in comparison.responses],
+                             scores=comparison.scores, tools=walk(tools))
         if breaks:
-            notes.append("special-token text broken up")
+            notes.append(BROKEN_UP)
         return cleaned
 
     def _render(self, comparison: Comparison) -> list[np.ndarray]:
         """int32 ids of each conversation, with the reward token."""
-        conversations = [comparison.prompt + r for r in comparison.responses]
         try:
-            texts = self.tokenizer.apply_chat_template(conversations, chat_template=self.template, tokenize=False,
-                                                       tools=comparison.tools)
+            texts = self._chat.render([comparison.prompt + r for r in comparison.responses], comparison.tools)
         except Exception as error:  # templates raise what they like
             raise Rejected("template", _first_line(error)) from None
-        return [self._to_ids(t) for t in texts]
-
-    def _to_ids(self, text: str) -> np.ndarray:
+        known: dict[str, bytes] = {}
         try:
-            if self._backend is not None:
-                ids = self._backend.encode(text, add_special_tokens=False).ids
-            else:
-                ids = self.tokenizer.encode(text, add_special_tokens=False)
+            return [np.frombuffer(self._to_ids(t, known) + self._reward, np.int32) for t in texts]
         except UnicodeEncodeError:
             raise Rejected("not_utf8", "half of a surrogate pair") from None
-        return np.array([*ids, self.reward_token_id], np.int32)
+
+    def _to_ids(self, text: str, known: dict[str, bytes]) -> bytes:
+        """int32 ids as bytes; ``known`` holds the segments of this comparison that were encoded already."""
+        if self._words is None:
+            backend = self._backend or self.tokenizer
+            ids = backend.encode(text, add_special_tokens=False)
+            return np.array(getattr(ids, "ids", ids), np.int32).tobytes()
+        ids = self._words.encode(text, known)
+        self._num_encoded += 1
+        if self._num_encoded % _CHECK_EVERY == 0:
+            assert ids == self._words.encode_whole(text), f"the fast path gives other ids than the tokenizer: {text!r}"
+        return ids
 
     # ---- over length
 
@@ -246,6 +263,37 @@ class PairTokenizer:
                 "chat_template": self.template, "reward_token_id": self.reward_token_id,
                 "pad_token_id": self.pad_token_id, "vocab_size": self.vocab_size, "max_length": self.max_length,
                 "overlong": self.overlong}
+
+
+class _Chat:
+    """The chat template. Most of what ``apply_chat_template`` does besides is checking the messages, which were."""
+
+    def __init__(self, tokenizer: Any, template: str) -> None:
+        self._tokenizer, self._template = tokenizer, template
+        self._calls = 0
+        try:
+            from transformers.utils.chat_template_utils import _compile_jinja_template
+
+            self._compiled = _compile_jinja_template(template)
+            self._names = dict(tokenizer.special_tokens_map)
+        except Exception:  # another release; or a template that apply_chat_template will complain of
+            self._compiled = None
+
+    def render(self, conversations: list[list[Message]], tools: list[Any] | None) -> list[str]:
+        """The text of each conversation. Raises what the template raises."""
+        plain = self._compiled is not None and tools is None and all(len(m) == 2 for c in conversations for m in c)
+        self._calls += 1
+        if plain:
+            fast = [self._compiled.render(messages=c, tools=None, documents=None, add_generation_prompt=False,
+                                          **self._names) for c in conversations]
+            if self._calls % _CHECK_EVERY != 1:
+                return fast
+        texts = self._tokenizer.apply_chat_template(conversations, chat_template=self._template, tokenize=False,
+                                                    tools=tools)
+        if plain and texts != fast:
+            assert self._calls == 1, "the compiled chat template and apply_chat_template give different texts"
+            self._compiled = None
+        return texts
 
 
 def common_prefix_length(sequences: Sequence[np.ndarray]) -> int:
