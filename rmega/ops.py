@@ -72,10 +72,12 @@ def _native(device: torch.device) -> bool:
     return False
 
 
-def _fake(name: str, kernel) -> None:
-    """Give ``torch.ops.rmega.<name>`` its shape-only kernel; csrc/autograd.cpp has the real ones and the derivative."""
-    if _C is not None:
-        torch.library.register_fake(f"rmega::{name}", kernel)
+def _operator(name: str, fake):
+    """``torch.ops.rmega.<name>``, given its shape-only kernel; csrc/autograd.cpp has the real ones, and derivatives."""
+    if _C is None:
+        return None
+    torch.library.register_fake(f"rmega::{name}", fake)
+    return getattr(torch.ops.rmega, name).default  # the overload itself: finding it at each call takes a microsecond
 
 
 # ---- gather_last_token ------------------------------------------------------------------------------------------
@@ -85,7 +87,7 @@ def gather_last_token(hidden: Tensor, last: Tensor) -> Tensor:
     """Rows ``last`` [n] (int64) of ``hidden`` [t, h] -> [n, h]. Rows may repeat; their gradients add in fixed order."""
     if not _native(hidden.device):
         return gather_last_token_ref(hidden, last)
-    return torch.ops.rmega.gather_last_token(hidden, last)
+    return _gather_last_token(hidden, last)
 
 
 def gather_last_token_ref(hidden: Tensor, last: Tensor) -> Tensor:
@@ -94,8 +96,9 @@ def gather_last_token_ref(hidden: Tensor, last: Tensor) -> Tensor:
     return hidden[last] if hidden.is_cuda else hidden.index_select(0, last)
 
 
-_fake("gather_last_token", lambda hidden, last: hidden.new_empty(last.shape[0], hidden.shape[1]))
-_fake("gather_last_token_backward", lambda grad, last, t: grad.new_empty(t, grad.shape[1]))
+_gather_last_token = _operator(
+    "gather_last_token", lambda hidden, last: hidden.new_empty(last.shape[0], hidden.shape[1]))
+_operator("gather_last_token_backward", lambda grad, last, t: grad.new_empty(t, grad.shape[1]))
 
 
 # ---- pairwise_loss ----------------------------------------------------------------------------------------------
@@ -125,8 +128,8 @@ def pairwise_loss(rewards: Tensor, chosen: Tensor, rejected: Tensor, margin: Ten
                                  penalty_weight=penalty_weight, label_smoothing=label_smoothing,
                                  barrier_clamp=barrier_clamp)
     _check_loss(loss, penalty)
-    loss_sum, stats, _ = torch.ops.rmega.pairwise_loss(rewards, chosen, rejected, margin, weight, loss, penalty,
-                                                       penalty_weight, label_smoothing, barrier_clamp)
+    loss_sum, stats, _ = _pairwise_loss(rewards, chosen, rejected, margin, weight, loss, penalty, penalty_weight,
+                                        label_smoothing, barrier_clamp)
     return loss_sum, stats
 
 
@@ -186,8 +189,8 @@ def _pairwise_fake(rewards, chosen, rejected, margin, weight, *options):
             rewards.new_empty(rewards.shape[0], dtype=dtype))
 
 
-_fake("pairwise_loss", _pairwise_fake)
-_fake("pairwise_loss_backward", lambda grad, upstream, dtype: grad.new_empty(grad.shape, dtype=dtype))
+_pairwise_loss = _operator("pairwise_loss", _pairwise_fake)
+_operator("pairwise_loss_backward", lambda grad, upstream, dtype: grad.new_empty(grad.shape, dtype=dtype))
 
 
 # ---- gather_prefix_kv -------------------------------------------------------------------------------------------
@@ -205,7 +208,7 @@ def gather_prefix_kv(x: Tensor, prefix_start: Tensor, prefix_len: Tensor, own_st
         return gather_prefix_kv_ref(x, prefix_start, prefix_len, own_start, own_len, total)
     if total is None:
         total = int((prefix_len + own_len).sum())
-    return torch.ops.rmega.gather_prefix_kv(x, prefix_start, prefix_len, own_start, own_len, total)
+    return _gather_prefix_kv(x, prefix_start, prefix_len, own_start, own_len, total)
 
 
 def gather_prefix_kv_ref(x: Tensor, prefix_start: Tensor, prefix_len: Tensor, own_start: Tensor, own_len: Tensor,
@@ -219,8 +222,8 @@ def gather_prefix_kv_ref(x: Tensor, prefix_start: Tensor, prefix_len: Tensor, ow
     return gather_last_token_ref(x, rows.to(x.device))
 
 
-_fake("gather_prefix_kv", lambda x, ps, pl, os, ol, total: x.new_empty(total, *x.shape[1:]))
-_fake("gather_prefix_kv_backward", lambda grad, ps, pl, os, ol, t: grad.new_empty(t, *grad.shape[1:]))
+_gather_prefix_kv = _operator("gather_prefix_kv", lambda x, ps, pl, os, ol, total: x.new_empty(total, *x.shape[1:]))
+_operator("gather_prefix_kv_backward", lambda grad, ps, pl, os, ol, t: grad.new_empty(t, *grad.shape[1:]))
 
 
 # ---- fused elementwise ------------------------------------------------------------------------------------------
@@ -238,7 +241,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if not _native_elementwise(x):
         return rms_norm_ref(x, weight, eps)
-    return torch.ops.rmega.rms_norm(x, weight, eps)[0]
+    return _rms_norm(x, weight, eps)[0]
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -252,13 +255,13 @@ def _norm_fake(x, weight, eps):
     return x.new_empty(x.shape), x.new_empty(x.numel() // h if h else 0, dtype=torch.float32)
 
 
-_fake("rms_norm", _norm_fake)
-_fake("rms_norm_backward", lambda grad, x, weight, inv: (x.new_empty(x.shape), weight.new_empty(weight.shape)))
+_rms_norm = _operator("rms_norm", _norm_fake)
+_operator("rms_norm_backward", lambda grad, x, weight, inv: (x.new_empty(x.shape), weight.new_empty(weight.shape)))
 
 
 def swiglu(x: Tensor) -> Tensor:
     """``silu(gate) * up`` for ``x`` [..., 2f] = [gate, up] -> [..., f]; natively in fp32 with one rounding."""
-    return torch.ops.rmega.swiglu(x) if _native_elementwise(x) else swiglu_ref(x)
+    return _swiglu(x) if _native_elementwise(x) else swiglu_ref(x)
 
 
 def swiglu_ref(x: Tensor) -> Tensor:
@@ -267,8 +270,8 @@ def swiglu_ref(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-_fake("swiglu", lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
-_fake("swiglu_backward", lambda grad, x: x.new_empty(x.shape))
+_swiglu = _operator("swiglu", lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
+_operator("swiglu_backward", lambda grad, x: x.new_empty(x.shape))
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -278,7 +281,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     ``cos``, ``sin`` [t, d/2] in fp32 or x's dtype, without gradient. Natively in fp32 with one rounding; a view into a
     fused projection is read in place.
     """
-    return torch.ops.rmega.rope(x, cos, sin, False) if _native_elementwise(x) else rope_ref(x, cos, sin)
+    return _rope(x, cos, sin, False) if _native_elementwise(x) else rope_ref(x, cos, sin)
 
 
 def rope_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -288,4 +291,4 @@ def rope_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(x.dtype)
 
 
-_fake("rope", lambda x, cos, sin, backwards: x.new_empty(x.shape))
+_rope = _operator("rope", lambda x, cos, sin, backwards: x.new_empty(x.shape))
