@@ -1,7 +1,7 @@
 """The training loop: model chunks and optimizer from megatron-core, one step, evaluation, and the run itself.
 
 Shape letters: t tokens of a pack, n responses, m pairs. The loss is a sum over pairs with a count (law 5):
-megatron-core divides the summed gradient by the count of the whole global batch, so no layout changes what a step means.
+the summed gradient is divided by the count of the whole global batch, so no layout changes what a step means.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
@@ -93,11 +92,17 @@ def wrap_model(chunks: list[RewardModel], config: TrainingConfig) -> list[Distri
     wrapped = [DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=i > 0)
                for i, chunk in enumerate(chunks)]
     core = chunks[0].config
-    core.finalize_model_grads_func = finalize_model_grads
+    core.finalize_model_grads_func = _finalize
     if p.overlap_grad_reduce:
         hooks = [chunk.no_sync for chunk in wrapped]
         core.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
     return wrapped
+
+
+def _finalize(model, num_tokens=None, **groups) -> None:
+    """megatron-core's reduction of gradients without its division by the count of pairs: the optimizer divides by the
+    count and the clipping factor at once, instead of two more passes over all gradients."""
+    finalize_model_grads(model, None, **groups)
 
 
 def build_optimizer(wrapped: list[DistributedDataParallel], config: TrainingConfig, total_steps: int):
@@ -180,7 +185,7 @@ class StepReport:
 
 
 def forward_backward(wrapped: Sequence, packs: list[PackedBatch], args: LossArgs) -> dict[str, float]:
-    """Gradients of the mean loss per pair of a global batch into the buffers; sums over all pairs as reported."""
+    """Gradients of the loss summed over a global batch's pairs into the buffers (reduced over ranks); reported sums."""
     for chunk in wrapped:
         chunk.zero_grad_buffer()
     reports = run_schedule(wrapped, packs, partial(_forward_train, args), forward_only=False)
@@ -196,19 +201,29 @@ def forward_backward(wrapped: Sequence, packs: list[PackedBatch], args: LossArgs
     return dict(zip(names, sums.tolist(), strict=True))
 
 
-def optimizer_step(optimizer) -> tuple[bool, float | None]:
-    """Clip and update as ``ChainedOptimizer.step`` does, but leave the parameters alone when the norm is not finite.
+def optimizer_step(optimizer, count: float) -> tuple[bool, float | None]:
+    """Divide the summed gradients by ``count``, clip and update; the parameters stay when the norm is not finite.
 
-    Returns (updated, gradient norm or None when fp16 overflowed).
+    What ``ChainedOptimizer.step`` does, with division and clipping as one factor, which torch's fused Adam applies
+    while it reads the gradients. Returns (updated, norm of the mean gradient; None when fp16 overflowed).
     """
     if optimizer.prepare_grads():
         return False, None
-    norm = float(optimizer.get_grad_norm())
+    norm = float(optimizer.get_grad_norm()) / count
     if not math.isfinite(norm):
         return False, norm
+    clip = optimizer.config.clip_grad
+    factor = count * max(1.0, (norm + 1e-6) / clip) if clip > 0 else count  # 1e-6 as in megatron-core's clipping
     for part in optimizer.chained_optimizers:
-        if part.config.clip_grad > 0 and not getattr(part, "is_stub_optimizer", False) and part.get_parameters():
-            clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=part.config.clip_grad, total_norm=norm)
+        if getattr(part, "is_stub_optimizer", False) or not part.get_parameters():
+            continue
+        if all(group.get("fused") for group in part.optimizer.param_groups):
+            device = part.get_parameters()[0].device
+            part.optimizer.grad_scale = torch.tensor(factor, dtype=torch.float32, device=device)
+        else:
+            for parameter in part.get_parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(1.0 / factor)
     return bool(optimizer.step_with_ready_grads()), norm
 
 
@@ -218,7 +233,7 @@ def train_step(wrapped: Sequence, optimizer, packs: list[PackedBatch], args: Los
     sums = forward_backward(wrapped, packs, args)
     pairs = max(sums["num_pairs"], 1.0)
     loss = (sums["base_loss"] + sums["penalty"]) / pairs
-    updated, norm = optimizer_step(optimizer) if math.isfinite(loss) else (False, math.nan)
+    updated, norm = optimizer_step(optimizer, pairs) if math.isfinite(loss) else (False, math.nan)
     return StepReport(
         loss=loss, acc=sums["num_correct"] / pairs, chosen_score_mean=sums["chosen_score"] / pairs,
         rejected_score_mean=sums["rejected_score"] / pairs, grad_norm=norm, updated=updated,
