@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -102,9 +103,20 @@ class MetricsLog:
 
 
 def _drop_rows_after(path: Path, step: int | None) -> None:
-    """A resumed run writes the steps after its checkpoint again; a run from scratch starts an empty file."""
-    rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()] if step is not None else []
-    path.write_text("".join(f"{line}\n" for line in rows if json.loads(line).get("step", 0) <= step), encoding="utf-8")
+    """A resumed run writes the steps after its checkpoint again; a run from scratch starts an empty file.
+
+    A row that a crash left half written is dropped, too.
+    """
+    def stays(line: str) -> bool:
+        try:
+            return json.loads(line).get("step", 0) <= step
+        except ValueError:
+            return False
+
+    rows = [] if step is None else [line for line in path.read_text(encoding="utf-8").splitlines() if stays(line)]
+    new = path.with_suffix(".partial")
+    new.write_text("".join(f"{line}\n" for line in rows), encoding="utf-8")
+    os.replace(new, path)
 
 
 class Progress:

@@ -1,0 +1,127 @@
+"""Flags: names and aliases, checks that name the flag, and one line instead of a traceback."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from rmega.config import TrainingConfig, parse_args, run_tool
+
+NEEDED = ["--hf-model", "m", "--data-path", "d"]
+STEPS = [*NEEDED, "--train-steps", "3"]
+
+
+def parse(*argv: str) -> TrainingConfig:
+    return parse_args(TrainingConfig, argv)
+
+
+def test_megatrons_names_and_the_short_ones() -> None:
+    long = parse(*STEPS, "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "4",
+                 "--virtual-pipeline-model-parallel-size", "2", "--sequence-parallel", "--data-parallel-size", "3",
+                 "--context-parallel-size", "1")
+    short = parse(*STEPS, "--tp", "2", "--pp", "4", "--vpp", "2", "--sp", "--dp", "3", "--cp", "1")
+    assert long == short and short.parallel.tensor_model_parallel_size == 2 and short.parallel.sequence_parallel
+    assert parse(*STEPS, "--no-use-distributed-optimizer").parallel.use_distributed_optimizer is False
+
+
+def test_several_sets() -> None:
+    config = parse("--hf-model", "m", "--data-path", "2=a", "b", "--valid-data-path", "x=c", "--train-epochs", "0.5")
+    assert config.data.data_path == ("2=a", "b") and config.data.valid_data_path == ("x=c",)
+    assert config.train.train_epochs == 0.5 and config.train.train_steps is None
+
+
+def test_defaults_are_the_papers() -> None:
+    """XTuner's InternLM2 recipe: focal loss with the log barrier, AdamW(0.9, 0.999), clip 1, 3 % warm-up, cosine to 0."""
+    config = parse(*STEPS)
+    assert (config.loss.loss, config.loss.penalty, config.loss.penalty_weight) == ("focal", "log_barrier", 0.01)
+    o = config.optimizer
+    assert (o.lr, o.min_lr, o.lr_warmup_fraction, o.lr_decay_style) == (2e-5, 0.0, 0.03, "cosine")
+    assert (o.weight_decay, o.adam_beta1, o.adam_beta2, o.clip_grad) == (0.0, 0.9, 0.999, 1.0)
+    assert config.train.global_batch_size == 64
+
+
+def test_as_dict_is_json_and_complete() -> None:
+    config = parse(*STEPS, "--tp", "2")
+    back = json.loads(json.dumps(config.as_dict()))
+    groups = {field.name: field.type for field in dataclasses.fields(TrainingConfig)}
+    assert set(back) == set(groups)
+    assert back["parallel"]["tensor_model_parallel_size"] == 2 and back["train"]["train_steps"] == 3
+
+
+@pytest.mark.parametrize(("argv", "world", "message"), [
+    (NEEDED, 1, "--train-steps and --train-epochs"),
+    ([*STEPS, "--train-epochs", "1"], 1, "--train-steps and --train-epochs"),
+    ([*NEEDED, "--train-steps", "0"], 1, "--train-steps 0"),
+    ([*NEEDED, "--train-epochs", "-1"], 1, "--train-epochs -1"),
+    ([*NEEDED, "--train-epochs", "nan"], 1, "--train-epochs nan"),
+    ([*STEPS, "--global-batch-size", "0"], 1, "--global-batch-size 0"),
+    ([*STEPS, "--global-batch-size", "3"], 4, "--global-batch-size 3 is smaller than the 4"),
+    ([*STEPS, "--max-tokens-per-microbatch", "0"], 1, "--max-tokens-per-microbatch 0"),
+    ([*STEPS, "--log-interval", "0"], 1, "--log-interval 0"),
+    ([*STEPS, "--lr", "0"], 1, "--lr 0"),
+    ([*STEPS, "--lr", "nan"], 1, "--lr nan"),
+    ([*STEPS, "--clip-grad", "-1"], 1, "--clip-grad -1"),
+    ([*STEPS, "--weight-decay", "-0.1"], 1, "--weight-decay -0.1"),
+    ([*STEPS, "--penalty-weight", "-1"], 1, "--penalty-weight -1"),
+    ([*STEPS, "--min-lr", "-1"], 1, "--min-lr -1"),
+    ([*STEPS, "--label-smoothing", "0.5"], 1, "--label-smoothing 0.5"),
+    ([*STEPS, "--lr-warmup-fraction", "1"], 1, "--lr-warmup-fraction 1"),
+    ([*STEPS, "--cp", "2"], 2, "--cp 2"),
+    ([*STEPS, "--tp", "0"], 1, "--tp 0"),
+    ([*STEPS, "--tp", "2", "--pp", "2"], 6, "--tp 2 x --pp 2 = 4 does not divide the 6 processes"),
+    ([*STEPS, "--tp", "2", "--dp", "2"], 2, "--dp 2: 2 processes leave 1 replicas"),
+    ([*STEPS, "--sp"], 1, "--sp needs --tp greater than 1"),
+    ([*STEPS, "--vpp", "2"], 1, "--vpp needs --pp greater than 1"),
+    ([*STEPS, "--save-interval", "5"], 1, "--save-interval needs --save"),
+    ([*STEPS, "--save-interval", "-5", "--save", "x"], 1, "--save-interval -5"),
+    ([*STEPS, "--keep-last", "-1"], 1, "--keep-last -1"),
+])
+def test_what_is_wrong_is_named(argv, world, message) -> None:
+    with pytest.raises(ValueError) as error:
+        parse(*argv).check(world)
+    assert message in str(error.value)
+
+
+def test_what_is_right_passes() -> None:
+    parse(*STEPS, "--tp", "2", "--sp", "--pp", "2", "--vpp", "2", "--dp", "2").check(8)
+    config = parse(*STEPS, "--overlap-grad-reduce")
+    config.check(1)
+    assert not config.parallel.overlap_grad_reduce  # nothing to reduce over
+
+
+@pytest.mark.parametrize("argv", [[], ["--hf-model", "m"], [*STEPS, "--lr", "fast"], [*STEPS, "--learning-rate", "1"],
+                                  [*STEPS, "--loss", "hinge"]])
+def test_flags_that_cannot_be_read_end_with_2(argv, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(*argv)
+    assert end.value.code == 2
+    said = capsys.readouterr()
+    missing = {(): "--hf-model", ("--hf-model", "m"): "--data-path"}.get(tuple(argv), argv[-2] if argv else "")
+    assert missing in said.err + said.out
+
+
+def test_help_explains_every_flag(capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse("--help")
+    assert not end.value.code
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for group in dataclasses.fields(TrainingConfig):
+        for field in dataclasses.fields(__import__("rmega.config").config.__dict__[group.type]):
+            assert "--" + field.name.replace("_", "-") in text, field.name
+    assert "Optimizer steps to run. This or --train-epochs." in text
+
+
+def test_run_tool(capsys) -> None:
+    def fails(error: BaseException) -> int:
+        raise error
+
+    assert run_tool(lambda: None) == 0 and run_tool(lambda code: code, 75) == 75
+    assert run_tool(fails, ValueError("--lr: no")) == 2
+    assert capsys.readouterr().err == "error: --lr: no\n"
+    assert run_tool(fails, OSError(28, "No space left on device", "/x")) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert run_tool(fails, KeyboardInterrupt()) == 130
+    with pytest.raises(KeyError):  # ours to mend: keeps its traceback
+        run_tool(fails, KeyError("x"))

@@ -1,0 +1,126 @@
+"""What ``rmega.cpu.install`` replaces, name by name, so that another release of the engine fails here and not in a run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+# Looks into a fresh interpreter: which names differ before and after.
+PROBE = """
+import ast, collections, importlib, json, sys
+import torch
+from rmega import cpu, distributed
+distributed.quiet_engine()
+for name in cpu.ENGINE_MODULES:
+    importlib.import_module(name)
+import rmega.train, rmega.checkpoint
+engine = {n: m for n, m in sys.modules.items() if n.startswith("megatron.core")}
+others = {n: m for n, m in sys.modules.items() if not n.startswith("megatron") and getattr(m, "__dict__", None)
+          and n not in ("rmega.cpu", "__main__", "__mp_main__")}
+before = {n: dict(vars(m)) for n, m in {**others, **engine}.items()}
+classes = {c: dict(vars(c)) for c in (torch.Tensor, torch.nn.Module, torch.nn.Parameter, torch.Generator)}
+torch.manual_seed(5)
+cpu.install(); cpu.install()
+changed = {n: sorted(k for k, v in vars(m).items() if before[n].get(k) is not v) for n, m in {**others, **engine}.items()}
+uses = collections.defaultdict(list)
+for n in cpu.installed():
+    for node in ast.walk(ast.parse(open(sys.modules[n].__file__).read())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch.cuda":
+            uses[node.attr].append(n)
+substitute = sys.modules["megatron.core.parallel_state"].torch
+x = torch.ones(2)
+print("PROBE", json.dumps({
+    "others": {n: c for n, c in changed.items() if c and n in others},
+    "engine": {n: c for n, c in changed.items() if c and n in engine},
+    "classes": {c.__name__: sorted(k for k, v in vars(c).items() if b.get(k) is not v) for c, b in classes.items()},
+    "installed": cpu.installed(), "uses": uses,
+    "cuda": sorted(k for k, v in vars(substitute.cuda).items() if getattr(torch.cuda, k, None) is not v and k[0] != "_"),
+    "torch": sorted(k for k, v in vars(substitute).items() if getattr(torch, k, None) is not v and k[0] != "_"),
+    "type": x.type(), "device": str(substitute.ones(2, device="cuda").device),
+    "lazy": substitute.nn.functional is torch.nn.functional}))
+"""
+
+# Names of torch.cuda that the replaced modules speak of and that are left as they are, with why that is harmless.
+LEFT_ALONE = {
+    "is_available": "says False, as it should",
+    "nvtx": "marks for a profiler, off by default", "Event": "timers and offloading, off by default",
+    "amp": "decorators of custom functions, which run on any device",
+    "FloatTensor": "names of types", "HalfTensor": "names of types", "BFloat16Tensor": "names of types",
+    "default_generators": "read in graph-safe mode only", "random": "read in graph-safe mode only",
+    "OutOfMemoryError": "an exception's name",
+    **dict.fromkeys(("CUDAGraph", "graph", "graph_pool_handle", "set_stream", "memory_stats", "get_device_capability"),
+                    "CUDA graphs"),
+    **dict.fromkeys(("MemPool", "use_mem_pool", "memory_allocated", "memory_reserved", "get_device_properties"),
+                    "NCCL's own memory, FSDP, and inference"),
+    **dict.fromkeys(("clock_rate", "power_draw", "temperature", "utilization"), "straggler detection, off by default"),
+}
+
+
+@pytest.fixture(scope="module")
+def probe() -> dict:
+    done = subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.split("PROBE ")[1])
+
+
+def test_outside_the_engine_nothing_changes(probe: dict) -> None:
+    assert probe["others"] == {}
+    assert probe["classes"] == {"Tensor": ["cuda", "type"], "Module": [], "Parameter": [], "Generator": []}
+    assert probe["type"] == "torch.FloatTensor"
+
+
+def test_inside_the_engine_only_torch_changes(probe: dict) -> None:
+    """Besides the module's name ``torch``, two functions that keep CUDA's random state."""
+    random = probe["engine"].pop("megatron.core.tensor_parallel.random")
+    assert random == ["_get_cuda_rng_state", "_set_cuda_rng_state", "torch"]
+    assert all(names == ["torch"] for names in probe["engine"].values()), probe["engine"]
+    assert set(probe["engine"]) | {"megatron.core.tensor_parallel.random"} == set(probe["installed"])
+
+
+def test_the_list_of_replaced_modules(probe: dict) -> None:
+    golden = (ROOT / "tests" / "golden" / "cpu_modules.txt").read_text().split()
+    missing, new = sorted(set(golden) - set(probe["installed"])), sorted(set(probe["installed"]) - set(golden))
+    assert not missing and not new, (
+        f"megatron-core {importlib.import_module('megatron.core').__version__}: no longer replaced {missing}, newly "
+        f"replaced {new}. If that is right, bring tests/golden/cpu_modules.txt up to date")
+
+
+def test_the_list_of_replaced_names(probe: dict) -> None:
+    assert probe["cuda"] == ["Stream", "current_device", "current_stream", "default_stream", "device_count",
+                             "empty_cache", "get_rng_state", "manual_seed", "set_device", "set_rng_state", "stream",
+                             "synchronize"]
+    from rmega.cpu import FACTORIES
+
+    assert probe["torch"] == sorted([*FACTORIES, "cuda"])
+    assert probe["device"] == "cpu" and probe["lazy"]
+
+
+def test_every_name_of_cuda_that_the_engine_speaks_of_is_known(probe: dict) -> None:
+    unknown = {name: where for name, where in probe["uses"].items() if name not in {*probe["cuda"], *LEFT_ALONE}}
+    assert not unknown, f"the engine uses names of torch.cuda that nobody looked at: {unknown}"
+
+
+def test_the_engine_sees_the_cpu_and_others_do_not() -> None:
+    from rmega import cpu
+
+    cpu.install()
+    import torch
+    from megatron.core import parallel_state
+
+    fake = parallel_state.torch
+    assert fake is not torch and fake.cuda.current_device() == torch.device("cpu")
+    assert fake.nn is torch.nn and fake.distributed is torch.distributed
+    assert isinstance(torch.ones(1), fake.Tensor)
+    if not torch.cuda.is_available():
+        with pytest.raises((RuntimeError, AssertionError)):
+            torch.ones(1).cuda()
+    state = fake.cuda.get_rng_state()
+    a = torch.rand(3)
+    fake.cuda.set_rng_state(state)
+    assert torch.equal(torch.rand(3), a)

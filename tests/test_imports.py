@@ -1,0 +1,161 @@
+"""Law 2: imports point in one direction, config answers without torch, and only the package rmega is installed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from setuptools import find_packages
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "rmega"
+# config, cpu <- ops, distributed <- data <- models <- what a run is made of <- its outer pages. A room may import from
+# rooms to its left, and from its own.
+ROOMS = [
+    {"config", "cpu", "ops", "metrics", "precision"},
+    {"distributed"},
+    {"logs", "data"},
+    {"models", "evaluation"},
+    {"checkpoint", "export", "report", "model_card", "release"},
+    {"train", "score"},
+    {"layouts", "run", "proof"},
+    {"convert"},
+]
+NOTHING_OF_OURS = {"config", "cpu"}
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name -> file, of everything in the package."""
+    names = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def imports(path: Path, name: str) -> set[str]:
+    """Dotted names that a file imports, anywhere in it, but for those that only a type checker reads."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                head = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*head, *([node.module] if node.module else [])])
+            found.update(f"{base}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+MODULES = modules()
+IMPORTS = {name: imports(path, name) for name, path in MODULES.items()}
+
+
+def room(name: str) -> str | None:
+    """``rmega.data.batching`` -> ``data``; None for the package itself."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else None
+
+
+def ours(name: str) -> set[str]:
+    """The rooms that a module imports from (``__version__`` and ``_C`` are no rooms)."""
+    rooms = {room(target) for target in IMPORTS[name] if target.split(".")[0] == "rmega"}
+    return {r for r in rooms if r and not r.startswith("_")}
+
+
+def level(name: str) -> int:
+    for i, rooms in enumerate(ROOMS):
+        if name in rooms:
+            return i
+    raise AssertionError(f"rmega/{name} has no place in the list of rooms: put it where it belongs")
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if room(name)])
+def test_direction(name: str) -> None:
+    own = room(name)
+    wrong = {other for other in ours(name) - {own} if level(other) > level(own)}
+    assert not wrong, f"{name} imports {wrong}, which stand after it"
+
+
+def test_no_two_rooms_import_each_other() -> None:
+    edges = {room(name): set() for name in MODULES if room(name)}
+    for name in MODULES:
+        if room(name):
+            edges[room(name)] |= ours(name) - {room(name)}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"a circle of imports: {' -> '.join([*path, name])}"
+        if name not in done:
+            for other in sorted(edges[name]):
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in edges:
+        visit(name, ())
+
+
+def test_foundations_import_nothing_of_ours() -> None:
+    for name in NOTHING_OF_OURS:
+        assert not ours(f"rmega.{name}"), name
+
+
+def test_ops_import_torch_and_the_extension_only() -> None:
+    allowed = set(sys.stdlib_module_names) | {"torch", "rmega"}
+    assert {target.split(".")[0] for target in IMPORTS["rmega.ops"]} <= allowed
+    assert not ours("rmega.ops")
+
+
+def test_what_a_login_node_runs_is_free_of_torch() -> None:
+    for name in ("rmega", "rmega.config", "rmega.models.geometry", "rmega.metrics"):
+        roots = {target.split(".")[0] for target in IMPORTS[name]}
+        assert not roots & {"torch", "megatron", "transformers", "datasets"}, name
+
+
+def test_nothing_in_the_package_imports_what_is_not_installed() -> None:
+    for name, targets in IMPORTS.items():
+        assert not {t.split(".")[0] for t in targets} & {"tests", "tools", "examples", "benchmarks"}, name
+
+
+def test_only_the_cpu_module_replaces_parts_of_torch() -> None:
+    """No other file assigns to an attribute of torch or of the engine's modules."""
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for target in getattr(node, "targets", []) if isinstance(node, ast.Assign) else []:
+                for leaf in target.elts if isinstance(target, ast.Tuple) else [target]:
+                    text = ast.unparse(leaf)
+                    if text.startswith(("torch.", "megatron.", "parallel_state.")):
+                        assert name == "rmega.cpu", f"{name} assigns {text}"
+
+
+def test_help_answers_without_torch() -> None:
+    """What ``--help`` of the training program needs, in a fresh interpreter."""
+    code = ("import sys\n"
+            "from examples.pretrain_reward import main\n"
+            "try:\n    main(['--help'])\nexcept SystemExit as end:\n    assert end.code in (0, None)\n"
+            "print('HEAVY', sorted({'torch', 'megatron', 'transformers', 'numpy'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "--global-batch-size" in done.stdout and "--tp" in done.stdout and "HEAVY []" in done.stdout
+
+
+def test_only_the_package_is_installed() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'include = ["rmega", "rmega.*"]' in text
+    packages = find_packages(str(ROOT), include=["rmega", "rmega.*"])
+    assert {name.split(".")[0] for name in packages} == {"rmega"}
+    # Every folder with sources is a package, else a wheel would lack it.
+    assert {".".join(p.parent.relative_to(ROOT).parts) for p in PACKAGE.rglob("*.py")} == set(packages)

@@ -1,0 +1,112 @@
+"""Log lines, rows of metrics.jsonl, and what a resumed run does with them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import pytest
+
+from rmega.logs import COLUMNS, MetricsLog, Progress, duration, memory_mb, train_line
+
+ROW = {"lr": 3.958e-7, "eta": "2:59:41", "time": 0.7083, "data_time": 0.0016, "memory": 18024, "loss": 0.62877,
+       "acc": 0.5, "chosen_score_mean": -0.01, "rejected_score_mean": 0.25, "grad_norm": 1.5, "num_samples": 640,
+       "num_tokens": 65536, "shared": 0.25, "fill": 0.999, "pairs/s": 6.4}
+
+
+def test_the_line_has_the_form_that_readers_know() -> None:
+    line = train_line(10, 15230, ROW)
+    assert line.startswith("Iter(train) [   10/15230]  lr: 3.9580e-07  eta: 2:59:41  time: 0.7083  data_time: 0.0016  "
+                           "memory: 18024  loss: 0.6288  acc: 0.5000  chosen_score_mean: -0.0100")
+    assert [part.split(":")[0] for part in line.split("]  ")[1].split("  ")] == list(COLUMNS)
+    assert "grad_norm" not in train_line(10, 15230, {**ROW, "grad_norm": None})  # an overflow has none
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00:00"), (-3, "0:00:00"), (59.6, "0:01:00"), (10781, "2:59:41"),
+                                               (86400, "1 day, 0:00:00"), (2 * 86400 + 61, "2 days, 0:01:01")])
+def test_duration(seconds, text) -> None:
+    assert duration(seconds) == text
+
+
+def rows(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rows_are_there_at_once(tmp_path) -> None:
+    log = MetricsLog(str(tmp_path / "run"))
+    log.row("train", 1, {"loss": 0.5})
+    assert rows(tmp_path / "run") == [{"type": "train", "step": 1, "loss": 0.5}]  # before close: a killed run keeps it
+    log.row("eval", 1, {"name": "held out", "accuracy": 0.75})
+    log.close()
+    assert rows(tmp_path / "run")[1] == {"type": "eval", "step": 1, "name": "held out", "accuracy": 0.75}
+
+
+def test_a_resumed_run_writes_no_step_twice(tmp_path) -> None:
+    log = MetricsLog(str(tmp_path))
+    for step in range(1, 6):
+        log.row("train", step, {"loss": 1 / step})
+    log.close()
+    (tmp_path / "metrics.jsonl").open("a").write("\n")
+    log = MetricsLog(str(tmp_path), resumed_at=3)
+    log.row("train", 4, {"loss": 9.0})
+    log.close()
+    assert [(r["step"], r["loss"]) for r in rows(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 9.0)]
+
+
+def test_a_line_that_was_cut_by_a_crash(tmp_path) -> None:
+    """The last line may be half written when the machine goes down; what was whole stays."""
+    (tmp_path / "metrics.jsonl").write_text('{"type": "train", "step": 1}\n{"type": "train", "st')
+    MetricsLog(str(tmp_path), resumed_at=1).close()
+    assert rows(tmp_path) == [{"type": "train", "step": 1}]
+
+
+def test_a_run_from_scratch_starts_an_empty_file(tmp_path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"type": "train", "step": 1}\n')
+    MetricsLog(str(tmp_path)).close()
+    assert rows(tmp_path) == []
+
+
+def test_without_a_folder_and_on_other_ranks_nothing_is_written(tmp_path, monkeypatch) -> None:
+    MetricsLog(None).row("train", 1, {"loss": 1.0})
+    monkeypatch.setenv("RANK", "1")
+    log = MetricsLog(str(tmp_path / "run"), tensorboard=True, wandb_project="x")
+    log.row("train", 1, {"loss": 1.0})
+    log.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_trackers_that_are_missing_are_named(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"--tensorboard: .*rmega\[track\]"):
+        MetricsLog(str(tmp_path), tensorboard=True)
+    with pytest.raises(ValueError, match=r"--wandb-project: .*rmega\[track\]"):
+        MetricsLog(str(tmp_path), wandb_project="x")
+
+
+def test_trackers_get_the_numbers(tmp_path, monkeypatch) -> None:
+    calls = []
+    board = types.ModuleType("torch.utils.tensorboard")
+    board.SummaryWriter = lambda folder, purge_step: types.SimpleNamespace(
+        add_scalar=lambda *a: calls.append(a), close=lambda: calls.append("closed"))
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **kw: types.SimpleNamespace(log=lambda numbers, step: calls.append((numbers, step)),
+                                                    finish=lambda: calls.append("finished"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    log = MetricsLog(str(tmp_path), tensorboard=True, wandb_project="x")
+    log.row("eval", 7, {"name": "hh", "accuracy": 0.5})
+    log.close()
+    assert calls == [("eval/hh/accuracy", 0.5, 7), ({"eval/hh/accuracy": 0.5}, 7), "closed", "finished"]
+
+
+def test_progress_is_silent_where_nobody_looks(capsys, monkeypatch) -> None:
+    Progress("training", 0).advance(3)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    bar = Progress("training", 10)
+    bar.advance(5)
+    bar.clear()
+    assert "[############............] 5/10 eta 0:00:0" in capsys.readouterr().err
+    assert memory_mb() > 10
