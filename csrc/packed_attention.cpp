@@ -304,7 +304,7 @@ struct Forward : Worker<IO, Math, L> {
       const int64_t width32 = round_up(width, 32), at = (run.first_block + b) * kKeys * padded;
       multiply<Math>(n16, width32, padded, queries, padded, keys + at, kKeys, scores, kKeys, false);
       for (int64_t j = 0; j < n; ++j) {
-        const float shrink = L::softmax_row(scores + j * kKeys, std::min(width, seen(j)), width32, this->shape.scale2,
+        const float shrink = L::softmax_row(scores + j * kKeys, std::clamp<int64_t>(seen(j), 0, width), width32, this->shape.scale2,
                                             top + j, total + j, weights + j * kKeys);
         if (!first && shrink != 1.0f) L::scale_row(sums + j * padded, padded, shrink);
       }

@@ -83,7 +83,7 @@ LANES_TARGET static float exp2_scalar(float x) { return exp2_of(splat(x))[0]; }
 template <typename T>
 LANES_TARGET static float softmax_row(const float* s, int64_t n, int64_t padded, float c, float* m, float* l, T* p) {
   for (int64_t i = (n + 15) & ~int64_t(15); i < padded; i += 16) store(p + i, v16f{});
-  if (n <= 0) return 1.0f;
+  if (n == 0) return 1.0f;
   const int64_t full = n & ~int64_t(15);
   const v16i inside = lane_index() < static_cast<int32_t>(n - full);
   const v16f lowest = splat(-1e30f);
