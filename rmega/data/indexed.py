@@ -67,8 +67,10 @@ class PreferenceDataset:
         self.source_ids = source_ids
         """uint16 [N], index into ``sources``."""
         self.sources: list[str] = list(manifest["sources"])
-        self._tokens = tokens
-        self._pointers = sequence_pointers
+        self.tokens = tokens
+        """int32, all ids behind one another."""
+        self.sequence_pointers = sequence_pointers
+        """int64 [S], byte at which each sequence begins."""
 
     def __len__(self) -> int:
         return len(self.document_indices) - 1
@@ -89,9 +91,9 @@ class PreferenceDataset:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.prefix}: comparison {index} of {len(self)}")
         first, end = int(self.document_indices[index]), int(self.document_indices[index + 1])
-        starts = self._pointers[first:end] // self._tokens.itemsize
+        starts = self.sequence_pointers[first:end] // 4
         lengths = self.sequence_lengths[first:end]
-        parts = [self._tokens[s:s + n] for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
+        parts = [self.tokens[s:s + n] for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
         scores = np.asarray(self.scores[first:end])
         return StoredComparison(prefix=parts[0], suffixes=parts[1:], scores=scores[1:], graded=bool(scores[0]),
                                 source=self.sources[int(self.source_ids[index])])

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -395,6 +396,7 @@ def _convert_all(converter: Converter, plans: list[Plan], work: WorkFolder, args
         say(f"--resume: {done} chunks ({work.num_rows:,} rows) are there already")
     chunks = islice(enumerate(_all_chunks(plans, work.hashes)), done, None)
     total = sum(p.source.num_bytes for p in plans)
+    start, size, rows_before = time.monotonic(), 0, work.num_rows
     with _progress(total) as bar:
         before = [0]
         for plan in plans:
@@ -402,7 +404,10 @@ def _convert_all(converter: Converter, plans: list[Plan], work: WorkFolder, args
         for chunk, result in _results(converter, (c for _, c in chunks), workers):
             work.append(chunk, result)
             bar.update(min(before[chunk.input_index] + chunk.position, total) - bar.n if total else chunk.num_bytes)
-            bar.set_postfix_str(f"{work.num_rows:,} rows", refresh=False)
+            size += chunk.num_bytes
+            elapsed = max(time.monotonic() - start, 1e-3)
+            bar.set_postfix_str(f"{work.num_rows:,} rows, {(work.num_rows - rows_before) / elapsed:,.0f} rows/s, "
+                                f"{size / elapsed / 1e6:.1f} MB/s of text", refresh=False)
             work.check_faults(args.max_rejected, at_least=2000)
     if work.num_rows == 0:
         raise ValueError(f"--input {plans[0].source.name}: no rows")

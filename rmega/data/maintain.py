@@ -1,0 +1,146 @@
+"""Care of datasets on disk: verify one, merge several."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rmega.data.indexed import (
+    DATA_SUFFIXES,
+    PreferenceDataset,
+    PreferenceWriter,
+    checksum,
+    count_pairs,
+    exists,
+    open_preferences,
+)
+
+_BLOCK = 1 << 22
+_SAME = ("tokenizer_fingerprint", "template_hash", "reward_token_id", "pad_token_id", "vocab_size")
+
+
+def verify(dataset: PreferenceDataset, tokenizer: Any = None) -> list[str]:
+    """Everything that is wrong with a dataset, a line each; empty if it is sound.
+
+    Checks checksums, the index, the bounds of ids, the place of the reward token, scores and sources, the counts of the
+    manifest, and the fingerprint of ``tokenizer`` (transformers') if one is given.
+    """
+    manifest, prefix = dataset.manifest, dataset.prefix
+    wrong: list[str] = []
+    for suffix in DATA_SUFFIXES:
+        if manifest.get("checksums", {}).get(suffix) != checksum(prefix + suffix):
+            wrong.append(f"{prefix}{suffix}: its checksum is not the manifest's")
+    lengths, indices = dataset.sequence_lengths, dataset.document_indices
+    sizes = np.diff(indices)
+    if len(sizes) and (int(sizes.min()) < 3 or int(indices[0]) != 0):
+        wrong.append(f"{prefix}.idx: comparison {int(sizes.argmin())} has fewer than two responses")
+        return wrong
+    if len(lengths) and int(lengths.min()) < 0:
+        wrong.append(f"{prefix}.idx: sequence {int(lengths.argmin())} has a negative length")
+        return wrong
+    ends = np.cumsum(lengths, dtype=np.int64)
+    if not np.array_equal(dataset.sequence_pointers, (ends - lengths) * 4):
+        wrong.append(f"{prefix}.idx: its pointers do not follow its lengths")
+        return wrong
+    total = int(ends[-1]) if len(ends) else 0
+    if len(dataset.tokens) != total:
+        wrong.append(f"{prefix}.bin: {len(dataset.tokens)} tokens, the index has {total}")
+    is_prefix = np.zeros(len(lengths), bool)
+    is_prefix[indices[:-1]] = True
+    if (lengths[~is_prefix] < 1).any():
+        wrong.append(f"{prefix}.idx: a response without tokens")
+        return wrong
+    wrong += _verify_tokens(dataset, ends, ~is_prefix)
+    wrong += _verify_scores(dataset, is_prefix)
+    longest = int((np.repeat(lengths[is_prefix], sizes - 1) + lengths[~is_prefix]).max(initial=0))
+    if manifest.get("max_length") is not None and longest > manifest["max_length"]:
+        wrong.append(f"{prefix}: a conversation of {longest} tokens, --max-length was {manifest['max_length']}")
+    counts = {"num_comparisons": len(dataset), "num_responses": len(lengths) - len(dataset), "num_tokens": total,
+              "num_pairs": int(count_pairs(indices, dataset.scores).sum())}
+    wrong += [f"{prefix}.json: {name} is {manifest[name]}, the data have {value}"
+              for name, value in counts.items() if name in manifest and manifest[name] != value]
+    if tokenizer is not None:
+        from rmega.data.tokenize import tokenizer_fingerprint
+
+        found = tokenizer_fingerprint(tokenizer)
+        if found != manifest.get("tokenizer_fingerprint"):
+            wrong.append(f"--tokenizer: its fingerprint is {found}, the dataset was written with "
+                         f"{manifest.get('tokenizer_fingerprint')} ({manifest.get('tokenizer')})")
+    return wrong
+
+
+def _verify_tokens(dataset: PreferenceDataset, ends: np.ndarray, is_suffix: np.ndarray) -> list[str]:
+    manifest, wrong, num_reward = dataset.manifest, [], 0
+    for start in range(0, len(dataset.tokens), _BLOCK):
+        block = dataset.tokens[start:start + _BLOCK]
+        outside = (block < 0) | (block >= manifest["vocab_size"])
+        if outside.any():
+            at = start + int(outside.argmax())
+            wrong.append(f"{dataset.prefix}.bin: token {at} is {int(dataset.tokens[at])}, outside the vocabulary of "
+                         f"{manifest['vocab_size']}")
+            break
+        num_reward += int((block == manifest["reward_token_id"]).sum())
+    last = dataset.tokens[ends[is_suffix] - 1] if int(ends[-1]) <= len(dataset.tokens) else np.zeros(0, np.int32)
+    if (last != manifest["reward_token_id"]).any():
+        wrong.append(f"{dataset.prefix}.bin: {int((last != manifest['reward_token_id']).sum())} responses do not end "
+                     "with the reward token")
+    elif not wrong and num_reward != len(last):
+        wrong.append(f"{dataset.prefix}.bin: the reward token occurs {num_reward} times, in {len(last)} responses")
+    return wrong
+
+
+def _verify_scores(dataset: PreferenceDataset, is_prefix: np.ndarray) -> list[str]:
+    scores, wrong = np.asarray(dataset.scores), []
+    if not np.isfinite(scores).all():
+        wrong.append(f"{dataset.prefix}.scores.npy: a score that is no number")
+    if not np.isin(scores[is_prefix], (0.0, 1.0)).all():
+        wrong.append(f"{dataset.prefix}.scores.npy: a prefix whose entry is neither 0 nor 1")
+    rises = (scores[1:] > scores[:-1]) & ~is_prefix[1:] & ~is_prefix[:-1]
+    if rises.any():
+        wrong.append(f"{dataset.prefix}.scores.npy: scores rise at sequence {int(rises.argmax()) + 1}")
+    if len(dataset.source_ids) and int(dataset.source_ids.max()) >= len(dataset.sources):
+        wrong.append(f"{dataset.prefix}.sources.npy: source {int(dataset.source_ids.max())} of {len(dataset.sources)}")
+    return wrong
+
+
+def merge(prefixes: Sequence[str], output: str, *, force: bool = False) -> dict[str, Any]:
+    """Write the comparisons of all datasets, in order, to ``output``; its manifest. ValueError if they do not fit.
+
+    Duplicates between the datasets stay: their texts are not known any more.
+    """
+    if exists(output) and not force:
+        raise ValueError(f"--output {output}: a dataset is there already; --force replaces it")
+    if output in prefixes:
+        raise ValueError(f"--output {output}: is one of those to merge")
+    sets = [open_preferences(p) for p in prefixes]
+    first = sets[0].manifest
+    for other in sets[1:]:
+        for key in _SAME:
+            if other.manifest.get(key) != first.get(key):
+                raise ValueError(f"merge: {other.prefix} and {sets[0].prefix} differ in {key} "
+                                 f"({other.manifest.get(key)}, {first.get(key)})")
+    sources = list(dict.fromkeys(name for s in sets for name in s.sources))
+    if len(sources) > 1 << 16:
+        raise ValueError(f"merge: {len(sources)} names of sources; at most 65536 can be told apart")
+    with PreferenceWriter(output) as writer:
+        for dataset in sets:
+            for start in range(0, len(dataset.tokens), _BLOCK):
+                writer.add_tokens(dataset.tokens[start:start + _BLOCK])
+            numbers = np.array([sources.index(name) for name in dataset.sources] or [0], np.uint16)
+            writer.add_documents(dataset.sequence_lengths, dataset.scores, np.diff(dataset.document_indices),
+                                 numbers[dataset.source_ids])
+        manifests = [s.manifest for s in sets]
+        merged = {k: v for k, v in first.items() if k not in ("format_version", "checksums", "split", "holdout")}
+        for key in ("num_comparisons", "num_responses", "num_pairs", "num_tokens", "left_out_by_weight"):
+            merged[key] = sum(m.get(key, 0) for m in manifests)
+        limits = [m.get("max_length") for m in manifests]
+        merged["max_length"] = None if None in limits else max(limits)
+        merged["overlong"] = ", ".join(dict.fromkeys(str(m.get("overlong")) for m in manifests))
+        for key in ("position_heuristic", "scripts"):
+            merged[key] = dict(sum((Counter(m.get(key, {})) for m in manifests), Counter()))
+        merged["sources"] = sources
+        merged["input"] = {"merged": [{"prefix": s.prefix, **s.manifest.get("input", {})} for s in sets]}
+        return writer.close(merged)
