@@ -1,4 +1,4 @@
-"""What ``rmega.cpu.install`` replaces, name by name, so that another release of the engine fails here and not in a run."""
+"""What ``rmega.cpu.install`` replaces, name by name: another release of the engine fails here and not in a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ before = {n: dict(vars(m)) for n, m in {**others, **engine}.items()}
 classes = {c: dict(vars(c)) for c in (torch.Tensor, torch.nn.Module, torch.nn.Parameter, torch.Generator)}
 torch.manual_seed(5)
 cpu.install(); cpu.install()
-changed = {n: sorted(k for k, v in vars(m).items() if before[n].get(k) is not v) for n, m in {**others, **engine}.items()}
+def new(now, old): return sorted(k for k, v in vars(now).items() if old.get(k) is not v)
+changed = {n: new(m, before[n]) for n, m in {**others, **engine}.items()}
 uses = collections.defaultdict(list)
 for n in cpu.installed():
     for node in ast.walk(ast.parse(open(sys.modules[n].__file__).read())):
@@ -38,10 +39,10 @@ x = torch.ones(2)
 print("PROBE", json.dumps({
     "others": {n: c for n, c in changed.items() if c and n in others},
     "engine": {n: c for n, c in changed.items() if c and n in engine},
-    "classes": {c.__name__: sorted(k for k, v in vars(c).items() if b.get(k) is not v) for c, b in classes.items()},
+    "classes": {c.__name__: new(c, old) for c, old in classes.items()},
     "installed": cpu.installed(), "uses": uses,
-    "cuda": sorted(k for k, v in vars(substitute.cuda).items() if getattr(torch.cuda, k, None) is not v and k[0] != "_"),
-    "torch": sorted(k for k, v in vars(substitute).items() if getattr(torch, k, None) is not v and k[0] != "_"),
+    "cuda": [k for k in new(substitute.cuda, vars(torch.cuda)) if k[0] != "_"],
+    "torch": [k for k in new(substitute, vars(torch)) if k[0] != "_"],
     "type": x.type(), "device": str(substitute.ones(2, device="cuda").device),
     "lazy": substitute.nn.functional is torch.nn.functional}))
 """

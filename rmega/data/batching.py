@@ -123,10 +123,13 @@ def balanced_bins(tokens: Sequence[int], costs: Sequence[float], *, num_ranks: i
         ranks[r].append(i)
         load[r] += costs[i]
     _improve(ranks, load, costs)
-    shares = [_cut(share, tokens, costs, capacity, 1) for share in ranks]
-    most = max(len(share) for share in shares)
-    count = -(-most // multiple) * multiple
-    return [_cut(share, tokens, costs, capacity, count) for share in ranks]
+    most = 1
+    while True:
+        count = -(-most // multiple) * multiple
+        shares = [_cut(share, tokens, costs, capacity, count) for share in ranks]
+        most = max(len(share) for share in shares)
+        if most == count:  # each has at least that many, so all have the same
+            return shares
 
 
 def _improve(ranks: list[list[int]], load: list[float], costs: Sequence[float], rounds: int = 200) -> None:
@@ -287,8 +290,8 @@ def epoch_order(num_comparisons: int, *, seed: int, epoch: int) -> np.ndarray:
 
 
 class Mixture:
-    """Several datasets as one: dataset i is visited ``weights[i]`` times per epoch (0.5: half of it, another half in
-    another epoch). It has the vectorised accessors of a single dataset, and the order of an epoch.
+    """Several datasets as one: dataset i is visited ``weights[i]`` times per epoch (0.5: half of it, the other half in
+    the next epoch). It has the vectorised accessors of a single dataset, and the order of an epoch.
     """
 
     def __init__(self, datasets: Sequence, weights: Sequence[float], *, seed: int) -> None:
@@ -333,13 +336,17 @@ class Mixture:
         """Numbers of the comparisons that epoch ``epoch`` visits, in order: int64 [len(self)]."""
         if self.weights == [1.0]:
             return epoch_order(len(self), seed=self.seed, epoch=epoch)
-        numbers = []
-        for i, dataset in enumerate(self.datasets):
-            whole, rest = divmod(self._share(i), len(dataset))
-            part = epoch_order(len(dataset), seed=self.seed + i + 1, epoch=epoch)[:rest]
-            numbers += [np.arange(len(dataset))] * whole + [part]
-            numbers[-whole - 1:] = [n + self._firsts[i] for n in numbers[-whole - 1:]]
-        return np.concatenate(numbers)[epoch_order(len(self), seed=self.seed, epoch=epoch)]
+        numbers = np.concatenate([first + self._visits(i, epoch) for i, first in enumerate(self._firsts[:-1])])
+        return numbers[epoch_order(len(self), seed=self.seed, epoch=epoch)]
+
+    def _visits(self, i: int, epoch: int) -> np.ndarray:
+        """What dataset i gives to an epoch: the next part of an endless row of its own shuffled passes, so that every
+        comparison is visited equally often, to within one, after any number of epochs."""
+        size, share = len(self.datasets[i]), self._share(i)
+        start = epoch * share
+        passes = range(start // size, (start + share - 1) // size + 1)
+        row = np.concatenate([epoch_order(size, seed=self.seed + i + 1, epoch=p) for p in passes])
+        return row[start % size : start % size + share]
 
     def get(self, number: int):
         """The comparison with this number."""
