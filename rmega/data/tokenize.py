@@ -114,18 +114,22 @@ class PairTokenizer:
             count += num
 
     def encode_conversation(self, messages: Sequence[Message], *, tools: list[Any] | None = None,
-                            max_length: int | None = None) -> list[int]:
+                            max_length: int | None = None, notes: list[str] | None = None) -> list[int]:
         """Ids of one conversation and the reward token, for scoring.
 
         Over ``max_length`` (default: the tokenizer's own limit) the ``--overlong`` policy applies; ValueError where it
-        gives nothing. The ids equal those of the same conversation inside a stored comparison.
+        gives nothing. The ids equal those of the same conversation inside a stored comparison. ``notes`` is extended by
+        what was changed on the way.
         """
         limit = max_length if max_length is not None else self.max_length
         comparison = Comparison(prompt=list(messages[:-1]), responses=[list(messages[-1:])], scores=[0.0], tools=tools)
         try:
-            return self._encode(comparison, limit)[0][0].tolist()
+            ids, found = self._encode(comparison, limit)
         except Rejected as error:
             raise ValueError(str(error)) from None
+        if notes is not None:
+            notes += found
+        return ids[0].tolist()
 
     def encode_comparison(self, comparison: Comparison) -> Encoded:
         """Prefix and suffixes; raises `Rejected`."""
