@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from rmega import ops
@@ -109,13 +110,17 @@ def build_optimizer(wrapped: list[DistributedDataParallel], config: TrainingConf
     """megatron-core's Adam and its schedule: (optimizer, scheduler)."""
     o = config.optimizer
     dtype = wrapped[0].config.params_dtype
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(optimizer="adam", lr=o.lr, min_lr=o.min_lr, weight_decay=o.weight_decay, clip_grad=o.clip_grad,
-                        adam_beta1=o.adam_beta1, adam_beta2=o.adam_beta2, adam_eps=o.adam_eps, params_dtype=dtype,
-                        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
-                        initial_loss_scale=o.initial_loss_scale,
-                        use_distributed_optimizer=config.parallel.use_distributed_optimizer),
-        wrapped, use_gloo_process_groups=torch.cuda.is_available())
+    settings = OptimizerConfig(
+        optimizer="adam", lr=o.lr, min_lr=o.min_lr, weight_decay=o.weight_decay, clip_grad=o.clip_grad,
+        adam_beta1=o.adam_beta1, adam_beta2=o.adam_beta2, adam_eps=o.adam_eps, params_dtype=dtype,
+        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, initial_loss_scale=o.initial_loss_scale,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer)
+    # The fp32 head has a group to itself: where one group holds two dtypes, the distributed optimizer confuses their
+    # states when it saves them.
+    overrides = {**get_standard_config_overrides(settings),
+                 ParamKey(name="*reward_head.weight"): ParamGroupOverride(wd_mult=1.0)}
+    optimizer = get_megatron_optimizer(settings, wrapped, config_overrides=overrides,
+                                       use_gloo_process_groups=torch.cuda.is_available())
     for group in optimizer.param_groups:
         if "foreach" in group:  # torch's AdamW (no apex or Transformer Engine): one pass over memory instead of ten
             group["fused"], group["foreach"] = True, False
