@@ -7,30 +7,27 @@ whole set run and the dataset is put in place. Nothing of the output depends on 
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import multiprocessing
 import os
 import sys
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from rmega.data import checks, sources
+from rmega.data.convert import ChunkResult, Converter, Plan, plan_input
 from rmega.data.indexed import exists
 from rmega.data.records import REASONS, Comparison, Rejected
-from rmega.data.schemas import SCHEMAS, Schema, prompt_of, recognise, schema_named, source_of
-from rmega.data.tokenize import PairTokenizer
+from rmega.data.schemas import prompt_of, schema_named
+from rmega.data.tokenize import BROKEN_UP, PairTokenizer
 from rmega.data.work import WorkFolder, finish
-
-SAMPLE_ROWS = 50
 
 
 @dataclass(kw_only=True)
@@ -85,140 +82,6 @@ class PreprocessArgs:
     """Let the tokenizer run code of its own repository."""
 
 
-@dataclass
-class Plan:
-    """An input with the schema of its rows."""
-
-    source: sources.Input
-    schema: Schema | None
-    example: Comparison | None = None
-    reopen: Callable[[], Iterator[sources.Chunk]] | None = None
-
-
-@dataclass
-class ChunkResult:
-    """What a worker hands back for a chunk."""
-
-    tokens: bytes = b""
-    lengths: bytes = b""
-    scores: bytes = b""
-    documents: bytes = b""
-    source_names: list[str] = field(default_factory=list)
-    rejected: list[tuple[int, str, str, str]] = field(default_factory=list)
-    """(line, reason, detail, raw text)."""
-    notes: Counter[str] = field(default_factory=Counter)
-    num_rows: int = 0
-
-
-class Converter:
-    """Rows -> tokens. One per worker process."""
-
-    def __init__(self, tokenizer: PairTokenizer, plans: list[Plan], map_spec: str | None) -> None:
-        self.tokenizer = tokenizer
-        self.plans = plans
-        self.map = load_map(map_spec) if map_spec else None
-
-    def comparison(self, row: dict[str, Any], plan: Plan) -> Comparison:
-        """The row as a comparison; raises `Rejected`."""
-        try:
-            schema, source = plan.schema, source_of(row, plan.source.label)
-            if self.map is not None:
-                mapped = self._mapped(row)
-                if isinstance(mapped, Comparison):
-                    mapped.source = mapped.source or source
-                    return mapped
-                row, schema = mapped, recognise([mapped])
-                source = source_of(row, source)
-                if schema is None:
-                    columns = ", ".join(map(str, row))[:200]
-                    raise Rejected("map_failed", f"returned columns of no known schema: {columns}")
-            assert schema is not None
-            comparison = schema.convert(row)
-            comparison.source = source
-            return comparison
-        except RecursionError:
-            raise Rejected("too_deep") from None
-
-    def _mapped(self, row: dict[str, Any]) -> Any:
-        assert self.map is not None
-        try:
-            mapped = self.map(row)
-        except Exception as error:  # a user's function raises what it likes
-            raise Rejected("map_failed", f"{type(error).__name__}: {error}"[:300]) from None
-        if mapped is None:
-            raise Rejected("skipped_by_map")
-        if not isinstance(mapped, (dict, Comparison)):
-            raise Rejected("map_failed", f"returned {type(mapped).__name__}, not a dict or a Comparison")
-        return mapped
-
-    def convert(self, chunk: sources.Chunk) -> ChunkResult:
-        """All rows of a chunk; ValueError with file and line under --overlong error."""
-        plan, result = self.plans[chunk.input_index], ChunkResult()
-        names: dict[str, int] = {}
-        tokens: list[bytes] = []
-        lengths: list[int] = []
-        scores: list[float] = []
-        documents: list[tuple[Any, ...]] = []
-        for line, row, raw in sources.decode(chunk):
-            result.num_rows += 1
-            try:
-                if isinstance(row, Rejected):
-                    raise row
-                comparison = self.comparison(row, plan)
-                encoded = self.tokenizer.encode_comparison(comparison)
-                parts = [encoded.prefix, *encoded.suffixes]
-                part_lengths = [len(p) for p in parts]
-                documents.append(checks.document_row(comparison, chunk.input_index, line, sum(part_lengths),
-                                                     names.setdefault(comparison.source, len(names))))
-            except Rejected as why:
-                if not raw and not isinstance(row, Rejected):
-                    raw = _as_raw(row)
-                result.rejected.append((line, why.reason, why.detail, raw))
-                continue
-            except UnicodeEncodeError:
-                result.rejected.append((line, "not_utf8", "half of a surrogate pair", _as_raw(row)))
-                continue
-            except ValueError as error:
-                raise ValueError(f"{plan.source.name}:{line}: {error}") from None
-            tokens += [p.tobytes() for p in parts]
-            lengths += part_lengths
-            scores += [float(comparison.graded), *comparison.scores]
-            result.notes.update(encoded.notes)
-        result.tokens = b"".join(tokens)
-        result.lengths = np.array(lengths, np.int32).tobytes()
-        result.scores = np.array(scores, np.float32).tobytes()
-        result.documents = np.array(documents, checks.DOCUMENT).tobytes()
-        result.source_names = list(names)
-        return result
-
-
-def _as_raw(row: Any) -> str:
-    try:
-        return json.dumps(row, ensure_ascii=True, default=str)[:2000]
-    except (RecursionError, ValueError, TypeError):
-        return ""
-
-
-def load_map(spec: str) -> Callable[[dict[str, Any]], Any]:
-    """The function FILE.py:FUNCTION of ``--map``."""
-    path, _, name = spec.rpartition(":")
-    if not path or not os.path.isfile(path):
-        raise ValueError(f"--map {spec}: expected FILE.py:FUNCTION, and {path or spec} is no file")
-    module_spec = importlib.util.spec_from_file_location("rmega_user_map", path)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"--map {path}: cannot be loaded ({type(error).__name__}: {error})") from None
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"--map {spec}: {path} has no function {name}")
-    return function
-
-
-# ---- the run
-
 def preprocess(args: PreprocessArgs) -> dict[str, Any]:
     """Run it all; the manifest of what was written (the training side's). ValueError for what the user can mend."""
     _check(args)
@@ -263,6 +126,9 @@ def _report(manifests: list[dict[str, Any]], outputs: list[str]) -> None:
         say(f"    listed with file and line in {outputs[0]}.rejected.jsonl")
     for note, num in sorted(run["notes"].items(), key=lambda item: (-item[1], item[0])):
         say(f"note: {num:,} x {note}")
+    if run["notes"].get(BROKEN_UP, 0) * 2 > run["rows"]:
+        say("warning: most rows hold special-token text: a chat template seems to have been applied to them already. "
+            "Better give the messages themselves (--format chatml reads <|im_start|> turns; --map for others)")
     overlap = manifests[0]["holdout"]
     if overlap:
         say(f"held-out data: {overlap['prompts']:,} of its {overlap['held_out_prompts']:,} prompts also occur here, in "
@@ -300,34 +166,6 @@ def _identity(args: PreprocessArgs, inputs: list[sources.Input], tokenizer: Pair
             "--max-length": args.max_length, "--overlong": args.overlong, "--format": args.format, "--map": args.map}
 
 
-def plan_input(source: sources.Input, format_name: str, map_spec: str | None, flag: str) -> Plan:
-    """Look at the first rows of an input and recognise their schema; ValueError if there is none."""
-    chunks = sources.read_chunks(source, 0)
-    head: list[sources.Chunk] = []
-    rows: list[dict[str, Any]] = []
-    for chunk in islice(chunks, 8):
-        head.append(chunk)
-        rows += [row for _, row, _ in sources.decode(chunk) if isinstance(row, dict)]
-        if len(rows) >= SAMPLE_ROWS:
-            break
-    rows = rows[:SAMPLE_ROWS]
-    reopen = None
-    if source.kind in ("hub", "modelscope"):  # a stream is opened once
-        reopen = lambda: chain(head, chunks)  # noqa: E731
-    if not head:
-        raise ValueError(f"{flag} {source.name}: no rows")
-    if not rows:
-        number, why, _ = next(sources.decode(head[0]), (1, "no rows", ""))
-        raise ValueError(f"{flag} {source.name}:{number}: {why}; no row of its beginning can be read")
-    if map_spec is not None:
-        return Plan(source, None, reopen=reopen)
-    schema = recognise(rows) if format_name == "auto" else schema_named(format_name)
-    if schema is None:
-        raise ValueError(f"{flag} {source.name}: no known schema has the columns {', '.join(map(str, rows[0]))[:300]}. "
-                         f"Known: {'; '.join(s.columns for s in SCHEMAS)}. Name one with --format, or use --map")
-    return Plan(source, schema, reopen=reopen)
-
-
 def _announce(plans: list[Plan], tokenizer: PairTokenizer, converter: Converter) -> None:
     """Say what was recognised, with an example, before the work starts."""
     token = tokenizer.tokenizer.convert_ids_to_tokens(tokenizer.reward_token_id)
@@ -340,16 +178,13 @@ def _announce(plans: list[Plan], tokenizer: PairTokenizer, converter: Converter)
         if name in shown:
             continue
         shown.add(name)
-        for chunk in islice(sources.read_chunks(plan.source, 0) if plan.reopen is None else plan.reopen(), 1):
-            for _, row, _ in sources.decode(chunk):
-                if isinstance(row, dict):
-                    try:
-                        grouped = plan.schema is not None and plan.schema.groups_by
-                        example = converter.comparison({"rows": [row, row]} if grouped else row, plan)
-                    except (Rejected, UnicodeEncodeError):
-                        continue
-                    _show_example(example)
-                    break
+        for row in plan.sample:
+            try:
+                grouped = plan.schema is not None and plan.schema.groups_by
+                _show_example(converter.comparison({"rows": [row, row]} if grouped else row, plan))
+            except (Rejected, UnicodeEncodeError):
+                continue
+            break
 
 
 def _show_example(example: Comparison) -> None:
@@ -378,10 +213,7 @@ def _work(chunk: sources.Chunk) -> ChunkResult:
 
 def _all_chunks(plans: list[Plan], hashes: dict[str, str]) -> Iterator[sources.Chunk]:
     for index, plan in enumerate(plans):
-        if plan.reopen is not None:
-            chunks = plan.reopen()
-        else:
-            chunks = sources.read_chunks(plan.source, index, hashes)
+        chunks = plan.stream if plan.stream is not None else sources.read_chunks(plan.source, index, hashes)
         if plan.schema is not None and plan.schema.groups_by:
             chunks = sources.group_rows(chunks, plan.schema.groups_by)
         for chunk in chunks:

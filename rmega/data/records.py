@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -206,6 +207,19 @@ def with_system(row: dict[str, Any], prompt: list[Message]) -> list[Message]:
     if isinstance(system, str) and system.strip() and not (prompt and prompt[0]["role"] == "system"):
         return [{"role": "system", "content": system}, *prompt]
     return prompt
+
+
+_HH_TURN = re.compile(r"(?:\A|\n\n) ?(Human|Assistant|System):")
+_HH_ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
+
+
+def parse_hh(text: str, name: str) -> list[Message]:
+    """Messages of a dialogue written with ``\\n\\nHuman:`` and ``\\n\\nAssistant:``."""
+    parts = _HH_TURN.split(text)
+    if parts[0].strip() or len(parts) < 3:
+        raise Rejected("wrong_type", f"{name} does not begin with Human: or Assistant:")
+    return [{"role": _HH_ROLES[role], "content": content.strip()}
+            for role, content in zip(parts[1::2], parts[2::2], strict=True)]
 
 
 # ---- ratings

@@ -8,24 +8,35 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rmega.data.ranked import (
+    RESPONSE_TEXTS,
+    Row,
+    any_prompt,
+    arena,
+    is_ranked,
+    labelled,
+    ranked,
+    rated_rows,
+    response_list,
+    two_rated,
+)
 from rmega.data.records import (
     Comparison,
     Message,
     Rejected,
+    as_message,
     as_messages,
-    as_number,
     as_text,
     assistant,
     field_of,
     is_messages,
     make_comparison,
+    parse_hh,
     ratings_of,
     split_prompt,
     user,
     with_system,
 )
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -42,17 +53,24 @@ class Schema:
     groups_by: str | None = None
     """Adjacent rows with the same value in this column are one comparison (``convert`` gets ``{"rows": [...]}``)."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return schema_named, (self.name,)
+
 
 # ---- prompt, chosen, rejected
 
+_PROMPTS = ("prompt", "question", "instruction", "query", "input")
+
+
 def _pair(row: Row, prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> Comparison:
     scores, graded, notes = ratings_of(row)
-    tools, tool_notes = _tools(row)
+    tools, tool_notes = tools_of(row)
     return make_comparison(with_system(row, prompt), [chosen, rejected], scores, graded=graded, tools=tools,
                            notes=notes + tool_notes)
 
 
-def _tools(row: Row) -> tuple[list[Any] | None, list[str]]:
+def tools_of(row: Row) -> tuple[list[Any] | None, list[str]]:
+    """The row's tool descriptions for the chat template, and notes."""
     tools = row.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:
@@ -71,12 +89,11 @@ def _messages(row: Row) -> Comparison:
         return _pair(row, prompt, *sides)
     if all(s[0]["role"] == "assistant" for s in sides):
         return _pair(row, [user(as_text(field_of(row, "prompt", "question", "instruction"), "prompt"))], *sides)
-    prompt, sides = split_prompt(sides)
-    return _pair(row, prompt, *sides)
+    return _pair(row, *_unpack(split_prompt(sides)))
 
 
 def _strings(row: Row) -> Comparison:
-    given = field_of(row, "prompt", "question", "instruction", "query")
+    given = field_of(row, *_PROMPTS)
     prompt = as_messages(given, "prompt") if isinstance(given, list) else [user(as_text(given, "prompt"))]
     chosen, rejected = (as_text(field_of(row, name), name) for name in ("chosen", "rejected"))
     return _pair(row, prompt, [assistant(chosen)], [assistant(rejected)])
@@ -104,26 +121,37 @@ def _shared_length(a: str, b: str) -> int:
     return end
 
 
-_HH_TURN = re.compile(r"(?:\A|\n\n) ?(Human|Assistant|System):")
-_HH_ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
-
-
-def parse_hh(text: str, name: str) -> list[Message]:
-    """Messages of a dialogue written with ``\\n\\nHuman:`` and ``\\n\\nAssistant:``."""
-    parts = _HH_TURN.split(text)
-    if parts[0].strip() or len(parts) < 3:
-        raise Rejected("wrong_type", f"{name} does not begin with Human: or Assistant:")
-    return [{"role": _HH_ROLES[role], "content": content.strip()}
-            for role, content in zip(parts[1::2], parts[2::2], strict=True)]
-
-
 def _hh(row: Row) -> Comparison:
     sides = [as_text(field_of(row, name), name) for name in ("chosen", "rejected")]
     prompt = row.get("prompt")
     if isinstance(prompt, str) and prompt and not all(s.startswith(prompt) for s in sides):
         sides = [prompt + s for s in sides]
-    shared, rests = split_prompt([parse_hh(s, n) for s, n in zip(sides, ("chosen", "rejected"), strict=True)])
-    return _pair(row, shared, *rests)
+    return _pair(row, *_unpack(split_prompt([parse_hh(s, n) for s, n in
+                                             zip(sides, ("chosen", "rejected"), strict=True)])))
+
+
+_CHATML_TURN = re.compile(r"\s*<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
+
+
+def _chatml(row: Row) -> Comparison:
+    """Strings that a ChatML template made. Never recognised by itself: such text in user data is text, not turns."""
+    conversations = []
+    for name in ("chosen", "rejected"):
+        side = as_text(field_of(row, name), name)
+        prompt = row.get("prompt")
+        text = side if not isinstance(prompt, str) or side.startswith(prompt) else prompt + side
+        turns, end = [], 0
+        while match := _CHATML_TURN.match(text, end):
+            turns.append(as_message({"role": match[1], "content": match[2]}, name))
+            end = match.end()
+        if text[end:].strip() or not turns:
+            raise Rejected("wrong_type", f"{name} is not a sequence of <|im_start|> turns")
+        conversations.append(turns)
+    return _pair(row, *_unpack(split_prompt(conversations)))
+
+
+def _unpack(parts: tuple[list[Message], list[list[Message]]]) -> tuple[list[Message], list[Message], list[Message]]:
+    return parts[0], parts[1][0], parts[1][1]
 
 
 def _many_against_many(row: Row) -> Comparison:
@@ -173,94 +201,6 @@ def _alpaca(row: Row) -> Comparison:
     return make_comparison(with_system(row, prompt), answers, [float(-i) for i in range(len(answers))], graded=False)
 
 
-# ---- several responses with scores or ranks
-
-_RESPONSE_LISTS = ("responses", "answers", "completions", "candidates")
-_RESPONSE_TEXTS = ("content", "response", "answer", "text", "completion", "message")
-_SCORES = ("score", "overall_score", "rating", "reward")
-
-
-def _response_list(row: Row) -> list[Any] | None:
-    for name in _RESPONSE_LISTS:
-        value = row.get(name)
-        if isinstance(value, list) and value:
-            return value
-    return None
-
-
-def _is_ranked(row: Row) -> bool:
-    values = _response_list(row)
-    if values is None:
-        return False
-    if isinstance(values[0], dict):
-        return any(k in values[0] for k in (*_SCORES, "rank"))
-    return any(isinstance(row.get(k), list) for k in ("scores", "ratings", "ranks", "rank"))
-
-
-def _ranked(row: Row) -> Comparison:
-    values = _response_list(row)
-    if values is None:
-        raise Rejected("missing_field", "responses")
-    by_rank = False
-    responses: list[list[Message]] = []
-    scores: list[float] = []
-    if all(isinstance(v, dict) for v in values):
-        by_rank = not any(k in v for v in values for k in _SCORES)
-        for i, value in enumerate(values):
-            text = field_of(value, *_RESPONSE_TEXTS)
-            responses.append([assistant(text)] if isinstance(text, str) else as_messages(text, f"responses[{i}]"))
-            scores.append(_score(field_of(value, *(("rank",) if by_rank else _SCORES)), i))
-    else:
-        by_rank = not any(isinstance(row.get(k), list) for k in ("scores", "ratings"))
-        given = field_of(row, *(("ranks", "rank") if by_rank else ("scores", "ratings")))
-        if not isinstance(given, list) or len(given) != len(values):
-            raise Rejected("wrong_type", f"{len(values)} responses, but not as many scores")
-        for i, value in enumerate(values):
-            responses.append([assistant(value)] if isinstance(value, str) else as_messages(value, f"responses[{i}]"))
-            scores.append(_score(given[i], i))
-    if by_rank:  # rank 1 is the best
-        scores = [len(scores) - s for s in scores]
-    return make_comparison(with_system(row, _any_prompt(row)), responses, scores, graded=not by_rank, ordered=False)
-
-
-def _score(value: Any, index: int) -> float:
-    number = as_number(value)
-    if number is None:
-        raise Rejected("wrong_type", f"the score of response {index + 1} is not a number")
-    return number
-
-
-def _any_prompt(row: Row) -> list[Message]:
-    given = field_of(row, "prompt", "instruction", "question", "context", "conversations")
-    if isinstance(given, str) and given.lstrip().startswith("Human:"):
-        messages = parse_hh(given if given.startswith("\n\n") else "\n\n" + given.lstrip(), "prompt")
-        if messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
-            messages.pop()
-        return messages
-    return [user(given)] if isinstance(given, str) else as_messages(given, "prompt")
-
-
-def _two_rated(row: Row) -> Comparison:
-    """HelpSteer 2 and 3 preferences: a strength from -3 (the first is much better) to 3 (the second is)."""
-    responses = [field_of(row, *names) for names in (("response_1", "response1"), ("response_2", "response2"))]
-    strength = as_number(field_of(row, "preference_strength", "overall_preference"))
-    if strength is None:
-        raise Rejected("wrong_type", "the strength of the preference is not a number")
-    prompt = _any_prompt({k: row.get(k) for k in ("prompt", "context")})
-    return make_comparison(with_system(row, prompt), [[assistant(as_text(r, "response"))] for r in responses],
-                           [max(-strength, 0.0), max(strength, 0.0)], graded=True, ordered=False)
-
-
-def _rated_rows(row: Row) -> Comparison:
-    """HelpSteer: a row per response; the rows of one prompt follow each other."""
-    rows = row["rows"]
-    responses, scores = [], []
-    for i, r in enumerate(rows):
-        responses.append([assistant(as_text(field_of(r, "response"), "response"))])
-        scores.append(_score(field_of(r, "helpfulness"), i))
-    return make_comparison(_any_prompt(rows[0]), responses, scores, graded=True, ordered=False)
-
-
 # ---- recognition
 
 def _texts(row: Row, *names: str) -> bool:
@@ -278,7 +218,7 @@ def _has_prompt_inside(row: Row) -> bool:
         return False
     prompt = row.get("prompt")
     if prompt is None:
-        return not any(row.get(n) is not None for n in ("question", "instruction", "query"))
+        return not any(row.get(n) is not None for n in _PROMPTS)
     return isinstance(prompt, str) and len(prompt) > 1 and all(
         row[n].startswith(prompt) and len(row[n]) > len(prompt) for n in ("chosen", "rejected"))
 
@@ -305,15 +245,21 @@ SCHEMAS: tuple[Schema, ...] = (
                          for n in ("chosen", "rejected")), _many_against_many),
     Schema("helpsteer-preference", "prompt or context, response_1, response_2, preference_strength",
            lambda r: ("response_1" in r or "response1" in r)
-           and ("preference_strength" in r or "overall_preference" in r), _two_rated),
+           and ("preference_strength" in r or "overall_preference" in r), two_rated),
+    Schema("pku-saferlhf", "prompt, response_0, response_1, better_response_id",
+           lambda r: "response_0" in r and "better_response_id" in r, labelled),
+    Schema("arena", "conversation_a, conversation_b, winner",
+           lambda r: is_messages(r.get("conversation_a")) and "winner" in r, arena),
     Schema("helpsteer", "prompt, response, helpfulness (a row per response)",
-           lambda r: _texts(r, "prompt", "response") and "helpfulness" in r, _rated_rows, groups_by="prompt"),
+           lambda r: _texts(r, "prompt", "response") and "helpfulness" in r, rated_rows, groups_by="prompt"),
     Schema("ranked", "prompt, responses with score or rank: also Nectar and UltraFeedback's completions",
-           _is_ranked, _ranked),
+           is_ranked, ranked),
     Schema("strings-with-prompt", "chosen, rejected (strings that begin with the prompt)", _has_prompt_inside,
            _strings_with_prompt),
     Schema("strings", "prompt, chosen, rejected (strings): also RewardBench",
-           lambda r: _texts(r, "chosen", "rejected") and not {"prompt", "question", "query"}.isdisjoint(r), _strings),
+           lambda r: _texts(r, "chosen", "rejected") and not r.keys().isdisjoint(_PROMPTS), _strings),
+    Schema("chatml", "prompt, chosen, rejected (strings that hold <|im_start|> turns); only by name", lambda r: False,
+           _chatml),
 )
 SCHEMA_NAMES = tuple(s.name for s in SCHEMAS)
 
@@ -341,7 +287,7 @@ def prompt_of(row: Row, schema: Schema) -> list[Message]:
     try:
         return schema.convert({"rows": [row, row]} if schema.groups_by and "rows" not in row else row).prompt
     except Rejected:
-        return _any_prompt(row["rows"][0] if schema.groups_by and "rows" in row else row)
+        return any_prompt(row["rows"][0] if schema.groups_by and "rows" in row else row)
 
 
 def source_of(row: Row, default: str) -> str:
@@ -352,3 +298,6 @@ def source_of(row: Row, default: str) -> str:
             return value
     return default
 
+
+# Names that conversations.py knows them by.
+_RESPONSE_TEXTS, _response_list, _any_prompt, _tools = RESPONSE_TEXTS, response_list, any_prompt, tools_of

@@ -62,6 +62,9 @@ class PairTokenizer:
             raise ValueError(f"--max-length {max_length}: must be at least 2 (one token and the reward token)")
         self.tokenizer, self.name = tokenizer, name
         self.max_length, self.overlong = max_length, overlong
+        self._settings = {"reward_token": reward_token, "chat_template": chat_template, "max_length": max_length,
+                          "overlong": overlong}
+        self._trust_remote_code = False
         self.messages: list[str] = []
         """Things the user should be told, a line each."""
         template = chat_template or _own_template(tokenizer)
@@ -99,8 +102,15 @@ class PairTokenizer:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         except Exception as error:  # the hub, json and the Rust layer all raise their own kinds
             raise ValueError(f"--tokenizer {folder}: cannot be loaded ({_first_line(error)})") from None
-        return cls(tokenizer, name=str(folder), reward_token=reward_token, chat_template=chat_template,
+        made = cls(tokenizer, name=str(folder), reward_token=reward_token, chat_template=chat_template,
                    max_length=max_length, overlong=overlong)
+        made._trust_remote_code = trust_remote_code
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a process that was spawned, not forked, loads it again
+        if not self.name:
+            raise TypeError("a PairTokenizer without a name cannot be sent to another process")
+        return _load_again, (self.name, {**self._settings, "trust_remote_code": self._trust_remote_code})
 
     # ---- conversations
 
@@ -324,6 +334,10 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     for probe in _PROBES:
         digest.update(np.asarray(tokenizer.encode(probe, add_special_tokens=False), np.int64).tobytes())
     return digest.hexdigest()[:16]
+
+
+def _load_again(name: str, settings: dict[str, Any]) -> PairTokenizer:
+    return PairTokenizer.load(name, **settings)
 
 
 def _own_template(tokenizer: Any) -> str | None:

@@ -22,7 +22,7 @@ from rmega.data.indexed import PreferenceWriter, count_pairs
 from rmega.data.records import NOT_FAULTS, REASONS
 
 if TYPE_CHECKING:
-    from rmega.data.preprocess import ChunkResult
+    from rmega.data.convert import ChunkResult
     from rmega.data.sources import Chunk, Input
 
 _FILES = ("tokens", "lengths", "scores", "documents", "rejected")
