@@ -48,7 +48,7 @@ def curve(rank: int, world_size: int, folder: str) -> list[tuple[float, float]]:
 
     torch.set_float32_matmul_precision("highest")
     config = layout_config(Layout.parse("1"), hf_model=folder, steps=STEPS, global_batch_size=12, max_tokens=400,
-                           lr=1e-3)
+                           lr=5e-4)
     result = run_layout(config, InMemory(random_comparisons(12, seed=21)))
     return list(zip(result.losses, result.grad_norms, strict=True))
 
