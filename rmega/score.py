@@ -3,7 +3,7 @@
     scorer = load_scorer("RUN")          # or a Hugging Face reward model
     scorer.score_conversations([[{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]])
 
-Batches are packed without padding and responses to one prompt share it; neither changes a reward.
+Batches are packed without padding and conversations with the same beginning compute it once; neither changes a reward.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,12 +21,15 @@ import torch
 
 from rmega import checkpoint, distributed, precision
 from rmega.data.batching import CostModel, balanced_bins, pack
-from rmega.data.records import Comparison
+from rmega.data.conversations import Conversation
+from rmega.data.records import Comparison, Rejected
 from rmega.data.tokenize import PairTokenizer, common_prefix_length
 from rmega.models.geometry import Geometry, RopeScaling
 from rmega.models.hf import load_hf, read_geometry, resolve_model
 from rmega.models.reward_model import RewardModel, transformer_config
 
+MIN_SHARED = 16  # tokens: less is not worth a segment
+MAX_DEPTH = 64  # of nested beginnings that are looked at
 GROUP = 256  # prompts that are packed together: enough to fill bins, few enough to report progress
 RECIPE = "reward_recipe.json"
 
@@ -64,7 +67,7 @@ def load_scorer(path: str | Path, *, dtype: str = "fp32", max_tokens: int = 8192
         model = _empty_model(geometry, chosen.dtype, device)
         checkpoint.load(found, wrapped=[model])
         return Scorer(model, _tokenizer(found / "hf", rules or TokenRules.from_manifest(info["manifest"])), device,
-                      max_tokens=max_tokens)
+                      max_tokens=max_tokens, name=str(path))
     folder = resolve_model(str(path), flag=flag)
     geometry, config = read_geometry(folder)
     if not geometry.has_reward_head:
@@ -79,7 +82,7 @@ def load_scorer(path: str | Path, *, dtype: str = "fp32", max_tokens: int = 8192
             rules = TokenRules.from_manifest(json.loads(recipe.read_text(encoding="utf-8")))
         else:
             rules = TokenRules(reward_token="auto" if reward_token is None else str(reward_token))
-    return Scorer(model, _tokenizer(folder, rules), device, max_tokens=max_tokens)
+    return Scorer(model, _tokenizer(folder, rules), device, max_tokens=max_tokens, name=str(path))
 
 
 def _empty_model(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> RewardModel:
@@ -99,20 +102,75 @@ class Scorer:
     """A reward model with its tokenizer."""
 
     def __init__(self, model: RewardModel, tokenizer: PairTokenizer | None, device: torch.device, *,
-                 max_tokens: int = 8192) -> None:
+                 max_tokens: int = 8192, name: str = "") -> None:
         self.model, self.tokenizer, self.device, self.max_tokens = model, tokenizer, device, max_tokens
+        self.name = name
         self._cost = CostModel.of(model.geometry)
+        self._turn_end: str | None = None
+
+    # ---- text to tokens
+
+    def encode(self, conversation: Conversation, tools: list[Any] | None = None,
+               notes: list[str] | None = None) -> list[int]:
+        """Ids with the reward token, as in training. ``notes`` is extended by what was changed (such as a cut).
+
+        Text instead of messages is taken as the output of a chat template: no token is added but the reward token, and
+        the white space that the template puts behind the end of a turn (a sampler stops before it). ValueError where
+        there is nothing to score.
+        """
+        if self.tokenizer is None:
+            raise ValueError("the model's folder has no tokenizer, so only token ids can be scored")
+        if isinstance(conversation, str):
+            return self._encode_text(conversation, notes)
+        return self.tokenizer.encode_conversation(conversation, tools=tools, notes=notes)
+
+    def _encode_text(self, text: str, notes: list[str] | None) -> list[int]:
+        tokenizer = self.tokenizer
+        end = self.turn_end
+        if end != end.rstrip() and not text.endswith(end) and text.endswith(end.rstrip()):
+            text += end[len(end.rstrip()):]
+        try:
+            ids = list(tokenizer.tokenizer.encode(text, add_special_tokens=False))
+        except UnicodeEncodeError:
+            raise ValueError("half of a surrogate pair is no text") from None
+        if not ids:
+            raise ValueError("no text")
+        if ids[-1] != tokenizer.reward_token_id:
+            ids.append(tokenizer.reward_token_id)
+        limit = tokenizer.max_length
+        if limit is not None and len(ids) > limit:
+            if tokenizer.overlong in ("drop", "error"):
+                raise ValueError(f"{Rejected('overlong', f'{len(ids)} tokens')}")
+            ids = ids[-limit:] if tokenizer.overlong == "left-prompt" else [*ids[: limit - 1], ids[-1]]
+            if notes is not None:
+                notes.append("cut: beginning or end of the text left out")
+        return ids
+
+    @property
+    def turn_end(self) -> str:
+        """What the chat template puts behind the last answer: ``<|im_end|>`` and a new line, for example."""
+        if self._turn_end is None:
+            probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+            try:
+                text = self.tokenizer.tokenizer.apply_chat_template(probe, chat_template=self.tokenizer.template,
+                                                                    tokenize=False)
+                self._turn_end = text.rpartition("answer")[2]
+            except Exception:  # a template that refuses the probe: then nothing is known of its end
+                self._turn_end = ""
+        return self._turn_end
+
+    # ---- tokens to rewards
 
     @torch.no_grad()
     def score_tokens(self, items: Sequence[Sequence[Sequence[int]]],
                      progress: Callable[[int], None] | None = None) -> list[list[float]]:
         """Rewards of token sequences that end with the reward token; the sequences of an item may share a prefix."""
-        shared = [_share(sequences) for sequences in items]
-        out = torch.zeros(sum(len(s.suffixes) for s in shared), device=self.device)
-        firsts = np.cumsum([0, *(len(s.suffixes) for s in shared)])
+        parts = [part for item in items for part in _parts(item, self.max_tokens)]
+        out = torch.zeros(sum(len(s.suffixes) for s in parts), device=self.device)
+        firsts = np.cumsum([0, *(len(s.suffixes) for s in parts)])
         ranks, me = distributed.world_size(), distributed.rank()
-        for start in range(0, len(shared), GROUP):
-            group = shared[start : start + GROUP]
+        for start in range(0, len(parts), GROUP):
+            group = parts[start : start + GROUP]
             lengths = [(len(s.prefix), [len(x) for x in s.suffixes]) for s in group]
             bins = balanced_bins([p + sum(x) for p, x in lengths], [self._cost(p, x) for p, x in lengths],
                                  num_ranks=ranks, capacity=self.max_tokens)[me]
@@ -122,47 +180,92 @@ class Scorer:
                 batch = pack([group[i] for i in numbers], responses=[int(firsts[start + i]) for i in numbers])
                 out[batch.responses.to(self.device)] = self.model(batch.to(self.device))
             if progress:
-                progress(len(group))
+                progress(sum(s.ends_item for s in group))
         if ranks > 1:
             distributed.sum_over_ranks(out)
-        rewards = out.tolist()
-        return [rewards[a:b] for a, b in zip(firsts, firsts[1:], strict=False)]
+        rewards = iter(out.tolist())
+        return [[next(rewards) for _ in item] for item in items]
+
+    def score_sequences(self, sequences: Sequence[Sequence[int]],
+                        progress: Callable[[int], None] | None = None) -> list[float]:
+        """One reward for each token sequence, in order. Those with the same beginning compute it once, wherever they
+        stand."""
+        arrays = [np.asarray(s, dtype=np.int32) for s in sequences]
+        groups = group_by_prefix(arrays)
+        scored = self.score_tokens([[arrays[i] for i in group] for group in groups], progress)
+        out = [0.0] * len(arrays)
+        for group, rewards in zip(groups, scored, strict=True):
+            for i, reward in zip(group, rewards, strict=True):
+                out[i] = reward
+        return out
 
     def score_comparisons(self, comparisons: Iterable[Comparison],
                           progress: Callable[[int], None] | None = None) -> list[list[float]]:
         """Rewards of each comparison's responses, in the order of ``comparison.responses``."""
-        encode = self._encoder()
-        items = [[encode([*c.prompt, *response], c.tools) for response in c.responses] for c in comparisons]
+        items = [[self.encode([*c.prompt, *response], c.tools) for response in c.responses] for c in comparisons]
         return self.score_tokens(items, progress)
 
-    def score_conversations(self, conversations: Sequence[list[dict[str, Any]]],
+    def score_conversations(self, conversations: Sequence[Conversation],
                             progress: Callable[[int], None] | None = None) -> list[float]:
-        """One reward for each conversation. Equal beginnings of neighbouring conversations are computed once."""
-        encode = self._encoder()
-        items: list[list[list[int]]] = []
-        prompt = None
-        for conversation in conversations:
-            if conversation[:-1] == prompt and items:
-                items[-1].append(encode(conversation, None))
-            else:
-                items.append([encode(conversation, None)])
-                prompt = conversation[:-1]
-        return [reward for rewards in self.score_tokens(items, progress) for reward in rewards]
+        """One reward for each conversation, in order."""
+        return self.score_sequences([self.encode(conversation) for conversation in conversations], progress)
 
-    def _encoder(self) -> Callable[[list[dict[str, Any]], Any], list[int]]:
-        if self.tokenizer is None:
-            raise ValueError("the model's folder has no tokenizer, so only token ids can be scored")
-        return lambda messages, tools: self.tokenizer.encode_conversation(messages, tools=tools)
+    def describe(self) -> dict[str, Any]:
+        """What a user of the rewards should know: model, number format, and the recipe of the tokens."""
+        recipe = self.tokenizer.manifest() if self.tokenizer else {}
+        recipe.pop("tokenizer", None)
+        dtype = next(name for name, value in precision.DTYPES.items() if value is self.model.config.params_dtype)
+        return {"model": self.name, "family": self.model.geometry.family, "dtype": dtype, "device": str(self.device),
+                "max_position_embeddings": self.model.geometry.max_position_embeddings, **recipe}
 
 
-def _share(sequences: Sequence[Sequence[int]]) -> SimpleNamespace:
+def _parts(sequences: Sequence[Sequence[int]], capacity: int) -> Iterator[SimpleNamespace]:
+    """The shared prefix of an item and the rest of each sequence; several times where they are too many for a pack."""
     arrays = [np.asarray(s, dtype=np.int64) for s in sequences]
     for array in arrays:
         if not len(array):
             raise ValueError("an empty token sequence has no reward")
     length = common_prefix_length(arrays) if len(arrays) > 1 else 0
-    return SimpleNamespace(prefix=arrays[0][:length], suffixes=[a[length:] for a in arrays],
-                           scores=[0.0] * len(arrays), graded=False)
+    suffixes = [a[length:] for a in arrays]
+    ends = np.cumsum([len(s) for s in suffixes])
+    start = 0
+    while start < len(suffixes):
+        before = ends[start - 1] if start else 0
+        end = max(start + 1, int(np.searchsorted(ends, before + capacity - length, side="right")))
+        yield SimpleNamespace(prefix=arrays[0][:length], suffixes=suffixes[start:end], graded=False,
+                              scores=[0.0] * (end - start), ends_item=end == len(suffixes))
+        start = end
+
+
+def group_by_prefix(sequences: Sequence[np.ndarray], at_least: int = MIN_SHARED) -> list[list[int]]:
+    """Numbers of the sequences (int32 arrays) in groups that share a beginning of ``at_least`` tokens.
+
+    Sequences are sorted, so that those with equal beginnings are neighbours; the sorted row is then cut where that
+    saves most tokens: a group of m that shares p tokens saves p (m - 1). Groups are in the order of their first member.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: sequences[i].astype(">i4").tobytes())
+    shared = [common_prefix_length([sequences[a], sequences[b]])
+              for a, b in zip(order, order[1:], strict=False)]
+    groups: list[list[int]] = []
+
+    def best(first: int, end: int, depth: int) -> tuple[int, list[tuple[int, int]]]:
+        """(tokens saved, ranges) of the best way to cut ``order[first:end]``."""
+        if end - first == 1:
+            return 0, [(first, end)]
+        least = min(shared[first : end - 1])
+        whole = least * (end - first - 1) if least >= at_least else 0
+        if depth == MAX_DEPTH and whole:
+            return whole, [(first, end)]
+        cuts = [i + 1 for i in range(first, end - 1) if shared[i] <= (least if depth < MAX_DEPTH else at_least)]
+        saved, ranges = 0, []
+        for a, b in zip([first, *cuts], [*cuts, end], strict=True):
+            more, parts = best(a, b, min(depth + 1, MAX_DEPTH))
+            saved, ranges = saved + more, ranges + parts
+        return (whole, [(first, end)]) if whole and whole >= saved else (saved, ranges)
+
+    if sequences:
+        groups = [sorted(order[a:b]) for a, b in best(0, len(order), 0)[1]]
+    return sorted(groups, key=lambda group: group[0])
 
 
 @contextlib.contextmanager
