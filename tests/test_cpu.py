@@ -11,6 +11,8 @@ import pytest
 
 from tests.conftest import ROOT
 
+GOLDEN = ROOT / "tests" / "golden" / "cpu_modules.txt"
+
 # Looks into a fresh interpreter: which names differ before and after.
 PROBE = """
 import ast, collections, importlib, json, sys
@@ -65,6 +67,10 @@ LEFT_ALONE = {
 
 @pytest.fixture(scope="module")
 def probe() -> dict:
+    return look()
+
+
+def look() -> dict:
     done = subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.split("PROBE ")[1])
@@ -85,11 +91,11 @@ def test_inside_the_engine_only_torch_changes(probe: dict) -> None:
 
 
 def test_the_list_of_replaced_modules(probe: dict) -> None:
-    golden = (ROOT / "tests" / "golden" / "cpu_modules.txt").read_text().split()
+    golden = GOLDEN.read_text().split()
     missing, new = sorted(set(golden) - set(probe["installed"])), sorted(set(probe["installed"]) - set(golden))
     assert not missing and not new, (
         f"megatron-core {importlib.import_module('megatron.core').__version__}: no longer replaced {missing}, newly "
-        f"replaced {new}. If that is right, bring tests/golden/cpu_modules.txt up to date")
+        f"replaced {new}. If that is right: python -m tests.test_cpu")
 
 
 def test_the_list_of_replaced_names(probe: dict) -> None:
@@ -125,3 +131,7 @@ def test_the_engine_sees_the_cpu_and_others_do_not() -> None:
     a = torch.rand(3)
     fake.cuda.set_rng_state(state)
     assert torch.equal(torch.rand(3), a)
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text("\n".join(look()["installed"]) + "\n")

@@ -18,11 +18,11 @@ PACKAGE = ROOT / "rmega"
 ROOMS = [
     {"config", "cpu", "ops", "metrics", "precision"},
     {"distributed"},
-    {"logs", "data"},
-    {"models", "evaluation"},
+    {"logs", "data", "run_folder"},
+    {"models", "evaluation", "fusion", "snapshot"},
     {"checkpoint", "export", "report", "model_card", "release"},
     {"train", "score"},
-    {"layouts", "run", "proof"},
+    {"layouts", "run", "proof", "score_files"},
     {"convert"},
 ]
 NOTHING_OF_OURS = {"config", "cpu"}
