@@ -86,8 +86,6 @@ def make_comparison(prompt: list[Message], responses: Sequence[list[Message]], s
     """Check and sort: best response first, stable. ``ordered`` False: the row's order was free of the preference."""
     if len(responses) < 2:
         raise Rejected("too_few_responses", f"{len(responses)} response(s)")
-    if not any(_has_text(m) for m in prompt):
-        raise Rejected("empty_prompt")
     for number, response in enumerate(responses, 1):
         if not response or response[-1]["role"] != "assistant":
             raise Rejected("no_reply", f"response {number}")
@@ -95,6 +93,8 @@ def make_comparison(prompt: list[Message], responses: Sequence[list[Message]], s
             raise Rejected("prompts_differ", f"response {number} begins with a turn of the {response[0]['role']}")
         if not _has_text(response[-1]):
             raise Rejected("empty_response", f"response {number}")
+    if not any(_has_text(m) for m in prompt):
+        raise Rejected("empty_prompt")
     order = sorted(range(len(responses)), key=lambda i: -scores[i])
     first = responses[order[0]]
     if all(responses[i] == first for i in order[1:]):

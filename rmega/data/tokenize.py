@@ -349,10 +349,10 @@ def _own_template(tokenizer: Any) -> str | None:
 
 def _find_reward_token(tokenizer: Any, vocab: dict[str, int], wanted: str, template: str) -> int:
     if wanted != "auto":
+        if wanted.isdecimal() and int(wanted) < len(tokenizer):  # a number is an id, never the token of that text
+            return int(wanted)
         if wanted in vocab:
             return vocab[wanted]
-        if wanted.isdigit() and int(wanted) < len(tokenizer):
-            return int(wanted)
         raise ValueError(f"--reward-token {wanted}: neither a token of the tokenizer nor an id below {len(tokenizer)}")
     for text in (*_REWARD_TOKENS, tokenizer.eos_token):
         if text in vocab and not (text == "<|endoftext|>" and text in template):
