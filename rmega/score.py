@@ -110,21 +110,21 @@ class Scorer:
 
     # ---- text to tokens
 
-    def encode(self, conversation: Conversation, tools: list[Any] | None = None,
-               notes: list[str] | None = None) -> list[int]:
+    def encode(self, conversation: Conversation, tools: list[Any] | None = None, notes: list[str] | None = None, *,
+               max_length: int | None = None) -> list[int]:
         """Ids with the reward token, as in training. ``notes`` is extended by what was changed (such as a cut).
 
         Text instead of messages is taken as the output of a chat template: no token is added but the reward token, and
         the white space that the template puts behind the end of a turn (a sampler stops before it). ValueError where
-        there is nothing to score.
+        there is nothing to score. ``max_length`` stands in for the training's limit of tokens.
         """
         if self.tokenizer is None:
             raise ValueError("the model's folder has no tokenizer, so only token ids can be scored")
         if isinstance(conversation, str):
-            return self._encode_text(conversation, notes)
-        return self.tokenizer.encode_conversation(conversation, tools=tools, notes=notes)
+            return self._encode_text(conversation, notes, max_length)
+        return self.tokenizer.encode_conversation(conversation, tools=tools, notes=notes, max_length=max_length)
 
-    def _encode_text(self, text: str, notes: list[str] | None) -> list[int]:
+    def _encode_text(self, text: str, notes: list[str] | None, max_length: int | None) -> list[int]:
         tokenizer = self.tokenizer
         end = self.turn_end
         if end != end.rstrip() and not text.endswith(end) and text.endswith(end.rstrip()):
@@ -137,7 +137,7 @@ class Scorer:
             raise ValueError("no text")
         if ids[-1] != tokenizer.reward_token_id:
             ids.append(tokenizer.reward_token_id)
-        limit = tokenizer.max_length
+        limit = max_length or tokenizer.max_length
         if limit is not None and len(ids) > limit:
             if tokenizer.overlong in ("drop", "error"):
                 raise ValueError(f"{Rejected('overlong', f'{len(ids)} tokens')}")
