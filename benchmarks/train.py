@@ -213,16 +213,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def profile(mode: Mode, device) -> None:
+def profile(mode: Mode, device, by_shape: bool = False) -> None:
     """Where the time of one step goes, by operator."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with record(activities=activities) as trace:
+    with record(activities=activities, record_shapes=True) as trace:
         mode.step(0)
     key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(trace.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=60))
+    print(trace.key_averages(group_by_input_shape=by_shape).table(sort_by=key, row_limit=40, max_name_column_width=60))
 
 
 if __name__ == "__main__":

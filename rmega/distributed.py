@@ -62,6 +62,7 @@ def initialize(*, tp: int = 1, pp: int = 1, vpp: int | None = None, seed: int = 
     else:
         from rmega import cpu
 
+        cpu.keep_memory()
         cpu.install()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -78,7 +79,7 @@ def initialize(*, tp: int = 1, pp: int = 1, vpp: int | None = None, seed: int = 
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
             virtual_pipeline_model_parallel_size=vpp, create_gloo_process_groups=where.type == "cuda",
-            distributed_timeout_minutes=max(1, round(timeout_minutes)))
+            distributed_timeout_minutes=timeout_minutes)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     return where

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -28,6 +27,7 @@ from rmega.config import LossArgs, TrainingConfig
 from rmega.data.batching import Batcher, PackedBatch
 from rmega.distributed import is_reporting_rank, sum_over_ranks
 from rmega.evaluation.judge import flat_summary, judge_stored
+from rmega.fusion import fuse_weight_gradients, skip_single_rank_collectives
 from rmega.models.geometry import Geometry
 from rmega.models.reward_model import RewardModel, transformer_config
 
@@ -38,6 +38,7 @@ def build_model(config: TrainingConfig, geometry: Geometry, *, dtype: torch.dtyp
     vpp = config.parallel.virtual_pipeline_model_parallel_size
     engine = use_transformer_engine(config.model.transformer_impl, device)
     core = transformer_layout(config, geometry, dtype=dtype, on_cpu=device.type == "cpu")
+    core.gradient_accumulation_fusion = fuse_weight_gradients(device, dtype)
     chunks = []
     for chunk in range(vpp or 1):
         stage = {"vp_stage": chunk, "ignore_virtual": False} if vpp else {}
@@ -94,6 +95,7 @@ def wrap_model(chunks: list[RewardModel], config: TrainingConfig) -> list[Distri
                for i, chunk in enumerate(chunks)]
     core = chunks[0].config
     core.finalize_model_grads_func = _finalize
+    skip_single_rank_collectives(wrapped)
     if p.overlap_grad_reduce:
         hooks = [chunk.no_sync for chunk in wrapped]
         core.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
@@ -284,35 +286,6 @@ def total_steps(config: TrainingConfig, num_comparisons: int) -> tuple[int, int]
         return config.train.train_steps, config.train.train_steps * size
     comparisons = math.ceil(config.train.train_epochs * num_comparisons)
     return math.ceil(comparisons / size), comparisons
-
-
-class StopRequest:
-    """Wishes to stop early: a signal (SIGTERM, SIGUSR1, SIGINT) or the end of the allotted time.
-
-    Signals are noted when they come and acted on between steps, by all ranks together. A second SIGINT ends at once.
-    """
-
-    def __init__(self, minutes: float | None) -> None:
-        self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
-        self._minutes = minutes
-        self._signal = 0
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame) -> None:
-        if number == signal.SIGINT and self._signal == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._signal = number
-
-    def agreed(self, device: torch.device) -> str | None:
-        """Why all ranks stop now, or None. One rank's wish is enough."""
-        late = self._deadline is not None and time.monotonic() >= self._deadline
-        wish = torch.tensor([self._signal, int(late)], device=device)
-        torch.distributed.all_reduce(wish, op=torch.distributed.ReduceOp.MAX)
-        number, late = (int(x) for x in wish)
-        if number:
-            return f"signal {signal.Signals(number).name}"
-        return f"--exit-duration-min {self._minutes} is over" if late else None
 
 
 class Clock:

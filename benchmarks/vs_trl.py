@@ -1,0 +1,192 @@
+"""TRL's RewardTrainer and this project on the same pairs, model, dtype, threads and matmul setting.
+
+    pip install 'rmega[trl]'
+    python benchmarks/vs_trl.py --hf-model MODEL --data FILE.jsonl --precision bf16
+
+Each side trains in a process of its own, the two in turn, --repeats times. Both see the same comparisons in the same
+steps of --batch-size, in file order, truncate to --max-length, make one AdamW step per batch, and keep all activations.
+The first --warmup steps are not counted. TRL runs as its users get it: padded batches, fused AdamW, and in bf16 its
+default of autocast over fp32 weights; --trl-pure-bf16 holds its weights and optimizer state in bf16 instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, __file__.rsplit("/", 2)[0])
+
+from rmega.config import parse_args, run_tool  # noqa: E402
+
+
+@dataclasses.dataclass(kw_only=True)
+class Args:
+    """Compare with TRL."""
+
+    hf_model: str
+    """Model folder (with tokenizer and chat template)."""
+    data: str
+    """JSONL (also .gz) with prompt, chosen, rejected as message lists."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Both sides."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """torch.set_float32_matmul_precision, both sides."""
+    batch_size: int = 4
+    """Comparisons per optimizer step, both sides."""
+    max_length: int = 1024
+    """Most tokens of a conversation, both sides."""
+    steps: int = 6
+    """Counted steps."""
+    warmup: int = 2
+    """Steps before."""
+    repeats: int = 3
+    """Turns of both."""
+    threads: int = 2
+    """OpenMP threads, both sides."""
+    trl_pure_bf16: bool = False
+    """TRL's weights and optimizer state in bf16 (no fp32 copy), where rmega keeps fp32 ones."""
+    name: str = "vs_trl"
+    """Results go to benchmarks/results/NAME.json."""
+    run: Literal["both", "trl", "rmega"] = "both"
+    """Used between the processes."""
+
+
+def read_rows(args: Args) -> list[dict]:
+    """The first comparisons of the file, as TRL wants them."""
+    import gzip
+
+    opener = gzip.open if args.data.endswith(".gz") else open
+    rows = []
+    with opener(args.data, "rt", encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            chosen, rejected = row["chosen"], row["rejected"]
+            prompt = row["prompt"]
+            if isinstance(prompt, str):  # argilla: the prompt is also the first message of both
+                prompt, chosen, rejected = chosen[:-1], chosen[-1:], rejected[-1:]
+            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+            if len(rows) == args.batch_size * (args.steps + args.warmup):
+                return rows
+    raise ValueError(f"--data {args.data}: {len(rows)} rows are too few for {args.steps + args.warmup} steps")
+
+
+def run_trl(args: Args) -> list[float]:
+    """Seconds of each step."""
+    import torch
+    from datasets import Dataset
+    from torch.utils.data import SequentialSampler
+    from transformers import TrainerCallback
+    from trl import RewardConfig, RewardTrainer
+
+    torch.set_float32_matmul_precision(args.matmul_precision)
+
+    class InOrder(RewardTrainer):
+        def _get_train_sampler(self, dataset=None):
+            return SequentialSampler(dataset if dataset is not None else self.train_dataset)
+
+    class Stamps(TrainerCallback):
+        times: list[float] = []
+
+        def on_train_begin(self, *_, **__):
+            self.times.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            self.times.append(time.perf_counter())
+
+    pure = args.precision == "bf16" and args.trl_pure_bf16
+    with tempfile.TemporaryDirectory() as folder:
+        config = RewardConfig(
+            output_dir=folder, per_device_train_batch_size=args.batch_size, max_steps=args.steps + args.warmup,
+            max_length=args.max_length, gradient_checkpointing=False, bf16=args.precision == "bf16" and not pure,
+            learning_rate=1e-6, logging_steps=10**6, save_strategy="no", report_to="none", use_cpu=True,
+            dataloader_pin_memory=False, disable_tqdm=True,
+            model_init_kwargs={"dtype": "bfloat16" if pure else "float32", "num_labels": 1})
+        InOrder(args.hf_model, args=config, train_dataset=Dataset.from_list(read_rows(args)),
+                callbacks=[Stamps()]).train()
+    return [b - a for a, b in zip(Stamps.times, Stamps.times[1:], strict=False)]
+
+
+def run_rmega(args: Args) -> list[float]:
+    """Seconds of each step, packing included."""
+    import numpy as np
+    import torch
+
+    from rmega import distributed, train
+    from rmega.config import DataArgs, LossArgs, ModelArgs, OptimizerArgs, TrainArgs, TrainingConfig
+    from rmega.data.batching import CostModel, balanced_bins, pack
+    from rmega.data.indexed import StoredComparison
+    from rmega.data.records import Comparison
+    from rmega.data.tokenize import PairTokenizer
+    from rmega.models.hf import load_hf, read_geometry
+
+    device = distributed.initialize()
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
+    geometry, _ = read_geometry(args.hf_model)
+    config = TrainingConfig(model=ModelArgs(hf_model=args.hf_model), data=DataArgs(data_path=()),
+                            loss=LossArgs(loss="ranking", penalty="none"), train=TrainArgs(train_steps=10**6),
+                            optimizer=OptimizerArgs(lr=1e-6))
+    chunks = train.build_model(config, geometry, dtype=dtype, device=device)
+    load_hf(chunks[0], args.hf_model, geometry)
+    wrapped = train.wrap_model(chunks, config)
+    optimizer, _ = train.build_optimizer(wrapped, config, 10**6)
+    tokenizer = PairTokenizer.load(args.hf_model, max_length=args.max_length)
+    stored = []
+    for row in read_rows(args):
+        encoded = tokenizer.encode_comparison(Comparison(prompt=row["prompt"], responses=[row["chosen"], row["rejected"]],
+                                                         scores=[1.0, 0.0]))
+        stored.append(StoredComparison(encoded.prefix, encoded.suffixes, np.array([1, 0], np.float32), False, ""))
+    cost, times = CostModel.of(geometry), []
+    for start in range(0, len(stored), args.batch_size):
+        begun = time.perf_counter()
+        batch = stored[start : start + args.batch_size]
+        sizes = [(len(c.prefix), [len(s) for s in c.suffixes]) for c in batch]
+        bins = balanced_bins([p + sum(s) for p, s in sizes], [cost(p, s) for p, s in sizes], num_ranks=1, capacity=8192)
+        packs = [pack([batch[i] for i in b]) for b in bins[0]]
+        train.train_step(wrapped, optimizer, packs, config.loss, len(batch))
+        times.append(time.perf_counter() - begun)
+    distributed.finish()
+    return times
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(Args, argv, prog="benchmarks/vs_trl.py")
+    if args.run != "both":
+        times = run_trl(args) if args.run == "trl" else run_rmega(args)
+        print("TIMES " + json.dumps(times[args.warmup :]))
+        return 0
+    from benchmarks.common import environment, save, table
+
+    read_rows(args)
+    base = [sys.executable, __file__, *(argv if argv is not None else sys.argv[1:])]
+    env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false",
+           "PYTHONPATH": str(Path(__file__).parents[1])}
+    totals: dict[str, list[float]] = {"trl": [], "rmega": []}
+    for _ in range(args.repeats):
+        for side in totals:
+            done = subprocess.run([*base, "--run", side], capture_output=True, text=True, env=env)
+            line = next((x for x in done.stdout.splitlines() if x.startswith("TIMES ")), None)
+            if line is None:
+                raise ValueError(f"{side} failed:\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
+            totals[side].append(sum(json.loads(line[6:])))
+            print(f"{side}: {args.batch_size * args.steps / totals[side][-1]:.3f} pairs/s", flush=True)
+    pairs = args.batch_size * args.steps
+    ratios = [a / b for a, b in zip(totals["trl"], totals["rmega"], strict=True)]
+    rows = [{"side": side, "pairs/s": pairs / statistics.median(times)} for side, times in totals.items()]
+    print(table(rows))
+    print(f"rmega over TRL: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    save(args.name, {"environment": {**environment(), "threads": args.threads}, "settings": dataclasses.asdict(args),
+                     "rows": rows, "ratio": statistics.median(ratios), "ratios": ratios})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
