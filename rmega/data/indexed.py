@@ -224,15 +224,19 @@ class PreferenceWriter:
         self._source_ids.append(np.asarray(source_ids, np.uint16))
 
     def seal(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Write everything under temporary names, with checksums; returns the manifest."""
+        """Write everything under temporary names; returns the manifest, with counts and checksums added."""
         self._bin.close()
         prefix = self.prefix
         lengths = _concatenate(self._lengths, np.int32)
         assert os.path.getsize(f"{prefix}.bin.tmp") == 4 * int(lengths.sum(dtype=np.int64)), "tokens without document"
-        write_index(f"{prefix}.idx.tmp", lengths, _concatenate(self._num_sequences, np.int64))
-        _save_npy(f"{prefix}.scores.npy.tmp", _concatenate(self._scores, np.float32))
+        num_sequences, scores = _concatenate(self._num_sequences, np.int64), _concatenate(self._scores, np.float32)
+        write_index(f"{prefix}.idx.tmp", lengths, num_sequences)
+        _save_npy(f"{prefix}.scores.npy.tmp", scores)
         _save_npy(f"{prefix}.sources.npy.tmp", _concatenate(self._source_ids, np.uint16))
-        manifest = {"format_version": FORMAT_VERSION, **manifest,
+        indices = np.concatenate([[0], np.cumsum(num_sequences)])
+        counts = {"num_comparisons": len(num_sequences), "num_responses": len(lengths) - len(num_sequences),
+                  "num_pairs": int(count_pairs(indices, scores).sum()), "num_tokens": int(lengths.sum(dtype=np.int64))}
+        manifest = {"format_version": FORMAT_VERSION, **counts, **manifest,
                     "checksums": {suffix: checksum(f"{prefix}{suffix}.tmp") for suffix in DATA_SUFFIXES}}
         with open(f"{prefix}{MANIFEST_SUFFIX}.tmp", "w", encoding="utf-8") as stream:
             json.dump(manifest, stream, ensure_ascii=False, indent=1)

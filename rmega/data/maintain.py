@@ -133,9 +133,9 @@ def merge(prefixes: Sequence[str], output: str, *, force: bool = False) -> dict[
             writer.add_documents(dataset.sequence_lengths, dataset.scores, np.diff(dataset.document_indices),
                                  numbers[dataset.source_ids])
         manifests = [s.manifest for s in sets]
-        merged = {k: v for k, v in first.items() if k not in ("format_version", "checksums", "split", "holdout")}
-        for key in ("num_comparisons", "num_responses", "num_pairs", "num_tokens", "left_out_by_weight"):
-            merged[key] = sum(m.get(key, 0) for m in manifests)
+        merged = {k: v for k, v in first.items() if k not in ("format_version", "checksums", "split", "holdout")
+                  and not k.startswith("num_")}
+        merged["left_out_by_weight"] = sum(m.get("left_out_by_weight", 0) for m in manifests)
         limits = [m.get("max_length") for m in manifests]
         merged["max_length"] = None if None in limits else max(limits)
         merged["overlong"] = ", ".join(dict.fromkeys(str(m.get("overlong")) for m in manifests))

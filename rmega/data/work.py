@@ -18,7 +18,7 @@ import numpy as np
 
 import rmega
 from rmega.data import checks
-from rmega.data.indexed import PreferenceWriter, count_pairs
+from rmega.data.indexed import PreferenceWriter
 from rmega.data.records import NOT_FAULTS, REASONS
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ def finish(work: WorkFolder, *, outputs: Sequence[str], settings: dict[str, Any]
             writers.append(writer)
             _copy(arrays, chosen, source_ids, writer)
             manifests.append(writer.seal({
-                "rmega": rmega.__version__, **settings, **_statistics(arrays, documents[chosen], chosen),
+                "rmega": rmega.__version__, **settings, **_heuristics(documents[chosen]),
                 "sources": names, "input": run,
                 "split": {"part": part, **split} if valid_fraction else None,
                 "left_out_by_weight": int((times[mask] == 0).sum()), "holdout": overlap or None}))
@@ -297,15 +297,9 @@ def _copy(arrays: dict[str, np.ndarray], chosen: np.ndarray, source_ids: np.ndar
     writer.add_documents(arrays["lengths"][rows], arrays["scores"][rows], num_sequences[chosen], source_ids[chosen])
 
 
-def _statistics(arrays: dict[str, np.ndarray], chosen: np.ndarray, numbers: np.ndarray) -> dict[str, Any]:
-    num_sequences = arrays["documents"]["num_sequences"].astype(np.int64)
-    starts = (np.cumsum(num_sequences) - num_sequences)[numbers]
-    counts = num_sequences[numbers]
-    scores = arrays["scores"][_ranges(starts, counts)]
-    indices = np.concatenate([[0], np.cumsum(counts)])
+def _heuristics(chosen: np.ndarray) -> dict[str, Any]:
+    """What only the rows knew: how often the first response of a row is the better one, and the scripts."""
     scripts = np.bincount(chosen["script"], minlength=len(checks.SCRIPTS))
-    return {"num_comparisons": len(chosen), "num_responses": int((counts - 1).sum()),
-            "num_pairs": int(count_pairs(indices, scores).sum()), "num_tokens": int(chosen["num_tokens"].sum()),
-            "position_heuristic": {"first_wins": int(chosen["first_wins"].sum()),
+    return {"position_heuristic": {"first_wins": int(chosen["first_wins"].sum()),
                                    "pairs": int(chosen["first_pairs"].sum())},
             "scripts": {name: int(n) for name, n in zip(checks.SCRIPTS, scripts, strict=True) if n}}
