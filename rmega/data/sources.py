@@ -83,15 +83,14 @@ def read_chunks(source: Input, index: int, hashes: dict[str, str] | None = None)
         buffered = io.BufferedReader(raw, 1 << 18)
         try:
             yield from _stream_chunks(source, index, raw, buffered)
-            while buffered.read(1 << 20):
-                pass
             if hashes is not None:
                 hashes[source.name] = raw.digest.hexdigest()
         finally:
             buffered.close()
 
 
-def _stream_chunks(source: Input, index: int, raw: HashingFile, stream: Any) -> Iterator[Chunk]:
+def _stream_chunks(source: Input, index: int, raw: HashingFile, buffered: Any) -> Iterator[Chunk]:
+    stream = buffered
     if source.compression == "gzip":
         stream = gzip.GzipFile(fileobj=stream)
     elif source.compression == "zstd":
@@ -108,6 +107,8 @@ def _stream_chunks(source: Input, index: int, raw: HashingFile, stream: Any) -> 
             last = chunk.first
             chunk.position = raw.position
             yield chunk
+        while buffered.read(1 << 20):  # what a reader leaves behind counts for the hash
+            pass
     except (EOFError, zlib.error, gzip.BadGzipFile, OSError) as error:
         raise ValueError(f"{source.name}: {source.compression or 'the file'} cannot be read on after {source.unit} "
                          f"{last} ({one_line(error)}): cut short or damaged") from None

@@ -38,6 +38,8 @@ def csv_chunks(source: Input, index: int, stream: Any) -> Iterator[Chunk]:
                 items, size = [], 0
     except csv.Error as error:
         raise ValueError(f"{source.name}:{start}: broken CSV from here on ({error})") from None
+    finally:
+        text.detach()  # else it would close the file with itself
     if items:
         yield Chunk(index, items[0][0], items, size)
 
