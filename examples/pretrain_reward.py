@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 
-from rmega.config import TrainingConfig, parse_args, run_tool
+from rmega.config import TrainingConfig, parse_args
+from rmega.stopping import run_ranks
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,15 +20,14 @@ def main(argv: list[str] | None = None) -> int:
     config.check(distributed.world_size())
     from rmega.run import Run
 
-    try:
-        run = Run(config)
-        run.load_data()
-        run.build()
-        run.restore_or_start()
-        return run.train()
-    finally:
-        distributed.finish()
+    run = Run(config)
+    run.load_data()
+    run.build()
+    run.restore_or_start()
+    code = run.train()
+    distributed.finish()
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    sys.exit(run_ranks(main))

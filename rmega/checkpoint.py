@@ -2,9 +2,10 @@
 
 RUN/iter_0000010/            written under a temporary name and renamed when every rank is done
     *.distcp, .metadata, ... megatron-core's dist_checkpointing: one key per tensor, global shapes
-    rmega.json               format version, iteration, consumed comparisons, configuration, geometry, manifest, proof
     hf/                      tokenizer and config.json of the base model
-RUN/latest_checkpointed_iteration.txt   the tracker, written last
+    rmega.json               format version, iteration, consumed comparisons, configuration, geometry, manifest, proof,
+                             and "files": size and crc32 of every other file; written last
+RUN/latest_checkpointed_iteration.txt   the tracker, written after the folder has its name
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,32 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from rmega.distributed import log, rank
+from rmega.distributed import device, rank
+from rmega.run_folder import (
+    FORMAT_VERSION,
+    INFO,
+    TRACKER,
+    clean,
+    damage,
+    find,
+    fingerprint,
+    iteration_dir,
+    latest_iteration,
+    list_iterations,
+    prune,
+    publish,
+    read_info,
+    write_durably,
+)
+from rmega.snapshot import Gatherer, Snapshot
 
-FORMAT_VERSION = 1
-TRACKER = "latest_checkpointed_iteration.txt"
-INFO = "rmega.json"
+__all__ = ["FORMAT_VERSION", "INFO", "TRACKER", "RunState", "Saver", "check_same_optimizer", "clean",
+           "copy_of_weights", "damage", "find", "iteration_dir", "latest_iteration", "list_iterations", "load", "prune",
+           "read_info", "save"]
 
 
 @dataclasses.dataclass
@@ -36,46 +56,6 @@ class RunState:
 
     iteration: int = 0
     consumed: int = 0
-
-
-def iteration_dir(run: Path | str, iteration: int) -> Path:
-    """The folder of one checkpoint."""
-    return Path(run) / f"iter_{iteration:07d}"
-
-
-def list_iterations(run: Path | str) -> list[int]:
-    """Iterations with a complete checkpoint folder, oldest first."""
-    found = []
-    for folder in Path(run).glob("iter_*"):
-        digits = folder.name.removeprefix("iter_")
-        if digits.isdigit() and (folder / INFO).is_file():
-            found.append(int(digits))
-    return sorted(found)
-
-
-def latest_iteration(run: Path | str) -> int | None:
-    """The newest checkpoint that was finished: the tracker's, or the newest complete folder where the tracker is gone."""
-    tracker = Path(run) / TRACKER
-    if tracker.is_file() and (text := tracker.read_text().strip()).isdigit():
-        if (iteration_dir(run, int(text)) / INFO).is_file():
-            return int(text)
-    iterations = list_iterations(run)
-    return iterations[-1] if iterations else None
-
-
-def read_info(folder: Path | str) -> dict[str, Any]:
-    """``rmega.json`` of a checkpoint. ValueError names what is wrong with a folder that is not one of ours."""
-    path = Path(folder) / INFO
-    if not path.is_file():
-        raise ValueError(f"{folder}: not an rmega checkpoint ({INFO} is missing)")
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: broken ({error})") from None
-    version = info.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: checkpoint format version {version}; this rmega reads version {FORMAT_VERSION}")
-    return info
 
 
 def _metadata() -> dict[str, Any]:
@@ -96,22 +76,28 @@ def _optimizer_state(optimizer, model_state: dict[str, Any], *, is_loading: bool
     return optimizer.sharded_state_dict(sharded, is_loading=is_loading, metadata=_metadata())
 
 
+def _allocate_state(optimizer) -> None:
+    """Give torch's Adam the state that it makes itself only in its first step; zeros, as it would."""
+    for part in optimizer.chained_optimizers:
+        inner = part.optimizer
+        if isinstance(inner, torch.optim.Adam):
+            for group in inner.param_groups:
+                for p in group["params"]:
+                    if not inner.state[p]:
+                        inner.state[p].update(step=torch.zeros((), device=p.device if group["fused"] else "cpu"),
+                                              exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+
+
 def _prepare_loading(optimizer) -> None:
     """Make the distributed optimizer read torch's Adam as it reads those of apex and Transformer Engine.
 
     It allocates no state for torch's, and then copies every entry of that state from the checkpoint, though it has
     taken the entry "step" out before (megatron-core 0.16).
     """
+    _allocate_state(optimizer)
     for part in optimizer.chained_optimizers:
-        inner = part.optimizer
-        if isinstance(inner, torch.optim.Adam):
-            if hasattr(part, "_set_main_param_and_optimizer_states"):
-                part._set_main_param_and_optimizer_states = partial(_set_state_but_step, part)
-            for group in inner.param_groups:
-                for p in group["params"]:
-                    if not inner.state[p]:
-                        inner.state[p].update(step=torch.zeros((), device=p.device if group["fused"] else "cpu"),
-                                              exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        if isinstance(part.optimizer, torch.optim.Adam) and hasattr(part, "_set_main_param_and_optimizer_states"):
+            part._set_main_param_and_optimizer_states = partial(_set_state_but_step, part)
 
 
 def _set_state_but_step(part, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
@@ -120,54 +106,126 @@ def _set_state_but_step(part, model_param: torch.Tensor, tensors: dict[str, torc
     type(part)._set_main_param_and_optimizer_states(part, model_param, {"step": state["step"].clone(), **tensors})
 
 
-def save(run: Path | str, *, state: RunState, wrapped, optimizer, scheduler, info: dict[str, Any],
-         hf_files: list[Path] = ()) -> Path:
-    """Write one checkpoint; called by every rank. The folder appears whole or not at all, then the tracker moves.
+class Saver:
+    """Writes the checkpoints of a run, one at a time: ``start`` copies, a thread writes, ``poll`` or ``wait`` finish.
 
-    Raises OSError, on every rank, where a rank could not write (a full disk); earlier checkpoints are untouched.
+    Every method is called by every rank. A folder appears whole or not at all, then the tracker moves; a checkpoint
+    that cannot be written (a full disk) raises OSError on every rank in ``poll`` or ``wait``, and earlier ones are
+    untouched.
     """
-    final = iteration_dir(run, state.iteration)
-    partial = final.with_name(final.name + ".partial")
-    if rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    content = _model_state(wrapped)
-    content["optimizer"] = _optimizer_state(optimizer, content, is_loading=False)
-    content["scheduler"] = scheduler.state_dict()
-    content["run"] = dataclasses.asdict(state)
-    failure = None
-    try:
-        dist_checkpointing.save(content, str(partial))
+
+    def __init__(self, run: Path | str, optimizer) -> None:
+        self.run = Path(run)
+        self.gatherer = Gatherer(optimizer)
+        self._buffers: dict[tuple, torch.Tensor] = {}
+        self._snapshot: Snapshot | None = None
+        self._finish_with: tuple = ()
+        self._validated = False
+
+    @property
+    def busy(self) -> bool:
+        """True while a checkpoint is being written."""
+        return self._snapshot is not None
+
+    def reserve(self, *, wrapped, optimizer, scheduler) -> None:
+        """Take the memory for the copies now, so that the first save stalls no longer than the others."""
+        self._take(self.run / "unwritten", RunState(), wrapped, optimizer, scheduler)
+
+    def _take(self, folder: Path, state: RunState, wrapped, optimizer, scheduler) -> Snapshot:
+        self.gatherer.start()
+        _allocate_state(optimizer)
+        content = _model_state(wrapped)
+        content["optimizer"] = _optimizer_state(optimizer, content, is_loading=False)
+        content["scheduler"] = scheduler.state_dict()
+        content["run"] = dataclasses.asdict(state)
+        snapshot = Snapshot(content, folder, self._buffers, self.gatherer, validate=not self._validated)
+        self._validated = True
+        return snapshot
+
+    def start(self, *, state: RunState, wrapped, optimizer, scheduler, info: dict[str, Any],
+              hf_files: Sequence[Path] = ()) -> None:
+        """Copy everything and return; the thread writes. Waits first for a checkpoint that is still being written."""
+        self.wait()
+        final = iteration_dir(self.run, state.iteration)
+        partial = final.with_name(final.name + ".partial")
+        failure: list[str | None] = [None]
         if rank() == 0:
-            (partial / "hf").mkdir()
-            for file in hf_files:
-                shutil.copy2(file, partial / "hf" / file.name)
-            _write(partial / INFO, json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(state), **info},
-                                              ensure_ascii=False, indent=1))
-    except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
-        failure = f"rank {rank()}: {error}"
-    failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    if said := [f for f in failures if f]:
+            try:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            except OSError as error:
+                failure = [str(error)]
+        dist.broadcast_object_list(failure, src=0)
+        if failure[0]:
+            raise OSError(f"{final}: checkpoint not written: {failure[0]}")
+        self._snapshot = self._take(partial, state, wrapped, optimizer, scheduler)
+        self._finish_with = (dataclasses.asdict(state), info, tuple(hf_files), final, partial)
+        # Small, and it holds references into the optimizer: written before training goes on.
         if rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"{final}: checkpoint not written; the previous one is untouched ({said[0].splitlines()[0]})")
-    if rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        tracker = Path(run) / TRACKER
-        _write(tracker.with_suffix(".partial"), f"{state.iteration}\n")
-        os.replace(tracker.with_suffix(".partial"), tracker)
-    dist.barrier()
-    return final
+            try:
+                TorchCommonSaveStrategy("torch", 1).save_common(self._snapshot.common, str(partial))
+            except (OSError, RuntimeError) as error:
+                self._snapshot.error = f"{type(error).__name__}: {error}"
+        self._snapshot.thread.start()
+
+    def poll(self) -> Path | None:
+        """The folder, when all ranks have just finished writing; None while they write, or have nothing to write."""
+        if self._snapshot is None:
+            return None
+        done = torch.tensor([int(not self._snapshot.thread.is_alive())], device=device())
+        dist.all_reduce(done, op=dist.ReduceOp.MIN)
+        return self._finish() if done.item() else None
+
+    def wait(self) -> Path | None:
+        """As ``poll``, but wait for the end of writing."""
+        if self._snapshot is None:
+            return None
+        self._snapshot.thread.join()
+        return self._finish()
+
+    def _finish(self) -> Path:
+        snapshot, self._snapshot = self._snapshot, None
+        state, info, hf_files, final, partial = self._finish_with
+        mine = (snapshot.error, snapshot.writer.results, snapshot.writer.files)
+        everyone: list[Any] | None = [None] * dist.get_world_size() if rank() == 0 else None
+        dist.gather_object(mine, everyone, dst=0)
+        said: list[str | None] = [None]
+        if rank() == 0:
+            try:
+                for number, (error, _, _) in enumerate(everyone):
+                    if error:
+                        raise OSError(f"rank {number}: {error.splitlines()[0]}")
+                snapshot.writer.finish(snapshot.metadata, [results for _, results, _ in everyone])
+                save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+                (partial / "hf").mkdir()
+                for file in hf_files:
+                    shutil.copy2(file, partial / "hf" / file.name)
+                files = {name: value for *_, written in everyone for name, value in written.items()}
+                for path in sorted(partial.rglob("*")):
+                    if path.is_file():
+                        files.setdefault(path.relative_to(partial).as_posix(), None)
+                files = {name: value or fingerprint(partial / name) for name, value in files.items()}
+                whole = {"format_version": FORMAT_VERSION, **state, **info, "files": files}
+                write_durably(partial / INFO, json.dumps(whole, ensure_ascii=False, indent=1))
+                publish(partial, final)
+                tracker = self.run / TRACKER
+                write_durably(tracker.with_suffix(".partial"), f"{state['iteration']}\n")
+                os.replace(tracker.with_suffix(".partial"), tracker)
+            except Exception as error:  # the other ranks wait to hear
+                shutil.rmtree(partial, ignore_errors=True)
+                said = [str(error).splitlines()[0] or type(error).__name__]
+        dist.broadcast_object_list(said, src=0)
+        if said[0]:
+            raise OSError(f"{final}: checkpoint not written; earlier ones are untouched ({said[0]})")
+        return final
 
 
-def _write(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def save(run: Path | str, *, state: RunState, wrapped, optimizer, scheduler, info: dict[str, Any],
+         hf_files: Sequence[Path] = ()) -> Path:
+    """Write one checkpoint and wait for it; called by every rank. Raises OSError, on every rank, if it cannot."""
+    saver = Saver(run, optimizer)
+    saver.start(state=state, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler, info=info, hf_files=hf_files)
+    return saver.wait()
 
 
 def load(folder: Path | str, *, wrapped, optimizer=None, scheduler=None) -> RunState:
@@ -199,27 +257,6 @@ def load(folder: Path | str, *, wrapped, optimizer=None, scheduler=None) -> RunS
         scheduler.num_steps = 0  # it adds the loaded count to its own
         scheduler.load_state_dict(loaded["scheduler"])
     return RunState(iteration=info["iteration"], consumed=info["consumed"])
-
-
-def prune(run: Path | str, keep_last: int, best: int | None = None) -> None:
-    """Remove all but the newest ``keep_last`` checkpoints; ``best`` stays. Called by every rank; rank 0 acts."""
-    if rank() == 0 and keep_last > 0:
-        for iteration in list_iterations(run)[:-keep_last]:
-            if iteration != best:
-                shutil.rmtree(iteration_dir(run, iteration), ignore_errors=True)
-    dist.barrier()
-
-
-def find(load_dir: Path | str) -> Path | None:
-    """The newest checkpoint of a run folder, or the checkpoint folder itself; None where a run has none yet."""
-    path = Path(load_dir)
-    if (path / INFO).is_file():
-        return path
-    iteration = latest_iteration(path)
-    if iteration is None:
-        return None
-    log(f"going on from {iteration_dir(path, iteration)}")
-    return iteration_dir(path, iteration)
 
 
 def check_same_optimizer(info: dict[str, Any], use_distributed_optimizer: bool) -> None:

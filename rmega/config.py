@@ -167,8 +167,12 @@ class CheckpointArgs:
     """Run folder to go on from: its newest good checkpoint. May be the same as --save, also when it is still empty."""
     save_interval: int = 0
     """Steps between checkpoints; 0: at the end only."""
+    async_save: bool = True
+    """Write checkpoints while training goes on; costs memory for one copy. Off: wait for each."""
     keep_last: int = 0
     """Remove all but this many newest checkpoints (the best one stays too); 0: keep all."""
+    no_save_best: bool = False
+    """Do not save after an evaluation that is the best so far (on the first of --valid-data-path)."""
     exit_duration_min: float | None = None
     """Save and leave with exit code 75 after so many minutes, for a queue that starts the job again."""
     num_proof_comparisons: int = 16
@@ -237,13 +241,20 @@ class TrainingConfig:
         return dataclasses.asdict(self)
 
 
+def group_types() -> dict[str, type]:
+    """The groups of ``TrainingConfig`` by name, to build one from ``as_dict`` again."""
+    return {"model": ModelArgs, "data": DataArgs, "loss": LossArgs, "train": TrainArgs, "optimizer": OptimizerArgs,
+            "parallel": ParallelArgs, "checkpoint": CheckpointArgs}
+
+
 def parse_args(cls: type[T], argv: Sequence[str] | None = None, *, prog: str | None = None,
                description: str | None = None) -> T:
     """Read flags into the dataclass ``cls`` (nested groups are flattened: ``--lr``, not ``--optimizer.lr``).
 
     A field's docstring is its help text. Ends the program with exit code 2 on a flag that is unknown or malformed.
     """
-    return tyro.cli(cls, args=argv, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,))
+    return tyro.cli(cls, args=argv, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,),
+                    console_outputs=os.environ.get("RANK", "0") == "0")
 
 
 def run_tool(main: Callable[..., Any], *args: Any) -> int:

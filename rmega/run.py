@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from rmega.distributed import log
 from rmega.logs import MetricsLog, Progress, duration, memory_mb, say, train_line
 from rmega.models.hf import load_hf, read_geometry, resolve_model
 from rmega.models.rotary import check_length
+from rmega.run_folder import write_durably
+from rmega.stopping import EXIT_REQUEUE, StopRequest
+from rmega.watch import Watch
 
-EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped early with everything saved; start again to go on
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "config.json",
                    "generation_config.json", "README.md", "LICENSE", "LICENSE.txt")
@@ -38,6 +41,7 @@ class Run:
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
         p = config.parallel
+        distributed.quiet_engine()
         self.folder = resolve_model(config.model.hf_model)
         self.geometry, self.hf_config = read_geometry(self.folder)
         train.transformer_layout(config, self.geometry, on_cpu=not torch.cuda.is_available())
@@ -48,6 +52,7 @@ class Run:
         self.precision = precision.choose_together(config.train.precision, config.train.matmul_precision, self.device)
         self.state = checkpoint.RunState()
         self.best: tuple[float, int] | None = None
+        self.saver: checkpoint.Saver | None = None
 
     def load_data(self) -> None:
         """Open the datasets and check that they belong to this model."""
@@ -70,7 +75,7 @@ class Run:
         self.batching: dict[str, Any] = dict(
             max_tokens=c.data.max_tokens_per_microbatch, seed=c.train.seed, cost=CostModel.of(self.geometry),
             num_ranks=distributed.world_size() // shards, rank=parallel_state.get_data_parallel_rank(),
-            share_prefix=not c.data.no_share_prefix,
+            share_prefix=c.data.share_prefix,
             token_multiple=c.parallel.tensor_model_parallel_size if c.parallel.sequence_parallel else 1,
             microbatch_multiple=c.parallel.pipeline_model_parallel_size
             if c.parallel.virtual_pipeline_model_parallel_size else 1)
@@ -138,6 +143,7 @@ class Run:
                              f"{c.checkpoint.save}, or choose another folder")
         if found is not None:
             info = checkpoint.read_info(found)
+            self._check_same_model(info, found)
             checkpoint.check_same_optimizer(info, c.parallel.use_distributed_optimizer)
             self._check_same_run(info, found)
             self.state = checkpoint.load(found, wrapped=self.wrapped, optimizer=self.optimizer, scheduler=self.scheduler)
@@ -146,9 +152,21 @@ class Run:
         if c.checkpoint.save and distributed.rank() == 0:
             Path(c.checkpoint.save).mkdir(parents=True, exist_ok=True)
             Path(c.checkpoint.save, "config.json").write_text(json.dumps(c.as_dict(), indent=1), encoding="utf-8")
+        if c.checkpoint.save:
+            checkpoint.clean(c.checkpoint.save)
+            self.saver = checkpoint.Saver(c.checkpoint.save, self.optimizer)
+            self.saver.reserve(wrapped=self.wrapped, optimizer=self.optimizer, scheduler=self.scheduler)
         self.metrics = MetricsLog(c.checkpoint.save, resumed_at=self.state.iteration if found else None,
                                   tensorboard=c.train.tensorboard, wandb_project=c.train.wandb_project,
                                   config=c.as_dict())
+
+    def _check_same_model(self, info: dict[str, Any], found: Path) -> None:
+        """A checkpoint of another backbone is said by its geometry, not by the first tensor that does not fit."""
+        then = info["geometry"]
+        for field, now in json.loads(json.dumps(dataclasses.asdict(self.geometry))).items():
+            if field != "has_reward_head" and then.get(field, now) != now:
+                raise ValueError(f"--load {found}: is of another model: {field} {then[field]} there, {now} in "
+                                 f"--hf-model {self.folder}")
 
     def _check_same_run(self, info: dict[str, Any], found: Path) -> None:
         """Another batch size or seed would visit other comparisons than the ones that are left."""
@@ -165,12 +183,12 @@ class Run:
     def train(self) -> int:
         """All steps that are left. Returns the exit code: 0, or 75 when it stopped early to be started again."""
         c, started = self.config, time.monotonic()
-        stop = train.StopRequest(c.checkpoint.exit_duration_min)
+        stop = StopRequest(c.checkpoint.exit_duration_min)
         if self.state.iteration == 0:
             self._evaluate()
         progress = Progress("training", self.steps)
         progress.advance(self.state.iteration)
-        skipped = 0
+        watch = Watch()
         clock, first = train.Clock(), self.state.iteration
         window: list[tuple[train.StepReport, float, float]] = []
         evaluated = saved = self.state.iteration
@@ -183,58 +201,63 @@ class Run:
             self.state.iteration += 1
             self.state.consumed += len(documents)
             self.scheduler.step(1)
-            skipped = self._after_update(report, documents, skipped, progress)
+            for line in watch.look(self.state.iteration, report, documents.tolist()):
+                say(progress, line)
+            if watch.skipped_in_a_row >= c.optimizer.max_skipped_steps:
+                self._give_up(report, documents)
             window.append((report, data_time, clock.lap()))
             progress.advance()
             step = self.state.iteration
-            if step % c.train.log_interval == 0 or step == self.steps:
+            reason = stop.agreed(self.device) if step < self.steps else None
+            if step % c.train.log_interval == 0 or step == self.steps or reason:
                 self._log(step, lr, window, started, first, progress)
                 window = []
-            if c.train.eval_interval and step % c.train.eval_interval == 0 and step < self.steps:
+            due = bool(c.checkpoint.save_interval) and step % c.checkpoint.save_interval == 0
+            if c.train.eval_interval and step % c.train.eval_interval == 0 and step < self.steps and not reason:
                 progress.clear()
                 self._evaluate()
                 evaluated = step
+                due |= self.best is not None and self.best[1] == step and not c.checkpoint.no_save_best
                 clock.lap()
-            if c.checkpoint.save_interval and step % c.checkpoint.save_interval == 0:
+            if reason:
+                say(progress, f"stopping after step {step}: {reason}")
+                self._save(progress, last=True)
+                self.metrics.close()
+                return EXIT_REQUEUE
+            if due and step < self.steps:
                 self._save(progress)
                 saved = step
                 clock.lap()
-            if reason := stop.agreed(self.device):
-                say(progress, f"stopping after step {step}: {reason}")
-                if c.checkpoint.save and saved != step:
-                    self._save(progress)
-                self.metrics.close()
-                return 0 if step == self.steps else EXIT_REQUEUE
+            elif self.saver:
+                self._note_saved(progress, self.saver.poll)
         progress.clear()
         if evaluated != self.steps or self.state.iteration == first:
             self._evaluate()
-        if c.checkpoint.save and saved != self.steps:
-            self._save(progress)
+        if saved != self.steps:
+            self._save(progress, last=True)
         self.metrics.close()
         log(f"done: {self.state.iteration} steps, {self.state.consumed:,} comparisons, "
-            f"{duration(time.monotonic() - started)}")
+            f"{duration(time.monotonic() - started)}" + (f"; {watch.skipped} updates skipped" if watch.skipped else ""))
         return 0
 
-    def _after_update(self, report: train.StepReport, documents, skipped: int, progress: Progress) -> int:
-        """Count updates in a row that were skipped; stop the run, with a file that replays the batch, at too many."""
-        if report.updated:
-            return 0
-        skipped += 1
-        norm = "overflow" if report.grad_norm is None else report.grad_norm
-        say(progress, f"step {self.state.iteration}: loss {report.loss}, gradient norm {norm}: update skipped "
-                      f"({skipped} in a row); comparisons {documents.tolist()}")
-        limit = self.config.optimizer.max_skipped_steps
-        if skipped >= limit:
-            where = "(no --save folder to write the batch to)"
-            if self.config.checkpoint.save:
-                path = Path(self.config.checkpoint.save) / f"skipped_{self.state.iteration}.json"
-                if distributed.rank() == 0:
-                    path.write_text(json.dumps({"step": self.state.iteration, "documents": documents.tolist(),
-                                                "loss": str(report.loss), "grad_norm": str(report.grad_norm),
-                                                "config": self.config.as_dict()}), encoding="utf-8")
-                where = f"the last batch is in {path}"
-            raise ValueError(f"--max-skipped-steps {limit}: so many updates in a row had no finite gradient; {where}")
-        return skipped
+    def _give_up(self, report: train.StepReport, documents) -> None:
+        """Stop for too many skipped updates, and leave a file with which tools/replay.py repeats the last batch."""
+        step, limit = self.state.iteration, self.config.optimizer.max_skipped_steps
+        where = "without --save there is no file to replay the batch from"
+        if self.saver:
+            self._note_saved(None, self.saver.wait)
+            # No update was made since the weights went wrong, if they did: these are the ones that the batch met.
+            run = Path(self.config.checkpoint.save)
+            folder = checkpoint.save(run / "skipped", state=self.state, wrapped=self.wrapped, optimizer=self.optimizer,
+                                     scheduler=self.scheduler, info=self._info())
+            path = run / f"skipped_{step}.json"
+            if distributed.rank() == 0:
+                write_durably(path, json.dumps({
+                    "step": step, "documents": documents.tolist(), "loss": str(report.loss),
+                    "grad_norm": str(report.grad_norm), "checkpoint": folder.relative_to(run).as_posix(),
+                    "config": self.config.as_dict()}, indent=1))
+            where = f"python tools/replay.py {path} repeats the last one"
+        raise ValueError(f"--max-skipped-steps {limit}: so many updates in a row had no finite gradient; {where}")
 
     def _log(self, step: int, lr: float, window: list, started: float, first: int, progress: Progress) -> None:
         reports = [r for r, _, _ in window]
@@ -269,18 +292,44 @@ class Run:
                 f"{result['accuracy_low']:.4f} to {result['accuracy_high']:.4f}, {result['num_pairs']} pairs)  margin "
                 f"{result['mean_margin']:.4f}  reward {result['reward_mean']:.4f} +- {result['reward_std']:.4f}")
             self.metrics.row("eval", step, {"name": name, **result})
-            if name == next(iter(self.valid)) and (self.best is None or result["accuracy"] > self.best[0]):
+            if name == next(iter(self.valid)) and step and \
+                    (self.best is None or result["accuracy"] > self.best[0]):
                 self.best = (result["accuracy"], step)
 
-    def _save(self, progress: Progress) -> None:
-        c = self.config
+    def _save(self, progress: Progress | None, *, last: bool = False) -> None:
+        """Begin a checkpoint; wait for it if it is the ``last`` of this process. A failure is said, or raised if last."""
+        if self.saver is None:
+            return
+        self._note_saved(progress, self.saver.wait)
         begun = time.monotonic()
-        folder = checkpoint.save(
-            c.checkpoint.save, state=self.state, wrapped=self.wrapped, optimizer=self.optimizer,
-            scheduler=self.scheduler, info=self._info(),
-            hf_files=[self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()])
-        checkpoint.prune(c.checkpoint.save, c.checkpoint.keep_last, self.best[1] if self.best else None)
-        say(progress, f"saved {folder} in {time.monotonic() - begun:.1f} s")
+        try:
+            self.saver.start(
+                state=self.state, wrapped=self.wrapped, optimizer=self.optimizer, scheduler=self.scheduler,
+                info=self._info(),
+                hf_files=[self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()])
+        except OSError as error:
+            if last:
+                raise
+            say(progress, f"warning: {error}; training goes on")
+            return
+        self._save_begun, self._save_stall = begun, time.monotonic() - begun
+        if last or not self.config.checkpoint.async_save:
+            self._note_saved(progress, self.saver.wait, raises=last)
+
+    def _note_saved(self, progress: Progress | None, finish: Callable[[], Path | None], raises: bool = False) -> None:
+        """``finish`` (the saver's poll or wait); say and prune when a checkpoint is done."""
+        try:
+            folder = finish()
+        except OSError as error:
+            if raises:
+                raise
+            say(progress, f"warning: {error}; training goes on")
+            return
+        if folder is not None:
+            checkpoint.prune(self.config.checkpoint.save, self.config.checkpoint.keep_last,
+                             self.best[1] if self.best else None)
+            say(progress, f"saved {folder} in {time.monotonic() - self._save_begun:.1f} s (training waited "
+                          f"{self._save_stall:.1f} s)")
 
     def _info(self) -> dict[str, Any]:
         """What a checkpoint says of itself beside the tensors."""

@@ -1,0 +1,104 @@
+"""Whole training runs for tests: data from real comparisons, runs in worker processes or under a launcher."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def make_data(shared: Path, model: Path, folder: Path, count: int = 60) -> str:
+    """The prefix of ``count`` real comparisons, tokenized for ``model``."""
+    from rmega.data.preprocess import PreprocessArgs, preprocess
+
+    with gzip.open(shared / "data" / "hh-rlhf" / "mix.train.pairs.jsonl.gz", "rt") as file:
+        (folder / "rows.jsonl").write_text("".join(itertools.islice(file, count)))
+    preprocess(PreprocessArgs(input=(str(folder / "rows.jsonl"),), tokenizer=str(model),
+                              output_prefix=str(folder / "rows"), max_length=128))
+    return str(folder / "rows")
+
+
+def flags(model: Path, data: str, run: Path | None = None, *, steps: int = 8, batch: int = 6, **more) -> list[str]:
+    """Flags of a tiny fp32 run; ``more`` with underscores, True for a switch."""
+    options = {"hf_model": model, "data_path": data, "train_steps": steps, "global_batch_size": batch, "lr": 1e-3,
+               "precision": "fp32", "matmul_precision": "highest", "max_tokens_per_microbatch": 512,
+               "log_interval": 1, "head_init": "normal", **({"save": run, "load": run} if run else {}), **more}
+    out = []
+    for name, value in options.items():
+        if value is not None:
+            out.append("--" + name.replace("_", "-"))
+            out += [] if value is True else [str(value)]
+    return out
+
+
+def train(rank: int, world_size: int, argv: list[str], events: dict[int, tuple[str, int]] | None = None) -> int:
+    """Run examples/pretrain_reward.py in this process; its exit code.
+
+    ``events[step] = (what, on_rank)`` happens on that rank after the step: a signal's name, or "die".
+    """
+    import rmega.train as engine
+    from examples import pretrain_reward
+    from rmega.stopping import StopRequest
+
+    original, done = engine.train_step, itertools.count(1)
+
+    def train_step(*args, **kwargs):
+        report = original(*args, **kwargs)
+        what, on_rank = (events or {}).get(next(done), ("", -1))
+        if what and on_rank == rank:
+            if what == "die":
+                os._exit(9)
+            os.kill(os.getpid(), getattr(signal, what))
+        return report
+
+    engine.train_step = train_step
+    try:
+        return pretrain_reward.main(argv)
+    finally:
+        engine.train_step = original
+        StopRequest.noted = 0
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def start(ranks: int, argv: list[str], *, launcher: str = "launch", env: dict[str, str] | None = None,
+          **options) -> subprocess.Popen:
+    """A run under tools/launch.py, torchrun, or alone ("python"), with stdout and stderr in one pipe."""
+    program = {"launch": [sys.executable, str(ROOT / "tools" / "launch.py"), "--nproc-per-node", str(ranks)],
+               "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)],
+               "python": [sys.executable]}[launcher]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    environment.update({"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false",
+                        **(env or {})})
+    return subprocess.Popen([*program, str(ROOT / "examples" / "pretrain_reward.py"), *argv], env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, weights and optimizer state, whole."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader = dcp.FileSystemReader(str(folder))
+    found = {name: torch.empty(entry.size, dtype=entry.properties.dtype)
+             for name, entry in reader.read_metadata().state_dict_metadata.items()
+             if isinstance(entry, TensorStorageMetadata)}
+    dcp.load(found, storage_reader=reader, no_dist=True)
+    return found
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Two checkpoints hold the same tensors, bit for bit."""
+    mine, theirs = tensors(one), tensors(other)
+    assert mine.keys() == theirs.keys() and len(mine) > 10
+    for name, value in mine.items():
+        assert torch.equal(value, theirs[name]), name

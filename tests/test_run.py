@@ -1,0 +1,161 @@
+"""A run as a whole: stopped by signals, out of time, out of disk, with numbers that go wrong; errors said once."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import random
+import time
+
+import pytest
+
+from tests import runs
+from tests.dist import run_distributed
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def data(shared_dir, stories260k, tmp_path_factory):
+    return runs.make_data(shared_dir, stories260k, tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(stories260k, data, tmp_path_factory):
+    """The last checkpoint of a run that nothing disturbed, by number of data-parallel ranks."""
+    out = {}
+    for ranks in (1, 2):
+        run = tmp_path_factory.mktemp("unbroken") / "run"
+        codes = run_distributed(runs.train, ranks, runs.flags(stories260k, data, run, steps=STEPS))
+        assert codes == [0] * ranks
+        out[ranks] = run / f"iter_{STEPS:07d}"
+    return out
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_signals_at_random_steps(ranks, stories260k, data, unbroken, tmp_path):
+    """Stopped several times, by a signal on one rank only; the end is bit for bit that of an unbroken run."""
+    rng = random.Random(ranks)
+    run, done, stops = tmp_path / "run", 0, 0
+    while done < STEPS:
+        after = rng.randint(1, 3)
+        signal = rng.choice(["SIGTERM", "SIGUSR1", "SIGINT"])
+        codes = run_distributed(runs.train, ranks, runs.flags(stories260k, data, run, steps=STEPS),
+                                {after: (signal, rng.randrange(ranks))})
+        done += after
+        assert codes == [75 if done < STEPS else 0] * ranks
+        stops += done < STEPS
+    assert stops >= 2
+    runs.assert_same(run / f"iter_{STEPS:07d}", unbroken[ranks])
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["type"] == "train"] == list(range(1, STEPS + 1))
+
+
+def test_time_is_over(stories260k, data, tmp_path):
+    run = tmp_path / "run"
+    codes = run_distributed(runs.train, 1, runs.flags(stories260k, data, run, steps=10_000, exit_duration_min=0.01))
+    assert codes == [75]
+    assert len(list(run.glob("iter_*"))) == 1
+
+
+def test_keeps_the_last_and_the_best(stories260k, data, tmp_path):
+    """--keep-last 2 with saves at 2, 4, 6, 8; the best evaluation's checkpoint stays as well."""
+    run = tmp_path / "run"
+    run_distributed(runs.train, 1, runs.flags(stories260k, data, run, steps=STEPS, save_interval=2, eval_interval=1,
+                                              keep_last=2, valid_data_path=data))
+    kept = {int(folder.name[5:]) for folder in run.glob("iter_*")}
+    best = json.loads((run / "iter_0000008" / "rmega.json").read_text())["best"][1]
+    assert kept - {best} >= {8} and best in kept and len(kept) <= 3
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scores = {row["step"]: row["accuracy"] for row in rows if row["type"] == "eval" and row["step"]}
+    assert scores[best] == max(scores.values())
+
+
+def test_an_uneven_last_batch_does_not_hang(stories260k, data, tmp_path):
+    """7 comparisons in batches of 6 and 1: one of two ranks has nothing in the last step."""
+    for layout in ({"dp": 2}, {"pp": 2, "num_layers_in_first_pipeline_stage": 2}):
+        codes = run_distributed(runs.train, 2, runs.flags(stories260k, data, None, steps=None, train_epochs=7 / 60,
+                                                          **layout), timeout=60)
+        assert codes == [0, 0]
+
+
+def test_a_batch_smaller_than_the_ranks_is_refused(stories260k, data):
+    with pytest.raises(RuntimeError, match="--global-batch-size 1 is smaller than the 2 data-parallel ranks"):
+        run_distributed(runs.train, 2, runs.flags(stories260k, data, batch=1))
+
+
+def poisoned(rank: int, world_size: int, argv: list[str], bad: list[int], after: int = 0) -> str:
+    """A run in which a pack that holds one of the comparisons ``bad`` gives an infinite loss after step ``after``."""
+    import rmega.train as engine
+    from examples import pretrain_reward
+
+    original, count = engine.pair_loss, [0]
+    step = engine.train_step
+
+    def pair_loss(args, batch, rewards):
+        loss, number, stats = original(args, batch, rewards)
+        if count[0] > after and set(bad) & set(batch.documents.tolist()):
+            loss = loss * float("inf")
+        return loss, number, stats
+
+    def train_step(*args):
+        count[0] += 1
+        return step(*args)
+
+    engine.pair_loss, engine.train_step = pair_loss, train_step
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            return f"{pretrain_reward.main(argv)}\n{said.getvalue()}"
+    except ValueError as error:
+        return str(error)
+    finally:
+        engine.pair_loss, engine.train_step = original, step
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}])
+def test_a_poisoned_comparison_is_skipped_and_named(layout, stories260k, data, tmp_path):
+    """One bad comparison costs one update; its batch is named, and the run goes on to the end."""
+    order = 0
+    out = run_distributed(poisoned, 2 if layout else 1,
+                          runs.flags(stories260k, data, tmp_path / "run", steps=10, **layout), [order])
+    assert all(text.startswith("0\n") for text in out)
+    said = [line for text in out for line in text.splitlines() if "update skipped" in line]  # only rank 0 speaks
+    assert len(said) == 1 and "(1 in a row, 1 in all)" in said[0]
+    named = json.loads(said[0].split("comparisons ")[1])
+    assert order in named and len(named) == 6
+
+
+def test_too_many_skipped_updates_leave_a_file_that_replays(stories260k, data, tmp_path):
+    from tools import replay
+
+    run = tmp_path / "run"
+    (said,) = run_distributed(poisoned, 1, runs.flags(stories260k, data, run, steps=10, max_skipped_steps=2),
+                              list(range(60)), 3)
+    assert said.startswith("--max-skipped-steps 2: so many updates in a row had no finite gradient; python tools/replay")
+    file = run / "skipped_5.json"
+    kept = json.loads(file.read_text())
+    assert len(kept["documents"]) == 6
+    (rows,) = run_distributed(replayed, 1, str(file))
+    assert [row.document for row in rows] == kept["documents"]
+    assert all(row.finite for row in rows)  # the poison was the test's own, so the replay finds the batch sound
+    assert replay.table(rows).count("\n") == 7
+
+
+def replayed(rank: int, world_size: int, file: str):
+    from tools import replay
+
+    return replay.replay(file)
+
+
+def test_errors_are_said_once(stories260k, data, tmp_path):
+    """A user's error on both ranks: one line, exit code 2, no traceback."""
+    begun = time.monotonic()
+    process = runs.start(2, runs.flags(stories260k, str(tmp_path / "nothing")))
+    out, _ = process.communicate(timeout=90)
+    assert process.returncode == 2
+    assert out.count("no preference dataset here") == 2  # the rank's line, and the launcher's last one
+    assert out.splitlines()[-1].startswith("launch: rank 0 failed first: error: ")
+    assert "Traceback" not in out
+    assert time.monotonic() - begun < 60
