@@ -106,7 +106,7 @@ class Mode:
         self.name, (share, prune, self.implementation) = name, SWITCHES[name]
         self.prune = prune
         self.config = TrainingConfig(
-            model=ModelArgs(hf_model=args.hf_model or args.shape, no_prune_last_layer=not prune),
+            model=ModelArgs(hf_model=args.hf_model or args.shape, prune_last_layer=prune),
             data=DataArgs(data_path=()), train=TrainArgs(train_steps=10**6), optimizer=OptimizerArgs(lr=1e-6),
             parallel=ParallelArgs(recompute=args.recompute))
         chunks = train.build_model(self.config, geometry, dtype=dtype, device=device)

@@ -29,8 +29,8 @@ class ModelArgs:
     weights come from there."""
     head_init: Literal["zero", "normal"] = "zero"
     """Start of a new reward head; a folder that already is a reward model keeps its own."""
-    no_prune_last_layer: bool = False
-    """Compute the last layer for every token, not for pooled tokens only. Same rewards, slower; to measure the gain."""
+    prune_last_layer: bool = True
+    """Compute the last layer for pooled tokens only. Without it for every token: same rewards, slower."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Linear layers: megatron-core's own, or Transformer Engine's. auto takes the latter where it is installed on a
     CUDA machine."""
@@ -45,8 +45,8 @@ class DataArgs:
     epoch (2 = twice, 0.5 = half of it)."""
     valid_data_path: tuple[str, ...] = ()
     """Prefixes to evaluate on, each reported under its own name (NAME=PREFIX, or the prefix's last part)."""
-    no_share_prefix: bool = False
-    """Compute the prompt once per response instead of once per comparison. Same rewards, slower; to measure the gain."""
+    share_prefix: bool = True
+    """Compute the prompt once per comparison. Without it once per response: same rewards, slower."""
     max_tokens_per_microbatch: int = 8192
     """Most computed tokens in one forward pass; a comparison that is longer has a pass to itself."""
 

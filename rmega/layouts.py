@@ -65,8 +65,8 @@ def layout_config(layout: Layout, *, hf_model: str, steps: int, global_batch_siz
                   prune_last_layer: bool = True) -> TrainingConfig:
     """The configuration of a run of a few steps in a layout, at a constant learning rate."""
     return TrainingConfig(
-        model=ModelArgs(hf_model=hf_model, no_prune_last_layer=not prune_last_layer, head_init="normal"),
-        data=DataArgs(data_path=(), max_tokens_per_microbatch=max_tokens, no_share_prefix=not share_prefix),
+        model=ModelArgs(hf_model=hf_model, prune_last_layer=prune_last_layer, head_init="normal"),
+        data=DataArgs(data_path=(), max_tokens_per_microbatch=max_tokens, share_prefix=share_prefix),
         loss=LossArgs(loss=loss, penalty=penalty, use_margin=True),
         train=TrainArgs(train_steps=steps, global_batch_size=global_batch_size, seed=7),
         # A larger epsilon keeps Adam smooth: with the usual one, a gradient that is rounding noise moves its weight by
@@ -102,7 +102,7 @@ def make_batcher(config: TrainingConfig, dataset, geometry, *, replicas: int | N
     return Batcher(dataset, global_batch_size=config.train.global_batch_size,
                    max_tokens=config.data.max_tokens_per_microbatch, seed=config.train.seed,
                    cost=CostModel.of(geometry), num_ranks=parallel_state.get_data_parallel_world_size(),
-                   rank=parallel_state.get_data_parallel_rank(), share_prefix=not config.data.no_share_prefix,
+                   rank=parallel_state.get_data_parallel_rank(), share_prefix=config.data.share_prefix,
                    token_multiple=p.tensor_model_parallel_size if p.sequence_parallel else 1,
                    microbatch_multiple=p.pipeline_model_parallel_size if p.virtual_pipeline_model_parallel_size else 1)
 

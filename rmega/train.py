@@ -45,7 +45,7 @@ def build_model(config: TrainingConfig, geometry: Geometry, *, dtype: torch.dtyp
         chunks.append(RewardModel(
             core, geometry, pre_process=parallel_state.is_pipeline_first_stage(**stage),
             post_process=parallel_state.is_pipeline_last_stage(**stage), vp_stage=chunk if vpp else None,
-            prune_last_layer=not config.model.no_prune_last_layer, transformer_engine=engine).to(device))
+            prune_last_layer=config.model.prune_last_layer, transformer_engine=engine).to(device))
     return chunks
 
 
