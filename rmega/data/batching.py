@@ -325,6 +325,12 @@ class Mixture:
             datasets.append(open_preferences(prefix if equals else text))
         return cls(datasets, weights, seed=seed)
 
+    @property
+    def identity(self) -> list[list]:
+        """What the order of an epoch depends on beside the seed: weight and checksum of each dataset, in order."""
+        return [[weight, dataset.manifest.get("checksums", {}).get(".bin")]
+                for weight, dataset in zip(self.weights, self.datasets, strict=True)]
+
     def __len__(self) -> int:
         """Comparisons of one epoch."""
         return sum(self._share(i) for i in range(len(self.datasets)))
