@@ -99,6 +99,8 @@ def test_first_loss_is_the_known_one_and_it_falls(tp2_pp2) -> None:
     curve = losses(run)
     assert len(curve) == STEPS and curve[0] == pytest.approx(START, abs=2e-7) and round(START, 6) == 0.628770
     assert curve[-1] < curve[0] - 0.005
+    cosine = [1e-3 * (1 + math.cos(math.pi * step / (STEPS + 1))) for step in range(1, STEPS + 1)]  # no step at lr 0
+    assert [row["lr"] for row in rows(run)] == pytest.approx(cosine, rel=1e-6)
     assert rows(run)[0]["acc"] == 0.5 and rows(run)[0]["chosen_score_mean"] == 0.0  # all ties: half
     lines = [line for line in said.splitlines() if line.startswith("Iter(train)")]
     assert len(lines) == STEPS and f"Iter(train) [1/{STEPS}]  lr: " in lines[0] and "loss: 0.6288" in lines[0]
