@@ -131,14 +131,23 @@ class Workers:
         first = [self._receive(pipe) for pipe in self._pipes][0]
         self.info, self.messages = first[1], first[2]
 
+    def _died(self, pipe: Any) -> ValueError:
+        process = self._processes[self._pipes.index(pipe)]
+        process.join(5)
+        return ValueError(f"--workers: worker {self._pipes.index(pipe) + 1} of {len(self._pipes)} ended with exit code "
+                          f"{process.exitcode} (out of memory?)")
+
+    def _send(self, pipe: Any, rows: list[ScorableRow]) -> None:
+        try:
+            pipe.send(rows)
+        except OSError:
+            raise self._died(pipe) from None
+
     def _receive(self, pipe: Any) -> tuple[Any, ...]:
         try:
             answer = pipe.recv()
-        except EOFError:
-            process = self._processes[self._pipes.index(pipe)]
-            process.join(5)
-            raise ValueError(f"--workers: worker {self._pipes.index(pipe) + 1} of {len(self._pipes)} ended with exit "
-                             f"code {process.exitcode} (out of memory?)") from None
+        except (EOFError, OSError):
+            raise self._died(pipe) from None
         if answer[0] == "error":
             raise ValueError(answer[1])
         return answer
@@ -155,7 +164,7 @@ class Workers:
                     box: list[list[RowResult]] = []
                     boxes[pipe] = box
                     held.append((ahead, box))
-                    pipe.send(ahead.rows)
+                    self._send(pipe, ahead.rows)
                     ahead = next(stream, None)
             for pipe in wait(list(boxes)):
                 boxes.pop(pipe).append(self._receive(pipe)[1])

@@ -26,7 +26,7 @@ from rmega.data.schemas import _RESPONSE_TEXTS, Schema, _any_prompt, _response_l
 Conversation = list[Message] | str
 """Messages, or text that a chat template made already."""
 
-SAMPLE_ROWS = 50
+SAMPLE_ROWS, SAMPLE_CHUNKS = 50, 4
 _CONVERSATIONS = ("messages", "conversation", "conversations")
 _ONE_RESPONSE = ("response", "completion", "answer", "reply", "output")
 _TWO_RESPONSES = (("response_1", "response_2"), ("response1", "response2"), ("response_0", "response_1"))
@@ -51,10 +51,12 @@ class ScorableRow:
     error: str | None = None
 
 
-def scorable(row: dict[str, Any], schema: Schema | None = None) -> tuple[list[Conversation], bool, list[Any] | None]:
-    """(conversations, several, tools) of a row of any form; ``schema`` is for rows that have none of the plain forms.
+def scorable(row: dict[str, Any], schema: Schema | None = None, *,
+             forced: bool = False) -> tuple[list[Conversation], bool, list[Any] | None]:
+    """(conversations, several, tools) of a row of any form.
 
-    Raises `Rejected`.
+    ``schema`` is for rows that have none of the plain forms, where it fits, or in any case if it is ``forced``. Raises
+    `Rejected`.
     """
     preference = "chosen" in row or "rejected" in row
     tools = _tools(row)[0]
@@ -85,7 +87,7 @@ def scorable(row: dict[str, Any], schema: Schema | None = None) -> tuple[list[Co
                 raise Rejected("empty_response", "text")
             return [row["text"]], False, None
     if found is None:
-        found = _preference(row, schema)
+        found = _preference(row, schema, forced)
     for number, conversation in enumerate(found, 1):
         if conversation[-1]["role"] != "assistant":
             raise Rejected("no_reply", f"conversation {number}" if len(found) > 1 else "")
@@ -112,8 +114,9 @@ def _instruction(row: dict[str, Any], output: str) -> list[Conversation]:
     return [[*comparison.prompt, assistant(output)]]
 
 
-def _preference(row: dict[str, Any], schema: Schema | None) -> list[Conversation]:
-    schema = schema or recognise([row])
+def _preference(row: dict[str, Any], schema: Schema | None, forced: bool) -> list[Conversation]:
+    if schema is None or not (schema.fits(row) or forced):
+        schema = recognise([row])
     if schema is None:
         raise Rejected("missing_field", f"columns {', '.join(row) or 'none'}; known are {FORMS}")
     try:
@@ -157,8 +160,8 @@ def read_rows(inputs: Sequence[sources.Input], format_name: str = "auto",
             kept, sample = [], []
             for chunk in chunks:
                 kept.append(chunk)
-                sample += [row for _, row, _ in sources.decode(chunk) if isinstance(row, dict)]
-                if len(sample) >= SAMPLE_ROWS:
+                sample += [r for _, r, _ in sources.decode(chunk) if isinstance(r, dict) and "chosen" in r]
+                if len(sample) >= SAMPLE_ROWS or len(kept) == SAMPLE_CHUNKS:
                     break
             schema = recognise(sample[:SAMPLE_ROWS])
             chunks = chain(kept, chunks)
@@ -168,7 +171,8 @@ def read_rows(inputs: Sequence[sources.Input], format_name: str = "auto",
             items = list(sources.decode(chunk))
             for i, (number, row, _) in enumerate(items, 1):
                 done = start + (position - start) * i / len(items)
-                yield _row(row, schema, index, f"{name}:{number}"), (before + done) / total if total else None
+                share = (before + done) / total if total else None
+                yield _row(row, schema, named is not None, index, f"{name}:{number}"), share
                 index, count = index + 1, count + 1
                 if count == limit:
                     break
@@ -178,14 +182,14 @@ def read_rows(inputs: Sequence[sources.Input], format_name: str = "auto",
         before += source.num_bytes
 
 
-def _row(row: dict[str, Any] | Rejected, schema: Schema | None, index: int, where: str) -> ScorableRow:
+def _row(row: dict[str, Any] | Rejected, schema: Schema | None, forced: bool, index: int, where: str) -> ScorableRow:
     out = ScorableRow(index, where)
     try:
         if isinstance(row, Rejected):
             raise row
         given = row.get("id")
         out.id = given if isinstance(given, (str, int)) and not isinstance(given, bool) else None
-        out.conversations, out.several, out.tools = scorable(row, schema)
+        out.conversations, out.several, out.tools = scorable(row, schema, forced=forced)
     except Rejected as error:
         out.error = str(error)
     return out
