@@ -105,7 +105,7 @@ def step_flops(geometry, segments, pooled_segments, *, prune_last_layer: bool) -
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device | str = "cpu", size: int | None = None) -> float:
-    """FLOP/s of a square matrix product in this process, best of several: what the machine gives, not the data sheet."""
+    """FLOP/s of a square matrix product in this process, best of several: the machine's, not the data sheet's."""
     cuda = torch.device(device).type == "cuda"
     size = size or (8192 if cuda else 2048)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))

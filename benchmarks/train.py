@@ -86,7 +86,7 @@ def draw(kind: str, count: int, vocab: int, longest: int = 2048) -> list:
 
 
 def padded(comparisons: list) -> list:
-    """The same comparisons as a padding trainer sees them: no sharing, every response as long as the batch's longest."""
+    """The same comparisons as a padding trainer sees them: not shared, every response as long as the longest."""
     longest = max(len(c.prefix) + len(s) for c in comparisons for s in c.suffixes)
     none = np.zeros(0, np.int32)
     whole = [[np.concatenate([c.prefix, s]) for s in c.suffixes] for c in comparisons]

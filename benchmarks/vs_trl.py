@@ -141,8 +141,8 @@ def run_rmega(args: Args) -> list[float]:
     tokenizer = PairTokenizer.load(args.hf_model, max_length=args.max_length)
     stored = []
     for row in read_rows(args):
-        encoded = tokenizer.encode_comparison(Comparison(prompt=row["prompt"], responses=[row["chosen"], row["rejected"]],
-                                                         scores=[1.0, 0.0]))
+        encoded = tokenizer.encode_comparison(
+            Comparison(prompt=row["prompt"], responses=[row["chosen"], row["rejected"]], scores=[1.0, 0.0]))
         stored.append(StoredComparison(encoded.prefix, encoded.suffixes, np.array([1, 0], np.float32), False, ""))
     cost, times = CostModel.of(geometry), []
     for start in range(0, len(stored), args.batch_size):

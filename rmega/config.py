@@ -58,7 +58,7 @@ class LossArgs:
     loss: Literal["ranking", "focal"] = "focal"
     """ranking: -logsigmoid(d - margin). focal: the same times (1 - 2 relu(sigmoid(d) - 1/2))^2 (InternLM2)."""
     penalty: Literal["none", "log_barrier", "l2", "center"] = "log_barrier"
-    """Keeps scores in reach: log barrier at +-5 (InternLM2), squared scores, or squared sum of a pair's scores (TRL)."""
+    """Keeps scores in reach: log barrier at +-5 (InternLM2), squared scores, squared sum of a pair's scores (TRL)."""
     penalty_weight: float = 0.01
     """Weight of the penalty."""
     label_smoothing: float = 0.0

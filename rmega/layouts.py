@@ -71,7 +71,8 @@ def layout_config(layout: Layout, *, hf_model: str, steps: int, global_batch_siz
         train=TrainArgs(train_steps=steps, global_batch_size=global_batch_size, seed=7),
         # A larger epsilon keeps Adam smooth: with the usual one, a gradient that is rounding noise moves its weight by
         # the full learning rate in a random direction, in any layout.
-        optimizer=OptimizerArgs(lr=lr, adam_eps=1e-3, lr_decay_style="constant", lr_warmup_fraction=0.0, weight_decay=0.01),
+        optimizer=OptimizerArgs(lr=lr, adam_eps=1e-3, lr_decay_style="constant", lr_warmup_fraction=0.0,
+                                weight_decay=0.01),
         parallel=ParallelArgs(
             tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
             virtual_pipeline_model_parallel_size=layout.vpp, sequence_parallel=layout.sp,
@@ -149,7 +150,7 @@ def _join(rule: WeightRule, parts: list[torch.Tensor]) -> torch.Tensor:
 
 @dataclasses.dataclass
 class LayoutResult:
-    """What a layout gave: per step loss and gradient norm; gradients of the first step; parameters and rewards after."""
+    """What a layout gave: loss and gradient norm per step; gradients of the first; parameters and rewards after."""
 
     losses: list[float]
     grad_norms: list[float]

@@ -1,4 +1,4 @@
-"""Training on a GPU agrees with training on the CPU, in fp32 exactly and in bf16 to what bf16 loses. Skipped without one."""
+"""Training on a GPU agrees with training on the CPU, in fp32 and, to what it loses, in half precision. Skipped without one."""
 
 from __future__ import annotations
 

@@ -69,5 +69,5 @@ def test_padded_heads_are_exact(tmp_path):
 
 def test_heads_that_do_not_divide_are_refused(tmp_path):
     folder = tiny_llama(tmp_path, heads=9, groups=3, hidden=72, head_dim=8)
-    with pytest.raises(RuntimeError, match="--tp 2 does not divide the model's 3 key/value heads.*--pad-attention-heads"):
+    with pytest.raises(RuntimeError, match="--tp 2 does not divide the model's 3 key/value heads.*--pad-attention"):
         result_of("tp2", folder)

@@ -164,7 +164,8 @@ def _improve(ranks: list[list[int]], load: list[float], costs: Sequence[float], 
             load[top] += costs[j]
 
 
-def _cut(share: list[int], tokens: Sequence[int], costs: Sequence[float], capacity: int, at_least: int) -> list[list[int]]:
+def _cut(share: list[int], tokens: Sequence[int], costs: Sequence[float], capacity: int,
+         at_least: int) -> list[list[int]]:
     """Cut one rank's share into at least ``at_least`` bins within capacity, the fewest that work, even in cost."""
     share = sorted(share, key=lambda i: (-tokens[i], i))
     count = max(at_least, -(-sum(min(tokens[i], capacity) for i in share) // capacity), 1)
@@ -285,7 +286,7 @@ def pack(comparisons: Sequence, *, documents: Sequence[int] | None = None, respo
 
 
 def epoch_order(num_comparisons: int, *, seed: int, epoch: int) -> np.ndarray:
-    """The order in which epoch ``epoch`` visits the comparisons: int64 [num_comparisons], a function of its arguments."""
+    """The order in which epoch ``epoch`` visits the comparisons: int64 [num_comparisons], by its arguments alone."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_comparisons)
 
 
