@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 
@@ -14,6 +15,18 @@ from tests.tiny import InMemory, random_comparisons, tiny_llama
 TOTAL, STOP = 6, 3
 
 
+@contextlib.contextmanager
+def small_buckets():
+    from rmega import train
+
+    original = train.DistributedDataParallelConfig
+    train.DistributedDataParallelConfig = lambda **options: original(**options, bucket_size=20_000)
+    try:
+        yield
+    finally:
+        train.DistributedDataParallelConfig = original
+
+
 def steps(rank: int, world_size: int, text: str, folder: str, load: str | None, save: str | None, count: int) -> dict:
     """Run up to step ``count`` of TOTAL, from ``load`` if given; what is left behind on rank 0."""
     from rmega import checkpoint, train
@@ -23,7 +36,9 @@ def steps(rank: int, world_size: int, text: str, folder: str, load: str | None, 
                            lr=1e-3)
     config.optimizer.lr_decay_style = "cosine"
     dataset = InMemory(random_comparisons(24, seed=1))
-    wrapped, optimizer, scheduler, geometry, device = build(config)
+    # Several gradient buckets, as in a large model, where shards of the state begin and end inside parameters.
+    with small_buckets():
+        wrapped, optimizer, scheduler, geometry, device = build(config)
     state = checkpoint.RunState()
     if load:
         state = checkpoint.load(checkpoint.find(load), wrapped=wrapped, optimizer=optimizer, scheduler=scheduler)
@@ -89,6 +104,20 @@ def test_other_layout(wrote, reads, folder, unbroken, halves):
         assert difference <= 1e-5, (name, difference)
 
 
+@pytest.mark.parametrize("text", ["dp2", "tp2,dp2", "dp2,overlap", "pp2,vpp2,dp2"])
+def test_state_that_is_cut_over_replicas(text, folder, unbroken, tmp_path):
+    """Each replica holds a share of the optimizer state; the file holds it whole. Several buckets, with padding."""
+    go(text, folder, None, str(tmp_path), STOP)
+    same = go(text, folder, str(tmp_path), None, TOTAL)
+    whole = go(text, folder, None, None, TOTAL)
+    for name, value in whole["params"].items():
+        assert torch.equal(same["params"][name], value), name
+    other = go("1", folder, str(tmp_path), None, TOTAL)
+    for name, value in unbroken["1"]["params"].items():
+        difference = (other["params"][name] - value).abs().max() / value.abs().max()
+        assert difference <= 1e-5, (name, difference)
+
+
 def test_padded_heads_change_layout(tmp_path):
     """From a layout with a padded group of heads to one without, and back."""
     folder = str(tiny_llama(tmp_path / "m", heads=9, groups=3, hidden=72, head_dim=8))
@@ -102,15 +131,73 @@ def test_padded_heads_change_layout(tmp_path):
             assert difference <= 1e-5, (name, difference)
 
 
-def test_broken_checkpoints_are_said(folder, halves, tmp_path):
-    run, _ = halves["1"]
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    shard = next((copy / "iter_0000003").glob("*.distcp"))
-    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
-    with pytest.raises(RuntimeError, match="ValueError: .*iter_0000003.*bytes instead of"):
-        go("1", folder, str(copy), None, TOTAL)
-    info = json.loads((copy / "iter_0000003" / "rmega.json").read_text())
-    (copy / "iter_0000003" / "rmega.json").write_text(json.dumps({**info, "format_version": 99}))
-    with pytest.raises(RuntimeError, match="ValueError: .*rmega.json: checkpoint format version 99"):
-        go("1", folder, str(copy), None, TOTAL)
+def spoil(shard, how: str) -> None:
+    data = bytearray(shard.read_bytes())
+    if how == "truncated":
+        del data[len(data) // 2 :]
+    else:
+        data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+
+
+@pytest.mark.parametrize("how,says", [("truncated", "bytes instead of"), ("one bit", "its content has changed"),
+                                      ("gone", "No such file")])
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(how, says, halves, tmp_path, capsys):
+    from rmega import checkpoint
+
+    run = tmp_path / "run"
+    shutil.copytree(halves["1"][0], run)
+    shutil.copytree(run / "iter_0000003", run / "iter_0000005")
+    (run / checkpoint.TRACKER).write_text("5\n")
+    shard = next((run / "iter_0000005").glob("*.distcp"))
+    shard.unlink() if how == "gone" else spoil(shard, how)
+    assert says in checkpoint.damage(run / "iter_0000005")
+    if how != "one bit":  # outside a process group only sizes are looked at
+        assert checkpoint.find(run) == run / "iter_0000003"
+        out = capsys.readouterr().out
+        assert "warning: damaged checkpoint left out: " in out and says in out
+        with pytest.raises(ValueError, match="iter_0000005: damaged .*the newest good checkpoint is .*iter_0000003"):
+            checkpoint.find(run / "iter_0000005")
+
+
+def test_no_good_checkpoint(halves, folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(halves["1"][0], run)
+    spoil(next((run / "iter_0000003").glob("*.distcp")), "one bit")
+    with pytest.raises(RuntimeError, match="ValueError: --load .*no good checkpoint in it .*content has changed"):
+        go("1", folder, str(run), None, TOTAL)
+    info = run / "iter_0000003" / "rmega.json"
+    info.write_text(json.dumps({**json.loads(info.read_text()), "format_version": 99}))
+    with pytest.raises(RuntimeError, match="rmega.json: checkpoint format version 99; this rmega reads version 1"):
+        go("1", folder, str(run), None, TOTAL)
+
+
+def test_foreign_and_unfinished_folders(tmp_path):
+    from rmega import checkpoint
+
+    (tmp_path / "a" / "iter_0000007.partial").mkdir(parents=True)
+    assert checkpoint.find(tmp_path / "a") is None
+    (tmp_path / "b" / "iter_0000007").mkdir(parents=True)
+    (tmp_path / "b" / "iter_0000007" / ".metadata").write_text("x")
+    (tmp_path / "b" / checkpoint.TRACKER).write_text("7")
+    with pytest.raises(ValueError, match="--load .*b: holds checkpoints of another program"):
+        checkpoint.find(tmp_path / "b")
+
+
+def test_a_tracker_that_was_cut_short(halves, tmp_path):
+    from rmega import checkpoint
+
+    run = tmp_path / "run"
+    shutil.copytree(halves["1"][0], run)
+    (run / checkpoint.TRACKER).write_text("")
+    assert checkpoint.find(run) == run / "iter_0000003"
+
+
+def test_checkpoints_of_an_earlier_rmega_without_checksums(halves, folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(halves["1"][0], run)
+    info = run / "iter_0000003" / "rmega.json"
+    old = json.loads(info.read_text())
+    del old["files"]
+    info.write_text(json.dumps(old))
+    assert len(go("1", folder, str(run), None, TOTAL)["losses"]) == TOTAL - STOP
