@@ -15,6 +15,11 @@ from rmega.stopping import run_ranks
 def main(argv: list[str] | None = None) -> int:
     config = parse_args(TrainingConfig, argv, prog="pretrain_reward.py")
 
+    if config.parallel.dry_run:
+        from rmega.plan import dry_run
+
+        return dry_run(config)
+
     from rmega import distributed
 
     config.check(distributed.world_size())

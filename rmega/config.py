@@ -155,6 +155,10 @@ class ParallelArgs:
     """Recompute activations in the backward pass: nothing, attention, or whole layers."""
     distributed_timeout_minutes: float = 10.0
     """A collective that takes longer ends the run with an error."""
+    dry_run: bool = False
+    """Print what each rank of this layout needs (with --tp, --pp and --dp, without starting ranks), and stop."""
+    device_memory_gb: float | None = None
+    """Memory of a device: a layout that needs more is refused before weights are read."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -171,8 +175,8 @@ class CheckpointArgs:
     """Write checkpoints while training goes on; costs memory for one copy. Off: wait for each."""
     keep_last: int = 0
     """Remove all but this many newest checkpoints (the best one stays too); 0: keep all."""
-    no_save_best: bool = False
-    """Do not save after an evaluation that is the best so far (on the first of --valid-data-path)."""
+    save_best: bool = True
+    """Also save after an evaluation that is the best so far (on the first of --valid-data-path)."""
     exit_duration_min: float | None = None
     """Save and leave with exit code 75 after so many minutes, for a queue that starts the job again."""
     num_proof_comparisons: int = 16

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rmega import checkpoint, distributed, ops, precision, train
+from rmega import checkpoint, distributed, ops, plan, precision, train
 from rmega.config import TrainingConfig
 from rmega.data.batching import Batcher, CostModel, Mixture
 from rmega.data.indexed import open_preferences
@@ -45,6 +45,7 @@ class Run:
         self.folder = resolve_model(config.model.hf_model)
         self.geometry, self.hf_config = read_geometry(self.folder)
         train.transformer_layout(config, self.geometry, on_cpu=not torch.cuda.is_available())
+        self._check_memory()
         self.device = distributed.initialize(
             tp=p.tensor_model_parallel_size, pp=p.pipeline_model_parallel_size,
             vpp=p.virtual_pipeline_model_parallel_size, seed=config.train.seed,
@@ -53,6 +54,19 @@ class Run:
         self.state = checkpoint.RunState()
         self.best: tuple[float, int] | None = None
         self.saver: checkpoint.Saver | None = None
+
+    def _check_memory(self) -> None:
+        """Refuse, before weights are read, a layout whose state alone is larger than a device."""
+        p = self.config.parallel
+        memory = p.device_memory_gb and p.device_memory_gb * plan.GB
+        if memory is None and torch.cuda.is_available():
+            memory = torch.cuda.get_device_properties(distributed.device()).total_memory
+        if memory is not None:
+            shards = p.tensor_model_parallel_size * p.pipeline_model_parallel_size
+            stages = plan.plan_stages(
+                self.config, self.geometry, replicas=distributed.world_size() // shards, tokens=0, microbatches=1,
+                bytes_per_element=4 if self.config.train.precision == "fp32" else 2)
+            plan.refuse_what_cannot_fit(stages, memory, only_state=True)
 
     def load_data(self) -> None:
         """Open the datasets and check that they belong to this model."""
@@ -170,15 +184,15 @@ class Run:
 
     def _check_same_run(self, info: dict[str, Any], found: Path) -> None:
         """Another batch size or seed would visit other comparisons than the ones that are left."""
-        then, now = info["config"]["train"], self.config.train
+        then, now, now_data = info["config"]["train"], self.config.train, self.dataset.identity
         for field, flag in (("global_batch_size", "--global-batch-size"), ("seed", "--seed")):
             if then[field] != getattr(now, field):
                 raise ValueError(f"{flag} {getattr(now, field)}: {found} was written with {then[field]}, and the order "
                                  "of the data depends on it")
-        if info["manifest"].get("fingerprint") != self.manifest.get("fingerprint") or \
-                info["num_comparisons"] != len(self.dataset):
+        if info["num_comparisons"] != len(self.dataset) or info.get("data", now_data) != now_data:
             raise ValueError(f"--data-path: {found} was trained on other data ({info['num_comparisons']} comparisons "
-                             f"per epoch then, {len(self.dataset)} now)")
+                             f"per epoch then, {len(self.dataset)} now; weights and contents must be the same, in the "
+                             "same order)")
 
     def train(self) -> int:
         """All steps that are left. Returns the exit code: 0, or 75 when it stopped early to be started again."""
@@ -217,7 +231,7 @@ class Run:
                 progress.clear()
                 self._evaluate()
                 evaluated = step
-                due |= self.best is not None and self.best[1] == step and not c.checkpoint.no_save_best
+                due |= self.best is not None and self.best[1] == step and c.checkpoint.save_best
                 clock.lap()
             if reason:
                 say(progress, f"stopping after step {step}: {reason}")
@@ -340,7 +354,7 @@ class Run:
             proof.append({"prefix": stored.prefix.tolist(), "suffixes": [s.tolist() for s in stored.suffixes]})
         return {"config": self.config.as_dict(), "geometry": dataclasses.asdict(self.geometry),
                 "hf_config": self.hf_config, "base_model": self.config.model.hf_model, "head": self.head,
-                "manifest": self.manifest, "num_comparisons": len(self.dataset),
+                "manifest": self.manifest, "num_comparisons": len(self.dataset), "data": self.dataset.identity,
                 "reward_token_id": self.manifest["reward_token_id"], "pad_token_id": self.manifest["pad_token_id"],
                 "dtype": str(self.precision.dtype).removeprefix("torch."), "best": self.best,
                 "ops": ops.active_implementation(self.device), "proof": proof}
