@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rmega import checkpoint
+from rmega import run_folder
 from rmega.export import DTYPES, CheckpointTensors, export_weights, parse_size
 from rmega.logs import Progress
 from rmega.model_card import client_duties, usage, write_card
@@ -32,28 +32,28 @@ def say(text: str = "") -> None:
 
 def find_checkpoint(run: Path, iteration: str) -> Path:
     """The folder of one checkpoint of a run: ``latest``, ``best`` or a number; ``run`` may be that folder itself."""
-    if (run / checkpoint.INFO).is_file():
+    if (run / run_folder.INFO).is_file():
         if iteration != "latest":
             raise ValueError(f"--iteration {iteration}: {run} is a single checkpoint; give --load the run folder")
         return run
     if not run.is_dir():
         raise ValueError(f"--load {run}: no such folder")
-    found = checkpoint.list_iterations(run)
+    found = run_folder.list_iterations(run)
     if not found:
-        raise ValueError(f"--load {run}: no checkpoint in it (folders iter_NNNNNNN with {checkpoint.INFO})")
+        raise ValueError(f"--load {run}: no checkpoint in it (folders iter_NNNNNNN with {run_folder.INFO})")
     if iteration == "latest":
-        return checkpoint.iteration_dir(run, checkpoint.latest_iteration(run))
+        return run_folder.iteration_dir(run, run_folder.latest_iteration(run))
     if iteration == "best":
-        best = checkpoint.read_info(checkpoint.iteration_dir(run, found[-1])).get("best")
+        best = run_folder.read_info(run_folder.iteration_dir(run, found[-1])).get("best")
         if not best:
             raise ValueError(f"--iteration best: {run} was trained without a held-out set (--valid-data-path)")
         if best[1] not in found:
             raise ValueError(f"--iteration best: the best evaluation was at step {best[1]}, where no checkpoint was "
                              f"kept (there are {', '.join(map(str, found))}); save at each evaluation to have it")
-        return checkpoint.iteration_dir(run, best[1])
+        return run_folder.iteration_dir(run, best[1])
     if not iteration.isdigit() or int(iteration) not in found:
         raise ValueError(f"--iteration {iteration}: not among the checkpoints of {run} ({', '.join(map(str, found))})")
-    return checkpoint.iteration_dir(run, int(iteration))
+    return run_folder.iteration_dir(run, int(iteration))
 
 
 def geometry_of(info: dict[str, Any]) -> Geometry:
@@ -71,7 +71,9 @@ def convert(*, run: Path, output: Path, iteration: str = "latest", dtype: str = 
     """
     shard_bytes = parse_size(max_shard_size)
     folder = find_checkpoint(run, iteration)
-    info = checkpoint.read_info(folder)
+    info = run_folder.read_info(folder)
+    if problem := run_folder.damage(folder, checksums=False):
+        raise ValueError(f"--load {folder}: damaged ({problem}); another checkpoint can be named by --iteration")
     trained = geometry_of(info)
     if write:
         geometry = dataclasses.replace(trained, family=trained.family if family == "auto" else family)
@@ -151,14 +153,15 @@ def _prove(folder: Path, info: dict[str, Any], output: Path, geometry: Geometry,
     from rmega.proof import prove
 
     mark_unverified(output, "The proof of this folder has not come to its end.")
-    proof = prove(folder, info, output, geometry, dtype, say=say)
     recipe_path = output / RECIPE
-    if recipe_path.is_file():
-        recipe = json.loads(recipe_path.read_text(encoding="utf-8"))
-        recipe = write_recipe(output, info=info, geometry=geometry, dtype=dtype, source=folder.name,
-                              example=recipe.get("example"), evaluation=recipe.get("evaluation") or [],
-                              proof=dataclasses.asdict(proof))
-        write_card(output, recipe, folder / "hf")
+    recipe = json.loads(recipe_path.read_text(encoding="utf-8")) if recipe_path.is_file() else {}
+    example = recipe.get("example")
+    proof = prove(folder, info, output, geometry, dtype, example=(example or {}).get("token_ids"), say=say)
+    if example:
+        example["reward"] = proof.example_reward
+    recipe = write_recipe(output, info=info, geometry=geometry, dtype=dtype, source=folder.name, example=example,
+                          evaluation=evaluations(folder.parent, info["iteration"]), proof=dataclasses.asdict(proof))
+    write_card(output, recipe, folder / "hf")
     say(f"proof: {proof.weights}")
     say(f"proof: {proof.responses} responses of {proof.comparisons} held-out comparisons: largest difference "
         f"{proof.largest_difference:.3g} on rewards up to {proof.largest_reward:.3g} = {proof.relative_difference:.2g} "
@@ -177,8 +180,11 @@ def _prove(folder: Path, info: dict[str, Any], output: Path, geometry: Geometry,
 
 def _show_usage(output: Path) -> None:
     recipe = json.loads((output / RECIPE).read_text(encoding="utf-8"))
-    for title, code in usage(recipe, str(output)):
-        say(f"\n# ---- score with {title}\n{code}")
+    for title, command, code in usage(recipe, str(output)):
+        say(f"\n---- score with {title}")
+        if command:
+            say(f"{command}\n")
+        say(code)
     say("\nWhat a client must do:")
     for number, duty in enumerate(client_duties(recipe), 1):
         say(f"{number}. {duty}")

@@ -7,50 +7,46 @@ from pathlib import Path
 from typing import Any
 
 
-def usage(recipe: dict[str, Any], folder: str) -> list[tuple[str, str]]:
-    """(title, code) of each way to score with the folder; the code can be pasted as it stands."""
+def usage(recipe: dict[str, Any], folder: str) -> list[tuple[str, str, str]]:
+    """(title, shell command or "", Python code) for each way to score with the folder; to be pasted as they are."""
     reward, name = recipe["reward_token_id"], Path(folder).name
     remote = recipe["architecture"] == "InternLM2ForRewardModel"
     trust = " --trust-remote-code" if remote else ""
-    chat = json.dumps((recipe.get("example") or {}).get("messages") or
-                      [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}], ensure_ascii=False)
-    if remote:
-        plain = f"""import torch
-from transformers import AutoModel, AutoTokenizer
-model = AutoModel.from_pretrained("{folder}", trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-chat = {chat}
-print(model.get_score(tokenizer, chat))"""
-    else:
-        plain = f"""import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-model = AutoModelForSequenceClassification.from_pretrained("{folder}").eval()
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-chat = {chat}
-text = tokenizer.apply_chat_template(chat, tokenize=False)
-ids = tokenizer.encode(text, add_special_tokens=False) + [{reward}]
+    messages = (recipe.get("example") or {}).get("messages") or [{"role": "user", "content": "..."},
+                                                                 {"role": "assistant", "content": "..."}]
+    chat = "chat = [" + ",\n        ".join(json.dumps(m, ensure_ascii=False) for m in messages) + "]"
+    load = ("AutoModel", ", trust_remote_code=True") if remote else ("AutoModelForSequenceClassification", "")
+    encode = f"""text = tokenizer.apply_chat_template(chat, tokenize=False)
+ids = tokenizer.encode(text, add_special_tokens=False) + [{reward}]"""
+    score = "print(model.get_score(tokenizer, chat))" if remote else f"""{encode}
 with torch.no_grad():
     print(model(torch.tensor([ids])).logits[0, 0].item())"""
+    plain = f"""import torch
+from transformers import {load[0]}, AutoTokenizer
+
+model = {load[0]}.from_pretrained("{folder}"{load[1]}).eval()
+tokenizer = AutoTokenizer.from_pretrained("{folder}"{load[1]})
+{chat}
+{score}"""
     client = f"""import requests
 from transformers import AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-chat = {chat}
-text = tokenizer.apply_chat_template(chat, tokenize=False)
-ids = tokenizer.encode(text, add_special_tokens=False) + [{reward}]
+
+tokenizer = AutoTokenizer.from_pretrained("{folder}"{load[1]})
+{chat}
+{encode}
 """
-    if remote:
-        task, read = "token_classify", '["data"][-1]  # one value per token: the last one is the reward'
-    else:
-        task, read = "classify", '["data"][0]'
-    vllm = f"""# vllm serve {folder} --served-model-name {name} --runner pooling{trust} \\
-#     --pooler-config '{{"use_activation": false}}'        (before vLLM 0.12: {{"activation": false}})
-{client}answer = requests.post("http://localhost:8000/pooling",
+    # vLLM gives InternLM2's reward model as one value per token; the last one is the reward.
+    task, read = ("token_classify", "[-1]") if remote else ("classify", "")
+    vllm = f"""{client}answer = requests.post("http://localhost:8000/pooling",
                        json={{"model": "{name}", "input": ids, "task": "{task}"}}).json()
-print(answer["data"][0]{read})"""
-    sglang = f"""# python3 -m sglang.launch_server --model-path {folder} --is-embedding{trust} --port 30000
-{client}answer = requests.post("http://localhost:30000/classify", json={{"input_ids": [ids]}}).json()
+print(answer["data"][0]["data"]{read}[0])"""
+    sglang = f"""{client}answer = requests.post("http://localhost:30000/classify", json={{"input_ids": [ids]}}).json()
 print(answer[0]["embedding"][0])"""
-    return [("transformers", plain), ("vLLM", vllm), ("SGLang", sglang)]
+    return [
+        ("transformers", "", plain),
+        ("vLLM", f"vllm serve {folder} --served-model-name {name} --runner pooling{trust} "
+                 "--pooler-config '{\"use_activation\": false}'", vllm),
+        ("SGLang", f"python3 -m sglang.launch_server --model-path {folder} --is-embedding{trust} --port 30000", sglang)]
 
 
 def client_duties(recipe: dict[str, Any]) -> list[str]:
@@ -99,10 +95,12 @@ def write_card(folder: Path, recipe: dict[str, Any], base: Path) -> None:
                   f"{row['accuracy_high']:.4f} | {row['num_pairs']} |" for row in recipe["evaluation"]]
         lines.append("")
     lines += ["## Use", "", *(f"{i}. {duty}" for i, duty in enumerate(client_duties(recipe), 1)), ""]
-    for title, code in usage(recipe, f"./{folder.name}"):
-        lines += [f"### {title}", "", "```python", code, "```", ""]
+    for title, command, code in usage(recipe, f"./{folder.name}"):
+        shell = ["```bash", command, "```", ""] if command else []
+        lines += [f"### {title}", "", *shell, "```python", code, "```", ""]
     if example := recipe.get("example"):
-        lines += ["To check a client: the conversation above must become exactly these ids:", "", "```",
+        reward = "" if example.get("reward") is None else f", and its reward is {example['reward']:.5f}"
+        lines += [f"To check a client: the conversation above must become exactly these ids{reward}.", "", "```",
                   str(example["token_ids"]), "```", ""]
     config = recipe.get("config") or {}
     lines += ["## Training", "", *_data_lines(recipe["data"]), "", "```json",

@@ -43,11 +43,8 @@ class Proof:
     transformers: str
     why: str = ""
     """Why it did not pass."""
-
-
-def sequences_of(info: dict[str, Any]) -> list[list[int]]:
-    """Token ids of every response of the comparisons that were kept with a checkpoint."""
-    return [[*kept["prefix"], *suffix] for kept in info.get("proof") or () for suffix in kept["suffixes"]]
+    example_reward: float | None = None
+    """Reward of the recipe's example, by the training path with the written weights."""
 
 
 def compare_weights(source: CheckpointTensors, folder: Path, geometry: Geometry, dtype: str) -> tuple[str, bool]:
@@ -71,22 +68,22 @@ def compare_weights(source: CheckpointTensors, folder: Path, geometry: Geometry,
 
 
 @torch.no_grad()
-def training_rewards(checkpoint_folder: Path, comparisons: Sequence[dict[str, Any]],
+def training_rewards(checkpoint_folder: Path, items: Sequence[Sequence[Sequence[int]]],
                      dtypes: Sequence[str]) -> list[torch.Tensor]:
     """fp32 rewards [n] by the training's own model on one process, with the weights rounded to each of ``dtypes``.
 
-    ``comparisons`` are those of rmega.json; they are packed with a shared prefix, as in training. ``dtypes`` go from
-    the widest to the narrowest, because weights are rounded in place.
+    An item holds the token ids of the responses to one prompt; items are packed with a shared prefix, as in training.
+    ``dtypes`` go from the widest to the narrowest, because weights are rounded in place.
     """
     import torch.distributed as dist
 
     from rmega import distributed
-    from rmega.score import load_scorer
+    from rmega.score import TokenRules, load_scorer
 
     mine = not dist.is_initialized()
     try:
-        scorer = load_scorer(checkpoint_folder, dtype="fp32", flag="--load")
-        items = [[[*kept["prefix"], *suffix] for suffix in kept["suffixes"]] for kept in comparisons]
+        rules = TokenRules(reward_token="0")  # ids are scored, no text
+        scorer = load_scorer(checkpoint_folder, dtype="fp32", rules=rules, flag="--load")
         results = []
         for dtype in dtypes:
             for parameter in scorer.model.parameters():
@@ -129,40 +126,44 @@ def transformers_rewards(folder: Path, geometry: Geometry, sequences: Sequence[S
             place = slice(longest - len(ids), longest) if left_padding else slice(0, len(ids))
             tokens[row, place], mask[row, place] = torch.tensor(ids), 1
         rewards.append(model(input_ids=tokens.to(device), attention_mask=mask.to(device)).logits[:, 0].float().cpu())
-    return torch.cat(rewards)
+    return torch.cat(rewards) if rewards else torch.zeros(0)
 
 
 def prove(checkpoint_folder: Path, info: dict[str, Any], folder: Path, geometry: Geometry, dtype: str, *,
-          say: Callable[[str], None] = lambda text: None) -> Proof:
-    """Hold a written folder against its checkpoint. ``geometry`` is that of the folder (its family may be another)."""
+          example: Sequence[int] | None = None, say: Callable[[str], None] = lambda text: None) -> Proof:
+    """Hold a written folder against its checkpoint. ``geometry`` is that of the folder (its family may be another).
+
+    ``example``: ids of one more sequence, whose reward is reported.
+    """
     import transformers
 
     source = CheckpointTensors(checkpoint_folder)
     kept = info.get("proof") or ()
-    sequences, comparisons = sequences_of(info), len(kept)
+    items = [[[*comparison["prefix"], *suffix] for suffix in comparison["suffixes"]] for comparison in kept]
+    items += [[list(example)]] if example else []
+    sequences = [sequence for item in items for sequence in item]
     say("comparing every written value with the checkpoint")
     sentence, equal = compare_weights(source, folder, geometry, dtype)
     say(f"scoring {len(sequences)} responses by the training path")
-    exact, rounded = training_rewards(checkpoint_folder, kept, ("float32", dtype)) \
-        if sequences else (torch.zeros(0), torch.zeros(0))
+    exact, rounded = training_rewards(checkpoint_folder, items, ("float32", dtype))
     gc.collect()
     say(f"scoring them by transformers {transformers.__version__} from {folder}")
-    largest = torch.zeros(())
-    if sequences:
-        for left in (False, True):
-            theirs = transformers_rewards(folder, geometry, sequences, info["pad_token_id"], left_padding=left)
+    largest, scale = torch.zeros(()), rounded.abs().amax() if sequences else torch.zeros(())
+    for left in (False, True):
+        theirs = transformers_rewards(folder, geometry, sequences, info["pad_token_id"], left_padding=left)
+        if sequences:
             largest = torch.maximum(largest, (theirs - rounded).abs().max())  # keeps nan
-    scale = rounded.abs().max() if sequences else torch.zeros(())
     relative = (largest / scale if scale > 0 else largest).item()
     why = []
     if not equal:
         why.append(sentence)
     if not relative <= TOLERANCE:
         why.append(f"Rewards differ by {relative:.3g} relative, more than {TOLERANCE:.0e}.")
-    if comparisons < MIN_COMPARISONS:
-        why.append(f"The checkpoint holds {comparisons} comparisons for a proof; at least {MIN_COMPARISONS} are needed "
+    if len(kept) < MIN_COMPARISONS:
+        why.append(f"The checkpoint holds {len(kept)} comparisons for a proof; at least {MIN_COMPARISONS} are needed "
                    "(--num-proof-comparisons and --valid-data-path of the training).")
-    return Proof(passed=not why, comparisons=comparisons, responses=len(sequences), largest_difference=largest.item(),
+    return Proof(passed=not why, comparisons=len(kept), responses=len(sequences), largest_difference=largest.item(),
                  largest_reward=scale.item(), relative_difference=relative, tolerance=TOLERANCE,
                  rounding_effect=(exact - rounded).abs().max().item() if sequences else 0.0, weights=sentence,
-                 transformers=transformers.__version__, why=" ".join(why))
+                 transformers=transformers.__version__, why=" ".join(why),
+                 example_reward=rounded[-1].item() if example else None)

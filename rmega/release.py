@@ -48,10 +48,11 @@ def write_tokenizer(source: Path, folder: Path, info: dict[str, Any]) -> dict[st
     """
     if not (source / "tokenizer.json").is_file() and not (source / "tokenizer.model").is_file():
         return None
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, logging
 
     from rmega.data.tokenize import PairTokenizer
 
+    logging.set_verbosity_error()  # a folder of remote code makes it warn of the model, which is not loaded here
     for file in sorted(source.iterdir()):
         if file.name not in NOT_TOKENIZER:
             shutil.copyfile(file, folder / file.name)
@@ -77,7 +78,7 @@ def write_tokenizer(source: Path, folder: Path, info: dict[str, Any]) -> dict[st
     _merges_as_text(folder / "tokenizer.json")
 
     wanted = [*ours.encode_conversation(EXAMPLE)[:-1], info["reward_token_id"]]
-    theirs = AutoTokenizer.from_pretrained(str(folder))
+    theirs = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)  # asks nothing
     text = theirs.apply_chat_template(EXAMPLE, tokenize=False)
     ids = [*theirs.encode(text, add_special_tokens=False), info["reward_token_id"]]
     if ids != wanted:

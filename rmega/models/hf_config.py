@@ -147,7 +147,7 @@ def write_shape(geometry: Geometry, source: dict[str, Any], *, architecture: str
         "max_position_embeddings": geometry.max_position_embeddings, "rms_norm_eps": geometry.norm_eps,
         "hidden_act": "silu", "initializer_range": source.get("initializer_range", 0.02), "use_cache": False,
         "pretraining_tp": 1, "tie_word_embeddings": geometry.tie_word_embeddings,
-        "rope_theta": geometry.rope_theta, "rope_scaling": None if scaling.rope_type == "default" else rope,
+        "rope_theta": geometry.rope_theta, **({} if scaling.rope_type == "default" else {"rope_scaling": rope}),
         "rope_parameters": {"rope_theta": geometry.rope_theta, **rope},
         "bos_token_id": source.get("bos_token_id"), "eos_token_id": source.get("eos_token_id"),
         "pad_token_id": pad_token_id, "reward_token_id": reward_token_id,

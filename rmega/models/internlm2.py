@@ -38,7 +38,7 @@ def export_config(geometry: Geometry, source: dict[str, Any], **fields: Any) -> 
         raise ValueError(f"--format internlm2: {geometry.num_attention_heads} heads of {geometry.head_dim} do not make "
                          f"the hidden size {geometry.hidden_size}, as InternLM2 needs")
     config = write_shape(geometry, source, architecture=ARCHITECTURE, **fields)
-    if config["rope_scaling"]:
+    if "rope_scaling" in config:
         config["rope_scaling"] = {"type": config["rope_scaling"]["rope_type"], **config["rope_scaling"]}
     model = "modeling_internlm2.InternLM2ForRewardModel"
     # No entry for a causal model: a reward model loaded as one would get a random output matrix without a word.
