@@ -43,15 +43,15 @@ def read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling]:
 
     Where a folder carries both forms they must say the same.
     """
-    readings = []
-    if config.get("rope_parameters"):
-        readings.append(_read_rope_dict(config, "rope_parameters"))
-    if config.get("rope_scaling") or config.get("rope_theta") is not None or not readings:
-        readings.append(_read_rope_dict(config, "rope_scaling"))
-    if len(readings) == 2 and readings[0] != readings[1]:
+    if not config.get("rope_parameters"):
+        return _read_rope_dict(config, "rope_scaling")
+    theta, scaling = _read_rope_dict(config, "rope_parameters")
+    old_theta, old_scaling = _read_rope_dict(config, "rope_scaling")
+    if (config.get("rope_theta") is not None and theta != old_theta) or (
+            config.get("rope_scaling") and scaling != old_scaling):
         raise refuse(config, "rope_parameters", f"does not agree with rope_theta={config.get('rope_theta')!r} and "
                                                 f"rope_scaling={config.get('rope_scaling')!r}")
-    return readings[0]
+    return theta, scaling
 
 
 def _read_rope_dict(config: dict[str, Any], field: str) -> tuple[float, RopeScaling]:
