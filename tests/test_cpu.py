@@ -31,18 +31,23 @@ torch.manual_seed(5)
 cpu.install(); cpu.install()
 def new(now, old): return sorted(k for k, v in vars(now).items() if old.get(k) is not v)
 changed = {n: new(m, before[n]) for n, m in {**others, **engine}.items()}
-uses = collections.defaultdict(list)
+uses, makes = collections.defaultdict(list), collections.defaultdict(list)
 for n in cpu.installed():
     for node in ast.walk(ast.parse(open(sys.modules[n].__file__).read())):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch.cuda":
             uses[node.attr].append(n)
+        function = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        if function.startswith("torch."):
+            given = node.args if function == "torch.device" else [k.value for k in node.keywords if k.arg == "device"]
+            if any("cuda" in ast.unparse(value) for value in given):
+                makes[function.removeprefix("torch.")].append(n)
 substitute = sys.modules["megatron.core.parallel_state"].torch
 x = torch.ones(2)
 print("PROBE", json.dumps({
     "others": {n: c for n, c in changed.items() if c and n in others},
     "engine": {n: c for n, c in changed.items() if c and n in engine},
     "classes": {c.__name__: new(c, old) for c, old in classes.items()},
-    "installed": cpu.installed(), "uses": uses,
+    "installed": cpu.installed(), "uses": uses, "makes": makes,
     "cuda": [k for k in new(substitute.cuda, vars(torch.cuda)) if k[0] != "_"],
     "torch": [k for k in new(substitute, vars(torch)) if k[0] != "_"],
     "type": x.type(), "device": str(substitute.ones(2, device="cuda").device),
@@ -102,15 +107,22 @@ def test_the_list_of_replaced_names(probe: dict) -> None:
     assert probe["cuda"] == ["Stream", "current_device", "current_stream", "default_stream", "device_count",
                              "empty_cache", "get_rng_state", "manual_seed", "set_device", "set_rng_state", "stream",
                              "synchronize"]
-    from rmega.cpu import FACTORIES
-
-    assert probe["torch"] == sorted([*FACTORIES, "cuda"])
+    assert probe["torch"] == ["arange", "cuda", "empty", "empty_like", "full", "ones", "ones_like", "rand", "randn",
+                              "tensor", "zeros", "zeros_like"]
     assert probe["device"] == "cpu" and probe["lazy"]
 
 
 def test_every_name_of_cuda_that_the_engine_speaks_of_is_known(probe: dict) -> None:
     unknown = {name: where for name, where in probe["uses"].items() if name not in {*probe["cuda"], *LEFT_ALONE}}
     assert not unknown, f"the engine uses names of torch.cuda that nobody looked at: {unknown}"
+
+
+def test_every_function_that_the_engine_gives_cuda_as_device_is_replaced(probe: dict) -> None:
+    devices = {name.removeprefix("megatron.core.") for name in probe["makes"].pop("device")}
+    assert set(probe["makes"]) <= set(probe["torch"]), probe["makes"]
+    # torch.device("cuda") itself is left alone; those who write it are not reached, or in graph-safe mode only.
+    assert {name for name in devices if not name.startswith("distributed.fsdp")} == {
+        "nccl_allocator", "tensor_parallel.random", "transformer.moe.token_dispatcher"}
 
 
 def test_the_engine_sees_the_cpu_and_others_do_not() -> None:
