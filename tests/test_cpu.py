@@ -37,7 +37,7 @@ for n in cpu.installed():
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch.cuda":
             uses[node.attr].append(n)
         function = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-        if function.startswith("torch."):
+        if function.startswith("torch.") and function.count(".") == 1:
             given = node.args if function == "torch.device" else [k.value for k in node.keywords if k.arg == "device"]
             if any("cuda" in ast.unparse(value) for value in given):
                 makes[function.removeprefix("torch.")].append(n)
