@@ -1,0 +1,14 @@
+# What the recipes share; sourced by them. Overrides come as variables: MODEL, DATA, VALID, OUT, NPROC, PYTHON.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+PYTHON=${PYTHON:-python}
+prepare() {  # prepare MAX_LENGTH: preference data to $OUT/data/train and a validation set split off by prompt
+    [[ -e "$OUT/data/train.json" ]] || "$PYTHON" tools/preprocess_pref.py --input "$DATA" --tokenizer "$MODEL" \
+        --output-prefix "$OUT/data/train" --max-length "$1" --valid-fraction "${VALID_FRACTION:-0.02}"
+}
+train() {  # train FLAGS...: starts, or goes on with a run that was interrupted
+    "$PYTHON" tools/launch.py --standalone --nproc-per-node "$NPROC" examples/pretrain_reward.py --hf-model "$MODEL" \
+        --data-path "$OUT/data/train" --valid-data-path "valid=$OUT/data/train.valid" \
+        --save "$OUT/run" --load "$OUT/run" "$@"
+}
+export_model() { "$PYTHON" tools/convert_to_hf.py --load "$OUT/run" --output "$OUT/export" --force "$@"; }

@@ -1,0 +1,66 @@
+"""Every recipe runs to its export at a tiny scale; links and programs that the documents name exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name,data,variables,flags", [
+    ("internlm2_1.8b_ultrafeedback", "ultrafeedback-cleaned-1k/train.argilla-schema.jsonl.gz", {}, []),
+    ("ranked", "gsm8k-solutions/all.ranked.jsonl", {}, ["--eval-interval", "1", "--save-interval", "1"]),
+    ("llama3_8b", "hh-rlhf/mix.eval.pairs.jsonl.gz", {"NPROC": "2", "TP": "2"}, []),
+    ("long_context", "llmbar/eval.pairs.jsonl", {"NPROC": "1", "TP": "1", "MAX_LENGTH": "512"}, []),
+])
+def test_recipe(name, data, variables, flags, stories260k, shared_dir, tmp_path):
+    env = {**os.environ, "MODEL": str(stories260k), "DATA": str(shared_dir / "data" / data), "OUT": str(tmp_path / "o"),
+           "NPROC": "1", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+    # The last --train-epochs and --global-batch-size on a command line win.
+    done = subprocess.run(["bash", str(ROOT / f"examples/recipes/{name}.sh"), "--train-epochs", "0.02",
+                           "--global-batch-size", "8", "--precision", "fp32", *flags],
+                          env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert (tmp_path / "o" / "export" / "config.json").is_file()
+    assert not (tmp_path / "o" / "export" / "UNVERIFIED").exists()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_what_documents_name_exists(document):
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (document.parent / target).exists(), f"{document.name} links to {target}"
+    for program in re.findall(r"\b((?:tools|examples|benchmarks|tests)/[\w./-]+\.(?:py|sh))", text):
+        assert (ROOT / program).is_file(), f"{document.name} names {program}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_flags_in_documents_exist(document):
+    """Each --flag on a command line of a document is one that the program's --help knows."""
+    commands = re.findall(r"```bash\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line for block in commands for line in block.replace("\\\n", " ").splitlines()]
+    for line in lines:
+        program = re.search(r"((?:tools|examples)/[\w./-]+\.py)", line)
+        if program:
+            known = _help(program[1])
+            for flag in re.findall(r"(?<=\s)--[a-z][\w-]*", line.split("#")[0].split(program[1], 1)[1]):
+                assert re.search(rf"(?<![\w-]){flag}(?![\w-])", known), f"{document.name}: {program[1]} has no {flag}"
+
+
+_helps: dict[str, str] = {}
+
+
+def _help(program: str) -> str:
+    if program not in _helps:
+        done = subprocess.run([sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True,
+                              env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}, timeout=120)
+        _helps[program] = done.stdout + done.stderr
+    return _helps[program]
