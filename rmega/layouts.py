@@ -44,7 +44,9 @@ class Layout:
                  "plainopt": {"distributed_optimizer": False}, "recompute": {"recompute": "full"},
                  "selective": {"recompute": "selective"}, "1": {}}
         for part in text.split(","):
-            number = re.fullmatch(r"(tp|pp|vpp|dp|first|last)(\d+)", part)
+            number = re.fullmatch(r"(tp|pp|vpp|dp|first|last|cp)(\d+)", part)
+            if number and number[1] == "cp":
+                raise ValueError(f"--layouts {text}: context parallelism is not supported for reward models")
             if number:
                 values[number[1]] = int(number[2])
             elif part in flags:
@@ -198,6 +200,15 @@ def _first_gradients(wrapped, packs, config: TrainingConfig, geometry) -> dict[s
                     own = bucket.grad_data[start : start + shard].clone()
                     dist.all_gather_into_tensor(bucket.grad_data, own, group=parallel_state.get_data_parallel_group())
     return gather_global(wrapped, geometry, lambda p: p.main_grad)
+
+
+def worst_gradient(result: LayoutResult, reference: LayoutResult) -> str:
+    """Name of the tensor whose gradient differs most, relative to its own largest value."""
+    def differs(name: str) -> float:
+        a, b = result.grads[name], reference.grads[name]
+        return ((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).item()
+
+    return max(reference.grads, key=differs)
 
 
 def compare(result: LayoutResult, reference: LayoutResult) -> dict[str, float]:
