@@ -6,7 +6,6 @@ import datetime
 import logging
 import os
 import sys
-import tempfile
 import warnings
 
 import torch
@@ -73,8 +72,7 @@ def initialize(*, tp: int = 1, pp: int = 1, vpp: int | None = None, seed: int = 
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
-            store = dist.FileStore(os.path.join(tempfile.mkdtemp(prefix="rmega-"), "store"), 1)
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
