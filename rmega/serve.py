@@ -265,12 +265,13 @@ def run(server: Any, service: RewardService, sockets: list[socket.socket]) -> No
 
     # uvicorn puts its own handlers in their place while it runs, and raises the signal again when it has stopped: that
     # one must not end the program with the signal's exit code.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     given = server.handle_exit
     server.handle_exit = lambda *args: (setattr(service, "stopping", True), given(*args))
     service.queue.start(on_failure=stop)
     server.run(sockets)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     if service.queue.failure:
         raise service.queue.failure
     if server.force_exit or service.queue.scorer is None:  # asked twice, or a model that is still being read

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,10 +20,12 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
+from rmega import distributed  # noqa: E402
 from rmega.score_queue import ScoringQueue  # noqa: E402
 from rmega.serve import Limits, RewardService, make_app  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
 from tests.reward_fixture import Reference, chat, make_reward_model  # noqa: E402
+from tools.serve import ServeArgs, main  # noqa: E402
 
 NUM_REQUESTS = 1000
 
@@ -281,8 +284,9 @@ class Server:
                         raise
                     await asyncio.sleep(0.2)
             data = b"" if body is None else json.dumps(body).encode()
-            head = f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n"
-            writer.write(head.encode() + data)
+            lines = [f"{'GET' if body is None else 'POST'} {path} HTTP/1.1", "Host: x", "Connection: close",
+                     f"Content-Length: {len(data)}", "", ""]
+            writer.write("\r\n".join(lines).encode() + data)
             answer = await reader.read()
             writer.close()
             head, _, rest = answer.partition(b"\r\n\r\n")
@@ -366,32 +370,42 @@ def test_both_endpoints_agree(server, model):
 def test_sigterm_answers_what_was_taken(server):
     """The last test of the server: requests that are waiting when the signal comes are answered; exit code 0."""
     async def burst():
-        body = {"query": [f"<s>user: {i}\nassistant: {'word ' * 60}" for i in range(300)]}
+        body = {"query": [f"<s>user: {i}\nassistant: {'word ' * 60}" for i in range(150)]}
         tasks = [asyncio.create_task(server.post("/get_reward", body)) for _ in range(8)]
-        while (await server.post("/health", None))[1]["queue"] < 2400:
+        while (await server.post("/health", None))[1]["queue"] < 1200:
             assert not any(t.done() for t in tasks), "too fast for this test"
         server.process.send_signal(signal.SIGTERM)
         return await asyncio.gather(*tasks)
 
     answers = asyncio.run(burst())
-    assert [status for status, _ in answers] == [200] * 8 and all(len(a["rewards"]) == 300 for _, a in answers)
+    assert [status for status, _ in answers] == [200] * 8 and all(len(a["rewards"]) == 150 for _, a in answers)
     code, out, err = server.stop()
     assert code == 0 and "stopped after" in out, err
     assert len(err.splitlines()) == 1, err  # the remark on the template, and no walls of warnings
 
 
-def test_what_is_wrong_is_said_before_the_model_is_read(model):
-    def serve(*flags: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / "tools" / "serve.py"), *flags]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-    import socket
-
+def test_a_port_in_use_is_said_before_the_model_is_read():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        port = str(taken.getsockname()[1])
-        done = serve("--model", str(model), "--port", port)
-    assert done.returncode == 2 and f"--port {port}: Address already in use" in done.stderr
-    done = serve("--model", "/nowhere/at/all", "--port", "0")
-    assert done.returncode == 2 and done.stderr.startswith("error: --model /nowhere/at/all")
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"--port {port}: Address already in use"):
+            main(ServeArgs(model="/nowhere/at/all", port=port))
+
+
+def test_a_model_that_cannot_be_read_ends_the_program():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(ValueError, match="--model /nowhere/at/all: no such folder"):
+            main(ServeArgs(model="/nowhere/at/all", port=0))
+    finally:
+        distributed.finish()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ({"port": 70000}, "--port 70000"), ({"max_queue": 0}, "--max-queue 0"),
+    ({"host": "no such host"}, "--host no such"), ({"api_key_file": "/nowhere"}, "/nowhere")])
+def test_flags(flags, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        main(ServeArgs(model="m", **{"port": 0, **flags}))
