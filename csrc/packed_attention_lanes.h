@@ -52,7 +52,7 @@ LANES_INLINE static float max_of(v16f x) {
 
 // 2^x for x <= 0 (a little above is fine), to 2 units in the last place; below 2^-126 it stays at 2^-126.
 LANES_INLINE static v16f exp2_of(v16f x) {
-  x = max(x, splat(-126.0f));
+  x = max(splat(-126.0f), x);  // in this order NaN stays NaN
   const v16f shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const v16f rounded = x + shift;
   const v16f f = x - (rounded - shift);  // in [-1/2, 1/2]
