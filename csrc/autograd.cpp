@@ -25,7 +25,7 @@ using Two = std::tuple<Tensor, Tensor>;
   }())
 
 Tensor pairwise_loss_backward(const Tensor& grad, const Tensor& upstream, at::ScalarType dtype) {
-  return (grad * upstream).to(dtype);
+  return grad.mul(upstream).to(dtype);
 }
 
 struct GatherLastToken : Function<GatherLastToken> {

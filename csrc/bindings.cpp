@@ -1,8 +1,13 @@
 // The module that Python imports. Loading it registers the operators (autograd.cpp, packed_attention.cpp); what it holds
 // itself is only what is no operator.
-#include <torch/extension.h>
+#include <pybind11/pybind11.h>
 
-#include "rmega_ops.h"
+#include <string>
+
+namespace rmega {
+std::string elementwise_isa();
+void set_elementwise_isa(const std::string& name);
+}  // namespace rmega
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("interface") = 2;  // counted up with every change of an operator's schema; rmega/ops.py knows its number

@@ -23,8 +23,8 @@ at::Tensor read_index(const at::Tensor& x, const at::Tensor& prefix_start, const
                 "gather_prefix_kv: x on ", x.device(), ", index on ", tensor->device());
     columns.push_back(tensor->to(at::kLong));
   }
-  const at::Tensor len = columns[1] + columns[3];
-  columns.push_back(len.cumsum(0) - len);
+  const at::Tensor len = columns[1].add(columns[3]);
+  columns.push_back(len.cumsum(0).sub(len));
   at::Tensor index = at::stack(columns);
   return x.is_cuda() && index.is_cpu() ? index.to(x.device(), /*non_blocking=*/true) : index;
 }

@@ -2,10 +2,14 @@
 // Letters: t tokens, h hidden, n responses, m pairs, s segments, g key groups, d head size.
 #pragma once
 
-#include <ATen/ATen.h>
+// Of ATen only what is used: <ATen/ATen.h> would take most of the time of a build.
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
 
 #include <string>
 #include <tuple>
