@@ -371,9 +371,11 @@ def test_sigterm_answers_what_was_taken(server):
     """The last test of the server: requests that are waiting when the signal comes are answered; exit code 0."""
     async def burst():
         body = {"query": [f"<s>user: {i}\nassistant: {'word ' * 60}" for i in range(150)]}
+        before = (await server.post("/info", None))[1]["requests"]
         tasks = [asyncio.create_task(server.post("/get_reward", body)) for _ in range(8)]
-        while (await server.post("/health", None))[1]["queue"] < 1200:
-            assert not any(t.done() for t in tasks), "too fast for this test"
+        while (await server.post("/info", None))[1]["requests"] < before + 8:
+            pass
+        assert not all(t.done() for t in tasks), "nothing is left to be finished"
         server.process.send_signal(signal.SIGTERM)
         return await asyncio.gather(*tasks)
 
@@ -381,7 +383,7 @@ def test_sigterm_answers_what_was_taken(server):
     assert [status for status, _ in answers] == [200] * 8 and all(len(a["rewards"]) == 150 for _, a in answers)
     code, out, err = server.stop()
     assert code == 0 and "stopped after" in out, err
-    assert len(err.splitlines()) == 1, err  # the remark on the template, and no walls of warnings
+    assert "no chat template" in err and "warn" not in err.lower() and "Traceback" not in err, err
 
 
 def test_a_port_in_use_is_said_before_the_model_is_read():
