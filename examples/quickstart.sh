@@ -16,7 +16,7 @@ examples/data, at most ten minutes on two cores after the downloads. On a CUDA m
   --valid-data DATA   held-out data (default with --data: a tenth of it, split by prompt)
   --output DIR        where everything goes (default: runs/quickstart, or with a number if that one is finished)
   --steps N           optimizer steps, in place of --epochs
-  --epochs X          passes over the data (default: 3 for the demonstration set, 1 for your own)
+  --epochs X          passes over the data (default: 2 for the demonstration set, 1 for your own)
   --max-length N      longest conversation in tokens (default: 2048)
   --nproc N           processes (default: all GPUs; 2 without GPU)
   --tp N              tensor-parallel ranks (default: 2, or 1 if the number of processes is odd)
@@ -28,7 +28,7 @@ fail() {
     exit 2
 }
 
-model="" data="" valid="" output="" steps="" epochs="" max_length=2048 nproc="" tp="" extra=()
+model="" data="" valid="" output="" rate=() steps="" epochs="" max_length=2048 nproc="" tp="" extra=()
 given="$*"
 while (($#)); do
     case "$1" in
@@ -76,6 +76,8 @@ printf '%s\n' "$given" >"$output/command"
 
 step 1/6 "model"
 if [[ -z "$model" ]]; then
+    # So small a model takes a high learning rate, and so small a set as the demonstration one a still higher one.
+    rate=(--lr "$([[ -z "$data" ]] && echo 3e-4 || echo 1e-4)" --lr-warmup-fraction 0.1)
     model=.cache/models/smollm2-135m
     "$PYTHON" examples/fetch_smollm2.py --output "$model"
 else
@@ -86,7 +88,7 @@ step 2/6 "data"
 own_split=()
 if [[ -z "$data" ]]; then
     data=examples/data/demo.train.jsonl valid=examples/data/demo.valid.jsonl
-    [[ -n "$steps$epochs" ]] || epochs=3
+    [[ -n "$steps$epochs" ]] || epochs=2
 elif [[ -z "$valid" ]]; then
     own_split=(--valid-fraction 0.1)
 fi
@@ -123,15 +125,18 @@ tp="${tp:-$((nproc % 2 ? 1 : 2))}"
 step 3/6 "training on $( ((gpus)) && echo "$nproc GPU(s)" || echo "$nproc processes of $OMP_NUM_THREADS thread(s)"), tensor parallel $tp"
 length=(--train-epochs "${epochs:-1}")
 [[ -z "$steps" ]] || length=(--train-steps "$steps")
-train=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$nproc" examples/pretrain_reward.py
+train=("$PYTHON" tools/launch.py --standalone --nproc-per-node "$nproc" examples/pretrain_reward.py  # torchrun
     --tp "$tp" --pp 1 --pad-attention-heads --hf-model "$model" --data-path "$output/data/train"
     --valid-data-path "$valid_prefix" --save "$output/run" --load "$output/run" "${length[@]}" "${sizes[@]}"
-    --lr 1e-4 --log-interval 5 ${extra[@]+"${extra[@]}"})
+    ${rate[@]+"${rate[@]}"} --log-interval 5 ${extra[@]+"${extra[@]}"})
 printf '%s\n' "${train[*]}"
 if [[ -e "$output/trained" ]]; then
     echo "$output/run: already trained"
 else
-    "${train[@]}"
+    code=0
+    "${train[@]}" || code=$?
+    ((code != 75)) || { echo "stopped early with everything saved: the same command goes on with it"; exit 75; }
+    ((code == 0)) || exit "$code"
     touch "$output/trained"
 fi
 

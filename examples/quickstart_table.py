@@ -73,8 +73,8 @@ def next_commands(output: Path, python: str) -> str:
     python = shlex.quote(python)
     return "\n".join([
         "Next:",
-        "  score your own conversations, lines of {\"messages\": [...]}:",
-        f"    {python} tools/score.py --load {output}/export --input FILE.jsonl",
+        "  score your own conversations, lines of {\"messages\": [...]} or of any preference schema:",
+        f"    {python} tools/score.py --model {output}/export --input FILE.jsonl",
         "  the same line on your own preferences, from another model:",
         "    bash examples/quickstart.sh --data FILE_OR_HUB_NAME --model FOLDER_OR_HUB_NAME",
         "  all that can be set in a training:",
