@@ -20,7 +20,13 @@ from rmega.data import sources
 from rmega.data.records import Rejected
 
 ROWS = [{"prompt": f"question {i} é国", "chosen": f"good {i}", "rejected": f"bad\n{i}"} for i in range(700)]
-JSONL = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS).encode()
+
+
+def jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode()
+
+
+JSONL = jsonl(ROWS)
 
 
 def read(*specs: Any, hashes: dict[str, str] | None = None, **options: Any) -> list[tuple[int, Any]]:
@@ -29,32 +35,35 @@ def read(*specs: Any, hashes: dict[str, str] | None = None, **options: Any) -> l
             for number, row, _ in sources.decode(chunk)]
 
 
-def write_all(folder: Path) -> list[Path]:
+def write_all(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
+    """The rows in a file of every kind."""
+    lines = jsonl(rows)
+
     def path(name: str, data: bytes) -> Path:
         (folder / name).write_bytes(data)
         return folder / name
 
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(ROWS[0]))
+    writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
-    writer.writerows(ROWS)
-    table = pa.Table.from_pylist(ROWS)
+    writer.writerows(rows)
+    table = pa.Table.from_pylist(rows)
     pq.write_table(table, folder / "a.parquet", row_group_size=300)
     for name, new in (("a.arrow", pa.ipc.new_stream), ("b.arrow", pa.ipc.new_file)):
         with pa.OSFile(str(folder / name), "wb") as sink, new(sink, table.schema) as out:
             out.write_table(table, max_chunksize=333)
-    return [path("a.jsonl", JSONL), path("bom.jsonl", b"\xef\xbb\xbf" + JSONL),
-            path("crlf.jsonl", JSONL.replace(b"\n", b"\r\n")), path("no_end.jsonl", JSONL[:-1]),
-            path("a.jsonl.gz", gzip.compress(JSONL)),
-            path("two.jsonl.gz", gzip.compress(JSONL[:1000]) + gzip.compress(JSONL[1000:])),
-            path("a.jsonl.zst", pa.compress(JSONL, "zstd", asbytes=True)), path("a.json", json.dumps(ROWS).encode()),
-            path("data.json", json.dumps({"version": 1, "data": ROWS}).encode()), path("lines.json", JSONL),
+    return [path("a.jsonl", lines), path("bom.jsonl", b"\xef\xbb\xbf" + lines),
+            path("crlf.jsonl", lines.replace(b"\n", b"\r\n")), path("no_end.jsonl", lines[:-1]),
+            path("a.jsonl.gz", gzip.compress(lines)),
+            path("two.jsonl.gz", gzip.compress(lines[:700]) + gzip.compress(lines[700:])),
+            path("a.jsonl.zst", pa.compress(lines, "zstd", asbytes=True)), path("a.json", json.dumps(rows).encode()),
+            path("data.json", json.dumps({"version": 1, "data": rows}).encode()), path("lines.json", lines),
             path("a.csv", text.getvalue().encode()), path("a.csv.gz", gzip.compress(text.getvalue().encode())),
             folder / "a.parquet", folder / "a.arrow", folder / "b.arrow"]
 
 
 def test_every_kind_gives_the_same_rows(tmp_path: Path) -> None:
-    for path in write_all(tmp_path):
+    for path in write_all(tmp_path, ROWS):
         hashes: dict[str, str] = {}
         items = read(path, hashes=hashes)
         assert [row for _, row in items] == ROWS, path

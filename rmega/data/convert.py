@@ -146,8 +146,8 @@ def _as_raw(row: Any) -> str:
 def load_map(spec: str) -> Callable[[dict[str, Any]], Any]:
     """The function FILE.py:FUNCTION of ``--map``."""
     path, _, name = spec.rpartition(":")
-    if not path or not os.path.isfile(path):
-        raise ValueError(f"--map {spec}: expected FILE.py:FUNCTION, and {path or spec} is no file")
+    if not path.endswith(".py") or not os.path.isfile(path):
+        raise ValueError(f"--map {spec}: expected FILE.py:FUNCTION, and {path or spec} is no such file")
     module_spec = importlib.util.spec_from_file_location("rmega_user_map", path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
@@ -172,10 +172,10 @@ def plan_input(source: sources.Input, format_name: str, map_spec: str | None, fl
         if len(rows) >= SAMPLE_ROWS:
             break
     sample = rows[:SAMPLE_ROWS]
-    if not head:
-        raise ValueError(f"{flag} {source.name}: no rows")
     if not sample:
-        number, why, _ = next(sources.decode(head[0]), (1, "no rows", ""))
+        number, why, _ = next((item for chunk in head for item in sources.decode(chunk)), (0, None, ""))
+        if why is None:
+            raise ValueError(f"{flag} {source.name}: no rows")
         raise ValueError(f"{flag} {source.name}:{number}: {why}; no row of its beginning can be read")
     stream = chain(head, chunks) if source.kind in ("hub", "modelscope") else None
     if map_spec is not None:

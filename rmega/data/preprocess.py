@@ -49,7 +49,8 @@ class PreprocessArgs:
     """File or text of a chat template, in place of the tokenizer's own."""
     overlong: str = "left-prompt"
     """For conversations over --max-length. left-prompt: leave out the oldest turns of the prompt (the system prompt
-    stays), then the beginning of the last question, then the end of the response; right: cut the end; drop; error."""
+    stays), then the beginning of the last question, then the end of the response (the prompt keeps half of the room);
+    right: cut the end; drop: leave the row out; error: stop."""
     format: str = "auto"
     """Name of the schema, if it is not recognised rightly (an unknown name prints all names)."""
     map: str | None = None

@@ -186,7 +186,8 @@ def _alpaca(row: Row) -> Comparison:
     if len(pair) < 2:
         raise Rejected("too_few_responses", "output")
     prompt: list[Message] = []
-    for turn in row.get("history") or []:
+    history = row.get("history") or []
+    for turn in history if isinstance(history, list) else [history]:
         if not isinstance(turn, (list, tuple)) or len(turn) != 2:
             raise Rejected("wrong_type", "history is not a list of [question, answer]")
         prompt += [user(as_text(turn[0], "history")), assistant(as_text(turn[1], "history"))]
@@ -273,13 +274,10 @@ def schema_named(name: str) -> Schema:
 
 
 def recognise(rows: Sequence[Row]) -> Schema | None:
-    """The schema that most of the rows look like (the earlier one where two fit alike), or None."""
-    best, most = None, 0
-    for schema in SCHEMAS:
-        count = sum(schema.fits(row) for row in rows)
-        if count > most:
-            best, most = schema, count
-    return best
+    """The schema that the rows look like, or None. Where several fit almost as many of them, the most particular."""
+    counts = [sum(schema.fits(row) for row in rows) for schema in SCHEMAS]
+    most = max(counts)
+    return next(s for s, n in zip(SCHEMAS, counts, strict=True) if n >= 0.8 * most) if most else None
 
 
 def prompt_of(row: Row, schema: Schema) -> list[Message]:
@@ -295,7 +293,7 @@ def source_of(row: Row, default: str) -> str:
     for name in ("source", "subset", "domain"):
         value = row.get(name)
         if isinstance(value, str) and 0 < len(value) <= 100:
-            return value
+            return value.encode("utf-8", "replace").decode()
     return default
 
 

@@ -77,6 +77,7 @@ def arrow_chunks(source: Input, index: int) -> Iterator[Chunk]:
     row = 1
     try:
         for batch, total in _arrow_batches(source):
+            batch.validate(full=True)  # damaged offsets would otherwise be followed out of the buffer
             for start in range(0, batch.num_rows, CHUNK_ROWS):
                 part = batch.slice(start, CHUNK_ROWS)
                 done = (row - 1 + part.num_rows) / total if total else 0.0
@@ -99,7 +100,7 @@ def _arrow_batches(source: Input) -> Iterator[tuple[Any, int]]:
             for batch in file.iter_batches(batch_size=CHUNK_ROWS):
                 yield batch, file.metadata.num_rows
         return
-    with pa.memory_map(source.name) as stream:
+    with pa.OSFile(source.name) as stream:
         try:
             reader = pa.ipc.open_file(stream)
         except pa.ArrowInvalid:  # what the datasets library saves are streams

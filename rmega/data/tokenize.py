@@ -154,10 +154,11 @@ class PairTokenizer:
     def _encode(self, comparison: Comparison, limit: int | None) -> tuple[list[np.ndarray], list[str]]:
         notes = list(comparison.notes)
         comparison = self._clean(comparison, notes)
-        ids = self._render(comparison)
+        known: dict[str, bytes] = {}
+        ids = self._render(comparison, known)
         if limit is None or max(map(len, ids)) <= limit:
             return ids, notes
-        return self._shorten(comparison, ids, limit, notes), notes
+        return self._shorten(comparison, ids, limit, notes, known), notes
 
     def _clean(self, comparison: Comparison, notes: list[str]) -> Comparison:
         """Escape special-token text everywhere, and write tool calls as text where the template would lose them."""
@@ -198,13 +199,12 @@ class PairTokenizer:
             notes.append(BROKEN_UP)
         return cleaned
 
-    def _render(self, comparison: Comparison) -> list[np.ndarray]:
-        """int32 ids of each conversation, with the reward token."""
+    def _render(self, comparison: Comparison, known: dict[str, bytes]) -> list[np.ndarray]:
+        """int32 ids of each conversation, with the reward token. ``known``: see `_to_ids`."""
         try:
             texts = self._chat.render([comparison.prompt + r for r in comparison.responses], comparison.tools)
         except Exception as error:  # templates raise what they like
             raise Rejected("template", _first_line(error)) from None
-        known: dict[str, bytes] = {}
         try:
             return [np.frombuffer(self._to_ids(t, known) + self._reward, np.int32) for t in texts]
         except UnicodeEncodeError:
@@ -224,51 +224,79 @@ class PairTokenizer:
 
     # ---- over length
 
-    def _shorten(self, comparison: Comparison, ids: list[np.ndarray], limit: int, notes: list[str]) -> list[np.ndarray]:
+    def _shorten(self, comparison: Comparison, ids: list[np.ndarray], limit: int, notes: list[str],
+                 known: dict[str, bytes]) -> list[np.ndarray]:
         longest = max(map(len, ids))
         if self.overlong == "error":
             raise ValueError(f"a conversation of {longest} tokens, --max-length is {limit} (--overlong error)")
         if self.overlong == "drop":
             raise Rejected("overlong", f"{longest} tokens")
         if self.overlong == "left-prompt":
-            prompt = comparison.prompt
-            keep = next((i for i, m in enumerate(prompt) if m["role"] not in ("system", "developer")), len(prompt))
-            starts = [i for i, m in enumerate(prompt) if i > keep and m["role"] == "user"]
-            for start in starts:  # whole turns, oldest first; the system prompt and the last question stay
-                comparison = replace(comparison, prompt=prompt[:keep] + prompt[start:])
-                ids = self._render(comparison)
-                if max(map(len, ids)) <= limit:
-                    notes.append("cut: oldest turns of the prompt left out")
-                    return ids
-            if starts:
-                notes.append("cut: oldest turns of the prompt left out")
-            shortened = self._shorten_question(comparison, keep, limit)
-            if shortened is not None:
-                notes.append("cut: beginning of the last question left out")
-                return shortened
-        notes.append("cut: end of the response left out")
-        cut = [i if len(i) <= limit else np.append(i[:limit - 1], np.int32(self.reward_token_id)) for i in ids]
-        return cut
+            comparison, ids = self._drop_turns(comparison, ids, limit, notes, known)
+            if max(map(len, ids)) > limit:
+                ids = self._shorten_question(comparison, ids, limit, notes, known)
+        if max(map(len, ids)) > limit:
+            notes.append("cut: end of the response left out")
+            ids = [i if len(i) <= limit else np.append(i[:limit - 1], np.int32(self.reward_token_id)) for i in ids]
+        return ids
 
-    def _shorten_question(self, comparison: Comparison, index: int, limit: int) -> list[np.ndarray] | None:
-        """Cut the text of the message at ``index`` from its left until everything fits; None if it cannot."""
+    def _drop_turns(self, comparison: Comparison, ids: list[np.ndarray], limit: int, notes: list[str],
+                    known: dict[str, bytes]) -> tuple[Comparison, list[np.ndarray]]:
+        """Leave out as few as possible of the oldest turns; the system prompt and the last question stay."""
         prompt = comparison.prompt
-        if index >= len(prompt):
-            return None
-        text = prompt[index]["content"]
+        keep = _first_turn(prompt)
+        starts = [i for i, m in enumerate(prompt) if i > keep and m["role"] == "user"]
+        if not starts:
+            return comparison, ids
+
+        def without(start: int) -> tuple[Comparison, list[np.ndarray]]:
+            shorter = replace(comparison, prompt=prompt[:keep] + prompt[start:])
+            return shorter, self._render(shorter, known)
+
+        low, high, best = 0, len(starts) - 1, without(starts[-1])
+        while low < high:  # later starts are shorter: the first that fits
+            middle = (low + high) // 2
+            tried = without(starts[middle])
+            if max(map(len, tried[1])) <= limit:
+                high, best = middle, tried
+            else:
+                low = middle + 1
+        notes.append("cut: oldest turns of the prompt left out")
+        return best
+
+    def _shorten_question(self, comparison: Comparison, ids: list[np.ndarray], limit: int, notes: list[str],
+                          known: dict[str, bytes]) -> list[np.ndarray]:
+        """Cut the last question from its left until everything fits, to within a few tokens.
+
+        A response that would not fit without any question leaves the prompt half of the room: then only the prompt is
+        brought to that, and the caller cuts the response.
+        """
+        prompt, index = comparison.prompt, _first_turn(comparison.prompt)
+        text = prompt[index]["content"] if index < len(prompt) else ""
 
         def rendered(keep: int) -> list[np.ndarray]:
             message = {**prompt[index], "content": text[len(text) - keep:]}
-            return self._render(replace(comparison, prompt=[*prompt[:index], message, *prompt[index + 1:]]))
+            return self._render(replace(comparison, prompt=[*prompt[:index], message, *prompt[index + 1:]]), known)
 
-        low, high, best = 0, len(text), None
-        while low < high:  # the largest number of kept characters that fits
-            middle = (low + high) // 2
-            ids = rendered(middle)
-            if max(map(len, ids)) <= limit:
-                low, best = middle + 1, ids
+        if not text:
+            return ids
+        measure, target = (lambda found: max(map(len, found))), limit
+        without = rendered(0)
+        if measure(without) > limit:
+            measure, target = common_prefix_length, limit // 2
+            if measure(ids) <= target or measure(without) > target:
+                return ids
+        low, high, best = 0, len(text), without  # characters kept: low fits, high does not
+        low_size, high_size = measure(without), measure(ids)
+        while high - low > 1 and target - low_size > 4:
+            share = (target - 1 - low_size) / max(1, high_size - low_size)
+            middle = min(max(low + int((high - low) * share), low + 1), high - 1)
+            tried = rendered(middle)
+            if measure(tried) <= target:
+                low, low_size, best = middle, measure(tried), tried
             else:
-                high = middle
+                high, high_size = middle, measure(tried)
+        notes.append("cut: beginning of the last question left out")
         return best
 
     def manifest(self) -> dict[str, Any]:
@@ -319,6 +347,11 @@ def common_prefix_length(sequences: Sequence[np.ndarray]) -> int:
         if differ.any():
             length = int(differ.argmax())
     return length
+
+
+def _first_turn(prompt: Sequence[Message]) -> int:
+    """Index of the first message that is not the system's."""
+    return next((i for i, m in enumerate(prompt) if m["role"] not in ("system", "developer")), len(prompt))
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
