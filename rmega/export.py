@@ -7,11 +7,12 @@ of a checkpoint goes straight to where it belongs, whatever layout wrote it.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -69,7 +70,7 @@ class CheckpointTensors:
             path = self.folder / place.relative_path
             try:
                 with open(path, "rb") as file:
-                    piece = torch.load(self._reader._slice_file(file, place), map_location="cpu", weights_only=True)
+                    piece = self._map(file, place)
             except FileNotFoundError:
                 raise ValueError(f"{path}: missing; the checkpoint is not complete") from None
             except Exception as error:  # a cut or damaged file fails in zip, pickle or tensor code
@@ -82,6 +83,25 @@ class CheckpointTensors:
             del piece
         if found != torch.Size(shape).numel():
             raise ValueError(f"{self.folder}: {name} is not complete ({found} of {torch.Size(shape).numel()} values)")
+
+    def _map(self, file: BinaryIO, place: Any) -> torch.Tensor:
+        """A stored piece as a view of the file, so that its bytes are copied once, to where they are written."""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        size = os.fstat(file.fileno()).st_size
+        if place.offset + place.length > size:
+            raise ValueError(f"the file ends after {size:,} bytes")
+        with FakeTensorMode():  # reads the shape and says where the values are, but not the values
+            shell = torch.load(self._reader._slice_file(file, place), map_location="cpu", weights_only=True)
+        offset = getattr(shell.untyped_storage(), "_checkpoint_offset", None)
+        if offset is None or not shell.is_contiguous() or shell.storage_offset() or not shell.numel():
+            file.seek(0)
+            return torch.load(self._reader._slice_file(file, place), map_location="cpu", weights_only=True)
+        first = place.offset + offset
+        page = first - first % mmap.ALLOCATIONGRANULARITY
+        view = mmap.mmap(file.fileno(), first - page + shell.numel() * shell.element_size(), offset=page,
+                         flags=mmap.MAP_PRIVATE)
+        return torch.frombuffer(view, dtype=shell.dtype, count=shell.numel(), offset=first - page).view(shell.shape)
 
     def rows(self, rule: WeightRule) -> Iterator[tuple[int, torch.Tensor]]:
         """(first row, rows [n, ...] with all their columns) of the tensor of ``rule``, without the engine's padding.
