@@ -116,7 +116,7 @@ gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() if torch.cud
 if ((gpus > 0)); then
     nproc="${nproc:-$gpus}" sizes=(--global-batch-size 16 --max-tokens-per-microbatch 16384)
 else
-    nproc="${nproc:-2}" sizes=(--global-batch-size 16 --max-tokens-per-microbatch 2048)
+    nproc="${nproc:-2}" sizes=(--global-batch-size 16 --max-tokens-per-microbatch 1024)
     cores="$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}"
 fi
