@@ -111,10 +111,17 @@ def _write(folder: Path, info: dict[str, Any], output: Path, geometry: Geometry,
     partial.mkdir(parents=True)
     try:
         mark_unverified(partial, "The rewards of this folder have not been compared with those of the training yet.")
-        write_config(partial, geometry, info, dtype)
         example = write_tokenizer(folder / "hf", partial, info)
         if example is None:
             say(f"{folder}/hf holds no tokenizer: put the one of the training into the output folder yourself")
+        elif example["pad_token_id"] != info["pad_token_id"]:
+            say(f"pad token: {example['pad_token']} (id {example['pad_token_id']}), because id {info['pad_token_id']} "
+                "occurs in texts, where transformers 4 would read the reward before it")
+            info = {**info, "pad_token_id": example["pad_token_id"]}
+        elif info["pad_token_id"] in example["token_ids"] and geometry.family == "llama":
+            say(f"warning: pad token {example['pad_token']} (id {info['pad_token_id']}) occurs in texts and the tokenizer "
+                "has no free one: transformers 4 would read rewards too early (5 does not; --format internlm2 neither)")
+        write_config(partial, geometry, info, dtype)
         source = CheckpointTensors(folder)
         bar = Progress("writing", len(BACKBONES[geometry.family].weight_table(geometry)))
         writer = export_weights(source, geometry, partial, dtype=dtype, max_shard_bytes=shard_bytes,
@@ -153,6 +160,8 @@ def _prove(folder: Path, info: dict[str, Any], output: Path, geometry: Geometry,
     from rmega.proof import prove
 
     mark_unverified(output, "The proof of this folder has not come to its end.")
+    written = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    info = {**info, "pad_token_id": written["pad_token_id"]}
     recipe_path = output / RECIPE
     recipe = json.loads(recipe_path.read_text(encoding="utf-8")) if recipe_path.is_file() else {}
     example = recipe.get("example")

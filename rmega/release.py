@@ -60,7 +60,9 @@ def write_tokenizer(source: Path, folder: Path, info: dict[str, Any]) -> dict[st
     ours = PairTokenizer.load(source, chat_template=template)
     if not (folder / "tokenizer.json").is_file():
         ours.tokenizer.save_pretrained(folder)
-    pad = ours.tokenizer.convert_ids_to_tokens(info["pad_token_id"])
+    wanted = [*ours.encode_conversation(EXAMPLE)[:-1], info["reward_token_id"]]
+    pad_id = choose_pad_token(ours.tokenizer, ours.template, info, wanted)
+    pad = ours.tokenizer.convert_ids_to_tokens(pad_id)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     # transformers 4 knows neither this class name nor a template in a file of its own.
@@ -77,14 +79,36 @@ def write_tokenizer(source: Path, folder: Path, info: dict[str, Any]) -> dict[st
     write_json(path, config)
     _merges_as_text(folder / "tokenizer.json")
 
-    wanted = [*ours.encode_conversation(EXAMPLE)[:-1], info["reward_token_id"]]
     theirs = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)  # asks nothing
     text = theirs.apply_chat_template(EXAMPLE, tokenize=False)
     ids = [*theirs.encode(text, add_special_tokens=False), info["reward_token_id"]]
     if ids != wanted:
         raise ValueError(f"{folder}: the written tokenizer gives other ids than the training: {ids}, not {wanted}")
     reward = theirs.convert_ids_to_tokens(info["reward_token_id"])
-    return {"messages": EXAMPLE, "text": text, "token_ids": ids, "reward_token": reward, "pad_token": pad}
+    return {"messages": EXAMPLE, "text": text, "token_ids": ids, "reward_token": reward, "pad_token": pad,
+            "pad_token_id": pad_id}
+
+
+def choose_pad_token(tokenizer: Any, template: str, info: dict[str, Any], example: list[int]) -> int:
+    """A pad token that no text contains: the training's own, else a special token that the template does not write.
+
+    transformers 4 reads a Llama's reward before the *first* pad token of a row. Many tokenizers pad with the token that
+    ends every turn (SmolLM2: ``<|im_end|>``), so the reward would be read in the middle of the text, without a word.
+    The training pads nothing, so an export is free to choose. The training's own where no token is free.
+    """
+    used = {*example, info["reward_token_id"]}
+    for kept in info.get("proof") or ():
+        used.update(kept["prefix"], *kept["suffixes"])
+    special = {int(index): str(token) for index, token in tokenizer.added_tokens_decoder.items()
+               if index in tokenizer.all_special_ids or token.special}
+    free = sorted((index for index, text in special.items() if text not in template),
+                  key=lambda index: ("pad" not in special[index].lower(), special[index] != tokenizer.unk_token, index))
+    own = info["pad_token_id"]
+    mine = [own] if tokenizer.convert_ids_to_tokens(own) not in template else []
+    for index in (*mine, *free):
+        if index not in used:
+            return index
+    return own
 
 
 def _merges_as_text(path: Path) -> None:

@@ -237,6 +237,29 @@ def test_tokenizer_template_and_pad_token(source, request, tmp_path) -> None:
     assert ("Apache License" if family == "internlm2" else "MIT License") in card
 
 
+def test_a_pad_token_that_ends_every_turn_is_replaced(internlm2_tokenizer, tmp_path, capsys) -> None:
+    """transformers 4 would read the reward before the first <|im_end|>, in the middle of the conversation."""
+    from rmega.data.tokenize import PairTokenizer
+
+    tokenizer = PairTokenizer.load(internlm2_tokenizer)
+    folder = reward_folder(tmp_path / "hf", "llama", vocab_size=tokenizer.vocab_size)
+    for file in internlm2_tokenizer.iterdir():
+        shutil.copy(file, folder / file.name)
+    end = tokenizer.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    run = make_run(folder, tmp_path / "run", manifest={**tokenizer.manifest(), "pad_token_id": end})
+    assert convert(run=run, output=tmp_path / "out") == 0
+    assert f"because id {end} occurs in texts" in capsys.readouterr().out
+    recipe = json.loads((tmp_path / "out" / RECIPE).read_text())
+    ids = recipe["example"]["token_ids"]
+    assert end in ids and recipe["pad_token_id"] not in ids
+    for python in interpreters():
+        answer = check_load(python, tmp_path / "out", [ids, ids[:5] + ids[-1:]], recipe["pad_token_id"], tmp_path,
+                            recipe["example"]["messages"])
+        assert answer["pad"] == recipe["pad_token_id"]
+        for rewards in answer["rewards"].values():
+            close([recipe["example"]["reward"]], rewards[:1])
+
+
 def test_pretrained_llama_as_internlm2(stories260k, tmp_path) -> None:
     """A real pretrained model, re-laid out as InternLM2: the rewards are those of the Llama."""
     run = make_run(stories260k, tmp_path / "run", "tp2")
