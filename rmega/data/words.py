@@ -32,6 +32,7 @@ _SPLIT_PATTERNS = {_LLAMA3: re.compile(_LLAMA3_ASCII),  # Qwen 2 differs in digi
 _ODD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\xa0\u1680\u180e\u2000-\u200f\u2028-\u202f\u205f-\u2064"
                   "\u3000\ufeff]")
 """Characters whose being white space is a matter of opinion between regex engines: their text is encoded whole."""
+_ENDINGS = ".,!?:;\"')"
 _DIGIT = re.compile(r"([0-9])")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _BEFORE_SPACE = re.compile(r"\s*\S+|\s+")
@@ -186,8 +187,12 @@ def _sentencepiece(backend: Any, specials: dict[str, int], normalizer: dict[str,
 
     def encode_word(word: str) -> bytes:
         word = word.replace(" ", "▁")
-        if word[1:].isalpha() and word[1:].isascii():
-            return table[word]
+        stem = word.rstrip(_ENDINGS)
+        if stem[1:].isalpha() and stem[1:].isascii():
+            if stem == word:
+                return table[word]
+            if (stem[-1], word[len(stem)]) not in beside:  # most words that are new: a known one and its full stop
+                return table[stem] + table[word[len(stem):]]
         borders = [i for i, pair in enumerate(zip(word, word[1:], strict=False), 1) if pair not in beside]
         if not borders:
             return table[word]
