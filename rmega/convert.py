@@ -120,7 +120,8 @@ def _write(folder: Path, info: dict[str, Any], output: Path, geometry: Geometry,
             info = {**info, "pad_token_id": example["pad_token_id"]}
         elif info["pad_token_id"] in example["token_ids"] and geometry.family == "llama":
             say(f"warning: pad token {example['pad_token']} (id {info['pad_token_id']}) occurs in texts and the "
-                "tokenizer has no free one: transformers 4 would read rewards too early (5 does not; --format internlm2 neither)")
+                "tokenizer has no free one: transformers 4 would read rewards too early (5 does not; nor does --format "
+                "internlm2)")
         write_config(partial, geometry, info, dtype)
         source = CheckpointTensors(folder)
         bar = Progress("writing", len(BACKBONES[geometry.family].weight_table(geometry)))
