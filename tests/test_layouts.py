@@ -71,3 +71,66 @@ def test_heads_that_do_not_divide_are_refused(tmp_path):
     folder = tiny_llama(tmp_path, heads=9, groups=3, hidden=72, head_dim=8)
     with pytest.raises(RuntimeError, match="--tp 2 does not divide the model's 3 key/value heads.*--pad-attention"):
         result_of("tp2", folder)
+
+
+def test_the_tool_prints_a_table_and_fails_beyond_the_tolerance(shared_dir, stories260k, tmp_path, monkeypatch, capsys):
+    """tools/check_layouts.py on real comparisons; a tolerance that nothing meets gives exit code 1."""
+    from tests.runs import make_data
+    from tools import check_layouts
+
+    data = make_data(shared_dir, stories260k, tmp_path)
+    argv = ["check_layouts.py", "--hf-model", str(stories260k), "--data-path", data, "--layouts", "tp2", "--steps", "2"]
+    for more, code, says in (([], 0, "  ok"), (["--tolerance", "1e-12"], 1, "  DIFFERS (gradient of ")):
+        monkeypatch.setattr("sys.argv", argv + more)
+        assert check_layouts.main() == code
+        (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tp2 ")]
+        assert says in row
+
+
+@pytest.mark.parametrize("text,says", [("tp2,cp2", "context parallelism is not supported"), ("tp2,x3", "'x3' is not one of")])
+def test_layouts_that_are_not_understood(text, says):
+    from rmega.layouts import Layout
+
+    with pytest.raises(ValueError, match=says):
+        Layout.parse(text)
+
+
+def half(rank: int, world_size: int, text: str, folder: str, dtype: str, scale: float) -> object:
+    """Three steps in half precision: (losses, which updated, loss scales)."""
+    from rmega import train
+    from rmega.layouts import Layout, build, layout_config, make_batcher
+    from rmega.precision import DTYPES
+
+    config = layout_config(Layout.parse(text), hf_model=folder, steps=6, global_batch_size=6, max_tokens=260, lr=1e-3)
+    config.optimizer.initial_loss_scale = scale
+    wrapped, optimizer, scheduler, geometry, _ = build(config, DTYPES[dtype])
+    batcher = make_batcher(config, InMemory(random_comparisons(24, seed=1)), geometry)
+    out = []
+    for step in range(6):
+        documents = batcher.documents(6 * step)
+        report = train.train_step(wrapped, optimizer, batcher.packs(documents), config.loss, len(documents))
+        scheduler.step(1)
+        out.append((report.loss, report.updated, float(optimizer.get_loss_scale()) if dtype == "fp16" else 1.0))
+    return out
+
+
+@pytest.mark.parametrize("dtype,tolerance", [("bf16", 5e-2), ("fp16", 1e-2)])
+@pytest.mark.parametrize("text", ["1", "tp2,sp", "dp2"])
+def test_half_precision_follows_fp32(text, dtype, tolerance, folder):
+    from rmega.layouts import Layout
+
+    exact = run_distributed(half, 1, "1", str(folder), "fp32", 1.0)[0]
+    for seen in run_distributed(half, Layout.parse(text).world_size, text, str(folder), dtype, 256.0):
+        assert all(updated for _, updated, _ in seen)
+        assert [loss for loss, *_ in seen] == pytest.approx([loss for loss, *_ in exact], rel=tolerance)
+
+
+@pytest.mark.parametrize("text", ["1", "pp2"])
+def test_fp16_overflow_skips_and_lowers_the_scale(text, folder):
+    """A loss scale far too high: updates are skipped on every rank alike until it is low enough, then go on."""
+    from rmega.layouts import Layout
+
+    results = run_distributed(half, Layout.parse(text).world_size, text, str(folder), "fp16", 2.0**36)
+    for seen in results:
+        assert not seen[0][1] and seen[-1][2] < 2.0**36
+        assert [(u, s) for _, u, s in seen] == [(u, s) for _, u, s in results[0]]

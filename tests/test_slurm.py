@@ -57,8 +57,8 @@ def test_requeue_goes_on(slurm, shared_dir, stories260k, tmp_path):
     """The script of the 1.8B model with a tiny one: SIGTERM by scontrol requeue saves, the second start goes on."""
     data = runs.make_data(shared_dir, stories260k, tmp_path)
     log, run = tmp_path / "log", tmp_path / "run"
-    environment = {**slurm, "DATA": data, "VALID": data, "RUN": str(run), "RANKS_PER_NODE": "2", "PYTHON": sys.executable,
-                   "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    environment = {**slurm, "DATA": data, "VALID": data, "RUN": str(run), "RANKS_PER_NODE": "2",
+                   "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     said = ask(environment, "sbatch", f"--output={log}", "examples/slurm/internlm2-1.8b.sbatch",
                *runs.flags(stories260k, data, steps=None, train_epochs=4, batch=6, dp=2, save_interval=1000,
                            eval_interval=0))
@@ -76,7 +76,10 @@ def test_requeue_goes_on(slurm, shared_dir, stories260k, tmp_path):
     ask(slurm, "scontrol", "requeue", job)
     wait_for("stopping after step")
     wait_for("saved ")
-    time.sleep(2)
+    deadline = time.monotonic() + 60
+    while "PENDING" not in (state := ask(slurm, "squeue", "-h", "-j", job, "-o", "%T")):
+        assert time.monotonic() < deadline, state
+        time.sleep(0.5)
     ask(slurm, "scontrol", "update", f"jobid={job}", "StartTime=now")  # Slurm holds a requeued job back for two minutes
     wait_for("going on from")
     wait_for("done: 40 steps")
