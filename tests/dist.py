@@ -53,6 +53,16 @@ atexit.register(_stop)
 
 
 def run_distributed(fn, world_size: int, *args, timeout: float = 240.0) -> list:
+    """``_run_once``, a second time where another program took the port between its choice and its use."""
+    try:
+        return _run_once(fn, world_size, *args, timeout=timeout)
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        return _run_once(fn, world_size, *args, timeout=timeout)
+
+
+def _run_once(fn, world_size: int, *args, timeout: float) -> list:
     """Call the module-level ``fn(rank, world_size, *args)`` on ``world_size`` processes; their results in rank order.
 
     Raises RuntimeError with the first failing rank's traceback, or after ``timeout`` seconds.
