@@ -269,4 +269,5 @@ def check_same_optimizer(info: dict[str, Any], use_distributed_optimizer: bool) 
 
 def copy_of_weights(wrapped) -> dict[str, torch.Tensor]:
     """Detached copies of this rank's parameters by name (for tests and comparisons)."""
-    return {f"{i}.{name}": p.detach().clone() for i, chunk in enumerate(wrapped) for name, p in chunk.named_parameters()}
+    return {f"{i}.{name}": p.detach().clone() for i, chunk in enumerate(wrapped)
+            for name, p in chunk.named_parameters()}

@@ -180,7 +180,8 @@ def refuse_what_cannot_fit(stages: list[StagePlan], memory: float, *, only_state
         "--recompute full, --sp, or a smaller --max-tokens-per-microbatch"
     raise ValueError(f"this layout needs {need / GB:.1f} GB on each rank of stage {worst.stage} (weights "
                      f"{worst.weights / GB:.1f}, gradients {worst.gradients / GB:.1f}, optimizer "
-                     f"{worst.optimizer / GB:.1f}{'' if only_state else f', activations {worst.activations / GB:.1f}'}), "
+                     f"{worst.optimizer / GB:.1f}"
+                     f"{'' if only_state else f', activations {worst.activations / GB:.1f}'}), "
                      f"and a device has {memory / GB:.1f} GB: {advice}")
 
 
@@ -203,8 +204,8 @@ def describe(config: TrainingConfig, geometry: Geometry, stages: list[StagePlan]
                      f"{s.total / GB:>10.2f}")
     lines += [
         "(without the workspace of kernels and communication, and what the allocator keeps back)", "",
-        f"step: {step.comparisons} comparisons, {step.tokens:,.0f} tokens ({step.tokens / replicas:,.0f} per replica) in "
-        f"{step.microbatches:.1f} micro-batches per replica, the largest of {step.largest_microbatch:,} tokens",
+        f"step: {step.comparisons} comparisons, {step.tokens:,.0f} tokens ({step.tokens / replicas:,.0f} per replica) "
+        f"in {step.microbatches:.1f} micro-batches per replica, the largest of {step.largest_microbatch:,} tokens",
         f"pipeline bubble: {100 * step.bubble:.1f} % of a step; data-parallel balance: dearest rank "
         f"{step.imbalance:.3f} x the mean"]
     return "\n".join(lines)

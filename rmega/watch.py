@@ -42,7 +42,8 @@ class Watch:
             usual = statistics.median(self._norms) if len(self._norms) >= FEWEST else math.inf
             if report.grad_norm > SPIKE * usual:
                 said.append(f"warning: step {step}: gradient norm {report.grad_norm:.4g}, "
-                            f"{report.grad_norm / usual:.0f} times the usual {usual:.4g}; comparisons {list(documents)}")
+                            f"{report.grad_norm / usual:.0f} times the usual {usual:.4g}; comparisons "
+                            f"{list(documents)}")
             self._norms.append(report.grad_norm)
         scores = (report.chosen_score_mean, report.rejected_score_mean)
         if all(math.isfinite(s) for s in scores):

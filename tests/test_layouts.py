@@ -87,7 +87,8 @@ def test_the_tool_prints_a_table_and_fails_beyond_the_tolerance(shared_dir, stor
         assert says in row
 
 
-@pytest.mark.parametrize("text,says", [("tp2,cp2", "context parallelism is not supported"), ("tp2,x3", "'x3' is not one of")])
+@pytest.mark.parametrize("text,says", [("tp2,cp2", "context parallelism is not supported"),
+                                       ("tp2,x3", "'x3' is not one of")])
 def test_layouts_that_are_not_understood(text, says):
     from rmega.layouts import Layout
 

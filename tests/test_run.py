@@ -133,7 +133,7 @@ def test_too_many_skipped_updates_leave_a_file_that_replays(stories260k, data, t
     run = tmp_path / "run"
     (said,) = run_distributed(poisoned, 1, runs.flags(stories260k, data, run, steps=10, max_skipped_steps=2),
                               list(range(60)), 3)
-    assert said.startswith("--max-skipped-steps 2: so many updates in a row had no finite gradient; python tools/replay")
+    assert said.startswith("--max-skipped-steps 2: so many updates in a row had no finite gradient; python tools/")
     file = run / "skipped_5.json"
     kept = json.loads(file.read_text())
     assert len(kept["documents"]) == 6

@@ -51,7 +51,8 @@ def main() -> int:
             return 75
         message = failure.message if isinstance(failure.message, str) else failure.message.get("message", "")
         own = message if message.startswith("error: ") else ""
-        how = f"was ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"left with exit code {code}"
+        how = f"was ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else \
+            f"left with exit code {code}"
         print(f"launch: rank {rank} failed first: {own or how}", file=sys.stderr)
         return code if code > 0 else 128 - code
     return 0
