@@ -1,12 +1,15 @@
-"""Two things that megatron-core does with more work than needed when no NVIDIA package is there to help it."""
+"""What megatron-core does with more work than needed when no NVIDIA package is there to help it."""
 
 from __future__ import annotations
 
+import sys
 import types
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import layers
+
+from rmega import ops
 
 
 def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
@@ -14,12 +17,10 @@ def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_output: torch.Tensor, main_
 
     What apex's ``fused_weight_gradient_mlp_cuda`` does, in the signature under which megatron-core calls it.
     """
-    if inputs.dtype == main_grad.dtype:
-        main_grad.addmm_(grad_output.t(), inputs)
-    elif inputs.is_cuda:
+    if inputs.is_cuda and inputs.dtype != main_grad.dtype:
         torch.addmm(main_grad, grad_output.t(), inputs, out_dtype=main_grad.dtype, out=main_grad)
     else:
-        main_grad.add_(grad_output.t() @ inputs)
+        ops.linear_grad_weight(grad_output, inputs, main_grad)
 
 
 def fuse_weight_gradients(device: torch.device, dtype: torch.dtype) -> bool:
@@ -31,7 +32,9 @@ def fuse_weight_gradients(device: torch.device, dtype: torch.dtype) -> bool:
     if layers._grad_accum_fusion_available and not isinstance(layers.fused_weight_gradient_mlp_cuda,
                                                               types.SimpleNamespace):
         return device.type == "cuda"
-    if device.type == "cpu" and dtype is not torch.float32:
+    if device.type == "cpu" and dtype is torch.bfloat16 and ops.has_native_linear():
+        use_native_products()
+    elif device.type == "cpu" and dtype is not torch.float32:
         return False  # the product must be made in half precision and added, which the engine does by itself
     if device.type == "cuda":
         x, g = (torch.ones(16, 16, device=device, dtype=dtype) for _ in range(2))
@@ -45,6 +48,31 @@ def fuse_weight_gradients(device: torch.device, dtype: torch.dtype) -> bool:
     layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=wgrad_gemm_accum_fp32)
     layers._grad_accum_fusion_available = True
     return True
+
+
+def use_native_products() -> None:
+    """Let the engine's linear layers multiply with ``ops.linear`` and ``ops.linear_grad_input``.
+
+    Their forward calls ``torch.matmul`` of the substitute that cpu.py gave to the engine. Their backward calls the
+    tensor's own method, which can only be replaced for all tensors; it asks who calls.
+    """
+    substitute = layers.torch
+    assert substitute is not torch, "rmega.cpu.install() comes first"
+    if getattr(substitute, "matmul", None) is not torch.matmul:
+        return
+    tensor_matmul = torch.Tensor.matmul
+
+    def product(x, other, **kwargs):
+        if not kwargs and other.dim() == 2 and other.stride(0) == 1 and x.dtype is torch.bfloat16:  # weight.t()
+            return ops.linear(x, other.t())
+        return torch.matmul(x, other, **kwargs)
+
+    def matmul(self, other):
+        if self.dtype is torch.bfloat16 and sys._getframe(1).f_globals is layers.__dict__:
+            return ops.linear_grad_input(self, other)
+        return tensor_matmul(self, other)
+
+    substitute.matmul, torch.Tensor.matmul = product, matmul
 
 
 def skip_single_rank_collectives(wrapped) -> None:

@@ -18,7 +18,7 @@ _why_not_built = ""
 try:
     from rmega import _C
 
-    if getattr(_C, "interface", 1) != 2:  # csrc/bindings.cpp
+    if getattr(_C, "interface", 1) != 3:  # csrc/bindings.cpp
         _C, _why_not_built = None, "it was built from older sources; build it again"
 except ImportError as _error:  # not built, or built for another torch
     _C, _why_not_built = None, str(_error)
@@ -292,3 +292,45 @@ def rope_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 _rope = _operator("rope", lambda x, cos, sin, backwards: x.new_empty(x.shape))
+
+
+# ---- linear -----------------------------------------------------------------------------------------------------
+# The three products of a linear layer. Natively in bfloat16 on CPUs with AMX (csrc/linear.cpp), elsewhere torch's. They
+# have no gradient of their own: megatron-core's linear layers call them in their forward and backward (fusion.py).
+
+
+def has_native_linear() -> bool:
+    """Whether this CPU has the tiles that the native products need."""
+    return _C is not None and _C.linear_has_tiles()
+
+
+def _native_linear(x: Tensor, weight: Tensor) -> bool:
+    return (x.device.type == "cpu" and x.dtype == weight.dtype == torch.bfloat16 and has_native_linear()
+            and _native(x.device))
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x`` [..., k] times ``weight`` [n, k] transposed -> [..., n], without a gradient."""
+    return _linear(x, weight) if _native_linear(x, weight) else torch.matmul(x, weight.t())
+
+
+def linear_grad_input(grad: Tensor, weight: Tensor) -> Tensor:
+    """``grad`` [..., n] times ``weight`` [n, k] -> [..., k]."""
+    return _linear_grad_input(grad, weight) if _native_linear(grad, weight) else torch.matmul(grad, weight)
+
+
+def linear_grad_weight(grad: Tensor, x: Tensor, total: Tensor) -> None:
+    """``total`` [n, k] += ``grad`` [t, n] transposed times ``x`` [t, k]. A fp32 total of bfloat16 products is natively
+    summed without rounding in between."""
+    if _native_linear(grad, x):
+        _linear_grad_weight(grad, x, total)
+    elif total.dtype == x.dtype:
+        total.addmm_(grad.t(), x)
+    else:
+        total.add_(grad.t() @ x)
+
+
+_linear = _operator("linear", lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]))
+_linear_grad_input = _operator("linear_grad_input", lambda grad, weight: grad.new_empty(*grad.shape[:-1],
+                                                                                        weight.shape[1]))
+_linear_grad_weight = _operator("linear_grad_weight", lambda grad, x, total: None)
