@@ -1,15 +1,16 @@
-"""Attention over packs with a shared prefix on the CPU, forward and backward: the paths that compute the same thing.
+"""Attention over packs with a shared prefix, forward and backward: the paths that compute the same thing.
 
     python benchmarks/attention.py --threads 1 2
+    python benchmarks/attention.py --device cuda --name gpu_attention
 
-- native: csrc/packed_attention.cpp (rmega's choice);
+- native: csrc/packed_attention.cpp (rmega's choice on a CPU); varlen: one varlen call over gathered keys (on CUDA);
 - flash: ATen's CPU flash kernel per part, merged by log-sum-exp (where the extension is not built);
 - tree: scaled_dot_product_attention with one dense tree mask per comparison;
-- copies: the native kernel on the pack in which each response carries its own prompt (no sharing).
+- copies: rmega's choice on the pack in which each response carries its own prompt (no sharing).
 
 Lengths are drawn (seeded, log-normal) around the means of HH-RLHF and UltraFeedback. The paths are interleaved; a
 figure is the best of --repeats. With one thread it is processor time, which a busy machine disturbs less; with more it
-is wall time. GFLOP/s count the useful work only, 3.5 * 4 * d * a FLOP for each (query, key) pair of the shared pack.
+is wall time, and so it is on CUDA (bf16 only, ten times as many comparisons). GFLOP/s count the useful work only, 3.5 * 4 * d * a FLOP for each (query, key) pair of the shared pack.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import dataclasses
 import random
 import sys
 import time
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,15 +38,19 @@ LENGTHS = {"HH": (170, 66, 14), "UltraFeedback": (114, 369, 5)}  # mean prefix, 
 
 @dataclasses.dataclass(kw_only=True)
 class Args:
-    """Measure packed attention on the CPU against other ways to compute it."""
+    """Measure packed attention against other ways to compute it."""
 
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to run."""
     threads: tuple[int, ...] = (1, 2)
     """Numbers of threads to measure with."""
     repeats: int = 10
     """Runs of each path; the best counts."""
+    name: str = "attention"
+    """Results go to benchmarks/results/NAME.json."""
 
 
-def draw_lengths(kind: str) -> list[tuple[int, tuple[int, int]]]:
+def draw_lengths(kind: str, times: int) -> list[tuple[int, tuple[int, int]]]:
     """(prefix, two suffixes) of some comparisons."""
     prefix, suffix, count = LENGTHS[kind]
     generator = random.Random(0)
@@ -51,7 +58,7 @@ def draw_lengths(kind: str) -> list[tuple[int, tuple[int, int]]]:
     def length(mean: int) -> int:
         return max(1, int(mean * generator.lognormvariate(-0.18, 0.6)))
 
-    return [(length(prefix), (length(suffix), length(suffix))) for _ in range(count)]
+    return [(length(prefix), (length(suffix), length(suffix))) for _ in range(count * times)]
 
 
 def make_segments(comparisons: list, share: bool) -> tuple[Segments, int]:
@@ -78,11 +85,11 @@ def tree_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: 
         blocks = []
         for first, parts in comparisons.items():
             end = max(s.k_start + s.k_len for s in parts)
-            mask = torch.zeros(end - first, end - first, dtype=torch.bool)
+            mask = torch.zeros(end - first, end - first, dtype=torch.bool, device=q.device)
             for s in parts:
                 rows = slice(s.q_start - first, s.q_start - first + s.q_len)
                 mask[rows, : s.prefix_len] = True
-                mask[rows, rows] = torch.ones(s.q_len, s.q_len, dtype=torch.bool).tril()
+                mask[rows, rows] = torch.ones(s.q_len, s.q_len, dtype=torch.bool, device=q.device).tril()
             blocks.append((first, end, mask))
         segments.cache["tree"] = blocks
     out = []
@@ -92,24 +99,28 @@ def tree_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: 
     return torch.cat(out, dim=2)[0].transpose(0, 1).flatten(1)
 
 
-def measure(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, threads: int, repeats: int) -> dict:
+def measure(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, threads: int, args: Args) -> dict:
     """{path: (forward ms, backward ms, GFLOP/s)}."""
     torch.set_num_threads(threads)
-    clock = time.process_time if threads == 1 else time.perf_counter
+    on_cuda = args.device == "cuda"
+    clock = time.process_time if threads == 1 and not on_cuda else partial(common.clock, args.device)
     a, g, d = shape
-    comparisons = draw_lengths(kind)
+    comparisons = draw_lengths(kind, 10 if on_cuda else 1)
     packs = {share: make_segments(comparisons, share) for share in (True, False)}
     paths = {"native": (attention.packed_attention_native, True), "flash": (attention.packed_attention_flash, True),
              "tree": (tree_attention, True), "copies": (attention.packed_attention_native, False)}
-    if not hasattr(torch.ops.rmega, "packed_attention"):
+    if on_cuda:
+        paths = {"varlen": (attention.packed_attention, True), "tree": (tree_attention, True),
+                 "copies": (attention.packed_attention, False)}
+    elif not hasattr(torch.ops.rmega, "packed_attention"):
         print("rmega._C is not built: no native and copies rows")
         del paths["native"], paths["copies"]
     inputs = {}
     for share, (_, t) in packs.items():
         generator = torch.Generator().manual_seed(0)
-        inputs[share] = [torch.randn(t, n, d, generator=generator).to(dtype).requires_grad_() for n in (a, g, g)]
+        inputs[share] = [torch.randn(t, n, d, generator=generator).to(args.device, dtype).requires_grad_() for n in (a, g, g)]
     best = {name: [float("inf")] * 2 for name in paths}
-    for _ in range(repeats):
+    for _ in range(args.repeats):
         for name, (path, share) in paths.items():
             q, k, v = inputs[share]
             begin = clock()
@@ -126,21 +137,22 @@ def measure(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, threads:
 def main(args: Args) -> int:
     """Print the table and write it."""
     rows = []
-    columns = ["threads", "dtype", "shape", "lengths", "path", "forward_ms", "backward_ms", "gflops", "over_native"]
+    columns = ["threads", "dtype", "shape", "lengths", "path", "forward_ms", "backward_ms", "gflops", "over_first"]
     print(("{:>7} {:>8} {:>13} {:>14} {:>7} {:>10} {:>11} {:>7} {:>11}").format(*columns))
-    for threads in args.threads:
-        for dtype in (torch.float32, torch.bfloat16):
+    on_cuda = args.device == "cuda"
+    for threads in args.threads[:1] if on_cuda else args.threads:
+        for dtype in (torch.bfloat16,) if on_cuda else (torch.float32, torch.bfloat16):
             for shape_name, shape in SHAPES.items():
                 for kind in LENGTHS:
-                    result = measure(kind, shape, dtype, threads, args.repeats)
-                    native = sum(result["native"][:2]) if "native" in result else float("nan")
+                    result = measure(kind, shape, dtype, threads, args)
+                    chosen = sum(next(iter(result.values()))[:2])  # rmega's choice stands first
                     for name, (forward, backward, gflops) in result.items():
                         row = [threads, str(dtype)[6:], shape_name, kind, name, forward, backward, gflops,
-                               (forward + backward) / native]
+                               (forward + backward) / chosen]
                         rows.append(dict(zip(columns, row, strict=True)))
                         print("{:>7} {:>8} {:>13} {:>14} {:>7} {:>10.2f} {:>11.2f} {:>7.0f} {:>11.2f}".format(*row),
                               flush=True)
-    common.save("attention", {**common.environment(), "rows": rows})
+    common.save(args.name, {**common.environment(args.device), "rows": rows})
     return 0
 
 

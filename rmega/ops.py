@@ -234,6 +234,11 @@ def _native_elementwise(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and _native(x.device)
 
 
+def active_elementwise(device: torch.device, dtype: torch.dtype) -> str:
+    """``"native"`` or ``"torch"``: what norm, rotation and activation run for tensors of this device and dtype."""
+    return "native" if _native_elementwise(torch.empty(0, device=device, dtype=dtype)) else "torch"
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * (x / sqrt(mean(x^2) + eps))`` over the last dimension of ``x`` [..., h]; ``weight`` [h], x's dtype.
 

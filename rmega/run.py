@@ -144,7 +144,7 @@ class Run:
             f"{c.parallel.pipeline_model_parallel_size}"
             f"{f' x {c.parallel.virtual_pipeline_model_parallel_size} chunks' if c.parallel.virtual_pipeline_model_parallel_size else ''}"
             f", dp {self.batching['num_ranks']}{' (distributed optimizer)' if c.parallel.use_distributed_optimizer else ''}")
-        log(f"compute: {self.precision.description}; {train.implementations(c, self.device, self.optimizer)}")
+        log(f"compute: {self.precision.description}; {train.implementations(c, self.device, self.precision.dtype, self.optimizer)}")
 
     def restore_or_start(self) -> None:
         """Go on from ``--load`` where it has a checkpoint; open the logs."""

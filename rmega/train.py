@@ -28,6 +28,7 @@ from rmega.data.batching import Batcher, PackedBatch
 from rmega.distributed import is_reporting_rank, sum_over_ranks
 from rmega.evaluation.judge import flat_summary, judge_stored
 from rmega.fusion import fuse_weight_gradients, skip_single_rank_collectives
+from rmega.models.attention import active_kernel
 from rmega.models.geometry import Geometry
 from rmega.models.reward_model import RewardModel, transformer_config
 
@@ -60,13 +61,15 @@ def transformer_layout(config: TrainingConfig, geometry: Geometry, *, dtype: tor
         last_stage_layers=p.num_layers_in_last_pipeline_stage, on_cpu=on_cpu)
 
 
-def implementations(config: TrainingConfig, device: torch.device, optimizer) -> str:
+def implementations(config: TrainingConfig, device: torch.device, dtype: torch.dtype, optimizer) -> str:
     """Which implementation of each part is active, for the log."""
-    native = ops.active_implementation(device)
     inner = type(optimizer.chained_optimizers[0].optimizer)
     linear = "transformer_engine" if use_transformer_engine(config.model.transformer_impl, device) else "megatron-core"
+    if device.type == "cpu" and dtype is torch.bfloat16 and ops.has_native_linear():
+        linear += " with native products"
     fused = ", fused" if any(group.get("fused") for group in optimizer.param_groups) else ""
-    return (f"operators (gather, loss, norm, rotation, activation) {native}, attention {device.type}, linear {linear}, "
+    return (f"gather and loss {ops.active_implementation(device)}, norm, rotation and activation "
+            f"{ops.active_elementwise(device, dtype)}, attention {active_kernel(device, dtype)}, linear {linear}, "
             f"optimizer {inner.__module__.split('.')[0]} {inner.__name__}{fused}")
 
 

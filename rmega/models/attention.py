@@ -10,6 +10,7 @@ the segment's own keys: query i of q_len sees own keys j <= i + k_len - q_len. R
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import itertools
 import math
@@ -177,13 +178,28 @@ def packed_attention_native(q: Tensor, k: Tensor, v: Tensor, segments: SegmentsL
 
 
 def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scale: float) -> Tensor:
+    obstacle = _native_obstacle(q.dtype)
+    if obstacle:
+        _say_once(f"attention: {obstacle}: ATen's flash kernel runs instead (slower)")
+        return packed_attention_flash(q, k, v, segments, scale)
+    return packed_attention_native(q, k, v, segments, scale)
+
+
+def _native_obstacle(dtype: torch.dtype) -> str:
     if ops.active_implementation("cpu") == "reference" or not hasattr(torch.ops.rmega, "packed_attention"):
-        _say_once("attention: the native kernel is not built or not wanted: ATen's flash kernel runs instead (slower)")
-    elif q.dtype not in (torch.float32, torch.bfloat16):
-        _say_once(f"attention: the native kernel takes no {q.dtype}: ATen's flash kernel runs instead (slower)")
-    else:
-        return packed_attention_native(q, k, v, segments, scale)
-    return packed_attention_flash(q, k, v, segments, scale)
+        return "the native kernel is not built or not wanted"
+    return "" if dtype in (torch.float32, torch.bfloat16) else f"the native kernel takes no {dtype}"
+
+
+def active_kernel(device: torch.device, dtype: torch.dtype) -> str:
+    """What ``packed_attention`` runs for tensors of this device and dtype, in a word or two for the log."""
+    backend = choose_backend(torch.empty(0, device=device, dtype=dtype))
+    if backend == "cpu":
+        return "flash (ATen)" if _native_obstacle(dtype) else "native"
+    if backend == "cuda":
+        from_torch = hasattr(torch.nn, "attention") and importlib.util.find_spec("torch.nn.attention.varlen")
+        return "varlen (torch)" if from_torch else "varlen (flash_attn)"
+    return "plain torch (slow)"
 
 
 def _native_setup(ctx, inputs, output) -> None:
