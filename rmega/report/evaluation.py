@@ -298,6 +298,21 @@ def _tables(j: dict[str, Any]) -> str:
         out.append(page.table(["RewardBench section", "accuracy"], rows))
         if b["missing"]:
             out.append(f'<p class="sub">Not in the data: {page.escape(", ".join(b["missing"]))}</p>\n')
+    if j["reward_bench_2"]:
+        b = j["reward_bench_2"]
+        rows = [[n, f"{b['num_prompts'][n]:,}", number(v)] for n, v in b["subsets"].items()]
+        out.append(page.table(["RewardBench 2 subset", "prompts", "score"], [*rows, ["overall", "",
+                                                                                    number(b["overall"])]]))
+        if b["ties"]:
+            t = b["ties"]
+            out.append(page.table([f"Ties ({t['num_questions']:,} questions, each with one and with several right "
+                                   "answers)", "share"], [
+                ["every right answer above every wrong one, several right", number(t["tied_accuracy"])],
+                ["the same, one right", number(t["ref_accuracy"])],
+                ["right and wrong further apart than the right ones among themselves", number(t["preferred"])],
+                ["the same, also with the gap where one is right", number(t["preferred_hard"])]]))
+        if b["missing"]:
+            out.append(f'<p class="sub">Not in the data: {page.escape(", ".join(b["missing"]))}</p>\n')
     if j["rm_bench"]:
         b = j["rm_bench"]
         out.append(page.table(["RM-Bench", "easy", "normal", "hard"],
