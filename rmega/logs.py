@@ -47,12 +47,14 @@ def train_line(step: int, total: int, row: Mapping[str, Any]) -> str:
 
 
 class MetricsLog:
-    """Rows of ``metrics.jsonl`` in the run folder, and the same to TensorBoard and Weights & Biases where asked for.
+    """Rows of ``metrics.jsonl`` in the run folder, and the same to TensorBoard and Weights & Biases.
 
-    Only rank 0 writes. Without a folder only the lines on the terminal remain.
+    Only rank 0 writes. Without a folder only the lines on the terminal remain. tensorboard: "auto" writes for it where
+    it is installed, "on" raises ValueError where it is not. A resumed run (``resumed_at``: its last good step) goes on
+    in the same Weights & Biases run.
     """
 
-    def __init__(self, run: str | None, *, resumed_at: int | None = None, tensorboard: bool = False,
+    def __init__(self, run: str | None, *, resumed_at: int | None = None, tensorboard: str = "off",
                  wandb_project: str | None = None, config: Mapping[str, Any] | None = None) -> None:
         self._file = self._board = self._wandb = None
         if rank() != 0:
@@ -63,20 +65,12 @@ class MetricsLog:
             if path.exists():
                 _drop_rows_after(path, resumed_at)
             self._file = open(path, "a", encoding="utf-8")
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ValueError("--tensorboard: tensorboard is not installed (pip install 'rmega[track]')") from None
-            if run is None:
-                raise ValueError("--tensorboard needs --save, where its files go")
-            self._board = SummaryWriter(str(Path(run) / "tensorboard"), purge_step=resumed_at)
+        if tensorboard == "on" and run is None:
+            raise ValueError("--tensorboard needs --save, where its files go")
+        if tensorboard != "off" and run is not None:
+            self._board = _board(Path(run) / "tensorboard", resumed_at, named=tensorboard == "on")
         if wandb_project:
-            try:
-                import wandb
-            except ImportError:
-                raise ValueError("--wandb-project: wandb is not installed (pip install 'rmega[track]')") from None
-            self._wandb = wandb.init(project=wandb_project, dir=run, config=dict(config or {}))
+            self._wandb = _wandb_run(wandb_project, run, resumed_at, config)
 
     def row(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one row {"type": kind, "step": step, ...}."""
@@ -100,6 +94,32 @@ class MetricsLog:
                 sink.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def _board(folder: Path, resumed_at: int | None, *, named: bool) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except Exception as error:  # also an installation that is broken: nobody asked for it by name
+        if named:
+            raise ValueError(f"--tensorboard on: {error} (pip install 'rmega[track]')") from None
+        log(f"tensorboard: off, {error}; tools/report_run.py draws metrics.jsonl")
+        return None
+    # What a resumed run repeats is hidden from this step on; the checkpoint's own step stays.
+    return SummaryWriter(str(folder), purge_step=None if resumed_at is None else resumed_at + 1)
+
+
+def _wandb_run(project: str, run: str | None, resumed_at: int | None, config: Mapping[str, Any] | None) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--wandb-project: wandb is not installed (pip install 'rmega[track]')") from None
+    noted = Path(run) / "wandb_run_id" if run is not None else None
+    known = noted.read_text().strip() if noted and resumed_at is not None and noted.is_file() else None
+    started = wandb.init(project=project, dir=run, config=dict(config or {}), id=known,
+                         resume="allow" if known else None)
+    if noted:
+        noted.write_text(f"{started.id}\n")
+    return started
 
 
 def _drop_rows_after(path: Path, step: int | None) -> None:
