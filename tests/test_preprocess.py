@@ -135,6 +135,21 @@ def test_what_is_left_out_is_listed(run: Any, tmp_path: Path) -> None:
     assert len(run(tmp_path / "d.jsonl", "kept", max_rejected=0.2, duplicates="keep")) == len(data) - 5
 
 
+@pytest.mark.parametrize("policy, reason", [("left-prompt", None), ("right", "identical_after_cut"),
+                                            ("drop", "overlong")])
+def test_cut_rows_are_kept_or_listed(run: Any, tmp_path: Path, shared_dir: Path, policy: str,
+                                     reason: str | None) -> None:
+    """80 conversations that are nearly all too long for 512 tokens of a small vocabulary: none is missing unsaid."""
+    with gzip.open(shared_dir / "data" / "ultrafeedback-cleaned-1k" / "train.argilla-schema.jsonl.gz", "rb") as file:
+        data = write(tmp_path / "uf.jsonl", [json.loads(next(file)) for _ in range(80)])
+    kept = run(data, overlong=policy)
+    listed = tmp_path / "out.rejected.jsonl"
+    missing = [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
+    assert len(kept) + len(missing) == 80 and {m["reason"] for m in missing} == ({reason} if reason else set())
+    assert kept.manifest["input"]["rejected"] == ({reason: len(missing)} if reason else {})
+    assert len({m["line"] for m in missing}) == len(missing)
+
+
 def test_ranked_rows_with_ties(run: Any, tmp_path: Path) -> None:
     ranked = [{"prompt": f"p{i}", "responses": [{"content": f"{c}{i}", "score": s} for c, s in
                                                zip("abcd", (i % 3, 1, 1, 1), strict=True)]} for i in range(30)]

@@ -19,7 +19,8 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
     ("internlm2_1.8b_ultrafeedback", "ultrafeedback-cleaned-1k/train.argilla-schema.jsonl.gz", {}, []),
     ("ranked", "gsm8k-solutions/all.ranked.jsonl", {}, ["--eval-interval", "1", "--save-interval", "1"]),
     ("llama3_8b", "hh-rlhf/mix.eval.pairs.jsonl.gz", {"NPROC": "2", "TP": "2"}, []),
-    ("long_context", "llmbar/eval.pairs.jsonl", {"NPROC": "1", "TP": "1", "MAX_LENGTH": "512"}, []),
+    ("long_context", "llmbar/eval.pairs.jsonl", {"NPROC": "1", "TP": "1", "MAX_LENGTH": "512", "VALID_FRACTION": "0.05"},
+     []),
 ])
 def test_recipe(name, data, variables, flags, stories260k, shared_dir, tmp_path):
     env = {**os.environ, "MODEL": str(stories260k), "DATA": str(shared_dir / "data" / data), "OUT": str(tmp_path / "o"),
@@ -31,6 +32,26 @@ def test_recipe(name, data, variables, flags, stories260k, shared_dir, tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (tmp_path / "o" / "export" / "config.json").is_file()
     assert not (tmp_path / "o" / "export" / "UNVERIFIED").exists()
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "examples/recipes").glob("[!c]*.sh")), ids=lambda p: p.stem)
+def test_variables_reach_a_recipe(recipe, tmp_path):
+    """What is given as MODEL and DATA arrives as it is; without DATA a recipe has its own or says what it wants."""
+    echo = tmp_path / "python"  # in place of Python: says what it was called with
+    echo.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    echo.chmod(0o755)
+    env = {"PATH": os.environ["PATH"], "PYTHON": str(echo), "OUT": str(tmp_path / "o")}
+    given = {"MODEL": "org/a model", "DATA": "rows {1}.jsonl"}
+    done = subprocess.run(["bash", str(recipe), "--seed", "7"], env={**env, **given}, capture_output=True, text=True)
+    said = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    for flag, value in (("--input", given["DATA"]), ("--tokenizer", given["MODEL"]), ("--hf-model", given["MODEL"]),
+                        ("--output-prefix", str(tmp_path / "o/data/train")), ("--seed", "7"),
+                        ("--load", str(tmp_path / "o/run"))):
+        assert said[said.index(flag) + 1] == value
+    alone = subprocess.run(["bash", str(recipe)], env=env, capture_output=True, text=True)
+    assert (alone.returncode == 0) == ("DATA:-" in recipe.read_text()), alone.stderr
+    assert alone.returncode == 0 or "DATA: a file or hub name" in alone.stderr
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
