@@ -20,6 +20,7 @@ from rmega.distributed import log
 from rmega.logs import MetricsLog, Progress, duration, memory_mb, say, train_line
 from rmega.models.hf import load_hf, read_geometry, resolve_model
 from rmega.models.rotary import check_length
+from rmega.proof import MIN_COMPARISONS
 from rmega.run_folder import write_durably
 from rmega.stopping import EXIT_REQUEUE, StopRequest
 from rmega.watch import Watch
@@ -95,6 +96,10 @@ class Run:
             if c.parallel.virtual_pipeline_model_parallel_size else 1)
         self.batcher = Batcher(self.dataset, global_batch_size=c.train.global_batch_size,
                                max_consumed=self.comparisons, **self.batching)
+        kept = min(c.checkpoint.num_proof_comparisons, len(next(iter(self.valid.values()), self.dataset)))
+        if c.checkpoint.save and kept < MIN_COMPARISONS:  # said now, not by the export after a week of training
+            log(f"note: an export proves itself with {MIN_COMPARISONS} comparisons, checkpoints of this run will hold {kept} "
+                "(--valid-data-path, --num-proof-comparisons)")
         log(f"data: {len(self.dataset):,} comparisons per epoch from {', '.join(c.data.data_path)}; {self.steps:,} steps "
             f"of {c.train.global_batch_size}")
 
