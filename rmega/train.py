@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -66,8 +67,11 @@ def implementations(config: TrainingConfig, device: torch.device, optimizer) -> 
     inner = type(optimizer.chained_optimizers[0].optimizer)
     linear = "transformer_engine" if use_transformer_engine(config.model.transformer_impl, device) else "megatron-core"
     fused = ", fused" if any(group.get("fused") for group in optimizer.param_groups) else ""
+    # megatron-core warns of each at every import (silenced by distributed.quiet_engine): once is enough.
+    absent = [name for name in ("transformer_engine", "apex", "flash_attn") if find_spec(name) is None]
     return (f"operators (gather, loss, norm, rotation, activation) {native}, attention {device.type}, linear {linear}, "
-            f"optimizer {inner.__module__.split('.')[0]} {inner.__name__}{fused}")
+            f"optimizer {inner.__module__.split('.')[0]} {inner.__name__}{fused}"
+            + (f"; not installed: {', '.join(absent)}" if absent else ""))
 
 
 def use_transformer_engine(choice: str, device: torch.device) -> bool:

@@ -313,7 +313,9 @@ def test_pairs_and_judgement():
     assert [w["where"] for w in worst_mistakes(items)] == [""]
     text = str(to_json(got))
     assert "nan" not in text and "inf" not in text
-    assert flat_summary(got)["accuracy"] == got["accuracy"]
+    flat = flat_summary(got)
+    assert flat["accuracy"] == got["accuracy"] and (flat["accuracy/x"], flat["accuracy/y"]) == (1.0, 0.0)
+    assert "accuracy/x" not in flat_summary(judge(items[:1]))  # one source is the whole
 
 
 def test_nothing_to_judge_and_not_finite():

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rmega.data.records import Comparison
 
 NUM_WORST = 20
+MAX_LOGGED_SOURCES = 32
 
 
 @dataclass(kw_only=True, slots=True)
@@ -146,7 +147,10 @@ def judge_stored(dataset: Any, rewards: np.ndarray) -> dict[str, Any]:
 
 
 def flat_summary(judgement: dict[str, Any]) -> dict[str, float | int | None]:
-    """The few numbers of a judgement that a training log keeps, flat; NaN becomes None."""
+    """The few numbers of a judgement that a training log keeps, flat; NaN becomes None.
+
+    Where there are several sources (at most ``MAX_LOGGED_SOURCES``), also each one's accuracy, as "accuracy/SOURCE".
+    """
     length, calibration = judgement["length"], judgement["calibration"]
     flat = {key: judgement[key] for key in ("accuracy", "accuracy_low", "accuracy_high", "num_pairs", "num_ties",
                                             "mean_margin", "chosen_score_mean", "rejected_score_mean")}
@@ -154,6 +158,8 @@ def flat_summary(judgement: dict[str, Any]) -> dict[str, float | int | None]:
              "temperature": calibration["temperature"], "length_gap": length["gap"],
              "length_spearman": length["spearman_within"], "always_longer": length["always_longer"],
              "length_controlled_accuracy": length["controlled_accuracy"]}
+    if 1 < len(judgement["by_source"]) <= MAX_LOGGED_SOURCES:
+        flat |= {f"accuracy/{name}": row["accuracy"] for name, row in judgement["by_source"].items()}
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in flat.items()}
 
 
