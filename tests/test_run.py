@@ -7,6 +7,7 @@ import io
 import json
 import random
 import time
+from importlib.util import find_spec
 
 import pytest
 
