@@ -332,9 +332,9 @@ def test_quick_start(tmp_path, stories260k):
     assert stamp.returncode == 0, stamp.stderr
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "setup.stamp").write_text(f"\n{stamp.stdout}")  # nothing is installed
-    done = subprocess.run(["bash", "examples/quickstart.sh", "--model", str(stories260k), "--data", "train.jsonl",
-                           "--steps", "3", "--max-length", "256", "--nproc", "2", "--tp", "2"], cwd=tmp_path, env=env,
-                          capture_output=True, text=True, timeout=280)
+    done = subprocess.run(["bash", "examples/quickstart.sh", "--model", str(stories260k), "--data",
+                           "examples/data/demo.train.jsonl", "--steps", "3", "--max-length", "256", "--nproc", "2",
+                           "--tp", "2"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "proven" in done.stdout and (tmp_path / "runs" / "quickstart" / "finished").is_file()
     shutil.rmtree(tmp_path / "runs")
