@@ -113,6 +113,27 @@ def test_evaluation_page_of_several_sets(tmp_path):
     assert "best-of-N accuracy" in got.text and "set-2" in got.ids
 
 
+def test_benchmark_tables(tmp_path):
+    """RewardBench 2, whole and in part, and RM-Bench find their tables on the page."""
+    pytest.importorskip("matplotlib")
+    items = []
+    for name, k, id_ in (("Factuality", 4, "1"), ("Precise IF", 4, "2"), ("Math", 4, "3"), ("Safety", 4, "4"),
+                         ("Focus", 4, "5"), ("Ties", 3, "ref:6"), ("Ties", 3, "tied:6")):
+        (item,) = make_items(1, k, id=id_, benchmark="reward-bench-2")
+        item.source, item.scores = name, np.array([1.0, float(id_ == "tied:6"), *[0.0] * (k - 2)])
+        item.rewards = np.arange(k, 0, -1.0)
+        items.append(item)
+    whole, part = render(tmp_path, {"rb2": items}), render(tmp_path, {"rb2": items[:1]})
+    assert "RewardBench 2 subset" in whole.text and "Not in the data" not in whole.text
+    # tied:6 has gap 1 and spread 1: a draw, so neither preferred nor hard; tanh(1 / 1 - 1) is 0
+    assert "1 questions, each with one and with several" in whole.text and "0.600" in whole.text
+    assert f"{(5 + 0.6) / 6:.3f}" in whole.text
+    assert "Not in the data: Precise IF, Math, Safety, Focus, Ties" in part.text
+    (item,) = make_items(1, 6, benchmark="rm-bench")
+    item.scores = np.array([1.0, 1, 1, 0, 0, 0])
+    assert "RM-Bench" in render(tmp_path, {"rm": [item]}).text
+
+
 def test_odd_sets_still_draw(tmp_path):
     """All ties and an absurd scale, one pair without a mistake, nothing to judge."""
     pytest.importorskip("matplotlib")
