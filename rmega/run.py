@@ -98,8 +98,8 @@ class Run:
                                max_consumed=self.comparisons, **self.batching)
         kept = min(c.checkpoint.num_proof_comparisons, len(next(iter(self.valid.values()), self.dataset)))
         if c.checkpoint.save and kept < MIN_COMPARISONS:  # said now, not by the export after a week of training
-            log(f"note: an export proves itself with {MIN_COMPARISONS} comparisons, checkpoints of this run will hold {kept} "
-                "(--valid-data-path, --num-proof-comparisons)")
+            log(f"note: an export proves itself with {MIN_COMPARISONS} comparisons, checkpoints of this run will hold "
+                f"{kept} (--valid-data-path, --num-proof-comparisons)")
         log(f"data: {len(self.dataset):,} comparisons per epoch from {', '.join(c.data.data_path)}; {self.steps:,} steps "
             f"of {c.train.global_batch_size}")
 
