@@ -20,7 +20,6 @@ from rmega.distributed import log
 from rmega.logs import MetricsLog, Progress, duration, memory_mb, say, train_line
 from rmega.models.hf import load_hf, read_geometry, resolve_model
 from rmega.models.rotary import check_length
-from rmega.proof import MIN_COMPARISONS
 from rmega.run_folder import write_durably
 from rmega.stopping import EXIT_REQUEUE, StopRequest
 from rmega.watch import Watch
@@ -96,10 +95,6 @@ class Run:
             if c.parallel.virtual_pipeline_model_parallel_size else 1)
         self.batcher = Batcher(self.dataset, global_batch_size=c.train.global_batch_size,
                                max_consumed=self.comparisons, **self.batching)
-        kept = min(c.checkpoint.num_proof_comparisons, len(next(iter(self.valid.values()), self.dataset)))
-        if c.checkpoint.save and kept < MIN_COMPARISONS:  # said now, not by the export after a week of training
-            log(f"note: an export proves itself with {MIN_COMPARISONS} comparisons, checkpoints of this run will hold "
-                f"{kept} (--valid-data-path, --num-proof-comparisons)")
         log(f"data: {len(self.dataset):,} comparisons per epoch from {', '.join(c.data.data_path)}; {self.steps:,} steps "
             f"of {c.train.global_batch_size}")
 
@@ -205,6 +200,7 @@ class Run:
         stop = StopRequest(c.checkpoint.exit_duration_min)
         if self.state.iteration == 0:
             self._evaluate()
+        self._check_proof()
         progress = Progress("training", self.steps)
         progress.advance(self.state.iteration)
         watch = Watch()
@@ -299,6 +295,16 @@ class Run:
         self.metrics.row("train", step, {**{("pairs_per_second" if k == "pairs/s" else k): v for k, v in row.items()},
                                          "eta_seconds": eta, "real_tokens": real, "num_pairs": pairs,
                                          "skipped": sum(not r.updated for r in reports)})
+
+    def _check_proof(self) -> None:
+        """Say now, not at the export after a week of training, that too few comparisons are there for its proof."""
+        from rmega.proof import MIN_COMPARISONS
+
+        c = self.config
+        kept = min(c.checkpoint.num_proof_comparisons, len(next(iter(self.valid.values()), self.dataset)))
+        if c.checkpoint.save and kept < MIN_COMPARISONS:
+            log(f"note: an export proves itself with {MIN_COMPARISONS} comparisons, checkpoints of this run will hold "
+                f"{kept} (--valid-data-path, --num-proof-comparisons)")
 
     def _evaluate(self) -> None:
         for name, dataset in self.valid.items():
