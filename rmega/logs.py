@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,23 +77,42 @@ class MetricsLog:
         if rank() != 0:
             return
         if self._file:
-            self._file.write(json.dumps({"type": kind, "step": step, **values}) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps({"type": kind, "step": step, **values}) + "\n")
+                self._file.flush()
+            except OSError as error:  # a full disk, say: the row stays in the buffer and is tried again with the next
+                log(f"warning: metrics.jsonl: {error}; training goes on")
         name = f"{kind}/{values['name']}" if "name" in values else kind
         numbers = {f"{name}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
         if self._board:
-            for key, value in numbers.items():
-                self._board.add_scalar(key, value, step)
+            self._board = self._kept(self._board, "tensorboard", lambda board: [
+                board.add_scalar(key, value, step) for key, value in numbers.items()])
         if self._wandb:
-            self._wandb.log(numbers, step=step)
+            self._wandb = self._kept(self._wandb, "wandb", lambda run: run.log(numbers, step=step))
+
+    @staticmethod
+    def _kept(tracker: Any, name: str, use: Callable[[Any], object]) -> Any:
+        """``use(tracker)``; the tracker, or None if it failed. Curves are no reason to end a training."""
+        try:
+            use(tracker)
+            return tracker
+        except Exception as error:
+            log(f"warning: {name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}; "
+                "off from here on, training goes on")
+            return None
 
     def close(self) -> None:
         """Flush and close everything."""
-        for sink in (self._file, self._board):
-            if sink:
-                sink.close()
+        if self._file:
+            try:
+                self._file.close()
+            except OSError as error:
+                log(f"warning: metrics.jsonl: {error}; its last rows are lost")
+        if self._board:
+            self._kept(self._board, "tensorboard", lambda board: board.close())
         if self._wandb:
-            self._wandb.finish()
+            self._kept(self._wandb, "wandb", lambda run: run.finish())
+        self._file = self._board = self._wandb = None
 
 
 def _board(folder: Path, resumed_at: int | None, *, named: bool) -> Any:

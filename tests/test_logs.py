@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -129,6 +130,40 @@ def test_trackers_get_the_numbers(tmp_path, monkeypatch) -> None:
     assert calls[5:] == [("abc", "allow"), "finished"]  # the same run goes on
     MetricsLog(str(tmp_path), wandb_project="x").close()
     assert calls[7] == (None, None)  # from scratch: another run
+
+
+def test_a_tracker_that_fails_ends_no_training(tmp_path, monkeypatch, capsys) -> None:
+    """A full disk or a lost connection: said once, then without it; metrics.jsonl tries again with the next row."""
+    def fails(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    board = types.ModuleType("torch.utils.tensorboard")
+    board.SummaryWriter = lambda folder, purge_step: types.SimpleNamespace(add_scalar=fails, close=fails)
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **kw: types.SimpleNamespace(id="abc", log=lambda numbers, step: None, finish=fails)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    log = MetricsLog(str(tmp_path), tensorboard="auto", wandb_project="x")
+    file = log._file
+    with monkeypatch.context() as patch:
+        patch.setattr(log, "_file", types.SimpleNamespace(write=file.write, flush=fails, close=file.close))
+        log.row("train", 1, {"loss": 0.5})
+    log.row("train", 2, {"loss": 0.25})
+    log.close()
+    assert [r["step"] for r in rows(tmp_path)] == [1, 2]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[1].strip() for line in said] == ["metrics.jsonl", "tensorboard", "wandb"]
+    assert all("No space left" in line for line in said)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_at_the_end(tmp_path, capsys) -> None:
+    log = MetricsLog(str(tmp_path))
+    log._file.close()
+    log._file = open("/dev/full", "w")
+    log.row("train", 1, {"loss": 0.5})
+    log.close()
+    assert "its last rows are lost" in capsys.readouterr().out
 
 
 def test_wandb_offline(tmp_path) -> None:
