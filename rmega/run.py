@@ -197,10 +197,10 @@ class Run:
     def train(self) -> int:
         """All steps that are left. Returns the exit code: 0, or 75 when it stopped early to be started again."""
         c, started = self.config, time.monotonic()
+        self._check_proof()
         stop = StopRequest(c.checkpoint.exit_duration_min)
         if self.state.iteration == 0:
             self._evaluate()
-        self._check_proof()
         progress = Progress("training", self.steps)
         progress.advance(self.state.iteration)
         watch = Watch()
@@ -274,6 +274,16 @@ class Run:
             where = f"python tools/replay.py {path} repeats the last one"
         raise ValueError(f"--max-skipped-steps {limit}: so many updates in a row had no finite gradient; {where}")
 
+    def _check_proof(self) -> None:
+        """Say now, not at the export after a week of training, that too few comparisons are there for its proof."""
+        from rmega.proof import MIN_COMPARISONS
+
+        c = self.config
+        kept = min(c.checkpoint.num_proof_comparisons, len(next(iter(self.valid.values()), self.dataset)))
+        if c.checkpoint.save and kept < MIN_COMPARISONS:
+            log(f"note: an export proves itself with {MIN_COMPARISONS} comparisons, checkpoints of this run will hold "
+                f"{kept} (--valid-data-path, --num-proof-comparisons)")
+
     def _log(self, step: int, lr: float, window: list, started: float, first: int, progress: Progress) -> None:
         reports = [r for r, _, _ in window]
         seconds = sum(d + s for _, d, s in window)
@@ -295,16 +305,6 @@ class Run:
         self.metrics.row("train", step, {**{("pairs_per_second" if k == "pairs/s" else k): v for k, v in row.items()},
                                          "eta_seconds": eta, "real_tokens": real, "num_pairs": pairs,
                                          "skipped": sum(not r.updated for r in reports)})
-
-    def _check_proof(self) -> None:
-        """Say now, not at the export after a week of training, that too few comparisons are there for its proof."""
-        from rmega.proof import MIN_COMPARISONS
-
-        c = self.config
-        kept = min(c.checkpoint.num_proof_comparisons, len(next(iter(self.valid.values()), self.dataset)))
-        if c.checkpoint.save and kept < MIN_COMPARISONS:
-            log(f"note: an export proves itself with {MIN_COMPARISONS} comparisons, checkpoints of this run will hold "
-                f"{kept} (--valid-data-path, --num-proof-comparisons)")
 
     def _evaluate(self) -> None:
         for name, dataset in self.valid.items():
