@@ -134,9 +134,12 @@ def parse_script(script: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) 
     """bash reads the script; its flags are its own or those of the program that it hands them to."""
     assert subprocess.run(["bash", "-n", str(ROOT / script)]).returncode == 0
     if script == "tests/run.sh":
-        if argv:
-            file, flag, word = argv
-            assert flag == "-k" and re.search(rf"^def test_\w*{word}", (ROOT / file).read_text(), re.MULTILINE)
+        options = dict(zip(argv, argv[1:], strict=False))  # -k WORD, -m EXPRESSION, files
+        files = [w for i, w in enumerate(argv) if not w.startswith("-") and not (i and argv[i - 1] in ("-k", "-m"))]
+        assert {w for w in argv if w.startswith("-")} <= {"-k", "-m", "-x"}
+        text = "".join((ROOT / file).read_text() for file in files)
+        assert "-k" not in options or re.search(rf"^def test_\w*{options['-k']}", text, re.MULTILINE)
+        assert "-m" not in options or set(options["-m"].split()) <= {"slow", "not", "or", "and"}
         return
     own = subprocess.run(["bash", str(ROOT / script), "--help"], capture_output=True, text=True).stdout \
         if script == "examples/quickstart.sh" else ""
@@ -160,7 +163,8 @@ def test_a_command_is_understood(command, monkeypatch):
 def test_what_cannot_be_checked_fails(monkeypatch):
     for words in ("docker run rmega", "python tools/none.py", "python tools/score.py --modell x", "bash none.sh",
                   "torchrun --nproc-per-node 8 examples/pretrain_reward.py --tq 2", "pip install 'rmega[nothing]'",
-                  "bash examples/quickstart.sh --stepps 3", "python examples/score_with_transformers.py --folder x"):
+                  "bash examples/quickstart.sh --stepps 3", "bash tests/run.sh tests/test_ops.py -k nothing",
+                  "bash tests/run.sh tests/test_none.py", "bash tests/run.sh --quick", "python examples/score_with_transformers.py --folder x"):
         with pytest.raises((AssertionError, SystemExit, FileNotFoundError)):
             parse(tuple(shlex.split(words)), monkeypatch)
 
