@@ -10,7 +10,8 @@
 
 Lengths are drawn (seeded, log-normal) around the means of HH-RLHF and UltraFeedback. The paths are interleaved; a
 figure is the best of --repeats. With one thread it is processor time, which a busy machine disturbs less; with more it
-is wall time, and so it is on CUDA (bf16 only, ten times as many comparisons). GFLOP/s count the useful work only, 3.5 * 4 * d * a FLOP for each (query, key) pair of the shared pack.
+is wall time, and so it is on CUDA (bf16 only, ten times as many comparisons). GFLOP/s count the useful work only,
+3.5 * 4 * d * a FLOP for each (query, key) pair of the shared pack.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ def measure(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, threads:
     inputs = {}
     for share, (_, t) in packs.items():
         generator = torch.Generator().manual_seed(0)
-        inputs[share] = [torch.randn(t, n, d, generator=generator).to(args.device, dtype).requires_grad_() for n in (a, g, g)]
+        inputs[share] = [torch.randn(t, n, d, generator=generator).to(args.device, dtype).requires_grad_()
+                         for n in (a, g, g)]
     best = {name: [float("inf")] * 2 for name in paths}
     for _ in range(args.repeats):
         for name, (path, share) in paths.items():

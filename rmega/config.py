@@ -90,8 +90,8 @@ class TrainArgs:
     """Steps between log lines."""
     eval_interval: int = 0
     """Steps between evaluations; 0: before and after training only."""
-    tensorboard: bool = False
-    """Also write the metrics for TensorBoard, under --save."""
+    tensorboard: Literal["auto", "on", "off"] = "auto"
+    """Also write the metrics for TensorBoard, under --save. auto: where it is installed."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project (WANDB_MODE=offline works without network)."""
 

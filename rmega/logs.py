@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,14 @@ def train_line(step: int, total: int, row: Mapping[str, Any]) -> str:
 
 
 class MetricsLog:
-    """Rows of ``metrics.jsonl`` in the run folder, and the same to TensorBoard and Weights & Biases where asked for.
+    """Rows of ``metrics.jsonl`` in the run folder, and the same to TensorBoard and Weights & Biases.
 
-    Only rank 0 writes. Without a folder only the lines on the terminal remain.
+    Only rank 0 writes. Without a folder only the lines on the terminal remain. tensorboard: "auto" writes for it where
+    it is installed, "on" raises ValueError where it is not. A resumed run (``resumed_at``: its last good step) goes on
+    in the same Weights & Biases run.
     """
 
-    def __init__(self, run: str | None, *, resumed_at: int | None = None, tensorboard: bool = False,
+    def __init__(self, run: str | None, *, resumed_at: int | None = None, tensorboard: str = "off",
                  wandb_project: str | None = None, config: Mapping[str, Any] | None = None) -> None:
         self._file = self._board = self._wandb = None
         if rank() != 0:
@@ -63,43 +65,80 @@ class MetricsLog:
             if path.exists():
                 _drop_rows_after(path, resumed_at)
             self._file = open(path, "a", encoding="utf-8")
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ValueError("--tensorboard: tensorboard is not installed (pip install 'rmega[track]')") from None
-            if run is None:
-                raise ValueError("--tensorboard needs --save, where its files go")
-            self._board = SummaryWriter(str(Path(run) / "tensorboard"), purge_step=resumed_at)
+        if tensorboard == "on" and run is None:
+            raise ValueError("--tensorboard needs --save, where its files go")
+        if tensorboard != "off" and run is not None:
+            self._board = _board(Path(run) / "tensorboard", resumed_at, named=tensorboard == "on")
         if wandb_project:
-            try:
-                import wandb
-            except ImportError:
-                raise ValueError("--wandb-project: wandb is not installed (pip install 'rmega[track]')") from None
-            self._wandb = wandb.init(project=wandb_project, dir=run, config=dict(config or {}))
+            self._wandb = _wandb_run(wandb_project, run, resumed_at, config)
 
     def row(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one row {"type": kind, "step": step, ...}."""
         if rank() != 0:
             return
         if self._file:
-            self._file.write(json.dumps({"type": kind, "step": step, **values}) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps({"type": kind, "step": step, **values}) + "\n")
+                self._file.flush()
+            except OSError as error:  # a full disk, say: the row stays in the buffer and is tried again with the next
+                log(f"warning: metrics.jsonl: {error}; training goes on")
         name = f"{kind}/{values['name']}" if "name" in values else kind
         numbers = {f"{name}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
         if self._board:
-            for key, value in numbers.items():
-                self._board.add_scalar(key, value, step)
+            self._board = self._kept(self._board, "tensorboard", lambda board: [
+                board.add_scalar(key, value, step) for key, value in numbers.items()])
         if self._wandb:
-            self._wandb.log(numbers, step=step)
+            self._wandb = self._kept(self._wandb, "wandb", lambda run: run.log(numbers, step=step))
+
+    @staticmethod
+    def _kept(tracker: Any, name: str, use: Callable[[Any], object]) -> Any:
+        """``use(tracker)``; the tracker, or None if it failed. Curves are no reason to end a training."""
+        try:
+            use(tracker)
+            return tracker
+        except Exception as error:
+            log(f"warning: {name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}; "
+                "off from here on, training goes on")
+            return None
 
     def close(self) -> None:
         """Flush and close everything."""
-        for sink in (self._file, self._board):
-            if sink:
-                sink.close()
+        if self._file:
+            try:
+                self._file.close()
+            except OSError as error:
+                log(f"warning: metrics.jsonl: {error}; its last rows are lost")
+        if self._board:
+            self._kept(self._board, "tensorboard", lambda board: board.close())
         if self._wandb:
-            self._wandb.finish()
+            self._kept(self._wandb, "wandb", lambda run: run.finish())
+        self._file = self._board = self._wandb = None
+
+
+def _board(folder: Path, resumed_at: int | None, *, named: bool) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except Exception as error:  # also an installation that is broken: nobody asked for it by name
+        if named:
+            raise ValueError(f"--tensorboard on: {error} (pip install 'rmega[track]')") from None
+        log(f"tensorboard: off, {error}; tools/report_run.py draws metrics.jsonl")
+        return None
+    # What a resumed run repeats is hidden from this step on; the checkpoint's own step stays.
+    return SummaryWriter(str(folder), purge_step=None if resumed_at is None else resumed_at + 1)
+
+
+def _wandb_run(project: str, run: str | None, resumed_at: int | None, config: Mapping[str, Any] | None) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--wandb-project: wandb is not installed (pip install 'rmega[track]')") from None
+    noted = Path(run) / "wandb_run_id" if run is not None else None
+    known = noted.read_text().strip() if noted and resumed_at is not None and noted.is_file() else None
+    started = wandb.init(project=project, dir=run, config=dict(config or {}), id=known,
+                         resume="allow" if known else None)
+    if noted:
+        noted.write_text(f"{started.id}\n")
+    return started
 
 
 def _drop_rows_after(path: Path, step: int | None) -> None:

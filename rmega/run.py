@@ -197,6 +197,7 @@ class Run:
     def train(self) -> int:
         """All steps that are left. Returns the exit code: 0, or 75 when it stopped early to be started again."""
         c, started = self.config, time.monotonic()
+        self._check_proof()
         stop = StopRequest(c.checkpoint.exit_duration_min)
         if self.state.iteration == 0:
             self._evaluate()
@@ -272,6 +273,16 @@ class Run:
                     "config": self.config.as_dict()}, indent=1))
             where = f"python tools/replay.py {path} repeats the last one"
         raise ValueError(f"--max-skipped-steps {limit}: so many updates in a row had no finite gradient; {where}")
+
+    def _check_proof(self) -> None:
+        """Say now, not at the export after a week of training, that too few comparisons are there for its proof."""
+        from rmega.proof import MIN_COMPARISONS
+
+        c = self.config
+        kept = min(c.checkpoint.num_proof_comparisons, len(next(iter(self.valid.values()), self.dataset)))
+        if c.checkpoint.save and kept < MIN_COMPARISONS:
+            log(f"note: an export proves itself with {MIN_COMPARISONS} comparisons, checkpoints of this run will hold "
+                f"{kept} (--valid-data-path, --num-proof-comparisons)")
 
     def _log(self, step: int, lr: float, window: list, started: float, first: int, progress: Progress) -> None:
         reports = [r for r, _, _ in window]

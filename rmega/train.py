@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -68,9 +69,12 @@ def implementations(config: TrainingConfig, device: torch.device, dtype: torch.d
     if device.type == "cpu" and dtype is torch.bfloat16 and ops.has_native_linear():
         linear += " with native products"
     fused = ", fused" if any(group.get("fused") for group in optimizer.param_groups) else ""
+    # megatron-core warns of each at every import (silenced by distributed.quiet_engine): once is enough.
+    absent = [name for name in ("transformer_engine", "apex", "flash_attn") if find_spec(name) is None]
     return (f"gather and loss {ops.active_implementation(device)}, norm, rotation and activation "
             f"{ops.active_elementwise(device, dtype)}, attention {active_kernel(device, dtype)}, linear {linear}, "
-            f"optimizer {inner.__module__.split('.')[0]} {inner.__name__}{fused}")
+            f"optimizer {inner.__module__.split('.')[0]} {inner.__name__}{fused}"
+            + (f"; not installed: {', '.join(absent)}" if absent else ""))
 
 
 def use_transformer_engine(choice: str, device: torch.device) -> bool:

@@ -182,6 +182,35 @@ def test_benchmark_files(tmp_path):
     assert "hep-cpp" in got["reward_bench"]["missing"]
 
 
+def test_reward_bench_2_file(tmp_path, capsys):
+    """Rows of its schema, with the scores file its own program writes: six subsets, Ties by its own rule."""
+    def row(id_, subset, right, wrong):
+        return {"id": id_, "subset": subset, "prompt": "Q?", "chosen": [f"r{i}" for i in range(right)],
+                "rejected": [f"w{i}" for i in range(wrong)], "num_correct": right, "num_incorrect": wrong,
+                "total_completions": right + wrong}
+
+    rows = [row("0", "Factuality", 1, 3), row("1", "Precise IF", 1, 3), row("2", "Math", 1, 3),
+            row("3", "Safety", 1, 3), row("4", "Focus", 1, 3), row("ref:7", "Ties", 1, 2), row("tied:7", "Ties", 2, 2)]
+    data = write(tmp_path / "rb2.jsonl", rows)
+    scores = [[[4.0], [1.0], [2.0], [3.0]]] * 5 + [[[2.0], [1.0], [0.0]], [[3.0], [2.5], [1.0], [0.0]]]
+    published = {"model": "m", "id": [r["id"] for r in rows], "scores": scores, "subset": [r["subset"] for r in rows]}
+    (tmp_path / "m.json").write_text(json.dumps(published, indent=4))
+    got = evaluate(tmp_path, data=[data], scores=[str(tmp_path / "m.json")])["rb2"]
+    assert got["rm_bench"] is None and got["reward_bench"] is None
+    b = got["reward_bench_2"]
+    assert list(b["subsets"].values())[:5] == [1.0] * 5 and b["missing"] == []
+    want = 1.0 + 0.01 * np.tanh(1 / 0.5 - 1)  # gaps 1.5 and 1, spread 0.5
+    assert b["subsets"]["Ties"] == pytest.approx(want) and b["overall"] == pytest.approx((5 + want) / 6)
+    printed = capsys.readouterr().out
+    assert "RewardBench 2" in printed and f"{want:.3f}" in printed
+    flat = [[s[0] for s in values] for values in scores]
+    (tmp_path / "lists.json").write_text(json.dumps({"scores": flat}))
+    assert [r.scores.tolist() for r in read_scores(tmp_path / "lists.json")] == flat
+    with pytest.raises(ValueError, match="different lengths: 7 scores, 1 id"):
+        (tmp_path / "bad.json").write_text(json.dumps({"scores": flat, "id": ["0"]}))
+        read_scores(tmp_path / "bad.json")
+
+
 def test_several_files_and_flags(tmp_path):
     a, b = (write(tmp_path / f"{n}.jsonl", [pair("long answer", "no"), pair("y", "nope")]) for n in "ab")
     s = write(tmp_path / "s.jsonl", [{"scores": [1, 0]}, {"scores": [1, 1]}])

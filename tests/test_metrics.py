@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from rmega import metrics as m
-from rmega.evaluation.benchmarks import REWARD_BENCH, reward_bench_report, rm_bench_report
+from rmega.evaluation.benchmarks import (
+    REWARD_BENCH,
+    REWARD_BENCH_2,
+    reward_bench_2_report,
+    reward_bench_report,
+    rm_bench_report,
+    ties_report,
+)
 from rmega.evaluation.judge import (
     Judged,
     flat_summary,
@@ -241,6 +248,59 @@ def test_reward_bench_sections():
     assert reward_bench_report(np.ones(2), np.array(["a", "b"])) is None
 
 
+def ties_rows(*rows):
+    """(id, right rewards, wrong rewards) ... -> the arguments of ``ties_report``."""
+    return ([np.array([*r, *w], float) for _, r, w in rows],
+            [np.array([1.0] * len(r) + [0.0] * len(w)) for _, r, w in rows], [i for i, _, _ in rows])
+
+
+def test_ties_by_hand():
+    got = ties_report(*ties_rows(
+        ("tied:1", [5, 4.5, 4], [1, 0]), ("ref:1", [4], [2, 1]),        # gaps 3 and 2, spread 1: all right
+        ("tied:2", [5, 3], [2, 1]), ("ref:2", [2], [1.5]),              # gaps 1 and 0.5, spread 2: solved, no more
+        ("tied:3", [3, 2.5], [2]), ("ref:3", [1], [2]),                 # gaps 0.5 and -1, spread 0.5: a draw is no win
+        ("tied:4", [2, 2], [1]), ("ref:4", [0], [0]),                   # spread 0 with gap 0: 0 / 0 counts 0
+        ("ref:9", [3], [1]), ("7", [3], [1])))                          # a reference without its twin; a plain id
+    assert got["num_questions"] == 4
+    assert got["tied_accuracy"] == 1.0 and got["ref_accuracy"] == 3 / 5  # of all that came this way
+    assert got["preferred"] == 2 / 4 and got["preferred_hard"] == 1 / 4
+    margin = (math.tanh(1) + math.tanh(0.25 - 1) + math.tanh(-3) + 0) / 4
+    assert got["margin"] == pytest.approx(margin)
+    assert got["score"] == pytest.approx(0.3 + 0.3 * 0.6 + 0.2 * 0.5 + 0.2 * 0.25 + 0.01 * margin)
+    perfect = ties_report(*ties_rows(("tied:1", [1, 1], [0]), ("ref:1", [1], [0])))
+    assert perfect["score"] == pytest.approx(1.01)  # tanh(1 / 0) is 1
+    assert ties_report(*ties_rows(("tied:1", [1, 1], [0]))) is None and ties_report([], [], []) is None
+
+
+def test_ties_against_loops():
+    rng = np.random.default_rng(5)
+    rows = [(f"{kind}:{q}", rng.normal(1, 1, 1 if kind == "ref" else 3), rng.normal(0, 1, 4))
+            for q in range(40) for kind in ("tied", "ref")]
+    order = rng.permutation(len(rows))
+    got = ties_report(*ties_rows(*(rows[i] for i in order)))
+    by_id = {i: (min(r) - max(w), max(r) - min(r)) for i, r, w in rows}
+    want = 0.0
+    for q in range(40):
+        (gap, spread), (ref, _) = by_id[f"tied:{q}"], by_id[f"ref:{q}"]
+        want += 0.3 * (gap > 0) + 0.3 * (ref > 0) + 0.2 * (gap > spread) + 0.2 * (min(gap, ref) > spread)
+        want += 0.01 * math.tanh(min(gap, ref) / spread - 1)
+    assert got["score"] == pytest.approx(want / 40)
+
+
+def test_reward_bench_2():
+    rewards = [np.array(r, float) for r in ([3, 1, 2, 0], [3, 3, 2, 0], [1, 2, 3, 4], [1, 1, 0], [1, 0])]
+    scores = [np.array(s, float) for s in ([1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0], [1, 0])]
+    names = ["Math", "math", "Focus", "Ties", "Ties"]
+    got = reward_bench_2_report(rewards, scores, names, ["1", "2", "3", "tied:1", "ref:1"])
+    assert got["subsets"]["Math"] == (1 + 0.5) / 2 and got["subsets"]["Focus"] == 0.0  # a shared first place is half
+    assert got["subsets"]["Ties"] == pytest.approx(1.01) and got["num_prompts"]["Ties"] == 2
+    assert got["overall"] is None and got["missing"] == ["Factuality", "Precise IF", "Safety"]
+    whole = reward_bench_2_report(rewards[:1] * 5 + rewards[3:], scores[:1] * 5 + scores[3:],
+                                  [*REWARD_BENCH_2[:5], "Ties", "Ties"], [*"12345", "tied:1", "ref:1"])
+    assert whole["overall"] == pytest.approx((5 + 1.01) / 6) and whole["missing"] == []
+    assert reward_bench_2_report([], [], [], []) is None
+
+
 # ---- the whole judgement
 
 def test_pairs_and_judgement():
@@ -253,7 +313,9 @@ def test_pairs_and_judgement():
     assert [w["where"] for w in worst_mistakes(items)] == [""]
     text = str(to_json(got))
     assert "nan" not in text and "inf" not in text
-    assert flat_summary(got)["accuracy"] == got["accuracy"]
+    flat = flat_summary(got)
+    assert flat["accuracy"] == got["accuracy"] and (flat["accuracy/x"], flat["accuracy/y"]) == (1.0, 0.0)
+    assert "accuracy/x" not in flat_summary(judge(items[:1]))  # one source is the whole
 
 
 def test_nothing_to_judge_and_not_finite():

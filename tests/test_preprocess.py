@@ -18,7 +18,7 @@ import pytest
 
 from rmega.data import convert, preprocess, sources
 from rmega.data.indexed import exists, open_preferences
-from rmega.data.maintain import verify
+from rmega.data.maintain import merge, verify
 from rmega.data.preprocess import PreprocessArgs
 from rmega.data.tokenize import PairTokenizer
 from rmega.data.work import WorkFolder
@@ -133,6 +133,77 @@ def test_what_is_left_out_is_listed(run: Any, tmp_path: Path) -> None:
         "broken_row": 1, "contradiction": 2, "duplicate": 1, "empty_response": 1, "identical_responses": 1,
         "missing_field": 1, "not_utf8": 1}
     assert len(run(tmp_path / "d.jsonl", "kept", max_rejected=0.2, duplicates="keep")) == len(data) - 5
+
+
+def test_merging_finds_what_lies_in_both(run: Any, tmp_path: Path) -> None:
+    """Merged from stored ids alone, without duplicates: the bytes that preprocessing both files at once gives."""
+    def ranked(prompt: str, *scores: int) -> Row:
+        texts = ("Yes, certainly.", "No.", "Perhaps, who knows?")
+        return {"prompt": prompt, "responses": [{"content": t, "score": s} for t, s in zip(texts, scores, strict=True)]}
+
+    first = [ranked(f"Question {i}?", 3, 2, 1) for i in range(40)]
+    second = [ranked(f"Question {i}?", 3, 2, 1) for i in range(30, 50)]        # 30 to 39 again
+    second[0] = ranked("Question 30?", 1, 2, 3)                                # the other way round
+    second[1] = ranked("Question 31?", 3, 3, 1)                                # a tie where there was none
+    second[2] = ranked("Question 32?", 30, 20, 10)                             # the same order: equal
+    second[3] = ranked("Another question 33?", 3, 2, 1)
+    files = [write(tmp_path / f"{n}.jsonl", rows_) for n, rows_ in (("a", first), ("b", second))]
+    for file, name in zip(files, "ab", strict=True):
+        run(file, name)
+    together = run(files, "together", max_rejected=1.0)
+    kept = merge([str(tmp_path / n) for n in "ab"], str(tmp_path / "kept"))
+    assert kept["num_comparisons"] == 60
+    assert kept["input"]["between"] == {"duplicates": 7, "contradictions": 4, "dropped": False}
+    assert not (tmp_path / "kept.rejected.jsonl").exists()
+    merged = merge([str(tmp_path / n) for n in "ab"], str(tmp_path / "all"), duplicates="drop")
+    assert merged["num_comparisons"] == 60 - 7 - 4 == len(together)
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"all{suffix}").read_bytes() == (tmp_path / f"together{suffix}").read_bytes()
+    listed = [json.loads(line) for line in (tmp_path / "all.rejected.jsonl").read_text().splitlines()]
+    assert [(Path(r["file"]).name, r["comparison"], r["reason"]) for r in listed[:4]] == [
+        ("a", 30, "contradiction"), ("a", 31, "contradiction"), ("b", 0, "contradiction"), ("b", 1, "contradiction")]
+    assert [r["comparison"] for r in listed[4:]] == [2, 4, 5, 6, 7, 8, 9] and len(listed) == 11
+    assert verify(open_preferences(tmp_path / "all")) == []
+    with pytest.raises(ValueError, match="--duplicates maybe"):
+        merge([str(tmp_path / n) for n in "ab"], str(tmp_path / "no"), duplicates="maybe")
+    turned = write(tmp_path / "c.jsonl", [ranked(f"Question {i}?", 1, 2, 3) for i in range(40)])
+    run(turned, "c")
+    with pytest.raises(ValueError, match="nothing is left"):
+        merge([str(tmp_path / n) for n in "ac"], str(tmp_path / "no"), duplicates="drop")
+
+
+def test_a_set_that_repeats_itself_is_merged_as_it_is(run: Any, tmp_path: Path) -> None:
+    """Weights write a row several times: that is no duplicate between sets, whatever the blocks are."""
+    a, b = (write(tmp_path / f"{n}.jsonl", rows(20, start)) for n, start in (("a", 0), ("b", 20)))
+    run(a, "a", weights=[3.0]), run(b, "b")
+    merged = merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "all"), duplicates="drop")
+    assert merged["num_comparisons"] == 80
+    assert merged["input"]["between"] == {"duplicates": 0, "contradictions": 0, "dropped": True}
+
+
+def test_hashes_do_not_depend_on_the_block(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rmega.data import maintain
+
+    dataset = run(write(tmp_path / "a.jsonl", rows(30)))
+    whole = maintain._hashes(dataset)
+    assert len(np.unique(whole[0])) == 30
+    monkeypatch.setattr(maintain, "_BLOCK", 50)
+    assert all(np.array_equal(a, b) for a, b in zip(whole, maintain._hashes(dataset), strict=True))
+
+
+@pytest.mark.parametrize("policy, reason", [("left-prompt", None), ("right", "identical_after_cut"),
+                                            ("drop", "overlong")])
+def test_cut_rows_are_kept_or_listed(run: Any, tmp_path: Path, shared_dir: Path, policy: str,
+                                     reason: str | None) -> None:
+    """80 conversations that are nearly all too long for 512 tokens of a small vocabulary: none is missing unsaid."""
+    with gzip.open(shared_dir / "data" / "ultrafeedback-cleaned-1k" / "train.argilla-schema.jsonl.gz", "rb") as file:
+        data = write(tmp_path / "uf.jsonl", [json.loads(next(file)) for _ in range(80)])
+    kept = run(data, overlong=policy)
+    listed = tmp_path / "out.rejected.jsonl"
+    missing = [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
+    assert len(kept) + len(missing) == 80 and {m["reason"] for m in missing} == ({reason} if reason else set())
+    assert kept.manifest["input"]["rejected"] == ({reason: len(missing)} if reason else {})
+    assert len({m["line"] for m in missing}) == len(missing)
 
 
 def test_ranked_rows_with_ties(run: Any, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -111,6 +113,27 @@ def test_evaluation_page_of_several_sets(tmp_path):
     assert "best-of-N accuracy" in got.text and "set-2" in got.ids
 
 
+def test_benchmark_tables(tmp_path):
+    """RewardBench 2, whole and in part, and RM-Bench find their tables on the page."""
+    pytest.importorskip("matplotlib")
+    items = []
+    for name, k, id_ in (("Factuality", 4, "1"), ("Precise IF", 4, "2"), ("Math", 4, "3"), ("Safety", 4, "4"),
+                         ("Focus", 4, "5"), ("Ties", 3, "ref:6"), ("Ties", 3, "tied:6")):
+        (item,) = make_items(1, k, id=id_, benchmark="reward-bench-2")
+        item.source, item.scores = name, np.array([1.0, float(id_ == "tied:6"), *[0.0] * (k - 2)])
+        item.rewards = np.arange(k, 0, -1.0)
+        items.append(item)
+    whole, part = render(tmp_path, {"rb2": items}), render(tmp_path, {"rb2": items[:1]})
+    assert "RewardBench 2 subset" in whole.text and "Not in the data" not in whole.text
+    # tied:6 has gap 1 and spread 1: a draw, so neither preferred nor hard; tanh(1 / 1 - 1) is 0
+    assert "1 questions, each with one and with several" in whole.text and "0.600" in whole.text
+    assert f"{(5 + 0.6) / 6:.3f}" in whole.text
+    assert "Not in the data: Precise IF, Math, Safety, Focus, Ties" in part.text
+    (item,) = make_items(1, 6, benchmark="rm-bench")
+    item.scores = np.array([1.0, 1, 1, 0, 0, 0])
+    assert "RM-Bench" in render(tmp_path, {"rm": [item]}).text
+
+
 def test_odd_sets_still_draw(tmp_path):
     """All ties and an absurd scale, one pair without a mistake, nothing to judge."""
     pytest.importorskip("matplotlib")
@@ -121,6 +144,32 @@ def test_odd_sets_still_draw(tmp_path):
     for item in none:
         item.scores = np.zeros(2)
     assert "No pair to judge" in render(tmp_path, {"ties": ties, "single": single, "none": none}).text
+
+
+@pytest.mark.slow
+def test_pages_in_a_browser(tmp_path):
+    """A real browser draws both pages, nothing sticks out of the page's width, and every plot has its colours."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+    if browser is None:
+        pytest.skip("no chromium on this machine")
+    image = pytest.importorskip("matplotlib.image")
+    items = make_items(200)
+    write_evaluation_report(tmp_path, "a model", {"one": judge(items)}, {"one": items}, {"one": worst_mistakes(items)})
+    rows = [train_row(s) for s in range(1, 101)] + [eval_row(s, 0.6, length_gap=0.1, ece=0.1, temperature=1.0,
+                                                             mean_margin=0.5, num_ties=0, reward_mean=0.1, reward_std=1,
+                                                             length_controlled_accuracy=0.6) for s in (50, 100)]
+    run = write_run_report(write_run(tmp_path / "run", rows))
+    for page_path in (tmp_path / "report.html", run):
+        shot = tmp_path / "shot.png"
+        done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+                               "--window-size=1200,2000", f"--user-data-dir={tmp_path / 'profile'}",
+                               f"--screenshot={shot}", page_path.as_uri()], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and shot.is_file(), done.stderr[-2000:]
+        pixels = image.imread(shot)[..., :3]  # [2000, 1200, 3]
+        assert (pixels[:, 1145:] > 0.99).all() and (pixels[:, :55] > 0.99).all()  # the margins are white
+        blue = (np.abs(pixels - np.array([0.0, 0.447, 0.698])) < 0.02).all(-1)
+        assert blue[600:, :600].sum() > 500 and (pixels[:600].min(-1) < 0.3).sum() > 2000  # plots below, words above
+        shot.unlink()
 
 
 def test_missing_matplotlib_is_one_line(monkeypatch, tmp_path):
@@ -207,6 +256,8 @@ def test_run_verdicts():
     reverse = [train_row(s, chosen_score_mean=-1, rejected_score_mean=1) for s in range(9)]
     assert ("rewards", "bad") in levels(reverse, [])
     assert ("rewards", "warn") in levels([train_row(s, chosen_score_mean=9) for s in range(9)], [])
+    noisy = [train_row(s, chosen_score_mean=0.1 + s % 2, rejected_score_mean=0.5) for s in range(100)]
+    assert ("rewards", "note") in levels(noisy, [])  # 0.1 apart, which the batches differ by anyway
 
 
 def test_smoothing():

@@ -7,6 +7,7 @@ import io
 import json
 import random
 import time
+from importlib.util import find_spec
 
 import pytest
 
@@ -147,6 +148,24 @@ def replayed(rank: int, world_size: int, file: str):
     from tools import replay
 
     return replay.replay(file)
+
+
+def spoken(rank: int, world_size: int, argv: list[str]) -> str:
+    """What a run prints."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        runs.train(rank, world_size, argv)
+    return said.getvalue()
+
+
+@pytest.mark.parametrize("kept", [4, 16])
+def test_too_few_comparisons_for_a_proof_are_said_at_the_start(kept, stories260k, data, tmp_path):
+    (said,) = run_distributed(spoken, 1, runs.flags(stories260k, data, tmp_path / "run", steps=1,
+                                                    num_proof_comparisons=kept))
+    assert (f"proves itself with 16 comparisons, checkpoints of this run will hold {kept} " in said) == (kept < 16)
+    absent = [name for name in ("transformer_engine", "apex", "flash_attn") if find_spec(name) is None]
+    assert said.count("not installed") == bool(absent)  # in one line, whatever the engine has to say
+    assert not absent or f"; not installed: {', '.join(absent)}\n" in said
 
 
 def test_errors_are_said_once(stories260k, data, tmp_path):

@@ -33,6 +33,9 @@ class InspectArgs:
     """Folder of the tokenizer; default: the one the dataset was written with, if it is still there."""
     output: str | None = None
     """report: the HTML file. merge: where to write."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """merge: comparisons that lie in several of the datasets. drop: keep the first, and none of those that contradict
+    each other."""
     force: bool = False
     """Replace an existing output."""
     json: bool = False
@@ -71,7 +74,13 @@ def main(args: InspectArgs) -> int:
 
         if not args.rest or not args.output:
             raise ValueError("merge: name the other datasets, and --output")
-        manifest = merge([args.prefix, *args.rest], args.output, force=args.force)
+        manifest = merge([args.prefix, *args.rest], args.output, force=args.force, duplicates=args.duplicates)
+        between = manifest["input"]["between"]
+        if between["duplicates"] or between["contradictions"]:
+            end = f"left out, listed in {args.output}.rejected.jsonl" if between["dropped"] else \
+                "kept (--duplicates drop leaves them out)"
+            print(f"between the datasets: {between['duplicates']:,} comparisons again, {between['contradictions']:,} "
+                  f"that contradict each other; {end}")
         print(f"{args.output}: {manifest['num_comparisons']:,} comparisons, {manifest['num_tokens']:,} tokens")
     else:
         from rmega.data.page import report

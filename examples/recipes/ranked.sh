@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Several answers with scores per prompt: all pairs of a prompt share its forward pass, rating differences are margins.
 #   DATA=ranked.jsonl bash examples/recipes/ranked.sh [more flags of pretrain_reward.py]
-MODEL=${MODEL:-internlm/internlm2-chat-1_8b-sft} DATA=${DATA:?rows of prompt and responses [{content, score}]}
+MODEL=${MODEL:-internlm/internlm2-chat-1_8b-sft} DATA=${DATA:?a file or hub name of ranked data}
 OUT=${OUT:-runs/ranked} NPROC=${NPROC:-1}
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 prepare 2048

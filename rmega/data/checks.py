@@ -28,7 +28,7 @@ _SCRIPT_RUNS = [re.compile(f"[{r}]+") for r in _SCRIPT_RANGES]
 _NOT_ASCII = re.compile("[^\x00-\x7f]+")
 _KANA = SCRIPTS.index("Kana")
 _MASK = (1 << 64) - 1
-_RANK_FACTORS = [pow(0x9E3779B97F4A7C15, r + 1, 1 << 64) for r in range(64)]
+RANK_FACTORS = [pow(0x9E3779B97F4A7C15, r + 1, 1 << 64) for r in range(64)]
 """Odd numbers: the sum of responses' hashes times their rank's factor names the set of responses and its order."""
 
 
@@ -54,7 +54,7 @@ def document_row(comparison: Comparison, file: int, line: int, num_tokens: int, 
     ranks = [sum(other > score for other in scores) for score in scores]
     wins, pairs = position_counts(comparison)
     return (file, line, len(responses) + 1, num_tokens, source, prompt_hash, opening, sum(responses) & _MASK,
-            sum(h * _RANK_FACTORS[r % 64] for h, r in zip(responses, ranks, strict=True)) & _MASK, wins, pairs,
+            sum(h * RANK_FACTORS[r % 64] for h, r in zip(responses, ranks, strict=True)) & _MASK, wins, pairs,
             script_of(comparison))
 
 

@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Any
 
 from rmega.data import sources
+from rmega.data.ranked import RESPONSE_TEXTS, any_prompt, response_list
 from rmega.data.records import (
     Message,
     Rejected,
@@ -21,7 +22,7 @@ from rmega.data.records import (
     is_messages,
     with_system,
 )
-from rmega.data.schemas import _RESPONSE_TEXTS, Schema, _any_prompt, _response_list, _tools, recognise, schema_named
+from rmega.data.schemas import Schema, recognise, schema_named, tools_of
 
 Conversation = list[Message] | str
 """Messages, or text that a chat template made already."""
@@ -59,12 +60,12 @@ def scorable(row: dict[str, Any], schema: Schema | None = None, *,
     `Rejected`.
     """
     preference = "chosen" in row or "rejected" in row
-    tools = _tools(row)[0]
+    tools = tools_of(row)[0]
     found: list[Conversation] | None = None
     several = True
     if not preference:
         given = next((row[name] for name in _CONVERSATIONS if row.get(name) is not None), None)
-        values = _response_list(row)
+        values = response_list(row)
         one = next((row[name] for name in _ONE_RESPONSE if row.get(name) is not None), None)
         two = next(([row[n] for n in names] for names in _TWO_RESPONSES if all(row.get(n) is not None for n in names)),
                    None)
@@ -73,15 +74,15 @@ def scorable(row: dict[str, Any], schema: Schema | None = None, *,
             lists = given if several else [given]
             found = [with_system(row, as_messages(v, f"conversation {i}")) for i, v in enumerate(lists, 1)]
         elif values is not None:
-            found = _after(row, _any_prompt(row), values)
+            found = _after(row, any_prompt(row), values)
         elif two is not None:
-            found = _after(row, _any_prompt(row), two)
+            found = _after(row, any_prompt(row), two)
         elif all(is_messages(row.get(name)) for name in _TWO_CONVERSATIONS):
             found = [as_messages(row[name], name) for name in _TWO_CONVERSATIONS]
         elif isinstance(one, str) and isinstance(row.get("instruction"), str) and "prompt" not in row:
             found, several = _instruction(row, one), False
         elif one is not None and not (isinstance(one, list) and not is_messages(one)):
-            found, several = _after(row, _any_prompt({"prompt": row.get("query"), **row}), [one]), False
+            found, several = _after(row, any_prompt({"prompt": row.get("query"), **row}), [one]), False
         elif isinstance(row.get("text"), str):
             if not row["text"]:
                 raise Rejected("empty_response", "text")
@@ -99,7 +100,7 @@ def _after(row: dict[str, Any], prompt: list[Message], responses: Sequence[Any])
     found: list[Conversation] = []
     for number, value in enumerate(responses, 1):
         if isinstance(value, dict) and not is_messages(value):
-            value = field_of(value, *_RESPONSE_TEXTS)
+            value = field_of(value, *RESPONSE_TEXTS)
         if isinstance(value, str):
             found.append([*prompt, assistant(value)])
         else:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rmega.data.checks import RANK_FACTORS
 from rmega.data.indexed import (
     DATA_SUFFIXES,
     PreferenceDataset,
@@ -19,6 +22,7 @@ from rmega.data.indexed import (
 )
 
 _BLOCK = 1 << 22
+_RANK_FACTORS = np.array(RANK_FACTORS, np.uint64)
 _SAME = ("tokenizer_fingerprint", "template_hash", "reward_token_id", "pad_token_id", "vocab_size")
 
 
@@ -106,11 +110,15 @@ def _verify_scores(dataset: PreferenceDataset, is_prefix: np.ndarray) -> list[st
     return wrong
 
 
-def merge(prefixes: Sequence[str], output: str, *, force: bool = False) -> dict[str, Any]:
+def merge(prefixes: Sequence[str], output: str, *, force: bool = False, duplicates: str = "keep") -> dict[str, Any]:
     """Write the comparisons of all datasets, in order, to ``output``; its manifest. ValueError if they do not fit.
 
-    Duplicates between the datasets stay: their texts are not known any more.
+    Comparisons that also lie in another of the datasets (see `find_between`) are counted in the manifest, under
+    input.between. duplicates "drop" leaves out the later of two equal ones and both of two that contradict each other,
+    and lists them in OUTPUT.rejected.jsonl. What a dataset holds twice by itself (its weights) stays.
     """
+    if duplicates not in ("keep", "drop"):
+        raise ValueError(f"--duplicates {duplicates}: unknown; known are keep, drop")
     if exists(output) and not force:
         raise ValueError(f"--output {output}: a dataset is there already; --force replaces it")
     if output in prefixes:
@@ -125,13 +133,17 @@ def merge(prefixes: Sequence[str], output: str, *, force: bool = False) -> dict[
     sources = list(dict.fromkeys(name for s in sets for name in s.sources))
     if len(sources) > 1 << 16:
         raise ValueError(f"merge: {len(sources)} names of sources; at most 65536 can be told apart")
+    repeated, contradictory = find_between(sets)
+    between = {"duplicates": sum(int(m.sum()) for m in repeated),
+               "contradictions": sum(int(m.sum()) for m in contradictory), "dropped": duplicates == "drop"}
+    keep = [~(a | b) if duplicates == "drop" else np.ones(len(a), bool)
+            for a, b in zip(repeated, contradictory, strict=True)]
+    dropped = sum(int((~k).sum()) for k in keep)
+    if not any(k.any() for k in keep):
+        raise ValueError("merge: every comparison contradicts one of another dataset: nothing is left")
     with PreferenceWriter(output) as writer:
-        for dataset in sets:
-            for start in range(0, len(dataset.tokens), _BLOCK):
-                writer.add_tokens(dataset.tokens[start:start + _BLOCK])
-            numbers = np.array([sources.index(name) for name in dataset.sources] or [0], np.uint16)
-            writer.add_documents(dataset.sequence_lengths, dataset.scores, np.diff(dataset.document_indices),
-                                 numbers[dataset.source_ids])
+        for dataset, kept in zip(sets, keep, strict=True):
+            _copy(dataset, kept, sources, writer)
         manifests = [s.manifest for s in sets]
         merged = {k: v for k, v in first.items() if k not in ("format_version", "checksums", "split", "holdout")
                   and not k.startswith("num_")}
@@ -139,8 +151,103 @@ def merge(prefixes: Sequence[str], output: str, *, force: bool = False) -> dict[
         limits = [m.get("max_length") for m in manifests]
         merged["max_length"] = None if None in limits else max(limits)
         merged["overlong"] = ", ".join(dict.fromkeys(str(m.get("overlong")) for m in manifests))
-        for key in ("position_heuristic", "scripts"):
-            merged[key] = dict(sum((Counter(m.get(key, {})) for m in manifests), Counter()))
+        for key in ("position_heuristic", "scripts"):  # counts over rows: unknown for a part of them
+            merged[key] = {} if dropped else dict(sum((Counter(m.get(key, {})) for m in manifests), Counter()))
         merged["sources"] = sources
-        merged["input"] = {"merged": [{"prefix": s.prefix, **s.manifest.get("input", {})} for s in sets]}
+        merged["input"] = {"merged": [{"prefix": s.prefix, **s.manifest.get("input", {})} for s in sets],
+                           "between": between}
+        _write_dropped(output, sets, keep, contradictory)
         return writer.close(merged)
+
+
+def _copy(dataset: PreferenceDataset, keep: np.ndarray, sources: Sequence[str], writer: PreferenceWriter) -> None:
+    """Append the comparisons where ``keep`` [N], runs of neighbours in one piece."""
+    indices, sizes = dataset.document_indices, np.diff(dataset.document_indices)
+    starts = np.append(dataset.sequence_pointers // 4, len(dataset.tokens))[indices]  # [N + 1], in tokens
+    for first, end in np.flatnonzero(np.diff(np.concatenate([[False], keep, [False]]))).reshape(-1, 2):
+        for start in range(int(starts[first]), int(starts[end]), _BLOCK):
+            writer.add_tokens(dataset.tokens[start:min(start + _BLOCK, int(starts[end]))])
+    numbers = np.array([sources.index(name) for name in dataset.sources] or [0], np.uint16)
+    sequences = np.repeat(keep, sizes)
+    writer.add_documents(dataset.sequence_lengths[sequences], np.asarray(dataset.scores)[sequences], sizes[keep],
+                         numbers[np.asarray(dataset.source_ids)[keep]])
+
+
+def _write_dropped(output: str, sets: Sequence[PreferenceDataset], keep: Sequence[np.ndarray],
+                   contradictory: Sequence[np.ndarray]) -> None:
+    path = Path(f"{output}.rejected.jsonl")
+    rows = [{"file": dataset.prefix, "comparison": int(i), "reason": "contradiction" if against[i] else "duplicate"}
+            for dataset, kept, against in zip(sets, keep, contradictory, strict=True) for i in np.flatnonzero(~kept)]
+    if rows:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ---- what two datasets have in common
+
+def find_between(sets: Sequence[PreferenceDataset]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Per dataset: (equal to one of an earlier dataset [N] bool, contradicts one of another dataset [N] bool).
+
+    Equal: the same ids of the prompt and of all responses, in the same order of preference. A contradiction: the same
+    ids, preferred otherwise. Both are told by 64-bit hashes of the stored ids; the texts are not needed.
+    """
+    hashes = [_hashes(dataset) for dataset in sets]
+    keys, orders = (np.concatenate([h[i] for h in hashes]) for i in (0, 1))
+    owner = np.repeat(np.arange(len(sets)), [len(s) for s in sets])
+    repeated, contradictory = np.zeros(len(keys), bool), np.zeros(len(keys), bool)
+    order = np.argsort(keys, kind="stable")
+    borders = np.flatnonzero(np.concatenate([[True], keys[order][1:] != keys[order][:-1], [True]]))
+    # Owners rise within a group, because the sort is stable.
+    shared = np.flatnonzero(owner[order[borders[:-1]]] != owner[order[borders[1:] - 1]])
+    for first, end in zip(borders[shared], borders[shared + 1], strict=True):
+        group = order[first:end]
+        elsewhere = owner[group][:, None] != owner[group]
+        alike = orders[group][:, None] == orders[group]
+        contradictory[group] = (elsewhere & ~alike).any(1)
+        repeated[group] = (alike & (owner[group][:, None] > owner[group])).any(1) & ~contradictory[group]
+    ends = np.cumsum([len(s) for s in sets])[:-1]
+    return np.split(repeated, ends), np.split(contradictory, ends)
+
+
+def _hashes(dataset: PreferenceDataset) -> tuple[np.ndarray, np.ndarray]:
+    """uint64 [N] each: of a comparison's prompt and set of responses, and of these in their order of preference."""
+    lengths, indices = dataset.sequence_lengths.astype(np.int64), dataset.document_indices
+    if not len(dataset):
+        return np.zeros(0, np.uint64), np.zeros(0, np.uint64)
+    of_sequence = _sequence_hashes(dataset.tokens, np.concatenate([[0], np.cumsum(lengths)]))
+    scores = np.asarray(dataset.scores)
+    is_prefix = np.zeros(len(lengths), bool)
+    is_prefix[indices[:-1]] = True
+    number = np.arange(len(lengths))
+    # A response's rank: how many of its comparison score higher. Scores fall: equal ones share the first one's place.
+    begins = is_prefix | np.roll(is_prefix, 1) | (scores != np.roll(scores, 1))
+    place = np.maximum.accumulate(np.where(begins, number, 0))
+    rank = place - np.repeat(indices[:-1] + 1, np.diff(indices))
+    responses = np.where(is_prefix, np.uint64(0), of_sequence)
+    ordered = responses * _RANK_FACTORS[np.maximum(rank, 0) % len(_RANK_FACTORS)]
+    key = of_sequence[indices[:-1]] * np.uint64(0x9E3779B97F4A7C15) ^ np.add.reduceat(responses, indices[:-1])
+    return key, np.add.reduceat(ordered, indices[:-1])
+
+
+def _sequence_hashes(tokens: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """uint64 [S]: sums over each sequence of mixed (id, place); sequence s is ``tokens[ends[s]:ends[s + 1]]``."""
+    out = np.zeros(len(ends) - 1, np.uint64)
+    first = 0
+    while first < len(out):  # as many whole sequences as fit a block, at least one
+        last = max(first + 1, int(np.searchsorted(ends, ends[first] + _BLOCK, side="right")) - 1)
+        start, lengths = ends[first], np.diff(ends[first:last + 1])
+        place = np.arange(ends[last] - start) - np.repeat(ends[first:last] - start, lengths)
+        places = (place.astype(np.uint64) + np.uint64(1)) << np.uint64(32)
+        mixed = _mixed(tokens[start:ends[last]].astype(np.uint64) | places)
+        total = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed)])
+        out[first:last] = _mixed(total[ends[first + 1:last + 1] - start] - total[ends[first:last] - start])
+        first = last
+    return out
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser: every bit of the result depends on every bit of x."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from rmega.data.ranked import (
-    RESPONSE_TEXTS,
     Row,
     any_prompt,
     arena,
@@ -17,7 +16,6 @@ from rmega.data.ranked import (
     labelled,
     ranked,
     rated_rows,
-    response_list,
     two_rated,
 )
 from rmega.data.records import (
@@ -295,7 +293,3 @@ def source_of(row: Row, default: str) -> str:
         if isinstance(value, str) and 0 < len(value) <= 100:
             return value.encode("utf-8", "replace").decode()
     return default
-
-
-# Names that conversations.py knows them by.
-_RESPONSE_TEXTS, _response_list, _any_prompt, _tools = RESPONSE_TEXTS, response_list, any_prompt, tools_of

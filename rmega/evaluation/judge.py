@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rmega import metrics
-from rmega.evaluation.benchmarks import reward_bench_report, rm_bench_report
+from rmega.evaluation.benchmarks import reward_bench_2_report, reward_bench_report, rm_bench_report
 
 if TYPE_CHECKING:
     from rmega.data.records import Comparison
 
 NUM_WORST = 20
+MAX_LOGGED_SOURCES = 32
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,8 +38,10 @@ class Judged:
     """File and row, or an id: what a person needs to find it again."""
     comparison: Comparison | None = None
     """The text, for the worst mistakes; a training log does without."""
-    rm_bench: bool = False
-    """Three chosen and three rejected responses, each concise, detailed, detailed with markdown."""
+    id: str = ""
+    benchmark: str = ""
+    """"rm-bench" (three chosen, then three rejected responses, each concise, detailed, detailed with markdown),
+    "reward-bench-2" (its subset in ``source``, its id in ``id``), or ""."""
 
 
 @dataclass(slots=True)
@@ -110,11 +113,17 @@ def judge(items: Sequence[Judged], *, length_unit: str = "characters",
         "prompt": {"share_of_variance": metrics.prompt_share(rewards), **(probes or {}).get("prompt", {})},
         "ranked": metrics.ranked_report([i.rewards for i in many], [i.scores for i in many]) if many else None,
         "reward_bench": reward_bench_report(d, sources),
-        "rm_bench": rm_bench_report([i.rewards for i in items if i.rm_bench],
-                                    [i.source for i in items if i.rm_bench]),
+        "reward_bench_2": reward_bench_2_report(
+            *_columns(items, "reward-bench-2", "rewards", "scores", "source", "id")),
+        "rm_bench": rm_bench_report(*_columns(items, "rm-bench", "rewards", "source")),
     }
     out["verdict"] = verdict(out)
     return out
+
+
+def _columns(items: Sequence[Judged], benchmark: str, *names: str) -> list[list[Any]]:
+    """These fields of the rows of one benchmark, a list each."""
+    return [[getattr(item, name) for item in items if item.benchmark == benchmark] for name in names]
 
 
 def judge_stored(dataset: Any, rewards: np.ndarray) -> dict[str, Any]:
@@ -138,7 +147,10 @@ def judge_stored(dataset: Any, rewards: np.ndarray) -> dict[str, Any]:
 
 
 def flat_summary(judgement: dict[str, Any]) -> dict[str, float | int | None]:
-    """The few numbers of a judgement that a training log keeps, flat; NaN becomes None."""
+    """The few numbers of a judgement that a training log keeps, flat; NaN becomes None.
+
+    Where there are several sources (at most ``MAX_LOGGED_SOURCES``), also each one's accuracy, as "accuracy/SOURCE".
+    """
     length, calibration = judgement["length"], judgement["calibration"]
     flat = {key: judgement[key] for key in ("accuracy", "accuracy_low", "accuracy_high", "num_pairs", "num_ties",
                                             "mean_margin", "chosen_score_mean", "rejected_score_mean")}
@@ -146,6 +158,8 @@ def flat_summary(judgement: dict[str, Any]) -> dict[str, float | int | None]:
              "temperature": calibration["temperature"], "length_gap": length["gap"],
              "length_spearman": length["spearman_within"], "always_longer": length["always_longer"],
              "length_controlled_accuracy": length["controlled_accuracy"]}
+    if 1 < len(judgement["by_source"]) <= MAX_LOGGED_SOURCES:
+        flat |= {f"accuracy/{name}": row["accuracy"] for name, row in judgement["by_source"].items()}
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in flat.items()}
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from rmega.data import sources
 from rmega.data.records import REASONS, Comparison, Message, Rejected
 from rmega.data.schemas import SCHEMA_NAMES, Schema, recognise, schema_named, source_of
+from rmega.evaluation.benchmarks import benchmark_of
 from rmega.evaluation.judge import Judged
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ class EvalRow:
     id: str | None
     where: str
     reason: str = ""
-    rm_bench: bool = False
+    benchmark: str = ""
+    """See ``benchmarks.benchmark_of``."""
 
 
 @dataclass(slots=True)
@@ -108,10 +110,7 @@ def _eval_row(row: dict[str, Any] | Rejected, schema: Schema, source: sources.In
     except Rejected as rejected:
         return EvalRow(None, id_, where, rejected.reason)
     comparison.source = source_of(first, source.label)
-    style = schema.name == "many-against-many" and len(row["chosen"]) == len(row["rejected"]) == 3 \
-        and comparison.positions is None
-    # RewardBench 2 has one chosen and more rejected; three against three with a domain is RM-Bench
-    return EvalRow(comparison, id_, where, rm_bench=style and "domain" in row)
+    return EvalRow(comparison, id_, where, benchmark=benchmark_of(row) if schema.name == "many-against-many" else "")
 
 
 def response_text(messages: Sequence[Message]) -> str:
@@ -129,7 +128,7 @@ def judged(row: EvalRow, rewards: Sequence[float] | np.ndarray, length: Callable
     lengths = np.array([length(response_text(r)) for r in comparison.responses])
     return Judged(rewards=values, scores=np.array(comparison.scores), graded=comparison.graded, lengths=lengths,
                   source=comparison.source, where=row.where if row.id is None else f"{row.where} (id {row.id})",
-                  comparison=comparison, rm_bench=row.rm_bench)
+                  comparison=comparison, benchmark=row.benchmark, id=row.id or "")
 
 
 def rewards_in_order(row: EvalRow, given: ScoreRow) -> np.ndarray:

@@ -6,7 +6,8 @@ Accepted, also with .gz:
   {"scores": [1.3, -0.2]}, in the order in which the data row writes its responses (chosen before rejected), or
   {"chosen": 1.3, "rejected": -0.2}; a number or a list of numbers each, as in RM-Bench's and RewardBench 2's results.
   An "id" is optional.
-- JSON with columns: {"scores_chosen": [...], "scores_rejected": [...], "id": [...]}, RewardBench's published results.
+- JSON with columns: {"scores_chosen": [...], "scores_rejected": [...], "id": [...]}, RewardBench's published results;
+  {"scores": [[..], ..], "id": [...], "model": ...}, RewardBench 2's.
 - CSV, TSV or spaced text with a number per response; a first line of names ("chosen,rejected", "id,chosen,rejected").
 
 Where every row of both files has an id, rows are matched by it; else by their order, and the counts must agree.
@@ -116,6 +117,10 @@ def _row(value: Any, where: str) -> ScoreRow:
 def _is_columns(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
+    named = not value.keys().isdisjoint(("model", "subset")) or isinstance(value.get("id"), list)
+    lists = next((value[n] for n in LISTS if isinstance(value.get(n), list)), [])
+    if lists and all(isinstance(v, list) for v in lists) and (named or all(len(v) > 1 for v in lists)):
+        return True
     pair = _find_pair(value)
     # one JSONL row of lists is not columns: columns are longer than a row has responses, or have ids beside them
     return pair is not None and isinstance(value[pair[0]], list) and (
@@ -125,7 +130,13 @@ def _is_columns(value: Any) -> bool:
 
 def _read_columns(columns: dict[str, Any], path: Path) -> list[ScoreRow]:
     names = _find_pair(columns)
-    assert names is not None
+    if names is None:
+        values = next(columns[n] for n in LISTS if isinstance(columns.get(n), list))
+        ids = columns.get("id") if isinstance(columns.get("id"), list) else [None] * len(values)
+        if len(values) != len(ids):
+            raise ValueError(f"--scores {path}: columns of different lengths: {len(values)} scores, {len(ids)} id")
+        return [_row({"scores": v, "id": i}, f"{path}: row {n}")
+                for n, (v, i) in enumerate(zip(values, ids, strict=True), 1)]
     chosen, rejected = columns[names[0]], columns[names[1]]
     ids = columns.get("id") if isinstance(columns.get("id"), list) else [None] * len(chosen)
     if not len(chosen) == len(rejected) == len(ids):

@@ -88,6 +88,18 @@ def _more(j: dict[str, Any]) -> list[str]:
         lines.append(f"  {'overall':<36}{number(b['overall'])}")
         if b["missing"]:
             lines.append(f"  subsets not in the data: {', '.join(b['missing'])}")
+    if j["reward_bench_2"]:
+        b = j["reward_bench_2"]
+        lines += ["", f"{'RewardBench 2':<38}prompts  score"]
+        lines += [f"  {name:<36}{b['num_prompts'][name]:>7,}  {number(value)}" for name, value in b["subsets"].items()]
+        lines.append(f"  {'overall':<43}  {number(b['overall'])}")
+        if b["ties"]:
+            t = b["ties"]
+            lines.append(f"  Ties: right with several answers {number(t['tied_accuracy'])}, with one "
+                         f"{number(t['ref_accuracy'])}; gap above spread {number(t['preferred'])}, hard "
+                         f"{number(t['preferred_hard'])}; margin {number(t['margin'])}")
+        if b["missing"]:
+            lines.append(f"  subsets not in the data: {', '.join(b['missing'])}")
     if j["rm_bench"]:
         b = j["rm_bench"]
         lines += ["", f"{'RM-Bench':<38}  easy   normal   hard"]

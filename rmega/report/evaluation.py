@@ -88,7 +88,7 @@ def _tiles(j: dict[str, Any]) -> str:
 def _figures(prefix: str, j: dict[str, Any], items: Sequence[Judged]) -> list[str]:
     pairs = pairs_of(items)
     d = pairs.d
-    out = [_scores_figure(prefix, pairs), _margins_figure(prefix, d), _reliability_figure(prefix, j["calibration"]),
+    out = [_scores_figure(prefix, pairs), _margins_figure(prefix, d), _reliability_figure(prefix, j["calibration"], d),
            _reward_length_figure(prefix, pairs, j["length_unit"]),
            _length_figure(prefix, pairs, j, wide=not j["by_margin"])]
     if j["by_margin"]:
@@ -121,7 +121,7 @@ def _scores_figure(prefix: str, pairs: Any) -> str:
                        label=f"{name}, mean {values.mean():.3g}")
         ax.set_xlabel("reward")
         ax.set_ylabel("responses in pairs")
-        ax.legend()
+        fig.legend_below()
     return page.figure(fig.svg, "The further the two lie apart, the better. Values beyond the axis are counted at its "
                                 "ends.")
 
@@ -145,8 +145,9 @@ def _margins_figure(prefix: str, d: np.ndarray) -> str:
     return page.figure(fig.svg, "Pairs left of 0 are mistakes. Wide margins on the left are the mistakes listed below.")
 
 
-def _reliability_figure(prefix: str, c: dict[str, Any]) -> str:
+def _reliability_figure(prefix: str, c: dict[str, Any], d: np.ndarray) -> str:
     curve = c["reliability"]
+    surest = 1 / (1 + math.exp(-min(float(np.abs(d).max()), 700.0)))
     with drawing(f"{prefix}Reliability", nrows=2, sharex=True, height_ratios=[3, 1]) as fig:
         ax, counts = fig.axes
         ax.set_title("Is it as sure as it should be?")
@@ -163,8 +164,9 @@ def _reliability_figure(prefix: str, c: dict[str, Any]) -> str:
         counts.set_ylabel("pairs")
         counts.set_xlabel("confidence = sigmoid(|margin|)")
         counts.set_xlim(0.495, 1.005)
-    return page.figure(fig.svg, f"Points under the dashed line: surer than right. Expected calibration error "
-                                f"{number(c['ece'])}.")
+    return page.figure(fig.svg, f"Points under the dashed line: surer than right, above it: less sure. Expected "
+                                f"calibration error {number(c['ece'])}; of its surest pair the model is "
+                                f"{percent(surest)} sure.")
 
 
 def _length_axis(values: np.ndarray) -> bool:
@@ -182,8 +184,8 @@ def _reward_length_figure(prefix: str, pairs: Any, unit: str) -> str:
         ax.set_title("Reward against length")
         for x, y, color, marker, name in ((pairs.chosen_length, pairs.chosen_reward, BLUE, "o", "chosen"),
                                           (pairs.rejected_length, pairs.rejected_reward, ORANGE, "x", "rejected")):
-            ax.scatter(x[::step], y[::step], s=11, c=color, marker=marker, alpha=0.45, linewidths=0.8 if marker == "x"
-                       else 0, label=name, rasterized=True)
+            ax.scatter(x[::step], y[::step], s=11, c=color, marker=marker, alpha=0.45, linewidths=0.8, label=name,
+                       rasterized=True)
         edges = np.unique(np.quantile(lengths, np.linspace(0, 1, 11)))
         index = np.clip(np.searchsorted(edges, lengths, side="right") - 1, 0, max(edges.size - 2, 0))
         bins = [index == b for b in range(edges.size - 1) if (index == b).any()]
@@ -195,7 +197,7 @@ def _reward_length_figure(prefix: str, pairs: Any, unit: str) -> str:
         ax.set_ylim(*_widen(_range(rewards)))
         ax.set_xlabel(f"length of the response in {unit}")
         ax.set_ylabel("reward")
-        ax.legend(fontsize=9)
+        fig.legend_below()
     shown = "" if step == 1 else f" One point in {step} is drawn."
     return page.figure(fig.svg, f"A rising line means that longer responses get higher rewards.{shown}")
 
@@ -296,6 +298,21 @@ def _tables(j: dict[str, Any]) -> str:
         b = j["reward_bench"]
         rows = [[n, percent(v)] for n, v in b["sections"].items()] + [["overall", percent(b["overall"])]]
         out.append(page.table(["RewardBench section", "accuracy"], rows))
+        if b["missing"]:
+            out.append(f'<p class="sub">Not in the data: {page.escape(", ".join(b["missing"]))}</p>\n')
+    if j["reward_bench_2"]:
+        b = j["reward_bench_2"]
+        rows = [[n, f"{b['num_prompts'][n]:,}", number(v)] for n, v in b["subsets"].items()]
+        out.append(page.table(["RewardBench 2 subset", "prompts", "score"], [*rows, ["overall", "",
+                                                                                    number(b["overall"])]]))
+        if b["ties"]:
+            t = b["ties"]
+            out.append(page.table([f"Ties ({t['num_questions']:,} questions, each with one and with several right "
+                                   "answers)", "share"], [
+                ["every right answer above every wrong one, several right", number(t["tied_accuracy"])],
+                ["the same, one right", number(t["ref_accuracy"])],
+                ["right and wrong further apart than the right ones among themselves", number(t["preferred"])],
+                ["the same, also with the gap where one is right", number(t["preferred_hard"])]]))
         if b["missing"]:
             out.append(f'<p class="sub">Not in the data: {page.escape(", ".join(b["missing"]))}</p>\n')
     if j["rm_bench"]:

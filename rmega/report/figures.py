@@ -35,6 +35,12 @@ class Drawing:
     def __init__(self, figure: Any, axes: Any) -> None:
         self.figure, self.axes, self.svg = figure, axes, ""
 
+    def legend_below(self) -> None:
+        """The legend under the plot, where it hides no data; its marks in full colour."""
+        shown = self.figure.legend(loc="outside lower center", ncols=4, fontsize=9)
+        for handle in shown.legend_handles:
+            handle.set_alpha(1)
+
 
 @contextmanager
 def drawing(title: str, size: tuple[float, float] = SMALL, **subplots: Any) -> Iterator[Drawing]:

@@ -41,7 +41,9 @@ figcaption { font-size: 13px; color: #4b5563; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 14px; margin: 8px 0; }
 th, td { text-align: left; padding: 3px 16px 3px 0; border-bottom: 1px solid #e4e8ed; vertical-align: top; }
-td.num, th.num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.num, th.num { text-align: right; font-variant-numeric: tabular-nums; }
+td.num { white-space: nowrap; }
+th { vertical-align: bottom; }
 details { border: 1px solid #d9dee5; border-radius: 4px; margin: 7px 0; padding: 6px 12px; }
 summary { cursor: pointer; }
 summary .gist { color: #4b5563; }

@@ -84,7 +84,7 @@ def write_run_report(run: str | Path, out: str | Path | None = None) -> Path:
     run = Path(run)
     train, evals = read_metrics(run)
     config = _config(run)
-    name = run.resolve().name
+    name = str(run)
     body = [f"<h1>Training run {page.escape(name)}</h1>\n",
             f'<p class="sub">{page.escape(_subtitle(train, config))}</p>\n',
             page.verdicts(run_verdict(train, evals, config)), _tiles(train, evals),
@@ -196,10 +196,10 @@ def _stability_verdicts(train: list[Row]) -> list[dict[str, str]]:
 
 
 def _score_verdicts(train: list[Row], config: Row) -> list[dict[str, str]]:
+    """Whether chosen and rejected have parted by more than two standard errors over the last rows."""
     part = max(1, len(train) // 10)
-    chosen = column(train, "chosen_score_mean")[-part:]
-    rejected = column(train, "rejected_score_mean")[-part:]
-    c, r = mean_of(chosen), mean_of(rejected)
+    chosen, rejected = column(train, "chosen_score_mean"), column(train, "rejected_score_mean")
+    c, r = mean_of(chosen[-part:]), mean_of(rejected[-part:])
     if math.isnan(c) or math.isnan(r):
         return []
     text = f"Mean reward at the end: chosen {c:.3f}, rejected {r:.3f}, {c - r:.3f} apart."
@@ -207,6 +207,10 @@ def _score_verdicts(train: list[Row], config: Row) -> list[dict[str, str]]:
         barrier = _setting(config, "penalty") == "log_barrier"
         more = " The log barrier means to keep rewards within 5." if barrier else ""
         return [{"about": "rewards", "level": "warn", "text": f"{text} They have drifted far from 0.{more}"}]
+    apart = (chosen - rejected)[-max(part, 5):]
+    apart = apart[~np.isnan(apart)]
+    if apart.size > 2 and abs(apart.mean()) <= 2 * apart.std(ddof=1) / math.sqrt(apart.size):
+        return [{"about": "rewards", "level": "note", "text": f"{text} The batches differ by more than that."}]
     return [{"about": "rewards", "level": "good" if c > r else "bad", "text": text}]
 
 
