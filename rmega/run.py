@@ -248,6 +248,7 @@ class Run:
         """Begin a checkpoint; wait for it if it is the process's ``last``. A failure is said, or raised if last."""
         if self.saver is None:
             return
+        stalled = time.monotonic()  # also for one that is still being written
         self._note_saved(progress, self.saver.wait)
         begun = time.monotonic()
         try:
@@ -260,7 +261,7 @@ class Run:
                 raise
             say(progress, f"warning: {error}; training goes on")
             return
-        self._save_begun, self._save_stall = begun, time.monotonic() - begun
+        self._save_begun, self._save_stall = begun, time.monotonic() - stalled
         if last or not self.config.checkpoint.async_save:
             self._note_saved(progress, self.saver.wait, raises=last)
 
