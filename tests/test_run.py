@@ -6,9 +6,11 @@ import contextlib
 import io
 import json
 import random
+import shutil
 import time
 
 import pytest
+from transformers import LlamaForCausalLM
 
 from tests import runs
 from tests.dist import run_distributed
@@ -74,10 +76,23 @@ def test_keeps_the_last_and_the_best(stories260k, data, tmp_path):
 
 def test_an_uneven_last_batch_does_not_hang(stories260k, data, tmp_path):
     """7 comparisons in batches of 6 and 1: one of two ranks has nothing in the last step."""
-    for layout in ({"dp": 2}, {"pp": 2, "num_layers_in_first_pipeline_stage": 2}):
-        codes = run_distributed(runs.train, 2, runs.flags(stories260k, data, None, steps=None, train_epochs=7 / 60,
-                                                          **layout), timeout=60)
+    four_layers = tmp_path / "four"  # two stages of two chunks
+    shutil.copytree(stories260k, four_layers)
+    model = LlamaForCausalLM.from_pretrained(stories260k)
+    model.model.layers = model.model.layers[:4]
+    model.config.num_hidden_layers = 4
+    for file in ("config.json", "model.safetensors"):
+        (four_layers / file).unlink()
+    model.save_pretrained(four_layers)
+    for name, folder, layout in (("dp2", stories260k, {"dp": 2}),
+                                 ("pp2", stories260k, {"pp": 2, "num_layers_in_first_pipeline_stage": 2}),
+                                 ("vpp2", four_layers, {"pp": 2, "vpp": 2})):
+        run = tmp_path / name
+        codes = run_distributed(runs.train, 2, runs.flags(folder, data, run, steps=None, train_epochs=7 / 60, **layout),
+                                timeout=60)
         assert codes == [0, 0]
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [row["num_samples"] for row in rows if row["type"] == "train"] == [6, 1]
 
 
 def test_a_batch_smaller_than_the_ranks_is_refused(stories260k, data):
