@@ -34,6 +34,10 @@ def named_prefix(text: str) -> tuple[str, str]:
     return (name, prefix) if equals else (Path(text).name, text)
 
 
+class EvaluationLeft(Exception):
+    """An evaluation that all ranks leave together, and why."""
+
+
 class Run:
     """Holds what the steps of a run share. The methods are called in the order in which they stand here."""
 
@@ -132,8 +136,8 @@ class Run:
         """All steps that are left. Returns the exit code: 0, or 75 when it stopped early to be started again."""
         c, started = self.config, time.monotonic()
         stop = StopRequest(c.checkpoint.exit_duration_min)
-        if self.state.iteration == 0:
-            self._evaluate()
+        if self.state.iteration == 0 and (reason := self._evaluate(stop)):
+            return self._leave(f"before the first step: {reason}")
         progress = Progress("training", self.steps)
         progress.advance(self.state.iteration)
         watch = Watch()
@@ -163,15 +167,13 @@ class Run:
             due = bool(c.checkpoint.save_interval) and step % c.checkpoint.save_interval == 0
             if c.train.eval_interval and step % c.train.eval_interval == 0 and step < self.steps and not reason:
                 progress.clear()
-                self._evaluate()
+                reason = self._evaluate(stop)
                 evaluated = step
                 due |= self.best is not None and self.best[1] == step and c.checkpoint.save_best
                 clock.lap()
             if reason:
-                say(progress, f"stopping after step {step}: {reason}")
-                self._save(progress, last=True)
-                self.metrics.close()
-                return EXIT_REQUEUE
+                progress.clear()
+                return self._leave(f"after step {step}: {reason}", save=True)
             if due and step < self.steps:
                 self._save(progress)
                 saved = step
@@ -179,14 +181,24 @@ class Run:
             elif self.saver:
                 self._note_saved(progress, self.saver.poll)
         progress.clear()
-        if evaluated != self.steps or self.state.iteration == first:
-            self._evaluate()
+        reason = self._evaluate(stop) if evaluated != self.steps or self.state.iteration == first else None
+        if reason:
+            return self._leave(f"after step {self.steps}, before its evaluation was done: {reason}",
+                               save=saved != self.steps)
         if saved != self.steps:
             self._save(progress, last=True)
         self.metrics.close()
         log(f"done: {self.state.iteration} steps, {self.state.consumed:,} comparisons, "
             f"{duration(time.monotonic() - started)}" + (f"; {watch.skipped} updates skipped" if watch.skipped else ""))
         return 0
+
+    def _leave(self, when_and_why: str, *, save: bool = False) -> int:
+        """Save if there is something new, and the exit code of a run that is to be started again."""
+        log(f"stopping {when_and_why}" + ("" if self.saver else " (without --save nothing is kept)"))
+        if save:
+            self._save(None, last=True)
+        self.metrics.close()
+        return EXIT_REQUEUE if self.saver else 1
 
     def _give_up(self, report: train.StepReport, documents) -> None:
         """Stop for too many skipped updates, and leave a file with which tools/replay.py repeats the last batch."""
@@ -229,12 +241,24 @@ class Run:
                                          "eta_seconds": eta, "real_tokens": real, "num_pairs": pairs,
                                          "skipped": sum(not r.updated for r in reports)})
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, stop: StopRequest) -> str | None:
+        """Evaluate on every --valid-data-path; why it was left early, if it was. It may take longer than the minute
+        that a queue gives a run to end."""
         for name, dataset in self.valid.items():
             batcher = Batcher(dataset, global_batch_size=self.config.train.global_batch_size, **self.batching)
             bar = Progress(f"evaluating {name}", len(dataset))
-            result = train.evaluate(self.wrapped, batcher, self.device, bar.advance)
-            bar.clear()
+
+            def advance(count: int, bar: Progress = bar) -> None:
+                bar.advance(count)
+                if reason := stop.agreed(self.device):
+                    raise EvaluationLeft(reason)
+
+            try:
+                result = train.evaluate(self.wrapped, batcher, self.device, advance)
+            except EvaluationLeft as left:
+                return str(left)
+            finally:
+                bar.clear()
             step = self.state.iteration
             log(f"Iter(val) [{step}/{self.steps}]  {name}: accuracy {result['accuracy']:.4f} (95 % interval "
                 f"{result['accuracy_low']:.4f} to {result['accuracy_high']:.4f}, {result['num_pairs']} pairs)  margin "
@@ -243,6 +267,7 @@ class Run:
             if name == next(iter(self.valid)) and step and \
                     (self.best is None or result["accuracy"] > self.best[0]):
                 self.best = (result["accuracy"], step)
+        return None
 
     def _save(self, progress: Progress | None, *, last: bool = False) -> None:
         """Begin a checkpoint; wait for it if it is the process's ``last``. A failure is said, or raised if last."""

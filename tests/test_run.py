@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import random
 import shutil
+import signal
 import time
 
 import pytest
@@ -52,6 +54,49 @@ def test_signals_at_random_steps(ranks, stories260k, data, unbroken, tmp_path):
     runs.assert_same(run / f"iter_{STEPS:07d}", unbroken[ranks])
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["type"] == "train"] == list(range(1, STEPS + 1))
+
+
+def interrupted_evaluation(rank: int, world_size: int, argv: list[str], number: int) -> int:
+    """A run whose last rank gets SIGTERM in the middle of its evaluation ``number``."""
+    import rmega.train as engine
+
+    original, evaluations = engine.run_schedule, []
+    evaluate = engine.evaluate
+
+    def counted(*args):
+        evaluations.append(0)
+        return evaluate(*args)
+
+    def run_schedule(*args, forward_only: bool):
+        if forward_only:
+            evaluations[-1] += 1
+            if len(evaluations) == number and evaluations[-1] == 2 and rank == world_size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert len(evaluations) != number or evaluations[-1] <= 2, "the evaluation went on"
+        return original(*args, forward_only=forward_only)
+
+    engine.run_schedule, engine.evaluate = run_schedule, counted
+    try:
+        return runs.train(rank, world_size, argv)
+    finally:
+        engine.run_schedule, engine.evaluate = original, evaluate
+
+
+@pytest.mark.parametrize("number,saved", [(1, []), (2, [4]), (3, [4, STEPS])])
+def test_a_signal_ends_an_evaluation(number, saved, stories260k, data, unbroken, tmp_path):
+    """Before the first step, in the middle and at the end: it is left after the batch, the run saves and goes on."""
+    run = tmp_path / "run"
+    argv = runs.flags(stories260k, data, run, steps=STEPS, eval_interval=4, valid_data_path=data)
+    assert run_distributed(interrupted_evaluation, 2, argv, number) == [75, 75]
+    assert sorted(f.name for f in run.glob("iter_*")) == [f"iter_{i:07d}" for i in saved]  # 4: the best so far
+    assert run_distributed(runs.train, 2, argv) == [0, 0]
+    runs.assert_same(run / f"iter_{STEPS:07d}", unbroken[2])
+
+
+def test_without_a_run_folder_nobody_is_told_to_start_again(stories260k, data):
+    """Exit code 75 promises that a second start goes on."""
+    argv = runs.flags(stories260k, data, steps=10_000)
+    assert run_distributed(runs.train, 1, argv, {2: ("SIGTERM", 0)}) == [1]
 
 
 def test_time_is_over(stories260k, data, tmp_path):

@@ -124,6 +124,7 @@ def test_requeue_goes_on(how, slurm, shared_dir, stories260k, tmp_path):
         wait_for(logged("stopping after step"))
         wait_for(logged("saved "))
         wait_for(in_state("PENDING"))
+        time.sleep(3.0)  # a start within the second in which the first one's credential ended would be refused
         ask(slurm, "scontrol", "update", f"jobid={job}", "StartTime=now")  # Slurm holds it back for two minutes
         wait_for(logged("going on from"))
         wait_for(logged("done: 40 steps"))
