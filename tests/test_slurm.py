@@ -85,7 +85,7 @@ def test_every_script_fits_its_nodes(script):
 
 STOPS = {
     "scontrol requeue": ("an administrator", lambda job: ("scontrol", "requeue", job)),
-    "SIGUSR1": ("the end of the job's time (--signal)", lambda job: ("scancel", "--signal=USR1", job)),
+    "SIGUSR1": ("the job's time is nearly over", lambda job: ("scancel", "--signal=USR1", job)),
     "preemption": ("a job of a higher partition", lambda job: (
         "sbatch", "--partition=urgent", "--exclusive", "--gpus-per-node=8", "--output=/dev/null", "--wrap=sleep 3"))}
 
@@ -117,7 +117,7 @@ def test_requeue_goes_on(how, slurm, shared_dir, stories260k, tmp_path):
     def in_state(state: str) -> Callable[[], bool]:
         return lambda: f"JobState={state} " in ask(slurm, "scontrol", "show", "job", job)
 
-    with runs.fault(f"Slurm: {how} ({STOPS[how][0]})",
+    with runs.fault(f"Slurm: {how}, {STOPS[how][0]}",
                     "the job saves, is queued again, and no step is lost or repeated"):
         wait_for(logged("[ 3/40]"))
         ask(slurm, *STOPS[how][1](job))
