@@ -11,6 +11,8 @@ import warnings
 import torch
 import torch.distributed as dist
 
+_timeout = datetime.timedelta(minutes=10)  # of every group; ``initialize`` sets it
+
 
 def world_size() -> int:
     """Processes of this run: torchrun's count, or 1 without torchrun."""
@@ -66,8 +68,9 @@ def initialize(*, tp: int = 1, pp: int = 1, vpp: int | None = None, seed: int = 
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    global _timeout
     if not dist.is_initialized():
-        timeout = datetime.timedelta(minutes=timeout_minutes)
+        timeout = _timeout = datetime.timedelta(minutes=timeout_minutes)
         backend = "nccl" if where.type == "cuda" else "gloo"
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
@@ -81,6 +84,12 @@ def initialize(*, tp: int = 1, pp: int = 1, vpp: int | None = None, seed: int = 
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     return where
+
+
+def new_gloo_group(ranks: list[int]) -> dist.ProcessGroup:
+    """A group for tensors on the CPU with the timeout of all others; called by every rank. torch's own default is
+    half an hour, whatever the other groups have."""
+    return dist.new_group(ranks, backend="gloo", timeout=_timeout)
 
 
 def is_reporting_rank() -> bool:

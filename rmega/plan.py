@@ -185,6 +185,23 @@ def refuse_what_cannot_fit(stages: list[StagePlan], memory: float, *, only_state
                      f"and a device has {memory / GB:.1f} GB: {advice}")
 
 
+def check_memory(config: TrainingConfig, geometry: Geometry) -> None:
+    """Refuse, before weights are read, a layout whose state alone is larger than a device (or --device-memory-gb)."""
+    import torch
+
+    from rmega import distributed
+
+    p = config.parallel
+    memory = p.device_memory_gb and p.device_memory_gb * GB
+    if memory is None and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(distributed.device()).total_memory
+    if memory is not None:
+        shards = p.tensor_model_parallel_size * p.pipeline_model_parallel_size
+        stages = plan_stages(config, geometry, replicas=distributed.world_size() // shards, tokens=0, microbatches=1,
+                             bytes_per_element=4 if config.train.precision == "fp32" else 2)
+        refuse_what_cannot_fit(stages, memory, only_state=True)
+
+
 def describe(config: TrainingConfig, geometry: Geometry, stages: list[StagePlan], step: StepPlan, dtype: str,
              replicas: int) -> str:
     """The page that --dry-run prints."""
@@ -213,7 +230,8 @@ def describe(config: TrainingConfig, geometry: Geometry, stages: list[StagePlan]
 
 def dry_run(config: TrainingConfig) -> int:
     """Print the plan of a configuration, without ranks and without weights. Raises ValueError where it cannot work."""
-    from rmega import distributed, train
+    from rmega import distributed, preflight, train
+    from rmega.data.batching import Mixture
     from rmega.models.hf import read_geometry
 
     distributed.quiet_engine()
@@ -222,6 +240,9 @@ def dry_run(config: TrainingConfig) -> int:
     config.check(p.tensor_model_parallel_size * p.pipeline_model_parallel_size * replicas)
     geometry, _ = read_geometry(model_config_folder(config.model.hf_model))
     train.transformer_layout(config, geometry, on_cpu=True)
+    preflight.check_save(config)
+    for dataset in Mixture.open(config.data.data_path, seed=config.train.seed).datasets:
+        preflight.check_positions("--data-path", dataset, geometry)
     precision = "bf16" if config.train.precision == "auto" else config.train.precision
     step = plan_step(config, geometry, replicas=replicas)
     stages = plan_stages(config, geometry, replicas=replicas, bytes_per_element=4 if precision == "fp32" else 2,

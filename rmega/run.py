@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 
-from rmega import checkpoint, distributed, ops, plan, precision, train
+from rmega import checkpoint, distributed, ops, plan, precision, preflight, train
 from rmega.config import TrainingConfig
 from rmega.data.batching import Batcher, CostModel, Mixture
 from rmega.data.indexed import open_preferences
 from rmega.distributed import log
 from rmega.logs import MetricsLog, Progress, duration, memory_mb, say, train_line
 from rmega.models.hf import load_hf, read_geometry, resolve_model
-from rmega.models.rotary import check_length
 from rmega.run_folder import write_durably
 from rmega.stopping import EXIT_REQUEUE, StopRequest
 from rmega.watch import Watch
@@ -35,6 +34,10 @@ def named_prefix(text: str) -> tuple[str, str]:
     return (name, prefix) if equals else (Path(text).name, text)
 
 
+class EvaluationLeft(Exception):
+    """An evaluation that all ranks leave together, and why."""
+
+
 class Run:
     """Holds what the steps of a run share. The methods are called in the order in which they stand here."""
 
@@ -42,31 +45,23 @@ class Run:
         self.config = config
         p = config.parallel
         distributed.quiet_engine()
+        preflight.check_save(config)
         self.folder = resolve_model(config.model.hf_model)
         self.geometry, self.hf_config = read_geometry(self.folder)
         train.transformer_layout(config, self.geometry, on_cpu=not torch.cuda.is_available())
-        self._check_memory()
+        plan.check_memory(config, self.geometry)
         self.device = distributed.initialize(
             tp=p.tensor_model_parallel_size, pp=p.pipeline_model_parallel_size,
             vpp=p.virtual_pipeline_model_parallel_size, seed=config.train.seed,
             timeout_minutes=p.distributed_timeout_minutes)
+        self.found = preflight.find_start(config)
+        self.info = checkpoint.read_info(self.found) if self.found else {}
+        if self.found:
+            preflight.check_same_model(self.info, self.found, self.geometry, self.folder)
         self.precision = precision.choose_together(config.train.precision, config.train.matmul_precision, self.device)
         self.state = checkpoint.RunState()
         self.best: tuple[float, int] | None = None
         self.saver: checkpoint.Saver | None = None
-
-    def _check_memory(self) -> None:
-        """Refuse, before weights are read, a layout whose state alone is larger than a device."""
-        p = self.config.parallel
-        memory = p.device_memory_gb and p.device_memory_gb * plan.GB
-        if memory is None and torch.cuda.is_available():
-            memory = torch.cuda.get_device_properties(distributed.device()).total_memory
-        if memory is not None:
-            shards = p.tensor_model_parallel_size * p.pipeline_model_parallel_size
-            stages = plan.plan_stages(
-                self.config, self.geometry, replicas=distributed.world_size() // shards, tokens=0, microbatches=1,
-                bytes_per_element=4 if self.config.train.precision == "fp32" else 2)
-            plan.refuse_what_cannot_fit(stages, memory, only_state=True)
 
     def load_data(self) -> None:
         """Open the datasets and check that they belong to this model."""
@@ -79,9 +74,12 @@ class Run:
                 raise ValueError(f"--valid-data-path {text}: the name {name} is taken (write NAME=PREFIX)")
             self.valid[name] = open_preferences(prefix)
         self.manifest = self.dataset.manifest
-        for flag, dataset in [("--data-path", self.dataset), *(("--valid-data-path", d) for d in self.valid.values())]:
-            self._check_manifest(flag, dataset)
-        self._check_tokenizer()
+        for flag, dataset in [*(("--data-path", d) for d in self.dataset.datasets),
+                              *(("--valid-data-path", d) for d in self.valid.values())]:
+            preflight.check_dataset(flag, dataset, self.dataset, self.geometry, self.folder)
+        preflight.check_tokenizer(self.dataset, self.folder)
+        if self.found:
+            preflight.check_same_run(self.info, self.found, c, self.dataset)
         self.steps, self.comparisons = train.total_steps(c, len(self.dataset))
         shards = c.parallel.tensor_model_parallel_size * c.parallel.pipeline_model_parallel_size
         from megatron.core import parallel_state
@@ -95,38 +93,8 @@ class Run:
             if c.parallel.virtual_pipeline_model_parallel_size else 1)
         self.batcher = Batcher(self.dataset, global_batch_size=c.train.global_batch_size,
                                max_consumed=self.comparisons, **self.batching)
-        log(f"data: {len(self.dataset):,} comparisons per epoch from {', '.join(c.data.data_path)}; {self.steps:,} steps "
-            f"of {c.train.global_batch_size}")
-
-    def _check_manifest(self, flag: str, dataset) -> None:
-        manifest = dataset.manifest
-        if manifest["vocab_size"] > self.geometry.vocab_size:
-            raise ValueError(f"{flag} {dataset.prefix}: was written with a tokenizer of {manifest['vocab_size']} ids, "
-                             f"the model {self.folder} knows {self.geometry.vocab_size}")
-        check_length(self.geometry, manifest["max_length"] or int(dataset.sequence_lengths.max()))
-        for field in ("tokenizer_fingerprint", "reward_token_id"):
-            if manifest[field] != self.manifest[field]:
-                raise ValueError(f"{flag} {dataset.prefix}: {field} {manifest[field]} differs from that of "
-                                 f"{self.dataset.prefix} ({self.manifest[field]}); preprocess both alike")
-
-    def _check_tokenizer(self) -> None:
-        """The data must have been written with the model's own tokenizer. Read on rank 0, known to all."""
-        import torch.distributed as dist
-
-        problem: list[str | None] = [None]
-        if distributed.rank() == 0 and any((self.folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model")):
-            from transformers import AutoTokenizer
-
-            from rmega.data.tokenize import tokenizer_fingerprint
-
-            own = tokenizer_fingerprint(AutoTokenizer.from_pretrained(str(self.folder)))
-            if own != self.manifest["tokenizer_fingerprint"]:
-                problem = [f"--data-path {self.dataset.prefix}: was written with the tokenizer {self.manifest['tokenizer']} "
-                           f"({self.manifest['tokenizer_fingerprint']}), which is not that of --hf-model {self.folder} "
-                           f"({own})"]
-        dist.broadcast_object_list(problem, src=0)
-        if problem[0]:
-            raise ValueError(problem[0])
+        log(f"data: {len(self.dataset):,} comparisons per epoch from {', '.join(c.data.data_path)}; {self.steps:,} "
+            f"steps of {c.train.global_batch_size}")
 
     def build(self) -> None:
         """Model, gradient buffers, optimizer and schedule; weights from the Hugging Face folder."""
@@ -139,30 +107,21 @@ class Run:
         self.optimizer, self.scheduler = train.build_optimizer(self.wrapped, c, self.steps)
         log(f"model: {self.folder} ({self.geometry.family}, {self.geometry.num_layers} layers of "
             f"{self.geometry.hidden_size}), {self.head}")
-        log(f"layout: tp {c.parallel.tensor_model_parallel_size}"
-            f"{' + sequence parallel' if c.parallel.sequence_parallel else ''}, pp "
-            f"{c.parallel.pipeline_model_parallel_size}"
-            f"{f' x {c.parallel.virtual_pipeline_model_parallel_size} chunks' if c.parallel.virtual_pipeline_model_parallel_size else ''}"
-            f", dp {self.batching['num_ranks']}{' (distributed optimizer)' if c.parallel.use_distributed_optimizer else ''}")
-        log(f"compute: {self.precision.description}; {train.implementations(c, self.device, self.precision.dtype, self.optimizer)}")
+        p, vpp = c.parallel, c.parallel.virtual_pipeline_model_parallel_size
+        log(f"layout: tp {p.tensor_model_parallel_size}{' + sequence parallel' if p.sequence_parallel else ''}, pp "
+            f"{p.pipeline_model_parallel_size}{f' x {vpp} chunks' if vpp else ''}, dp {self.batching['num_ranks']}"
+            f"{' (distributed optimizer)' if p.use_distributed_optimizer else ''}")
+        log(f"compute: {self.precision.description}; {"
+                f"{train.implementations(c, self.device, self.precision.dtype, self.optimizer)}")
 
     def restore_or_start(self) -> None:
         """Go on from ``--load`` where it has a checkpoint; open the logs."""
         c = self.config
-        found = checkpoint.find(c.checkpoint.load) if c.checkpoint.load else None
-        if c.checkpoint.load and found is None and c.checkpoint.load != c.checkpoint.save:
-            raise ValueError(f"--load {c.checkpoint.load}: no checkpoint in it")
-        if found is None and c.checkpoint.save and checkpoint.latest_iteration(c.checkpoint.save) is not None:
-            raise ValueError(f"--save {c.checkpoint.save}: holds a run already; go on with it by --load "
-                             f"{c.checkpoint.save}, or choose another folder")
-        if found is not None:
-            info = checkpoint.read_info(found)
-            self._check_same_model(info, found)
-            checkpoint.check_same_optimizer(info, c.parallel.use_distributed_optimizer)
-            self._check_same_run(info, found)
-            self.state = checkpoint.load(found, wrapped=self.wrapped, optimizer=self.optimizer, scheduler=self.scheduler)
-            if info.get("best"):
-                self.best = tuple(info["best"])
+        if self.found:
+            self.state = checkpoint.load(self.found, wrapped=self.wrapped, optimizer=self.optimizer,
+                                         scheduler=self.scheduler)
+            if self.info.get("best"):
+                self.best = tuple(self.info["best"])
         if c.checkpoint.save and distributed.rank() == 0:
             Path(c.checkpoint.save).mkdir(parents=True, exist_ok=True)
             Path(c.checkpoint.save, "config.json").write_text(json.dumps(c.as_dict(), indent=1), encoding="utf-8")
@@ -170,37 +129,17 @@ class Run:
             checkpoint.clean(c.checkpoint.save)
             self.saver = checkpoint.Saver(c.checkpoint.save, self.optimizer)
             self.saver.reserve(wrapped=self.wrapped, optimizer=self.optimizer, scheduler=self.scheduler)
-        self.metrics = MetricsLog(c.checkpoint.save, resumed_at=self.state.iteration if found else None,
+        self.metrics = MetricsLog(c.checkpoint.save, resumed_at=self.state.iteration if self.found else None,
                                   tensorboard=c.train.tensorboard, wandb_project=c.train.wandb_project,
                                   config=c.as_dict())
-
-    def _check_same_model(self, info: dict[str, Any], found: Path) -> None:
-        """A checkpoint of another backbone is said by its geometry, not by the first tensor that does not fit."""
-        then = info["geometry"]
-        for field, now in json.loads(json.dumps(dataclasses.asdict(self.geometry))).items():
-            if field != "has_reward_head" and then.get(field, now) != now:
-                raise ValueError(f"--load {found}: is of another model: {field} {then[field]} there, {now} in "
-                                 f"--hf-model {self.folder}")
-
-    def _check_same_run(self, info: dict[str, Any], found: Path) -> None:
-        """Another batch size or seed would visit other comparisons than the ones that are left."""
-        then, now, now_data = info["config"]["train"], self.config.train, self.dataset.identity
-        for field, flag in (("global_batch_size", "--global-batch-size"), ("seed", "--seed")):
-            if then[field] != getattr(now, field):
-                raise ValueError(f"{flag} {getattr(now, field)}: {found} was written with {then[field]}, and the order "
-                                 "of the data depends on it")
-        if info["num_comparisons"] != len(self.dataset) or info.get("data", now_data) != now_data:
-            raise ValueError(f"--data-path: {found} was trained on other data ({info['num_comparisons']} comparisons "
-                             f"per epoch then, {len(self.dataset)} now; weights and contents must be the same, in the "
-                             "same order)")
 
     def train(self) -> int:
         """All steps that are left. Returns the exit code: 0, or 75 when it stopped early to be started again."""
         c, started = self.config, time.monotonic()
         self._check_proof()
         stop = StopRequest(c.checkpoint.exit_duration_min)
-        if self.state.iteration == 0:
-            self._evaluate()
+        if self.state.iteration == 0 and (reason := self._evaluate(stop)):
+            return self._leave(f"before the first step: {reason}")
         progress = Progress("training", self.steps)
         progress.advance(self.state.iteration)
         watch = Watch()
@@ -230,15 +169,13 @@ class Run:
             due = bool(c.checkpoint.save_interval) and step % c.checkpoint.save_interval == 0
             if c.train.eval_interval and step % c.train.eval_interval == 0 and step < self.steps and not reason:
                 progress.clear()
-                self._evaluate()
+                reason = self._evaluate(stop)
                 evaluated = step
                 due |= self.best is not None and self.best[1] == step and c.checkpoint.save_best
                 clock.lap()
             if reason:
-                say(progress, f"stopping after step {step}: {reason}")
-                self._save(progress, last=True)
-                self.metrics.close()
-                return EXIT_REQUEUE
+                progress.clear()
+                return self._leave(f"after step {step}: {reason}", save=True)
             if due and step < self.steps:
                 self._save(progress)
                 saved = step
@@ -246,14 +183,24 @@ class Run:
             elif self.saver:
                 self._note_saved(progress, self.saver.poll)
         progress.clear()
-        if evaluated != self.steps or self.state.iteration == first:
-            self._evaluate()
+        reason = self._evaluate(stop) if evaluated != self.steps or self.state.iteration == first else None
+        if reason:
+            return self._leave(f"after step {self.steps}, before its evaluation was done: {reason}",
+                               save=saved != self.steps)
         if saved != self.steps:
             self._save(progress, last=True)
         self.metrics.close()
         log(f"done: {self.state.iteration} steps, {self.state.consumed:,} comparisons, "
             f"{duration(time.monotonic() - started)}" + (f"; {watch.skipped} updates skipped" if watch.skipped else ""))
         return 0
+
+    def _leave(self, when_and_why: str, *, save: bool = False) -> int:
+        """Save if there is something new, and the exit code of a run that is to be started again."""
+        log(f"stopping {when_and_why}" + ("" if self.saver else " (without --save nothing is kept)"))
+        if save:
+            self._save(None, last=True)
+        self.metrics.close()
+        return EXIT_REQUEUE if self.saver else 1
 
     def _give_up(self, report: train.StepReport, documents) -> None:
         """Stop for too many skipped updates, and leave a file with which tools/replay.py repeats the last batch."""
@@ -306,12 +253,24 @@ class Run:
                                          "eta_seconds": eta, "real_tokens": real, "num_pairs": pairs,
                                          "skipped": sum(not r.updated for r in reports)})
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, stop: StopRequest) -> str | None:
+        """Evaluate on every --valid-data-path; why it was left early, if it was. It may take longer than the minute
+        that a queue gives a run to end."""
         for name, dataset in self.valid.items():
             batcher = Batcher(dataset, global_batch_size=self.config.train.global_batch_size, **self.batching)
             bar = Progress(f"evaluating {name}", len(dataset))
-            result = train.evaluate(self.wrapped, batcher, self.device, bar.advance)
-            bar.clear()
+
+            def advance(count: int, bar: Progress = bar) -> None:
+                bar.advance(count)
+                if reason := stop.agreed(self.device):
+                    raise EvaluationLeft(reason)
+
+            try:
+                result = train.evaluate(self.wrapped, batcher, self.device, advance)
+            except EvaluationLeft as left:
+                return str(left)
+            finally:
+                bar.clear()
             step = self.state.iteration
             log(f"Iter(val) [{step}/{self.steps}]  {name}: accuracy {result['accuracy']:.4f} (95 % interval "
                 f"{result['accuracy_low']:.4f} to {result['accuracy_high']:.4f}, {result['num_pairs']} pairs)  margin "
@@ -320,11 +279,13 @@ class Run:
             if name == next(iter(self.valid)) and step and \
                     (self.best is None or result["accuracy"] > self.best[0]):
                 self.best = (result["accuracy"], step)
+        return None
 
     def _save(self, progress: Progress | None, *, last: bool = False) -> None:
-        """Begin a checkpoint; wait for it if it is the ``last`` of this process. A failure is said, or raised if last."""
+        """Begin a checkpoint; wait for it if it is the process's ``last``. A failure is said, or raised if last."""
         if self.saver is None:
             return
+        stalled = time.monotonic()  # also for one that is still being written
         self._note_saved(progress, self.saver.wait)
         begun = time.monotonic()
         try:
@@ -337,7 +298,7 @@ class Run:
                 raise
             say(progress, f"warning: {error}; training goes on")
             return
-        self._save_begun, self._save_stall = begun, time.monotonic() - begun
+        self._save_begun, self._save_stall = begun, time.monotonic() - stalled
         if last or not self.config.checkpoint.async_save:
             self._note_saved(progress, self.saver.wait, raises=last)
 

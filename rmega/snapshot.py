@@ -29,6 +29,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
 
+from rmega.distributed import new_gloo_group
 from rmega.run_folder import fingerprint
 
 KEYS = ("param", "exp_avg", "exp_avg_sq")
@@ -54,7 +55,7 @@ class Gatherer:
         mine = {tuple(dist.get_process_group_ranks(part.data_parallel_group)) for part in self.parts}
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, sorted(mine))
-        self.groups = {ranks: dist.new_group(list(ranks), backend="gloo")
+        self.groups = {ranks: new_gloo_group(list(ranks))
                        for ranks in sorted({r for some in everyone for r in some}) if len(ranks) > 1}
         self._whole: dict[tuple, torch.Tensor] = {}
         self._own: dict[tuple, torch.Tensor] = {}

@@ -264,16 +264,18 @@ def compute_rewards(wrapped: Sequence, batcher: Batcher, device: torch.device,
     for chunk in wrapped:
         chunk.eval()
     out = torch.zeros(batcher.num_responses, dtype=torch.float32, device=device)
-    for packs in batcher.sweep():
-        packs = [pack.to(device) for pack in packs]
-        for numbers, rewards in run_schedule(wrapped, packs, _forward_rewards, forward_only=True):
-            if is_reporting_rank():
-                real = numbers >= 0
-                out[numbers[real]] = rewards[real]
-        if progress:
-            progress(batcher.global_batch_size)
-    for chunk, mode in zip(wrapped, modes, strict=True):
-        chunk.train(mode)
+    try:
+        for packs in batcher.sweep():
+            packs = [pack.to(device) for pack in packs]
+            for numbers, rewards in run_schedule(wrapped, packs, _forward_rewards, forward_only=True):
+                if is_reporting_rank():
+                    real = numbers >= 0
+                    out[numbers[real]] = rewards[real]
+            if progress:
+                progress(batcher.global_batch_size)  # on every rank after every batch; what it raises ends the sweep
+    finally:
+        for chunk, mode in zip(wrapped, modes, strict=True):
+            chunk.train(mode)
     return sum_over_ranks(out).cpu().numpy()
 
 

@@ -60,6 +60,8 @@ class Watch:
         elif len(self._scores) >= FEWEST and abs(level - statistics.median(self._scores)) > SCORE:
             said.append(f"warning: step {step}: scores jumped to a mean of {level:.2f} from "
                         f"{statistics.median(self._scores):.2f}")
+        if said:
+            self._scores.clear()  # the new level is the usual one from here on: a jump is said once
         self._near = near
         self._scores.append(level)
         return said

@@ -31,3 +31,10 @@ def stories260k(shared_dir: Path) -> Path:
 def internlm2_tokenizer(shared_dir: Path) -> Path:
     """The real InternLM2 tokenizer as a Hugging Face folder."""
     return shared_dir / "tokenizers" / "internlm2"
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The table of faults, where any were tried: docs/training.md shows it."""
+    runs = sys.modules.get("tests.runs")
+    if runs and runs.FAULTS:
+        terminalreporter.write_line(runs.fault_table())

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import itertools
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+FAULTS: dict[str, list] = {}
+"""What was done to runs -> [what holds afterwards, how often it was done, how often it held]; printed at the end."""
+
+
+@contextlib.contextmanager
+def fault(what: str, holds: str) -> Iterator[None]:
+    """Counts one trial of a fault, and that it was survived if the block ends well."""
+    row = FAULTS.setdefault(what, [holds, 0, 0])
+    row[1] += 1
+    yield
+    row[2] += 1
+
+
+def fault_table() -> str:
+    """The counts as a Markdown table."""
+    rows = [f"| {what} | {tried} | {held} | {holds} |" for what, (holds, tried, held) in FAULTS.items()]
+    return "\n".join(["| fault | times | survived | what holds afterwards |", "|---|---|---|---|", *rows])
 
 
 def make_data(shared: Path, model: Path, folder: Path, count: int = 60) -> str:
@@ -70,16 +90,24 @@ def train(rank: int, world_size: int, argv: list[str], events: dict[int, tuple[s
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def train_and_say(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
+    """``train``, with what this rank printed."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        code = train(rank, world_size, argv)
+    return code, said.getvalue()
+
+
 def start(ranks: int, argv: list[str], *, launcher: str = "launch", env: dict[str, str] | None = None,
-          **options) -> subprocess.Popen:
+          program: Path = ROOT / "examples" / "pretrain_reward.py", **options) -> subprocess.Popen:
     """A run under tools/launch.py, torchrun, or alone ("python"), with stdout and stderr in one pipe."""
-    program = {"launch": [sys.executable, str(ROOT / "tools" / "launch.py"), "--nproc-per-node", str(ranks)],
+    starter = {"launch": [sys.executable, str(ROOT / "tools" / "launch.py"), "--nproc-per-node", str(ranks)],
                "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)],
                "python": [sys.executable]}[launcher]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     environment.update({"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false",
                         **(env or {})})
-    return subprocess.Popen([*program, str(ROOT / "examples" / "pretrain_reward.py"), *argv], env=environment,
+    return subprocess.Popen([*starter, str(program), *argv], env=environment,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 

@@ -50,7 +50,10 @@ SlurmdPidFile=$dir/slurmd.pid
 SlurmctldLogFile=$dir/slurmctld.log
 SlurmdLogFile=$dir/slurmd.log
 NodeName=$host NodeAddr=127.0.0.1 CPUs=96 Gres=gpu:8 State=UNKNOWN
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 PartitionName=all Nodes=$host Default=YES MaxTime=INFINITE State=UP GraceTime=60
+PartitionName=urgent Nodes=$host MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 CONF
   for i in 0 1 2 3 4 5 6 7; do mknod "$dir/gpu$i" c 1 3; done # 8 GPUs and 96 processors in name only
   echo "NodeName=$host Name=gpu File=$dir/gpu[0-7]" >"$dir/gres.conf"
@@ -67,6 +70,13 @@ CONF
   ;;
 stop)
   dir=$2
+  # Jobs first: what a daemon started and nobody ends would stay on this machine.
+  export SLURM_CONF="$dir/slurm.conf" PATH="$PATH:/usr/sbin"
+  scancel --user=root 2>/dev/null || true
+  for _ in $(seq 120); do
+    [ -n "$(squeue -h 2>/dev/null)" ] || break
+    sleep 0.5
+  done
   for file in "$dir/slurmd.pid" "$dir/slurmctld.pid" "$dir/munge/pid"; do
     if [ -s "$file" ]; then kill "$(cat "$file")" 2>/dev/null || true; fi
   done

@@ -27,34 +27,38 @@ def small_buckets():
         train.DistributedDataParallelConfig = original
 
 
-def steps(rank: int, world_size: int, text: str, folder: str, load: str | None, save: str | None, count: int) -> dict:
+def steps(rank: int, world_size: int, text: str, folder: str, load: str | None, save: str | None, count: int,
+          dtype: str = "fp32", loss_scale: float = 1.0) -> dict:
     """Run up to step ``count`` of TOTAL, from ``load`` if given; what is left behind on rank 0."""
     from rmega import checkpoint, train
     from rmega.layouts import Layout, build, gather_global, layout_config, make_batcher
+    from rmega.precision import DTYPES
 
     config = layout_config(Layout.parse(text), hf_model=folder, steps=TOTAL, global_batch_size=10, max_tokens=260,
                            lr=1e-3)
-    config.optimizer.lr_decay_style = "cosine"
+    config.optimizer.lr_decay_style, config.optimizer.initial_loss_scale = "cosine", loss_scale
     dataset = InMemory(random_comparisons(24, seed=1))
     # Several gradient buckets, as in a large model, where shards of the state begin and end inside parameters.
     with small_buckets():
-        wrapped, optimizer, scheduler, geometry, device = build(config)
+        wrapped, optimizer, scheduler, geometry, device = build(config, DTYPES[dtype])
     state = checkpoint.RunState()
     if load:
         state = checkpoint.load(checkpoint.find(load), wrapped=wrapped, optimizer=optimizer, scheduler=scheduler)
     batcher = make_batcher(config, dataset, geometry)
-    seen, losses = [], []
+    seen, losses, scales = [], [], []
     while state.iteration < count:
         documents = batcher.documents(state.consumed)
         seen += documents.tolist()
         report = train.train_step(wrapped, optimizer, batcher.packs(documents), config.loss, len(documents))
         losses.append(report.loss)
         scheduler.step(1)
+        scales.append((report.updated, float(optimizer.get_loss_scale())))
         state = checkpoint.RunState(state.iteration + 1, state.consumed + len(documents))
     if save:
         checkpoint.save(save, state=state, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler,
                         info={"config": config.as_dict(), "num_comparisons": len(dataset), "manifest": {}})
-    return {"params": gather_global(wrapped, geometry, lambda p: p.data), "seen": seen, "losses": losses}
+    return {"params": gather_global(wrapped, geometry, lambda p: p.data), "seen": seen, "losses": losses,
+            "scales": scales}
 
 
 def go(text: str, *args) -> dict:
@@ -90,6 +94,22 @@ def test_same_layout_is_bit_identical(text, folder, unbroken, halves):
     assert first["seen"] + second["seen"] == unbroken[text]["seen"]
     assert first["losses"] + second["losses"] == unbroken[text]["losses"]
     for name, value in unbroken[text]["params"].items():
+        assert torch.equal(second["params"][name], value), name
+
+
+@pytest.mark.parametrize("text", ["1", "tp2,pp2", "dp2"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_goes_on_bit_for_bit(dtype, text, folder, tmp_path):
+    """fp32 main parameters, and with fp16 the loss scale: updates are skipped and the scale falls before the stop."""
+    more = (dtype, 2.0**36 if dtype == "fp16" else 1.0)
+    first = go(text, folder, None, str(tmp_path), STOP, *more)
+    second = go(text, folder, str(tmp_path), None, TOTAL, *more)
+    whole = go(text, folder, None, None, TOTAL, *more)
+    assert first["losses"] + second["losses"] == whole["losses"]
+    assert first["scales"] + second["scales"] == whole["scales"]
+    if dtype == "fp16":
+        assert not first["scales"][0][0] and first["scales"][-1][1] < 2.0**36
+    for name, value in whole["params"].items():
         assert torch.equal(second["params"][name], value), name
 
 

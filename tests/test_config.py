@@ -33,7 +33,7 @@ def test_several_sets() -> None:
 
 
 def test_defaults_are_the_papers() -> None:
-    """XTuner's InternLM2 recipe: focal loss with the log barrier, AdamW(0.9, 0.999), clip 1, 3 % warm-up, cosine to 0."""
+    """XTuner's InternLM2 recipe: focal loss, log barrier, AdamW(0.9, 0.999), clip 1, 3 % warm-up, cosine to 0."""
     config = parse(*STEPS)
     assert (config.loss.loss, config.loss.penalty, config.loss.penalty_weight) == ("focal", "log_barrier", 0.01)
     o = config.optimizer

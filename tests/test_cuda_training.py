@@ -1,4 +1,4 @@
-"""Training on a GPU agrees with training on the CPU, in fp32 and, to what it loses, in half precision. Skipped without one."""
+"""Training on a GPU agrees with the CPU, in fp32 and, to what it loses, in half precision. Skipped without one."""
 
 from __future__ import annotations
 

@@ -205,6 +205,8 @@ def test_tokenizer_and_dataset_that_do_not_match(train, data, internlm2_tokenize
     refused(train("--valid-data-path", other), "--valid-data-path", other, "tokenizer_fingerprint")
     refused(train(source=edited(data, tmp_path / "big", vocab_size=92544)), "--data-path", "92544 ids", "512")
     refused(train("--valid-data-path", edited(data, tmp_path / "token", reward_token_id=7)), "reward_token_id 7")
+    second = ("--data-path", data, tmp_path / "token" / "train")  # each of several, not the first alone
+    refused(train(*second), "--data-path", "token", "reward_token_id 7")
     refused(train(source=edited(data, tmp_path / "old", format_version=0)), "train.json", "format version 0")
 
 
@@ -267,7 +269,67 @@ def test_runs_that_are_not_there_or_are_there_already(program, train, stories260
     refused(again("--load", run, source=tmp_path / "swapped"), "--data-path", "other data")
     refused(again("--load", run, source=f"2={data}"), "--data-path", "other data")
     (tmp_path / "file").write_text("not a folder")
-    refused(again("--save", tmp_path / "file"), tmp_path / "file")
+    refused(again("--save", tmp_path / "file"), f"--save {tmp_path / 'file'}: ", "is a file, not a folder")
+    refused(again("--save", tmp_path / "file" / "run"), f"--save {tmp_path / 'file' / 'run'}: ", "is a file, not a")
+    assert program("examples/pretrain_reward.py", *flags, "--save", tmp_path / "second")[0] == 0
+    refused(again("--load", tmp_path / "second", "--save", run), f"--save {run}: holds a run already")
+
+
+def test_nothing_is_built_for_a_run_that_cannot_start(train, program, stories260k, data, tmp_path, monkeypatch) -> None:
+    """Folders and checkpoints are looked at before the model is, which takes minutes for a large one."""
+    flags = ["--hf-model", stories260k, "--data-path", data, "--train-steps", 1, "--global-batch-size", 4,
+             "--precision", "fp32", "--matmul-precision", "highest"]
+    assert program("examples/pretrain_reward.py", *flags, "--save", tmp_path / "done")[0] == 0
+
+    from rmega import train as engine
+
+    def build_model(*_, **__):
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(engine, "build_model", build_model)
+    for more, says in ((["--save", tmp_path / "done"], "holds a run already"),
+                       (["--save", tmp_path / "done" / "config.json"], "is a file, not a folder"),
+                       (["--load", tmp_path], "no checkpoint in it"),
+                       (["--load", tmp_path / "done", "--seed", 1], "--seed 1"),
+                       (["--load", tmp_path / "done", "--no-use-distributed-optimizer"],
+                        "--use-distributed-optimizer")):
+        refused(program("examples/pretrain_reward.py", *flags, *more), says)
+    shard = next((tmp_path / "done" / "iter_0000001").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    refused(program("examples/pretrain_reward.py", *flags, "--load", tmp_path / "done"), "no good checkpoint",
+            shard.name)
+
+
+def test_texts_longer_than_the_models_positions(train, stories260k, data, tmp_path, capsys) -> None:
+    """Said in one line with counts; refused, with a flag that training has, where rotary scaling depends on them."""
+    import dataclasses
+
+    from rmega.data.indexed import open_preferences
+    from rmega.models.geometry import RopeScaling
+    from rmega.models.hf import read_geometry
+    from rmega.preflight import check_positions
+
+    dataset, (geometry, _) = open_preferences(data), read_geometry(stories260k)
+    texts = [[len(c.prefix) + len(s) for s in c.suffixes] for c in (dataset.get(i) for i in range(len(dataset)))]
+    known = sorted(max(own) for own in texts)[len(texts) // 2]
+    over = sum(max(own) > known for own in texts)
+    assert 0 < over < len(texts)
+    for kind in ("default", "linear", "llama3"):
+        scaling = RopeScaling(rope_type=kind, factor=2.0, original_max_position_embeddings=16)
+        for positions, said in ((known, f"{over} of {len(texts)} comparisons"), (max(map(max, texts)), "")):
+            check_positions("--data-path", dataset, dataclasses.replace(
+                geometry, rope_scaling=scaling, max_position_embeddings=positions))
+            out = capsys.readouterr().out
+            assert out.count("\n") == bool(said) and said in out and (not said or f"--max-length {known}" in out)
+    shutil.copytree(stories260k, tmp_path / "model")
+    config = json.loads((stories260k / "config.json").read_text())
+    config["rope_parameters"] |= {"rope_type": "dynamic", "factor": 2.0}
+    (tmp_path / "model" / "config.json").chmod(0o644)
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": known}))
+    longest = max(map(max, texts))
+    for more in ((), ("--dry-run",)):
+        refused(train(*more, model=tmp_path / "model"), f"--data-path {data}: has texts of {longest} tokens", "dynamic",
+                f"--max-length {known}")
 
 
 # Export and scoring

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 from tests.dist import run_distributed
-from tests.tiny import InMemory, random_comparisons, tiny_llama
+from tests.hf_fixtures import hf_config, tiny, write_folder
+from tests.tiny import VOCAB, InMemory, random_comparisons, tiny_llama
 
 TOLERANCE = 1e-5
 LAYOUTS = ["tp2", "tp2,sp", "pp2", "pp2,vpp2", "dp2", "dp2,plainopt", "tp2,pp2", "tp2,recompute", "tp2,sp,selective",
@@ -45,6 +48,49 @@ def test_parity(text, folder, single):
     from rmega.layouts import compare
 
     differences = compare(result_of(text, folder), single)
+    assert max(differences.values()) <= TOLERANCE, differences
+
+
+LONG = ["dp3", "dp4,overlap", "tp4", "tp4,sp,recompute", "tp2,dp2", "tp2,sp,dp2,overlap", "tp2,sp,dp2,plainopt", "pp4",
+        "pp2,dp2", "pp2,last3", "pp4,first1,last3", "pp2,vpp4", "pp4,vpp2", "pp2,vpp2,dp2", "tp2,pp2,vpp2",
+        "tp2,sp,pp2,recompute", "tp2,sp,pp2,selective", "tp2,sp,pp2,dp2", "tp2,pp2,vpp2,dp2,overlap"]
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """Eight layers and four key/value groups, a reward model of each backbone, and its single rank's result."""
+    from rmega.models import BACKBONES
+    from rmega.models.weights import hf_shapes
+
+    made = {}
+
+    def of(family: str):
+        if family not in made:
+            geometry = tiny(family, num_layers=8, hidden_size=64, ffn_hidden_size=96, num_attention_heads=8,
+                            num_query_groups=4, head_dim=8, vocab_size=VOCAB, max_position_embeddings=512)
+            rng = np.random.default_rng(4)
+            tensors = {}
+            for name, shape in hf_shapes(BACKBONES[family].weight_table(geometry)).items():
+                values = rng.standard_normal(shape, dtype=np.float32)
+                scale = 0.5 if "embed" in name else 0.8 / shape[-1] ** 0.5
+                tensors[name] = torch.from_numpy(1 + 0.2 * values if len(shape) == 1 else np.float32(scale) * values)
+            config = hf_config(geometry, BACKBONES[family].ARCHITECTURE, num_labels=1)
+            folder = write_folder(tmp_path_factory.mktemp(family), config, tensors)
+            made[family] = (folder, result_of("1", folder))
+        return made[family]
+
+    return of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "internlm2"])
+@pytest.mark.parametrize("text", LONG)
+def test_parity_of_the_longer_matrix(text, family, deep):
+    """Up to eight ranks, whatever the machine has; both backbones."""
+    from rmega.layouts import compare
+
+    folder, alone = deep(family)
+    differences = compare(result_of(text, folder), alone)
     assert max(differences.values()) <= TOLERANCE, differences
 
 

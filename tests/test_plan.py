@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
@@ -89,16 +90,31 @@ def test_micro_batches_in_flight():
     assert in_flight(0, 4, 2, 100) == (3 * 2 + 4 + 1) / 2
 
 
+INTERNLM2_20B = {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "hidden_size": 6144,
+                 "num_hidden_layers": 48, "num_attention_heads": 48, "num_key_value_heads": 8,
+                 "intermediate_size": 16384, "vocab_size": 92544, "max_position_embeddings": 32768,
+                 "rms_norm_eps": 1e-5, "rope_theta": 1000000, "bias": False, "hidden_act": "silu",
+                 "tie_word_embeddings": False}
+LLAMA_3_70B = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8192,
+               "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+               "intermediate_size": 28672, "vocab_size": 128256, "max_position_embeddings": 8192,
+               "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "attention_bias": False, "hidden_act": "silu",
+               "tie_word_embeddings": False}
+
+
 @pytest.fixture(scope="module")
-def big_model(tmp_path_factory):
-    """config.json of InternLM2-20B, and no weights."""
-    folder = tmp_path_factory.mktemp("internlm2-20b")
-    (folder / "config.json").write_text(json.dumps({
-        "model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "hidden_size": 6144,
-        "num_hidden_layers": 48, "num_attention_heads": 48, "num_key_value_heads": 8, "intermediate_size": 16384,
-        "vocab_size": 92544, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 1000000,
-        "bias": False, "hidden_act": "silu", "tie_word_embeddings": False}))
-    return folder
+def big_models(tmp_path_factory):
+    """config.json of two large models, and no weights: (folder, million parameters without the language-model head)."""
+    found = {}
+    for name, config, size in (("internlm2-20b", INTERNLM2_20B, 19_293), ("llama-3-70b", LLAMA_3_70B, 69_503)):
+        found[name] = (tmp_path_factory.mktemp(name), size)
+        (found[name][0] / "config.json").write_text(json.dumps(config))
+    return found
+
+
+@pytest.fixture(scope="module")
+def big_model(big_models):
+    return big_models["internlm2-20b"][0]
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +128,24 @@ def dry(*argv: str) -> int:
     return pretrain_reward.main(["--dry-run", "--train-steps", "100", *argv])
 
 
-def test_a_layout_larger_than_the_machine(big_model, data, capsys):
-    assert dry("--hf-model", str(big_model), "--data-path", data, "--tp", "8", "--pp", "4", "--dp", "16",
-               "--device-memory-gb", "80") == 0
+@pytest.mark.parametrize("name", ["internlm2-20b", "llama-3-70b"])
+def test_a_layout_larger_than_the_machine(name, big_models, data, capsys):
+    """512 ranks planned in this one process, from config.json and the lengths of the data alone."""
+    folder, size = big_models[name]
+    begun = time.monotonic()
+    assert dry("--hf-model", str(folder), "--data-path", data, "--tp", "8", "--pp", "4", "--dp", "16", "--precision",
+               "bf16", "--device-memory-gb", "80") == 0
+    assert time.monotonic() - begun < 20
     out = capsys.readouterr().out
     assert "= 512 ranks" in out and out.count("\nstage ") == 4 and "pipeline bubble" in out and "fits" in out
-    total = sum(float(line.split()[3]) for line in out.splitlines() if line.startswith("stage ")) * 8
-    assert total == pytest.approx(19_300, rel=0.02)  # million parameters, without the language-model head
+    rows = [[float(x) for x in line.replace(" M ", " ").split()[2:]] for line in out.splitlines()
+            if line.startswith("stage ")]
+    assert sum(row[1] for row in rows) * 8 == pytest.approx(size, rel=1e-3)
+    layers, parameters, weights, gradients, optimizer, activations, total = rows[1]  # in the middle: nothing but layers
+    assert weights == pytest.approx(parameters * 2 / 1e3, abs=0.01)
+    assert gradients == pytest.approx(parameters * 4 / 1e3, abs=0.01)
+    assert optimizer == pytest.approx(parameters * 12 / 16 / 1e3, abs=0.01)
+    assert total == pytest.approx(weights + gradients + optimizer + activations, abs=0.03)
 
 
 @pytest.mark.parametrize("argv,says", [

@@ -60,7 +60,7 @@ def test_positions_are_what_is_asked_for() -> None:
 
 def test_dynamic_scaling_is_exact_up_to_the_models_positions_and_refused_beyond() -> None:
     geometry = tiny("llama", rope_scaling=RopeScaling(rope_type="dynamic", factor=2.0))
-    check_length(geometry, geometry.max_position_embeddings)
-    with pytest.raises(ValueError, match="--max-length 65: .*dynamic"):
-        check_length(geometry, geometry.max_position_embeddings + 1)
-    check_length(dataclasses.replace(geometry, rope_scaling=RopeScaling()), 10**6)
+    check_length(geometry, geometry.max_position_embeddings, "--data-path x")
+    with pytest.raises(ValueError, match="--data-path x: has texts of 65 tokens.*dynamic.*--max-length 64"):
+        check_length(geometry, geometry.max_position_embeddings + 1, "--data-path x")
+    check_length(dataclasses.replace(geometry, rope_scaling=RopeScaling()), 10**6, "--data-path x")

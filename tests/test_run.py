@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import random
+import shutil
+import signal
 import time
 from importlib.util import find_spec
 
 import pytest
+from transformers import LlamaForCausalLM
 
 from tests import runs
 from tests.dist import run_distributed
@@ -53,6 +57,49 @@ def test_signals_at_random_steps(ranks, stories260k, data, unbroken, tmp_path):
     assert [row["step"] for row in rows if row["type"] == "train"] == list(range(1, STEPS + 1))
 
 
+def interrupted_evaluation(rank: int, world_size: int, argv: list[str], number: int) -> int:
+    """A run whose last rank gets SIGTERM in the middle of its evaluation ``number``."""
+    import rmega.train as engine
+
+    original, evaluations = engine.run_schedule, []
+    evaluate = engine.evaluate
+
+    def counted(*args):
+        evaluations.append(0)
+        return evaluate(*args)
+
+    def run_schedule(*args, forward_only: bool):
+        if forward_only:
+            evaluations[-1] += 1
+            if len(evaluations) == number and evaluations[-1] == 2 and rank == world_size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert len(evaluations) != number or evaluations[-1] <= 2, "the evaluation went on"
+        return original(*args, forward_only=forward_only)
+
+    engine.run_schedule, engine.evaluate = run_schedule, counted
+    try:
+        return runs.train(rank, world_size, argv)
+    finally:
+        engine.run_schedule, engine.evaluate = original, evaluate
+
+
+@pytest.mark.parametrize("number,saved", [(1, []), (2, [4]), (3, [4, STEPS])])
+def test_a_signal_ends_an_evaluation(number, saved, stories260k, data, unbroken, tmp_path):
+    """Before the first step, in the middle and at the end: it is left after the batch, the run saves and goes on."""
+    run = tmp_path / "run"
+    argv = runs.flags(stories260k, data, run, steps=STEPS, eval_interval=4, valid_data_path=data)
+    assert run_distributed(interrupted_evaluation, 2, argv, number) == [75, 75]
+    assert sorted(f.name for f in run.glob("iter_*")) == [f"iter_{i:07d}" for i in saved]  # 4: the best so far
+    assert run_distributed(runs.train, 2, argv) == [0, 0]
+    runs.assert_same(run / f"iter_{STEPS:07d}", unbroken[2])
+
+
+def test_without_a_run_folder_nobody_is_told_to_start_again(stories260k, data):
+    """Exit code 75 promises that a second start goes on."""
+    argv = runs.flags(stories260k, data, steps=10_000)
+    assert run_distributed(runs.train, 1, argv, {2: ("SIGTERM", 0)}) == [1]
+
+
 def test_time_is_over(stories260k, data, tmp_path):
     run = tmp_path / "run"
     codes = run_distributed(runs.train, 1, runs.flags(stories260k, data, run, steps=10_000, exit_duration_min=0.01))
@@ -75,10 +122,23 @@ def test_keeps_the_last_and_the_best(stories260k, data, tmp_path):
 
 def test_an_uneven_last_batch_does_not_hang(stories260k, data, tmp_path):
     """7 comparisons in batches of 6 and 1: one of two ranks has nothing in the last step."""
-    for layout in ({"dp": 2}, {"pp": 2, "num_layers_in_first_pipeline_stage": 2}):
-        codes = run_distributed(runs.train, 2, runs.flags(stories260k, data, None, steps=None, train_epochs=7 / 60,
-                                                          **layout), timeout=60)
+    four_layers = tmp_path / "four"  # two stages of two chunks
+    shutil.copytree(stories260k, four_layers)
+    model = LlamaForCausalLM.from_pretrained(stories260k)
+    model.model.layers = model.model.layers[:4]
+    model.config.num_hidden_layers = 4
+    for file in ("config.json", "model.safetensors"):
+        (four_layers / file).unlink()
+    model.save_pretrained(four_layers)
+    for name, folder, layout in (("dp2", stories260k, {"dp": 2}),
+                                 ("pp2", stories260k, {"pp": 2, "num_layers_in_first_pipeline_stage": 2}),
+                                 ("vpp2", four_layers, {"pp": 2, "vpp": 2})):
+        run = tmp_path / name
+        codes = run_distributed(runs.train, 2, runs.flags(folder, data, run, steps=None, train_epochs=7 / 60, **layout),
+                                timeout=60)
         assert codes == [0, 0]
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [row["num_samples"] for row in rows if row["type"] == "train"] == [6, 1]
 
 
 def test_a_batch_smaller_than_the_ranks_is_refused(stories260k, data):

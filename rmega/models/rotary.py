@@ -43,8 +43,10 @@ def rotary_tables(position_ids: torch.Tensor, speeds: torch.Tensor,
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def check_length(geometry: Geometry, max_length: int) -> None:
-    """Raise ValueError where texts of ``max_length`` tokens cannot be given positions that mean the same everywhere."""
-    if geometry.rope_scaling.rope_type == "dynamic" and max_length > geometry.max_position_embeddings:
-        raise ValueError(f"--max-length {max_length}: the model's dynamic RoPE scaling is exact only up to its "
-                         f"{geometry.max_position_embeddings} positions (beyond, rewards would depend on the batch)")
+def check_length(geometry: Geometry, length: int, where: str) -> None:
+    """Raise ValueError, naming ``where``, if texts of ``length`` tokens cannot be given positions that mean the same
+    everywhere."""
+    if geometry.rope_scaling.rope_type == "dynamic" and length > geometry.max_position_embeddings:
+        raise ValueError(f"{where}: has texts of {length:,} tokens, and the model's dynamic RoPE scaling is exact only "
+                         f"up to its {geometry.max_position_embeddings:,} positions (beyond, rewards would depend on "
+                         f"the batch); preprocess with --max-length {geometry.max_position_embeddings}")
