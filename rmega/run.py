@@ -111,7 +111,7 @@ class Run:
         log(f"layout: tp {p.tensor_model_parallel_size}{' + sequence parallel' if p.sequence_parallel else ''}, pp "
             f"{p.pipeline_model_parallel_size}{f' x {vpp} chunks' if vpp else ''}, dp {self.batching['num_ranks']}"
             f"{' (distributed optimizer)' if p.use_distributed_optimizer else ''}")
-        log(f"compute: {self.precision.description}; {"
+        log(f"compute: {self.precision.description}; "
                 f"{train.implementations(c, self.device, self.precision.dtype, self.optimizer)}")
 
     def restore_or_start(self) -> None:
