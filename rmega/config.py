@@ -180,7 +180,8 @@ class CheckpointArgs:
     exit_duration_min: float | None = None
     """Save and leave with exit code 75 after so many minutes, for a queue that starts the job again."""
     num_proof_comparisons: int = 16
-    """Held-out comparisons kept with a checkpoint, with which an export proves itself."""
+    """Comparisons kept with a checkpoint, with which an export proves itself: held-out ones, and further ones of the
+    training set where these are too few."""
 
 
 @dataclasses.dataclass(kw_only=True)

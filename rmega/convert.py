@@ -12,7 +12,7 @@ from typing import Any
 from rmega import run_folder
 from rmega.export import DTYPES, CheckpointTensors, export_weights, parse_size
 from rmega.logs import Progress
-from rmega.model_card import client_duties, usage, write_card
+from rmega.model_card import client_duties, kept_comparisons, usage, write_card
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry, RopeScaling
 from rmega.release import (
@@ -173,7 +173,8 @@ def _prove(folder: Path, info: dict[str, Any], output: Path, geometry: Geometry,
                           evaluation=evaluations(folder.parent, info["iteration"]), proof=dataclasses.asdict(proof))
     write_card(output, recipe, folder / "hf")
     say(f"proof: {proof.weights}")
-    say(f"proof: {proof.responses} responses of {proof.comparisons} held-out comparisons: largest difference "
+    kept = kept_comparisons(proof.comparisons, proof.held_out)
+    say(f"proof: {proof.responses} responses of {kept}: largest difference "
         f"{proof.largest_difference:.3g} on rewards up to {proof.largest_reward:.3g} = {proof.relative_difference:.2g} "
         f"relative, tolerance {proof.tolerance:.0e}")
     if proof.rounding_effect:

@@ -7,6 +7,13 @@ from pathlib import Path
 from typing import Any
 
 
+def kept_comparisons(count: int, held_out: int) -> str:
+    """What a proof was made with: "16 held-out comparisons", "16 comparisons (4 held out, 12 of the training set)"."""
+    if held_out == count:
+        return f"{count} held-out comparisons"
+    return f"{count} comparisons ({held_out} held out, {count - held_out} of the training set)"
+
+
 def usage(recipe: dict[str, Any], folder: str) -> list[tuple[str, str, str]]:
     """(title, shell command or "", Python code) for each way to score with the folder; to be pasted as they are."""
     reward, name = recipe["reward_token_id"], Path(folder).name
@@ -83,7 +90,8 @@ def write_card(folder: Path, recipe: dict[str, Any], base: Path) -> None:
         lines += ["**Not verified**: the rewards of this folder have not been compared with those of the training.", ""]
     else:
         verdict = "agree" if proof["passed"] else "**DO NOT AGREE: do not use this folder**"
-        lines += [f"{proof['responses']} responses of {proof['comparisons']} held-out comparisons, scored by the "
+        lines += [f"{proof['responses']} responses of "
+                  f"{kept_comparisons(proof['comparisons'], proof['held_out'])}, scored by the "
                   f"training code and by plain transformers {proof['transformers']} from this folder: they {verdict} "
                   f"(largest difference {proof['largest_difference']:.3g} on rewards up to "
                   f"{proof['largest_reward']:.3g}, that is {proof['relative_difference']:.2g}; tolerance "

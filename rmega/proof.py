@@ -31,6 +31,8 @@ class Proof:
 
     passed: bool
     comparisons: int
+    held_out: int
+    """How many of the comparisons the training did not see."""
     responses: int
     largest_difference: float
     largest_reward: float
@@ -161,8 +163,9 @@ def prove(checkpoint_folder: Path, info: dict[str, Any], folder: Path, geometry:
         why.append(f"Rewards differ by {relative:.3g} relative, more than {TOLERANCE:.0e}.")
     if len(kept) < MIN_COMPARISONS:
         why.append(f"The checkpoint holds {len(kept)} comparisons for a proof; at least {MIN_COMPARISONS} are needed "
-                   "(--num-proof-comparisons and --valid-data-path of the training).")
-    return Proof(passed=not why, comparisons=len(kept), responses=len(sequences), largest_difference=largest.item(),
+                   "(--num-proof-comparisons of the training).")
+    return Proof(passed=not why, comparisons=len(kept), held_out=sum(x.get("held_out", True) for x in kept),
+                 responses=len(sequences), largest_difference=largest.item(),
                  largest_reward=scale.item(), relative_difference=relative, tolerance=TOLERANCE,
                  rounding_effect=(exact - rounded).abs().max().item() if sequences else 0.0, weights=sentence,
                  transformers=transformers.__version__, why=" ".join(why),

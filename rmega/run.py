@@ -112,7 +112,7 @@ class Run:
             f"{p.pipeline_model_parallel_size}{f' x {vpp} chunks' if vpp else ''}, dp {self.batching['num_ranks']}"
             f"{' (distributed optimizer)' if p.use_distributed_optimizer else ''}")
         log(f"compute: {self.precision.description}; "
-                f"{train.implementations(c, self.device, self.precision.dtype, self.optimizer)}")
+            f"{train.implementations(c, self.device, self.precision.dtype, self.optimizer)}")
 
     def restore_or_start(self) -> None:
         """Go on from ``--load`` where it has a checkpoint; open the logs."""
@@ -226,10 +226,10 @@ class Run:
         from rmega.proof import MIN_COMPARISONS
 
         c = self.config
-        kept = min(c.checkpoint.num_proof_comparisons, len(next(iter(self.valid.values()), self.dataset)))
+        kept = min(c.checkpoint.num_proof_comparisons, sum(map(len, self.valid.values())) + len(self.dataset))
         if c.checkpoint.save and kept < MIN_COMPARISONS:
             log(f"note: an export proves itself with {MIN_COMPARISONS} comparisons, checkpoints of this run will hold "
-                f"{kept} (--valid-data-path, --num-proof-comparisons)")
+                f"{kept} (--num-proof-comparisons)")
 
     def _log(self, step: int, lr: float, window: list, started: float, first: int, progress: Progress) -> None:
         reports = [r for r, _, _ in window]
@@ -319,11 +319,13 @@ class Run:
 
     def _info(self) -> dict[str, Any]:
         """What a checkpoint says of itself beside the tensors."""
-        source = next(iter(self.valid.values()), self.dataset)
+        # Held-out comparisons first; where they are too few, the training set's do for comparing two computations.
         proof = []
-        for i in range(min(self.config.checkpoint.num_proof_comparisons, len(source))):
-            stored = source.get(i)
-            proof.append({"prefix": stored.prefix.tolist(), "suffixes": [s.tolist() for s in stored.suffixes]})
+        for source in (*self.valid.values(), self.dataset):
+            for i in range(min(self.config.checkpoint.num_proof_comparisons - len(proof), len(source))):
+                stored = source.get(i)
+                proof.append({"prefix": stored.prefix.tolist(), "suffixes": [s.tolist() for s in stored.suffixes],
+                              "held_out": source is not self.dataset})
         return {"config": self.config.as_dict(), "geometry": dataclasses.asdict(self.geometry),
                 "hf_config": self.hf_config, "base_model": self.config.model.hf_model, "head": self.head,
                 "manifest": self.manifest, "num_comparisons": len(self.dataset), "data": self.dataset.identity,

@@ -218,6 +218,18 @@ def spoken(rank: int, world_size: int, argv: list[str]) -> str:
     return said.getvalue()
 
 
+def test_a_small_held_out_set_is_filled_up_for_the_proof(shared_dir, stories260k, data, tmp_path):
+    """Three held-out comparisons are too few for a proof; training comparisons take the other places, and say so."""
+    from rmega.data.indexed import open_preferences
+
+    train = open_preferences(data)
+    few = runs.make_data(shared_dir, stories260k, tmp_path, count=3)
+    run_distributed(spoken, 1, runs.flags(stories260k, data, tmp_path / "run", steps=1, valid_data_path=few))
+    kept = json.loads((tmp_path / "run" / "iter_0000001" / "rmega.json").read_text())["proof"]
+    assert [c["held_out"] for c in kept] == [True] * 3 + [False] * 13
+    assert kept[3]["prefix"] == train.get(0).prefix.tolist()
+
+
 @pytest.mark.parametrize("kept", [4, 16])
 def test_too_few_comparisons_for_a_proof_are_said_at_the_start(kept, stories260k, data, tmp_path):
     (said,) = run_distributed(spoken, 1, runs.flags(stories260k, data, tmp_path / "run", steps=1,

@@ -19,6 +19,9 @@ from pathlib import Path
 
 from rmega.config import parse_args, run_tool
 
+OTHER_PACKS = "1, other packs"
+TOLERANCE = 1e-5
+
 
 @dataclasses.dataclass(kw_only=True)
 class CheckArgs:
@@ -38,8 +41,9 @@ class CheckArgs:
     """Most tokens in one forward pass."""
     lr: float = 1e-4
     """Learning rate."""
-    tolerance: float = 1e-5
-    """Largest difference that passes, relative to the reference's largest value."""
+    tolerance: float | None = None
+    """Largest difference that passes, relative to the reference's largest value. Default: 1e-5, or, where one rank
+    alone differs by more from itself once its packs are cut otherwise (fp32 sums of a deep model), twice that difference."""
     timeout_s: float = 1800.0
     """A layout that takes longer has failed."""
 
@@ -108,6 +112,11 @@ def run(text: str, args: CheckArgs):
         return LayoutResult(**torch.load(Path(folder, "result.pt"), weights_only=False))
 
 
+def row(seen: dict[str, float]) -> str:
+    """The differences as cells of the table."""
+    return " ".join(f"{seen[k]:>9.1e}" for k in ("loss", "grad_norm", "gradient", "parameter", "reward"))
+
+
 def main() -> int:
     args = parse_args(CheckArgs, description=__doc__)
 
@@ -119,10 +128,15 @@ def main() -> int:
     reference = run("1", args)
     print(f"one rank: loss {' '.join(f'{x:.7f}' for x in reference.losses)}; gradient norm "
           f"{' '.join(f'{x:.6g}' for x in reference.grad_norms)}\n")
-    width = max(12, *(len(text) for text in texts))
+    # The same sums in another order: what fp32 itself does to this model.
+    rounding = compare(run("1", dataclasses.replace(
+        args, max_tokens_per_microbatch=max(1, args.max_tokens_per_microbatch // 3))), reference)
+    width = max(len(OTHER_PACKS), *(len(text) for text in texts))
     print(f"{'layout':<{width}} {'last loss':>11} {'grad norm':>11}    largest relative difference of\n"
           f"{'':<{width}} {'':>11} {'':>11}  {'loss':>9} {'grad norm':>9} {'gradient':>9} {'parameter':>9} "
-          f"{'reward':>9}")
+          f"{'reward':>9}\n{OTHER_PACKS:<{width}} {'':>11} {'':>11}  {row(rounding)}", flush=True)
+    limits = {name: args.tolerance if args.tolerance is not None else max(TOLERANCE, 2 * noise)
+              for name, noise in rounding.items()}
     bad = 0
     for text in texts:
         try:
@@ -132,12 +146,13 @@ def main() -> int:
             bad += 1
             continue
         seen = compare(result, reference)
-        good = all(value <= args.tolerance for value in seen.values())  # False for nan
+        good = all(value <= limits[name] for name, value in seen.items())  # False for nan
         bad += not good
-        print(f"{text:<{width}} {result.losses[-1]:>11.7f} {result.grad_norms[-1]:>11.6g}  "
-              + " ".join(f"{seen[k]:>9.1e}" for k in ("loss", "grad_norm", "gradient", "parameter", "reward"))
+        print(f"{text:<{width}} {result.losses[-1]:>11.7f} {result.grad_norms[-1]:>11.6g}  {row(seen)}"
               + ("  ok" if good else f"  DIFFERS (gradient of {worst_gradient(result, reference)})"), flush=True)
-    print(f"\n{len(texts) - bad} of {len(texts)} layouts give one rank's numbers to {args.tolerance:g}")
+    wider = {name: limit for name, limit in limits.items() if limit > (args.tolerance or TOLERANCE)}
+    print(f"\n{len(texts) - bad} of {len(texts)} layouts give one rank's numbers to {args.tolerance or TOLERANCE:g}"
+          + "".join(f", {name} to {limit:.1e} (twice what other packs change)" for name, limit in wider.items()))
     return 1 if bad else 0
 
 
