@@ -43,7 +43,7 @@ class CheckArgs:
     """Learning rate."""
     tolerance: float | None = None
     """Largest difference that passes, relative to the reference's largest value. Default: 1e-5, or, where one rank
-    alone differs by more from itself once its packs are cut otherwise (fp32 sums of a deep model), twice that difference."""
+    alone differs by more from itself once its packs are cut otherwise (fp32 sums of a deep model), twice that."""
     timeout_s: float = 1800.0
     """A layout that takes longer has failed."""
 
