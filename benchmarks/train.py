@@ -3,8 +3,9 @@
     python benchmarks/train.py --hf-model MODEL --data-path PREFIX --precision bf16
 
 Rows: padded (what a trainer computes that pads batches of --batch-size comparisons to their longest response), packed,
-+ prefix, + last layer, + fusion (rmega's operators instead of plain torch). Modes take turns within each repeat, so the
-ratios hold on a machine whose speed drifts.
++ prefix, + last layer, + fusion (rmega's operators instead of plain torch). What the exact savings gain by themselves is
+asked with --modes "packed, fused" "+prefix, fused" "+fusion". Modes take turns within each repeat, so the ratios hold on
+a machine whose speed drifts.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ SHAPES = {
 LENGTHS = {"ultrafeedback": ((114, 0.9), (369, 0.7)), "hh": ((169, 0.9), (66, 0.9))}
 SWITCHES = {"padded": (False, False, "reference"), "packed": (False, False, "reference"),
             "+prefix": (True, False, "reference"), "+last layer": (True, True, "reference"),
-            "+fusion": (True, True, "auto")}
+            "+fusion": (True, True, "auto"),
+            # the exact savings alone, all with the same operators
+            "packed, fused": (False, False, "auto"), "+prefix, fused": (True, False, "auto")}
 
 
 def draw(kind: str, count: int, vocab: int, longest: int = 2048) -> list:
