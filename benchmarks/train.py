@@ -3,9 +3,9 @@
     python benchmarks/train.py --hf-model MODEL --data-path PREFIX --precision bf16
 
 Rows: padded (what a trainer computes that pads batches of --batch-size comparisons to their longest response), packed,
-+ prefix, + last layer, + fusion (rmega's operators instead of plain torch). What the exact savings gain by themselves is
-asked with --modes "packed, fused" "+prefix, fused" "+fusion". Modes take turns within each repeat, so the ratios hold on
-a machine whose speed drifts.
++ prefix, + last layer, + fusion (rmega's operators instead of plain torch). What the exact savings gain by themselves
+is asked with --modes "packed, fused" "+prefix, fused" "+fusion". Modes take turns within each repeat, so the ratios
+hold on a machine whose speed drifts.
 """
 
 from __future__ import annotations
