@@ -2,7 +2,7 @@
 
 megatron-core 0.16 names the device "cuda" and asks ``torch.cuda`` for the current device, streams and random states.
 ``install`` gives the modules under ``megatron.core`` (and no others) a ``torch`` whose ``cuda`` is the CPU. Nothing
-outside megatron-core sees a difference: two methods of ``Tensor`` that cannot be replaced per module look at their
+outside megatron-core sees a difference: the methods of ``Tensor`` that cannot be replaced per module look at their
 caller first. ``installed`` lists what was replaced, and a test holds that list, so that a new release of the engine
 fails loudly instead of half working.
 """
@@ -16,6 +16,7 @@ import importlib
 import os
 import sys
 import types
+from collections.abc import Callable
 
 import torch
 
@@ -142,6 +143,31 @@ def install() -> None:
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = _replaced["torch"]
             _replaced[name] = module
+
+
+def replace_products(layers: types.ModuleType, product: Callable, product_of_gradient: Callable) -> None:
+    """Let the bfloat16 products in megatron-core's ``layers`` be made by ``product(x, weight)`` = x weight^T and
+    ``product_of_gradient(grad, weight)`` = grad weight; harmless when repeated.
+
+    Their forward calls ``torch.matmul`` of the substitute. Their backward calls the tensor's own method, which can only
+    be replaced for all tensors; it asks who calls.
+    """
+    substitute = _replaced["torch"]
+    if substitute.matmul is not torch.matmul:
+        return
+    tensor_matmul = torch.Tensor.matmul
+
+    def matmul(x, other, **kwargs):
+        if not kwargs and other.dim() == 2 and other.stride(0) == 1 and x.dtype is torch.bfloat16:  # weight.t()
+            return product(x, other.t())
+        return torch.matmul(x, other, **kwargs)
+
+    def method(self, other):
+        if self.dtype is torch.bfloat16 and sys._getframe(1).f_globals is layers.__dict__:
+            return product_of_gradient(self, other)
+        return tensor_matmul(self, other)
+
+    substitute.matmul, torch.Tensor.matmul = matmul, method
 
 
 def keep_memory() -> None:

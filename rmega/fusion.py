@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import types
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import layers
 
-from rmega import ops
+from rmega import cpu, ops
 
 
 def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
@@ -33,7 +32,7 @@ def fuse_weight_gradients(device: torch.device, dtype: torch.dtype) -> bool:
                                                               types.SimpleNamespace):
         return device.type == "cuda"
     if device.type == "cpu" and dtype is torch.bfloat16 and ops.has_native_linear():
-        use_native_products()
+        cpu.replace_products(layers, ops.linear, ops.linear_grad_input)
     elif device.type == "cpu" and dtype is not torch.float32:
         return False  # the product must be made in half precision and added, which the engine does by itself
     if device.type == "cuda":
@@ -48,31 +47,6 @@ def fuse_weight_gradients(device: torch.device, dtype: torch.dtype) -> bool:
     layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=wgrad_gemm_accum_fp32)
     layers._grad_accum_fusion_available = True
     return True
-
-
-def use_native_products() -> None:
-    """Let the engine's linear layers multiply with ``ops.linear`` and ``ops.linear_grad_input``.
-
-    Their forward calls ``torch.matmul`` of the substitute that cpu.py gave to the engine. Their backward calls the
-    tensor's own method, which can only be replaced for all tensors; it asks who calls.
-    """
-    substitute = layers.torch
-    assert substitute is not torch, "rmega.cpu.install() comes first"
-    if getattr(substitute, "matmul", None) is not torch.matmul:
-        return
-    tensor_matmul = torch.Tensor.matmul
-
-    def product(x, other, **kwargs):
-        if not kwargs and other.dim() == 2 and other.stride(0) == 1 and x.dtype is torch.bfloat16:  # weight.t()
-            return ops.linear(x, other.t())
-        return torch.matmul(x, other, **kwargs)
-
-    def matmul(self, other):
-        if self.dtype is torch.bfloat16 and sys._getframe(1).f_globals is layers.__dict__:
-            return ops.linear_grad_input(self, other)
-        return tensor_matmul(self, other)
-
-    substitute.matmul, torch.Tensor.matmul = product, matmul
 
 
 def skip_single_rank_collectives(wrapped) -> None:
