@@ -18,6 +18,8 @@ from rmega.data.batching import Batcher, CostModel
 from rmega.models.hf import load_hf, read_geometry, rule_name
 from rmega.models.weights import WeightRule
 
+REWARD_BATCHES = 8  # of the dataset, which may be of any size
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -180,7 +182,7 @@ def run_layout(config: TrainingConfig, dataset, dtype: torch.dtype = torch.float
         norms.append(report.grad_norm)
         consumed += len(documents)
     params = gather_global(wrapped, geometry, lambda p: p.data)
-    rewards = torch.from_numpy(train.compute_rewards(wrapped, batcher, device))
+    rewards = torch.from_numpy(train.compute_rewards(wrapped, batcher, device, batches=REWARD_BATCHES))
     if distributed.rank() != 0:
         return None
     return LayoutResult(losses, norms, grads, params, rewards)

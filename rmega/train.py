@@ -7,6 +7,7 @@ the summed gradient is divided by the count of the whole global batch, so no lay
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -258,14 +259,16 @@ def train_step(wrapped: Sequence, optimizer, packs: list[PackedBatch], args: Los
 
 @torch.no_grad()
 def compute_rewards(wrapped: Sequence, batcher: Batcher, device: torch.device,
-                    progress: Callable[[int], None] | None = None) -> np.ndarray:
-    """Rewards of every response of ``batcher.dataset``, in stored order, on every rank: float32 [responses]."""
+                    progress: Callable[[int], None] | None = None, batches: int | None = None) -> np.ndarray:
+    """Rewards of every response of ``batcher.dataset``, in stored order, on every rank: float32 [responses].
+
+    With ``batches`` only that many global batches are scored, and the other rewards are 0."""
     modes = [chunk.training for chunk in wrapped]
     for chunk in wrapped:
         chunk.eval()
     out = torch.zeros(batcher.num_responses, dtype=torch.float32, device=device)
     try:
-        for packs in batcher.sweep():
+        for packs in itertools.islice(batcher.sweep(), batches):
             packs = [pack.to(device) for pack in packs]
             for numbers, rewards in run_schedule(wrapped, packs, _forward_rewards, forward_only=True):
                 if is_reporting_rank():
