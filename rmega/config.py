@@ -272,6 +272,12 @@ class TrainingConfig:
         ranks = p.tensor_model_parallel_size if p.sequence_parallel else 1
         return ranks * (1 if m.fp8_format == "none" else 32 if m.fp8_recipe == "mxfp8" else 16)
 
+    @property
+    def microbatch_multiple(self) -> int:
+        """What the packs of a step come in a multiple of: an interleaved pipeline takes as many as it has stages."""
+        p = self.parallel
+        return p.pipeline_model_parallel_size if p.virtual_pipeline_model_parallel_size else 1
+
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, group by group."""
         return dataclasses.asdict(self)

@@ -104,13 +104,11 @@ def build(config: TrainingConfig, dtype: torch.dtype = torch.float32):
 
 def make_batcher(config: TrainingConfig, dataset, geometry, *, replicas: int | None = None) -> Batcher:
     """The batcher of this rank."""
-    p = config.parallel
     return Batcher(dataset, global_batch_size=config.train.global_batch_size,
                    max_tokens=config.data.max_tokens_per_microbatch, seed=config.train.seed,
                    cost=CostModel.of(geometry), num_ranks=parallel_state.get_data_parallel_world_size(),
                    rank=parallel_state.get_data_parallel_rank(), share_prefix=config.data.share_prefix,
-                   token_multiple=config.token_multiple,
-                   microbatch_multiple=p.pipeline_model_parallel_size if p.virtual_pipeline_model_parallel_size else 1)
+                   token_multiple=config.token_multiple, microbatch_multiple=config.microbatch_multiple)
 
 
 def gather_global(wrapped, geometry, value) -> dict[str, torch.Tensor]:

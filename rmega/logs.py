@@ -184,16 +184,14 @@ def _drop_rows_after(path: Path, step: int | None) -> None:
     os.replace(new, path)
 
 
-def evaluated_at(run: Path | str, step: int) -> set[str]:
-    """Names of the validation sets that have a row of this step in a run's metrics.jsonl; none without that file."""
-    path = Path(run) / "metrics.jsonl"
-    names: set[str] = set()
+def eval_rows(run: Path | str) -> list[dict[str, Any]]:
+    """The evaluations in a run's metrics.jsonl, as they were written; none without that file. The line that a killed
+    run was writing is left out."""
+    path, rows = Path(run) / "metrics.jsonl", []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):  # a row that a crash left half written
-            row = json.loads(line)
-            if row.get("type") == "eval" and row.get("step") == step:
-                names.add(str(row.get("name")))
-    return names
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if row.get("type") == "eval"]
 
 
 class Progress:

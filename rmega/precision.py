@@ -53,7 +53,8 @@ def choose(precision: str = "auto", matmul_precision: str = "auto", device: torc
         dtype = DTYPES.get(precision, torch.bfloat16 if fast else torch.float32)
         setting = "highest" if matmul_precision == "auto" else matmul_precision
         torch.set_float32_matmul_precision(setting)
-        return Precision(dtype, setting, f"{_name(dtype)}, fp32 matmul {setting}, {torch.cuda.get_device_name(device)}")
+        return Precision(dtype, setting,
+                         f"{dtype_name(dtype)}, fp32 matmul {setting}, {torch.cuda.get_device_name(device)}")
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(SIZE, SIZE, generator=generator) for _ in range(2))
     exact = a.double() @ b.double()
@@ -72,7 +73,7 @@ def choose(precision: str = "auto", matmul_precision: str = "auto", device: torc
     half = _rate(a.bfloat16(), b.bfloat16())
     dtype = DTYPES.get(precision) or (torch.bfloat16 if half >= 1.5 * rate else torch.float32)
     threads = torch.get_num_threads()
-    return Precision(dtype, setting, f"{_name(dtype)}, fp32 matmul {setting}{why}; measured fp32 {rate:.0f}, bf16 "
+    return Precision(dtype, setting, f"{dtype_name(dtype)}, fp32 matmul {setting}{why}; measured fp32 {rate:.0f}, bf16 "
                                      f"{half:.0f} GFLOP/s on {threads} thread{'s' * (threads != 1)}")
 
 
@@ -86,5 +87,6 @@ def choose_together(precision: str, matmul_precision: str, device: torch.device)
     return box[0]
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """"fp32", "bf16" or "fp16"."""
     return next(name for name, value in DTYPES.items() if value is dtype)

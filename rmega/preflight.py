@@ -17,7 +17,7 @@ from rmega import checkpoint, distributed
 from rmega.config import TrainingConfig
 from rmega.data.tokenize import is_tokenizer_of, tokenizer_fingerprint
 from rmega.distributed import log
-from rmega.logs import evaluated_at
+from rmega.logs import eval_rows
 from rmega.models.geometry import Geometry
 from rmega.models.rotary import check_length
 
@@ -124,7 +124,8 @@ def evaluated_before(config: TrainingConfig, step: int) -> set[str]:
     import torch.distributed as dist
 
     run = config.checkpoint.save
-    names = [evaluated_at(run, step) if run and distributed.rank() == 0 else set()]
+    rows = eval_rows(run) if run and distributed.rank() == 0 else []
+    names = [{str(row.get("name")) for row in rows if row.get("step") == step}]
     dist.broadcast_object_list(names, src=0)
     return names[0]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rmega import __version__
+from rmega.logs import eval_rows
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
 
@@ -123,16 +124,11 @@ def _merges_as_text(path: Path) -> None:
 
 def evaluations(run: Path, iteration: int) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl: for each held-out set, the first evaluation and the last one up to ``iteration``."""
-    path, first, last = run / "metrics.jsonl", {}, {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # the line that a killed run was writing
-            if row.get("type") == "eval" and row.get("step", 0) <= iteration:
-                first.setdefault(row.get("name"), row)
-                last[row.get("name")] = row
+    first, last = {}, {}
+    for row in eval_rows(run):
+        if row.get("step", 0) <= iteration:
+            first.setdefault(row.get("name"), row)
+            last[row.get("name")] = row
     rows = [row for name in last for row in (first[name], last[name])]
     return [row for i, row in enumerate(rows) if row not in rows[:i]]
 

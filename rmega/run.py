@@ -96,15 +96,11 @@ class Run:
         shards = c.parallel.tensor_model_parallel_size * c.parallel.pipeline_model_parallel_size
         from megatron.core import parallel_state
 
-        self.batching: dict[str, Any] = dict(
-            max_tokens=c.data.max_tokens_per_microbatch, seed=c.train.seed, cost=CostModel.of(self.geometry),
-            num_ranks=distributed.world_size() // shards, rank=parallel_state.get_data_parallel_rank(),
-            share_prefix=c.data.share_prefix,
-            token_multiple=c.token_multiple,
-            microbatch_multiple=c.parallel.pipeline_model_parallel_size
-            if c.parallel.virtual_pipeline_model_parallel_size else 1)
-        self.batcher = Batcher(self.dataset, global_batch_size=c.train.global_batch_size,
-                               max_consumed=self.comparisons, **self.batching)
+        self.batcher = Batcher(
+            self.dataset, global_batch_size=c.train.global_batch_size, max_tokens=c.data.max_tokens_per_microbatch,
+            seed=c.train.seed, cost=CostModel.of(self.geometry), num_ranks=distributed.world_size() // shards,
+            rank=parallel_state.get_data_parallel_rank(), share_prefix=c.data.share_prefix,
+            token_multiple=c.token_multiple, microbatch_multiple=c.microbatch_multiple, max_consumed=self.comparisons)
         log(f"data: {len(self.dataset):,} comparisons per epoch from {', '.join(c.data.data_path)}; {self.steps:,} "
             f"steps of {c.train.global_batch_size}")
 
@@ -133,7 +129,7 @@ class Run:
         p, vpp = c.parallel, c.parallel.virtual_pipeline_model_parallel_size
         self.layout = (
             f"tp {p.tensor_model_parallel_size}{' + sequence parallel' if p.sequence_parallel else ''}, pp "
-            f"{p.pipeline_model_parallel_size}{f' x {vpp} chunks' if vpp else ''}, dp {self.batching['num_ranks']}"
+            f"{p.pipeline_model_parallel_size}{f' x {vpp} chunks' if vpp else ''}, dp {self.batcher.num_ranks}"
             f"{' (distributed optimizer)' if p.use_distributed_optimizer else ''}")
         log(f"layout: {self.layout}")
         log(f"compute: {self.precision.description}; "
@@ -149,8 +145,8 @@ class Run:
                 self.best = tuple(self.info["best"])
         if c.checkpoint.save and distributed.rank() == 0:
             Path(c.checkpoint.save).mkdir(parents=True, exist_ok=True)
-            dtype = next(name for name, value in precision.DTYPES.items() if value is self.precision.dtype)
-            known = {"steps": self.steps, "layout": self.layout, "precision": dtype}
+            known = {"steps": self.steps, "layout": self.layout,
+                     "precision": precision.dtype_name(self.precision.dtype)}
             Path(c.checkpoint.save, "config.json").write_text(json.dumps({**c.as_dict(), "run": known}, indent=1),
                                                               encoding="utf-8")
         if c.checkpoint.save:
@@ -290,7 +286,7 @@ class Run:
         for name, dataset in self.valid.items():
             if self.state.iteration == resumed_at and name in self.evaluated:
                 continue  # done before the stop: its row and its file are there
-            batcher = Batcher(dataset, global_batch_size=self.config.train.global_batch_size, **self.batching)
+            batcher = self.batcher.over(dataset)
             last = self.state.iteration == self.steps
             probed = self.evaluations.num_probed(name, last=last)
             bar = Progress(f"evaluating {name}", len(dataset) + 3 * probed)

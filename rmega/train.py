@@ -297,19 +297,12 @@ def evaluate(wrapped: Sequence, batcher: Batcher, device: torch.device,
     items = stored_items(batcher.dataset, rewards)
 
     def score(view: View) -> np.ndarray:
-        return compute_rewards(wrapped, _batched_alike(batcher, view), device, progress)
+        return compute_rewards(wrapped, batcher.over(view), device, progress)
 
     probes = probe_stored(batcher.dataset, items, score, num_probed, max_tokens=batcher.max_tokens,
                           share_prefix=batcher.share_prefix) if num_probed else None
     return {**judge(items, length_unit="tokens", probes=probes),
             "reward_mean": float(rewards.mean()), "reward_std": float(rewards.std())}
-
-
-def _batched_alike(batcher: Batcher, dataset: View) -> Batcher:
-    return Batcher(dataset, global_batch_size=batcher.global_batch_size, max_tokens=batcher.max_tokens,
-                   seed=batcher.seed, cost=batcher.cost, num_ranks=batcher.num_ranks, rank=batcher.rank,
-                   share_prefix=batcher.share_prefix, token_multiple=batcher.token_multiple,
-                   microbatch_multiple=batcher.microbatch_multiple)
 
 
 class Clock:

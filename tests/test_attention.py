@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from rmega import ops
+from rmega.data.packing import Segments
 from rmega.models import attention
 from rmega.models.attention import (
     adapt_varlen,
@@ -26,19 +27,12 @@ CPU_PATHS = [pytest.param(packed_attention_native, marks=needs_native, id="nativ
              pytest.param(packed_attention_flash, id="flash")]
 
 
-@dataclasses.dataclass
-class Pack:
-    """The attributes of a pack's segments that attention reads, built from [(prefix length, suffix lengths)]."""
+@dataclasses.dataclass(eq=False)
+class Pack(Segments):
+    """The segments of a pack built from [(prefix length, suffix lengths)], and its size."""
 
-    q_start: torch.Tensor
-    q_len: torch.Tensor
-    k_start: torch.Tensor
-    k_len: torch.Tensor
-    prefix_start: torch.Tensor
-    prefix_len: torch.Tensor
-    num_queries: int
-    num_tokens: int
-    cache: dict = dataclasses.field(default_factory=dict)
+    num_queries: int = 0
+    num_tokens: int = 0
 
 
 def make_pack(comparisons, pruned=False, share=True) -> Pack:
@@ -57,7 +51,7 @@ def make_pack(comparisons, pruned=False, share=True) -> Pack:
             position += suffix
             num_queries += 1
     columns = [torch.tensor(c, dtype=torch.int32) for c in zip(*rows, strict=True)]
-    return Pack(*columns, num_queries if pruned else position, position)
+    return Pack(*columns, num_queries=num_queries if pruned else position, num_tokens=position)
 
 
 PACKS = {
@@ -171,7 +165,7 @@ def test_sharing_the_prefix_changes_nothing_and_costs_no_accuracy(dtype, limit):
 def test_general_bottom_right_alignment(path):
     """More own keys than queries, but more than one query: a case between ordinary and pruned layers."""
     columns = [(0, 5), (5, 40), (10, 60), (20, 90), (0, 0), (10, 10)]
-    pack = Pack(*(torch.tensor(c, dtype=torch.int32) for c in columns), 45, 150)
+    pack = Pack(*(torch.tensor(c, dtype=torch.int32) for c in columns), num_queries=45, num_tokens=150)
     truth = attend(pack, torch.float64, packed_attention_ref, ratio=3)
     assert max(errors(attend(pack, torch.float32, path, ratio=3), truth)) < 1e-6
 

@@ -18,7 +18,7 @@ from rmega.data.batching import Batcher
 from rmega.data.indexed import StoredComparison, open_preferences
 from rmega.evaluation import files
 from rmega.evaluation.in_training import Evaluations
-from rmega.evaluation.judge import Judged, judge, judge_stored, stored_items, to_json
+from rmega.evaluation.judge import Judged, judge, stored_items, to_json
 from rmega.evaluation.probes import NUM_PROBED
 from rmega.evaluation.stored import View, blanked, probe_stored, reversed_responses, wrong_prompts
 from tests import runs
@@ -316,13 +316,15 @@ def test_it_says_what_the_export_does_in_transformers(single, data, tmp_path):
 
     dataset = open_preferences(data["pairs"])
     rows = [dataset.get(i) for i in range(len(dataset))]
-    want = judge_stored(dataset, score([np.concatenate([c.prefix, s]) for c in rows for s in c.suffixes]))
+    rewards = score([np.concatenate([c.prefix, s]) for c in rows for s in c.suffixes])
+    want = judge(stored_items(dataset, rewards), length_unit="tokens")
     ours = files.read_evaluations(run)["pairs"][STEPS]
     for part in ("accuracy", "mean_margin", "calibration", "by_source", "length"):
         close(ours[part], to_json(want[part]), 1e-4, part)
     wrong, cut = wrong_prompts(rows, max_tokens=512)
     assert ours["prompt"]["num_cut_prompts"] == cut
-    shuffled = judge_stored(dataset, score([np.concatenate([c.prefix, s]) for c in wrong for s in c.suffixes]))
+    rewards = score([np.concatenate([c.prefix, s]) for c in wrong for s in c.suffixes])
+    shuffled = judge(stored_items(dataset, rewards), length_unit="tokens")
     assert ours["prompt"]["shuffled_accuracy"] == pytest.approx(shuffled["accuracy"], abs=1e-4)
 
 

@@ -20,9 +20,9 @@ from rmega.evaluation.judge import (
     Judged,
     flat_summary,
     judge,
-    judge_stored,
     length_flag,
     pairs_of,
+    stored_items,
     to_json,
     worst_mistakes,
 )
@@ -365,7 +365,7 @@ def test_nothing_to_judge_and_not_finite():
         judge([item([1, math.nan], [1, 0], where="here:3")])
 
 
-def test_judge_stored():
+def test_stored_items():
     class Stored:
         def __init__(self, n):
             self.suffixes, self.scores = [np.zeros(5), np.zeros(3)], np.array([1.0, 0.0])
@@ -375,10 +375,10 @@ def test_judge_stored():
         def get(self, i):
             return self[i]
 
-    got = judge_stored(Dataset([Stored(0), Stored(1)]), np.array([1.0, 0, 0, 1]))
+    got = judge(stored_items(Dataset([Stored(0), Stored(1)]), np.array([1.0, 0, 0, 1])), length_unit="tokens")
     assert got["accuracy"] == 0.5 and got["length_unit"] == "tokens" and got["length"]["always_longer"] == 1.0
     with pytest.raises(ValueError, match="5 rewards for 4"):
-        judge_stored(Dataset([Stored(0), Stored(1)]), np.zeros(5))
+        stored_items(Dataset([Stored(0), Stored(1)]), np.zeros(5))
 
 
 def test_verdict_words():

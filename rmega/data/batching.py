@@ -110,6 +110,12 @@ class Batcher:
         self.max_consumed = max_consumed
         self._epoch: tuple[int, np.ndarray] | None = None
 
+    def over(self, dataset) -> Batcher:
+        """The same cutting into packs for another dataset, from its beginning to its end."""
+        return Batcher(dataset, global_batch_size=self.global_batch_size, max_tokens=self.max_tokens, seed=self.seed,
+                       cost=self.cost, num_ranks=self.num_ranks, rank=self.rank, share_prefix=self.share_prefix,
+                       token_multiple=self.token_multiple, microbatch_multiple=self.microbatch_multiple)
+
     def documents(self, consumed: int) -> np.ndarray:
         """The comparisons of the step that starts after ``consumed`` of them: int64 [<= global_batch_size].
 

@@ -146,11 +146,6 @@ def stored_items(dataset: Any, rewards: np.ndarray) -> list[Judged]:
     return items
 
 
-def judge_stored(dataset: Any, rewards: np.ndarray) -> dict[str, Any]:
-    """``judge`` over an open preference dataset, see ``stored_items``."""
-    return judge(stored_items(dataset, rewards), length_unit="tokens")
-
-
 def flat_summary(judgement: dict[str, Any]) -> dict[str, float | int | None]:
     """The few numbers of a judgement that a training log keeps, flat; NaN becomes None.
 
