@@ -21,6 +21,7 @@ from collections.abc import Callable
 import torch
 
 CPU = torch.device("cpu")
+HALF = (torch.bfloat16, torch.float16)
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.h of glibc
 
 NORM_ROW = 4096  # values whose squares are added up in one go
@@ -158,7 +159,7 @@ def install() -> None:
 
 
 def replace_products(layers: types.ModuleType, product: Callable, product_of_gradient: Callable) -> None:
-    """Let the bfloat16 products in megatron-core's ``layers`` be made by ``product(x, weight)`` = x weight^T and
+    """Let the half-precision products in megatron-core's ``layers`` be made by ``product(x, weight)`` = x weight^T and
     ``product_of_gradient(grad, weight)`` = grad weight; harmless when repeated.
 
     Their forward calls ``torch.matmul`` of the substitute. Their backward calls the tensor's own method, which can only
@@ -170,12 +171,12 @@ def replace_products(layers: types.ModuleType, product: Callable, product_of_gra
     tensor_matmul = torch.Tensor.matmul
 
     def matmul(x, other, **kwargs):
-        if not kwargs and other.dim() == 2 and other.stride(0) == 1 and x.dtype is torch.bfloat16:  # weight.t()
+        if not kwargs and other.dim() == 2 and other.stride(0) == 1 and x.dtype in HALF:  # weight.t()
             return product(x, other.t())
         return torch.matmul(x, other, **kwargs)
 
     def method(self, other):
-        if self.dtype is torch.bfloat16 and sys._getframe(1).f_globals is layers.__dict__:
+        if self.dtype in HALF and sys._getframe(1).f_globals is layers.__dict__:
             return product_of_gradient(self, other)
         return tensor_matmul(self, other)
 

@@ -31,10 +31,10 @@ def fuse_weight_gradients(device: torch.device, dtype: torch.dtype) -> bool:
     if layers._grad_accum_fusion_available and not isinstance(layers.fused_weight_gradient_mlp_cuda,
                                                               types.SimpleNamespace):
         return device.type == "cuda"
-    if device.type == "cpu" and dtype is torch.bfloat16 and ops.has_native_linear():
+    if device.type == "cpu" and dtype is not torch.float32:
+        if ops.best_products(device, dtype) == "torch":
+            return False  # the product must be made in half precision and added, which the engine does by itself
         cpu.replace_products(layers, ops.linear, ops.linear_grad_input)
-    elif device.type == "cpu" and dtype is not torch.float32:
-        return False  # the product must be made in half precision and added, which the engine does by itself
     if device.type == "cuda":
         x, g = (torch.ones(16, 16, device=device, dtype=dtype) for _ in range(2))
         total = torch.ones(16, 16, device=device)

@@ -7,6 +7,7 @@ Letters: t tokens, h hidden, n responses, m pairs, s segments, g key groups, a h
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 
@@ -302,8 +303,12 @@ _rope = _operator("rope", lambda x, cos, sin, backwards: x.new_empty(x.shape))
 
 
 # ---- linear -----------------------------------------------------------------------------------------------------
-# The three products of a linear layer. Natively in bfloat16 on CPUs with AMX (csrc/linear.cpp), elsewhere torch's. They
-# have no gradient of their own: megatron-core's linear layers call them in their forward and backward (fusion.py).
+# The three products of a linear layer in half precision on a CPU, where torch's are slow: in bfloat16 on CPUs with AMX
+# natively (csrc/linear.cpp); in fp32, rounded once at the end, on CPUs that have no instructions for the dtype. Elsewhere
+# torch's. They have no gradient of their own: megatron-core's linear layers call them in their forward and backward
+# (fusion.py).
+
+_HALF = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
 
 def has_native_linear() -> bool:
@@ -311,26 +316,56 @@ def has_native_linear() -> bool:
     return _C is not None and _C.linear_has_tiles()
 
 
-def _native_linear(x: Tensor, weight: Tensor) -> bool:
-    return (x.device.type == "cpu" and x.dtype == weight.dtype == torch.bfloat16 and has_native_linear()
-            and _native(x.device))
+def best_products(device: str | torch.device, dtype: torch.dtype) -> str:
+    """``"native"``, ``"fp32"`` or ``"torch"``: what suits products of linear layers of this device and dtype."""
+    if torch.device(device).type != "cpu" or dtype not in _HALF:
+        return "torch"
+    if dtype is torch.bfloat16 and has_native_linear():
+        return "native"
+    return "torch" if _has_instructions(dtype) else "fp32"
+
+
+def active_products(device: str | torch.device, dtype: torch.dtype) -> str:
+    """What they run now: torch's where the implementation is "reference"."""
+    return "torch" if _implementation == "reference" else best_products(device, dtype)
+
+
+@functools.cache
+def _has_instructions(dtype: torch.dtype) -> bool:
+    """Whether oneDNN makes ATen's products of this dtype here. If not they are loops: on a core with AVX2, where fp32
+    runs at 80 GFLOP/s, they were measured at 0.5 to 1.5 (9 where the second operand is transposed)."""
+    supported = getattr(torch.ops.mkldnn, _HALF[dtype], None)  # not there in a build without oneDNN
+    return supported is not None and supported()
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x`` [..., k] times ``weight`` [n, k] transposed -> [..., n], without a gradient."""
-    return _linear(x, weight) if _native_linear(x, weight) else torch.matmul(x, weight.t())
+    run = active_products(x.device, x.dtype)
+    if run == "native":
+        return _linear(x, weight)
+    if run == "fp32":
+        return torch.matmul(x.float(), weight.float().t()).to(x.dtype)
+    return torch.matmul(x, weight.t())
 
 
 def linear_grad_input(grad: Tensor, weight: Tensor) -> Tensor:
     """``grad`` [..., n] times ``weight`` [n, k] -> [..., k]."""
-    return _linear_grad_input(grad, weight) if _native_linear(grad, weight) else torch.matmul(grad, weight)
+    run = active_products(grad.device, grad.dtype)
+    if run == "native":
+        return _linear_grad_input(grad, weight)
+    if run == "fp32":
+        return torch.matmul(grad.float(), weight.float()).to(grad.dtype)
+    return torch.matmul(grad, weight)
 
 
 def linear_grad_weight(grad: Tensor, x: Tensor, total: Tensor) -> None:
-    """``total`` [n, k] += ``grad`` [t, n] transposed times ``x`` [t, k]. A fp32 total of bfloat16 products is natively
-    summed without rounding in between."""
-    if _native_linear(grad, x):
+    """``total`` [n, k] += ``grad`` [t, n] transposed times ``x`` [t, k]. A fp32 total of products in half precision is
+    summed without rounding in between where those are native or in fp32."""
+    run = active_products(grad.device, grad.dtype)
+    if run == "native":
         _linear_grad_weight(grad, x, total)
+    elif run == "fp32" and total.dtype is torch.float32:
+        total.addmm_(grad.float().t(), x.float())
     elif total.dtype == x.dtype:
         total.addmm_(grad.t(), x)
     else:

@@ -72,8 +72,8 @@ def implementations(config: TrainingConfig, device: torch.device, dtype: torch.d
     linear, fp8 = "megatron-core", config.model.fp8_format
     if use_transformer_engine(config, device):
         linear = "transformer_engine" + ("" if fp8 == "none" else f" in fp8 ({fp8}, {config.model.fp8_recipe})")
-    if device.type == "cpu" and dtype is torch.bfloat16 and ops.has_native_linear():
-        linear += " with native products"
+    if (products := ops.active_products(device, dtype)) != "torch":
+        linear += f" with {products} products"
     fused = ", fused" if any(group.get("fused") for group in optimizer.param_groups) else ""
     # megatron-core warns of each at every import (silenced by distributed.quiet_engine): once is enough.
     absent = [name for name in ("transformer_engine", "apex", "flash_attn") if find_spec(name) is None]

@@ -10,7 +10,6 @@ import copy
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
@@ -18,6 +17,7 @@ from megatron.core.tensor_parallel import (
     RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    linear_with_grad_accumulation_and_async_allreduce,
     reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -120,14 +120,21 @@ class PooledLastLayer(TransformerLayer):
         r = attention.num_attention_heads_per_partition // g
         d = attention.hidden_size_per_attention_head
         weight = attention.linear_qkv.weight.view(g, r + 2, d, -1)
-        query = F.linear(ops.gather_last_token(x, pack.pooled), weight[:, :r].reshape(g * r * d, -1))
-        key, value = F.linear(x, weight[:, r:].transpose(0, 1).reshape(2 * g * d, -1)).view(-1, 2, g, d).unbind(1)
+        query = _product(ops.gather_last_token(x, pack.pooled), weight[:, :r].reshape(g * r * d, -1))
+        key, value = _product(x, weight[:, r:].transpose(0, 1).reshape(2 * g * d, -1)).view(-1, 2, g, d).unbind(1)
         query = ops.rope(query.view(-1, g * r, d), pack.cos[pack.pooled], pack.sin[pack.pooled])
         out = packed_attention(query, ops.rope(key, pack.cos, pack.sin), value, pack.pooled_segments,
                                attention.core_attention.scale)
         out, _ = attention.linear_proj(out[:, None])
         hidden = pool_rows(hidden_states, pack.pooled, self.shards_sequence) + out
         return self._forward_mlp(hidden), None
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [t, k] times weight [n, k] transposed, by the function behind the engine's linear layers: in half precision on a
+    CPU it is made as theirs are (``fusion.py``)."""
+    return linear_with_grad_accumulation_and_async_allreduce(
+        x, weight, None, gradient_accumulation_fusion=False, allreduce_dgrad=False, sequence_parallel=False)
 
 
 def pool_rows(hidden: torch.Tensor, pooled: torch.Tensor, shards_sequence: bool) -> torch.Tensor:
