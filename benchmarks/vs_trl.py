@@ -4,9 +4,13 @@
     python benchmarks/vs_trl.py --hf-model MODEL --data FILE.jsonl --precision bf16
 
 Each side trains in a process of its own, the two in turn, --repeats times. Both see the same comparisons in the same
-steps of --batch-size, in file order, truncate to --max-length, make one AdamW step per batch, and keep all activations.
-The first --warmup steps are not counted. TRL runs as its users get it: padded batches, fused AdamW, and in bf16 its
-default of autocast over fp32 weights; --trl-pure-bf16 holds its weights and optimizer state in bf16 instead.
+steps of --batch-size, truncate to --max-length, make one AdamW step per batch, and keep all activations. The first
+--warmup steps are not counted. TRL runs as its users get it: padded batches, fused AdamW, and in bf16 its default of
+autocast over fp32 weights; --trl-pure-bf16 holds its weights and optimizer state in bf16 instead.
+
+What padding and repeated prompts cost depends on the comparisons, and a few steps are a small sample: of 200 seeded
+draws from the whole file the one is taken whose ratio of padded to shared tokens is nearest to that of the file in
+random batches. Both ratios are printed.
 """
 
 from __future__ import annotations
@@ -58,25 +62,61 @@ class Args:
     """Results go to benchmarks/results/NAME.json."""
     run: Literal["both", "trl", "rmega"] = "both"
     """Used between the processes."""
+    sample: str | None = None
+    """Used between the processes: the file of comparisons that were drawn."""
 
 
-def read_rows(args: Args) -> list[dict]:
-    """The first comparisons of the file, as TRL wants them."""
+DRAWS = 200
+
+
+def read_rows(path: str) -> list[dict]:
+    """The comparisons of a file, as TRL wants them."""
     import gzip
 
-    opener = gzip.open if args.data.endswith(".gz") else open
+    opener = gzip.open if path.endswith(".gz") else open
     rows = []
-    with opener(args.data, "rt", encoding="utf-8") as file:
+    with opener(path, "rt", encoding="utf-8") as file:
         for line in file:
             row = json.loads(line)
-            chosen, rejected = row["chosen"], row["rejected"]
-            prompt = row["prompt"]
+            prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
             if isinstance(prompt, str):  # argilla: the prompt is also the first message of both
                 prompt, chosen, rejected = chosen[:-1], chosen[-1:], rejected[-1:]
             rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-            if len(rows) == args.batch_size * (args.steps + args.warmup):
-                return rows
-    raise ValueError(f"--data {args.data}: {len(rows)} rows are too few for {args.steps + args.warmup} steps")
+    return rows
+
+
+def encode(rows: list[dict], args: Args) -> list:
+    """Their tokens, truncated to --max-length."""
+    from rmega.data.records import Comparison
+    from rmega.data.tokenize import PairTokenizer
+
+    tokenizer = PairTokenizer.load(args.hf_model, max_length=args.max_length)
+    return [tokenizer.encode_comparison(Comparison(prompt=row["prompt"], responses=[row["chosen"], row["rejected"]],
+                                                   scores=[1.0, 0.0])) for row in rows]
+
+
+def draw(args: Args) -> tuple[list[dict], float, float]:
+    """A sample that is like its file: the rows in the order of steps; padded over shared tokens of the steps that
+    count, and of the file in random batches."""
+    import numpy as np
+
+    rows, skip = read_rows(args.data), args.batch_size * args.warmup
+    count = skip + args.batch_size * args.steps
+    if len(rows) < count:
+        raise ValueError(f"--data {args.data}: {len(rows)} rows are too few for {args.steps + args.warmup} steps")
+    encoded = encode(rows, args)
+    shared = np.array([len(e.prefix) + sum(map(len, e.suffixes)) for e in encoded])
+    longest = np.array([len(e.prefix) + max(map(len, e.suffixes)) for e in encoded])
+
+    def ratio(order) -> float:
+        batches = order[: len(order) // args.batch_size * args.batch_size].reshape(-1, args.batch_size)
+        return 2 * args.batch_size * longest[batches].max(1).sum() / shared[batches].sum()
+
+    rng = np.random.default_rng(0)
+    of_file = float(np.mean([ratio(rng.permutation(len(rows))) for _ in range(20)]))
+    draws = [rng.permutation(len(rows))[:count] for _ in range(DRAWS)]
+    best = min(draws, key=lambda order: abs(ratio(order[skip:]) - of_file))
+    return [rows[i] for i in best], ratio(best[skip:]), of_file
 
 
 def run_trl(args: Args) -> list[float]:
@@ -110,7 +150,7 @@ def run_trl(args: Args) -> list[float]:
             learning_rate=1e-6, logging_steps=10**6, save_strategy="no", report_to="none", use_cpu=True,
             dataloader_pin_memory=False, disable_tqdm=True,
             model_init_kwargs={"dtype": "bfloat16" if pure else "float32", "num_labels": 1})
-        InOrder(args.hf_model, args=config, train_dataset=Dataset.from_list(read_rows(args)),
+        InOrder(args.hf_model, args=config, train_dataset=Dataset.from_list(read_rows(args.sample)),
                 callbacks=[Stamps()]).train()
     return [b - a for a, b in zip(Stamps.times, Stamps.times[1:], strict=False)]
 
@@ -125,8 +165,6 @@ def run_rmega(args: Args) -> list[float]:
     from rmega.data.balance import CostModel, balanced_bins
     from rmega.data.indexed import StoredComparison
     from rmega.data.packing import pack
-    from rmega.data.records import Comparison
-    from rmega.data.tokenize import PairTokenizer
     from rmega.models.hf import load_hf, read_geometry
 
     device = distributed.initialize()
@@ -140,12 +178,8 @@ def run_rmega(args: Args) -> list[float]:
     load_hf(chunks[0], args.hf_model, geometry)
     wrapped = train.wrap_model(chunks, config)
     optimizer, _ = train.build_optimizer(wrapped, config, 10**6)
-    tokenizer = PairTokenizer.load(args.hf_model, max_length=args.max_length)
-    stored = []
-    for row in read_rows(args):
-        encoded = tokenizer.encode_comparison(
-            Comparison(prompt=row["prompt"], responses=[row["chosen"], row["rejected"]], scores=[1.0, 0.0]))
-        stored.append(StoredComparison(encoded.prefix, encoded.suffixes, np.array([1, 0], np.float32), False, ""))
+    stored = [StoredComparison(e.prefix, e.suffixes, np.array([1, 0], np.float32), False, "")
+              for e in encode(read_rows(args.sample), args)]
     cost, times = CostModel.of(geometry), []
     for start in range(0, len(stored), args.batch_size):
         begun = time.perf_counter()
@@ -169,8 +203,13 @@ def main(argv: list[str] | None = None) -> int:
 
     if find_spec("trl") is None:
         raise ValueError("trl is not installed (pip install 'rmega[trl]')")
-    read_rows(args)
-    base = [sys.executable, __file__, *(argv if argv is not None else sys.argv[1:])]
+    rows, sampled, of_file = draw(args)
+    print(f"padded over shared tokens: {sampled:.2f} in the {args.batch_size * args.steps} comparisons that count, "
+          f"{of_file:.2f} in the file")
+    folder = tempfile.TemporaryDirectory()
+    sample = Path(folder.name, "sample.jsonl")
+    sample.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    base = [sys.executable, __file__, *(argv if argv is not None else sys.argv[1:]), "--sample", str(sample)]
     env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false",
            "PYTHONPATH": str(Path(__file__).parents[1])}
     totals: dict[str, list[float]] = {"trl": [], "rmega": []}
@@ -184,11 +223,13 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{side}: {args.batch_size * args.steps / totals[side][-1]:.3f} pairs/s", flush=True)
     pairs = args.batch_size * args.steps
     ratios = [a / b for a, b in zip(totals["trl"], totals["rmega"], strict=True)]
+    folder.cleanup()
     rows = [{"side": side, "pairs/s": pairs / statistics.median(times)} for side, times in totals.items()]
     print(table(rows))
     print(f"rmega over TRL: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     save(args.name, {"environment": {**environment(), "threads": args.threads}, "settings": dataclasses.asdict(args),
-                     "rows": rows, "ratio": statistics.median(ratios), "ratios": ratios})
+                     "padded_over_shared_tokens": {"sample": sampled, "file": of_file}, "rows": rows,
+                     "ratio": statistics.median(ratios), "ratios": ratios})
     return 0
 
 

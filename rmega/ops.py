@@ -304,9 +304,9 @@ _rope = _operator("rope", lambda x, cos, sin, backwards: x.new_empty(x.shape))
 
 # ---- linear -----------------------------------------------------------------------------------------------------
 # The three products of a linear layer in half precision on a CPU, where torch's are slow: in bfloat16 on CPUs with AMX
-# natively (csrc/linear.cpp); in fp32, rounded once at the end, on CPUs that have no instructions for the dtype. Elsewhere
-# torch's. They have no gradient of their own: megatron-core's linear layers call them in their forward and backward
-# (fusion.py).
+# natively (csrc/linear.cpp); in fp32, rounded once at the end, on CPUs that have no instructions for the dtype.
+# Elsewhere torch's. They have no gradient of their own: megatron-core's linear layers call them in their forward and
+# backward (fusion.py).
 
 _HALF = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 

@@ -154,7 +154,8 @@ def train_gradients(rank: int, world_size: int, implementation: str, tp: int,
     fused = fusion.fuse_weight_gradients(torch.device("cpu"), dtype)
     config = TransformerConfig(
         num_layers=1, hidden_size=64, num_attention_heads=4, bf16=dtype is torch.bfloat16, fp16=dtype is torch.float16,
-        params_dtype=dtype, use_cpu_initialization=True, gradient_accumulation_fusion=fused, tensor_model_parallel_size=tp)
+        params_dtype=dtype, use_cpu_initialization=True, gradient_accumulation_fusion=fused,
+        tensor_model_parallel_size=tp)
     assert parallel_state.get_tensor_model_parallel_world_size() == tp
     generator = torch.Generator().manual_seed(1)
     out: dict[str, torch.Tensor] = {}

@@ -131,8 +131,8 @@ class PooledLastLayer(TransformerLayer):
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [t, k] times weight [n, k] transposed, by the function behind the engine's linear layers: in half precision on a
-    CPU it is made as theirs are (``fusion.py``)."""
+    """x [t, k] times weight [n, k] transposed, by the function behind the engine's linear layers, so that in half
+    precision on a CPU it is made as theirs are (``fusion.py``)."""
     return linear_with_grad_accumulation_and_async_allreduce(
         x, weight, None, gradient_accumulation_fusion=False, allreduce_dgrad=False, sequence_parallel=False)
 
