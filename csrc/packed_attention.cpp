@@ -24,20 +24,26 @@ namespace attention {
 namespace {
 #if defined(__x86_64__)
 #define LANES Avx512
+#define LANES_WIDTH 16
 #define LANES_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #include "packed_attention_lanes.h"
 #undef LANES
+#undef LANES_WIDTH
 #undef LANES_TARGET
 #define LANES Avx2
+#define LANES_WIDTH 8
 #define LANES_TARGET __attribute__((target("avx2,fma")))
 #include "packed_attention_lanes.h"
 #undef LANES
+#undef LANES_WIDTH
 #undef LANES_TARGET
 #endif
 #define LANES Portable
+#define LANES_WIDTH 4
 #define LANES_TARGET
 #include "packed_attention_lanes.h"
 #undef LANES
+#undef LANES_WIDTH
 #undef LANES_TARGET
 }  // namespace
 }  // namespace attention
