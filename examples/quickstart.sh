@@ -16,7 +16,7 @@ examples/data, at most ten minutes on two cores after the downloads. On a CUDA m
   --valid-data DATA   held-out data (default with --data: a tenth of it, split by prompt)
   --output DIR        where everything goes (default: runs/quickstart, or with a number if that one is finished)
   --steps N           optimizer steps, in place of --epochs
-  --epochs X          passes over the data (default: 2 for the demonstration set, 1 for your own)
+  --epochs X          passes over the data (default: 1)
   --max-length N      longest conversation in tokens (default: 2048)
   --nproc N           processes (default: all GPUs; 2 without GPU)
   --tp N              tensor-parallel ranks (default: 2, or 1 if the number of processes is odd)
@@ -93,7 +93,6 @@ step 2/6 "data"
 own_split=()
 if [[ -z "$data" ]]; then
     data=examples/data/demo.train.jsonl valid=examples/data/demo.valid.jsonl
-    [[ -n "$steps$epochs" ]] || epochs=2
 elif [[ -z "$valid" ]]; then
     own_split=(--valid-fraction 0.1)
 fi
