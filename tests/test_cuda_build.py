@@ -22,11 +22,12 @@ def test_each_op_has_its_kernel():
 
 
 @needs_nvcc
-@pytest.mark.parametrize("standard", ["c++17", "c++20"])  # torch 2.10 builds with the one, 2.13 with the other
+# torch 2.10 builds with the one standard, 2.13 with the other. The assembler sees the same: once is enough.
+@pytest.mark.parametrize("standard, archs", [("c++17", (80, 90)), ("c++20", ())])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_compiles(kernel, standard, tmp_path):
-    archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90)]
-    command = [NVCC, f"-std={standard}", "-O3", "-c", str(CSRC / kernel), "-o", str(tmp_path / "out.o"), *archs,
+def test_compiles(kernel, standard, archs, tmp_path):
+    command = [NVCC, f"-std={standard}", "-O3", "--threads=2", "-c", str(CSRC / kernel), "-o", str(tmp_path / "out.o"),
+               *[f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs],
                "-gencode=arch=compute_90,code=compute_90", "--Werror=all-warnings", "-Xcompiler=-Wall,-fPIC"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
