@@ -169,7 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     count = args.batch_size * args.steps
     if args.data_path:
         dataset = open_preferences(args.data_path)
-        comparisons = [dataset.get(i) for i in range(min(count, len(dataset)))]
+        spread = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)  # the first are no sample of it
+        comparisons = [dataset.get(int(i)) for i in spread]
     else:
         comparisons = draw(args.lengths, count, geometry.vocab_size)
     batches = [comparisons[i : i + args.batch_size] for i in range(0, len(comparisons), args.batch_size)]

@@ -165,8 +165,10 @@ class Scorer:
     @torch.no_grad()
     def score_tokens(self, items: Sequence[Sequence[Sequence[int]]],
                      progress: Callable[[int], None] | None = None) -> list[list[float]]:
-        """Rewards of token sequences that end with the reward token; the sequences of an item may share a prefix."""
-        parts = [part for item in items for part in _parts(item, self.max_tokens)]
+        """Rewards of token sequences that end with the reward token; the sequences of an item may share a prefix, and
+        equal ones are computed once: their rewards are the same number."""
+        distinct = [_distinct(item) for item in items]
+        parts = [part for own, _ in distinct for part in _parts(own, self.max_tokens)]
         out = torch.zeros(sum(len(s.suffixes) for s in parts), device=self.device)
         firsts = np.cumsum([0, *(len(s.suffixes) for s in parts)])
         ranks, me = distributed.world_size(), distributed.rank()
@@ -185,7 +187,8 @@ class Scorer:
         if ranks > 1:
             distributed.sum_over_ranks(out)
         rewards = iter(out.tolist())
-        return [[next(rewards) for _ in item] for item in items]
+        computed = [[next(rewards) for _ in own] for own, _ in distinct]
+        return [[own[i] for i in which] for own, (_, which) in zip(computed, distinct, strict=True)]
 
     def score_sequences(self, sequences: Sequence[Sequence[int]],
                         progress: Callable[[int], None] | None = None) -> list[float]:
@@ -218,6 +221,13 @@ class Scorer:
         dtype = next(name for name, value in precision.DTYPES.items() if value is self.model.config.params_dtype)
         return {"model": self.name, "family": self.model.geometry.family, "dtype": dtype, "device": str(self.device),
                 "max_position_embeddings": self.model.geometry.max_position_embeddings, **recipe}
+
+
+def _distinct(sequences: Sequence[Sequence[int]]) -> tuple[list[Sequence[int]], list[int]]:
+    """The sequences without repetitions, in order, and which of these each one is."""
+    found: dict[bytes, tuple[int, Sequence[int]]] = {}
+    which = [found.setdefault(np.asarray(s, dtype=np.int64).tobytes(), (len(found), s))[0] for s in sequences]
+    return [s for _, s in found.values()], which
 
 
 def _parts(sequences: Sequence[Sequence[int]], capacity: int) -> Iterator[SimpleNamespace]:

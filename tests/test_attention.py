@@ -10,15 +10,13 @@ from rmega import ops
 from rmega.data.packing import Segments
 from rmega.models import attention
 from rmega.models.attention import (
-    adapt_varlen,
     choose_backend,
     packed_attention,
     packed_attention_flash,
     packed_attention_native,
     packed_attention_ref,
-    packed_attention_varlen,
-    varlen_plan,
 )
+from rmega.models.varlen import adapt_varlen, packed_attention_varlen, varlen_plan
 
 needs_native = pytest.mark.skipif(
     not hasattr(torch.ops.rmega, "packed_attention"), reason="rmega._C is not built with packed_attention"

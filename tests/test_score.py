@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from rmega import score
 from rmega.data.records import Comparison
 from rmega.score import load_scorer, scorer
 from tests.dist import run_distributed
@@ -55,6 +56,18 @@ def close(a, b) -> None:
 
 def flat(rewards) -> list[float]:
     return [r for own in rewards for r in own]
+
+
+def test_equal_texts_are_computed_once(folder: Path, monkeypatch) -> None:
+    """A product's rows may round differently in different places, so two passes would not give a tie."""
+    computed, pack = [], score.pack
+    monkeypatch.setattr(score, "pack", lambda group, **options: (
+        computed.append(sum(len(c.suffixes) for c in group)), pack(group, **options))[1])
+    a, b = items()[0][:2]
+    with scorer(folder) as s:
+        first, second = s.score_tokens([[a, b, list(a), a], [b]])
+        assert sum(computed) == 3 and first[0] == first[2] == first[3] != first[1]
+        close(first[1:2], second)
 
 
 def test_against_transformers_in_any_grouping(folder: Path) -> None:

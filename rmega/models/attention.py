@@ -11,53 +11,16 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import inspect
-import itertools
-import math
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rmega import ops
 from rmega.distributed import log
+from rmega.models.segments import Part, Segment, SegmentsLike, attention_parts, segment_list
+from rmega.models.varlen import packed_attention_varlen, varlen_function
 
 BACKENDS = ("auto", "cuda", "cpu", "reference")
-
-
-class SegmentsLike(Protocol):
-    """What attention reads of a pack: int32 CPU tensors [s] and a dict that keeps what was derived from them."""
-
-    q_start: Tensor
-    q_len: Tensor
-    k_start: Tensor
-    k_len: Tensor
-    prefix_start: Tensor
-    prefix_len: Tensor
-    cache: dict
-
-
-class Segment(NamedTuple):
-    """One segment as Python integers."""
-
-    q_start: int
-    q_len: int
-    k_start: int
-    k_len: int
-    prefix_start: int
-    prefix_len: int
-
-
-class Part(NamedTuple):
-    """A block of the attention matrix: these query rows against these key rows, in full or causal (then square)."""
-
-    q_start: int
-    q_len: int
-    k_start: int
-    k_len: int
-    causal: bool
 
 
 def packed_attention(
@@ -108,14 +71,6 @@ def _say_once(message: str) -> None:
     log(message)
 
 
-def segment_list(segments: SegmentsLike) -> list[Segment]:
-    """The segments as Python integers, read from the tensors once per pack."""
-    if "segment_list" not in segments.cache:
-        columns = [getattr(segments, name).tolist() for name in Segment._fields]
-        segments.cache["segment_list"] = [Segment(*row) for row in zip(*columns, strict=True)]
-    return segments.cache["segment_list"]
-
-
 def packed_attention_ref(q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scale: float) -> Tensor:
     """The definition, one dense softmax per segment in plain torch: any device and dtype, slow. As packed_attention."""
     tq, a, d = q.shape
@@ -138,30 +93,6 @@ def packed_attention_ref(q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike
 
 
 # --------------------------------------------------------------------------------------------------------------- cpu
-
-
-def attention_parts(segments: SegmentsLike) -> list[Part]:
-    """Cut the attention of a pack into blocks that are full or square causal; each block is computed by itself.
-
-    The suffixes of a comparison read the same prefix from neighbouring query rows, so they share one full block.
-    """
-    if "attention_parts" not in segments.cache:
-        own: list[Part] = []
-        shared: list[Part] = []
-        for s in segment_list(segments):
-            seen = s.k_len - s.q_len if s.q_len > 1 else s.k_len  # own keys that every query of the segment sees
-            if seen:
-                own.append(Part(s.q_start, s.q_len, s.k_start, seen, False))
-            if s.q_len > 1:
-                own.append(Part(s.q_start, s.q_len, s.k_start + seen, s.q_len, True))
-            if s.prefix_len:
-                last = shared[-1] if shared else None
-                if last and last[2:4] == (s.prefix_start, s.prefix_len) and last.q_start + last.q_len == s.q_start:
-                    shared[-1] = last._replace(q_len=last.q_len + s.q_len)
-                else:
-                    shared.append(Part(s.q_start, s.q_len, s.prefix_start, s.prefix_len, False))
-        segments.cache["attention_parts"] = own + shared
-    return segments.cache["attention_parts"]
 
 
 def packed_attention_flash(q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scale: float) -> Tensor:
@@ -284,116 +215,6 @@ class _FlashParts(torch.autograd.Function):
 def _heads(x: Tensor, start: int, length: int) -> Tensor:
     """Rows of [t, n, d] as [1, n, length, d], a view."""
     return x.narrow(0, start, length).transpose(0, 1).unsqueeze(0)
-
-
-# --------------------------------------------------------------------------------------------------------------- cuda
-
-# (q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale) -> causal attention of each sequence, aligned bottom right
-Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float], Tensor]
-
-
-class VarlenPlan(NamedTuple):
-    """What varlen attention needs of a pack, made once; tensors are int32 on the device of the queries."""
-
-    cu_seqlens_q: Tensor  # [s + 1]
-    cu_seqlens_k: Tensor  # [s + 1]
-    max_q: int
-    max_k: int
-    num_queries: int
-    num_keys: int
-    gather: tuple[Tensor, Tensor, Tensor, Tensor] | None  # None: the keys already lie one segment after the other
-
-
-def varlen_plan(segments: SegmentsLike, device: torch.device) -> VarlenPlan:
-    """The plan of a pack on ``device``, copied there once and kept in ``segments.cache``."""
-    key = ("varlen_plan", device)
-    if key not in segments.cache:
-        rows = segment_list(segments)
-        q_ends = list(itertools.accumulate((s.q_len for s in rows), initial=0))
-        k_ends = list(itertools.accumulate((s.prefix_len + s.k_len for s in rows), initial=0))
-        if any(s.q_start != end for s, end in zip(rows, q_ends, strict=False)):
-            raise ValueError("varlen attention needs segments in the order of their query rows, without gaps")
-        in_place = all(s.prefix_len == 0 and s.k_start == end for s, end in zip(rows, k_ends, strict=False))
-        names = ("prefix_start", "prefix_len", "k_start", "k_len")
-        columns = [torch.tensor(q_ends, dtype=torch.int32), torch.tensor(k_ends, dtype=torch.int32)]
-        columns += [] if in_place else [getattr(segments, name).int() for name in names]
-        if device.type == "cuda":
-            columns = [column.pin_memory().to(device, non_blocking=True) for column in columns]
-        segments.cache[key] = VarlenPlan(
-            *columns[:2],
-            # Some releases fold query groups into rows when the longest query is 1: a path made for decoding.
-            max_q=max([2, *(s.q_len for s in rows)]),
-            max_k=max([0, *(s.prefix_len + s.k_len for s in rows)]),
-            num_queries=q_ends[-1],
-            num_keys=k_ends[-1],
-            gather=None if in_place else tuple(columns[2:]),
-        )
-    return segments.cache[key]
-
-
-def packed_attention_varlen(
-    q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scale: float, varlen: Varlen
-) -> Tensor:
-    """As packed_attention, by one varlen call over keys that are gathered per segment (prefix, then own)."""
-    plan = varlen_plan(segments, q.device)
-    if plan.gather is None:
-        k, v = _first_rows(k, plan.num_keys), _first_rows(v, plan.num_keys)
-    else:
-        k, v = (ops.gather_prefix_kv(x, *plan.gather, plan.num_keys) for x in (k, v))
-    cu_q, cu_k = plan.cu_seqlens_q, plan.cu_seqlens_k
-    out = varlen(_first_rows(q, plan.num_queries), k, v, cu_q, cu_k, plan.max_q, plan.max_k, scale).flatten(1)
-    uncovered = q.shape[0] - plan.num_queries
-    return F.pad(out, (0, 0, 0, uncovered)) if uncovered else out
-
-
-def _first_rows(x: Tensor, count: int) -> Tensor:
-    """x[:count]; x itself where that is all of it: the backward of a slice is a copy, and padding by nothing is too."""
-    return x if x.shape[0] == count else x[:count]
-
-
-@functools.cache
-def varlen_function() -> Varlen | None:
-    """torch's varlen attention, or flash_attn's where torch has none, or None."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-
-        return adapt_varlen(varlen_attn)
-    except ImportError:
-        pass
-    try:
-        from flash_attn import flash_attn_varlen_func
-
-        return adapt_varlen(flash_attn_varlen_func)
-    except ImportError:
-        return None
-
-
-def adapt_varlen(function: Callable) -> Varlen:
-    """A varlen function of any supported release, called in one way. The releases name causality differently:
-
-    torch 2.10 ``is_causal``, torch 2.11 and later ``window_size=(-1, 0)``, flash_attn ``causal``; torch 2.12 and later
-    want ``enable_gqa`` said.
-    """
-    names = inspect.signature(function).parameters
-    if "is_causal" in names:
-        options = {"is_causal": True}
-    elif "causal" in names:
-        options = {"causal": True}
-    else:
-        options = {"window_size": (-1, 0)}
-    if "enable_gqa" in names:
-        options["enable_gqa"] = True
-    scale_name = next((name for name in ("scale", "softmax_scale") if name in names), None)
-
-    def varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale):
-        if scale_name:
-            return function(q, k, v, cu_q, cu_k, max_q, max_k, **{scale_name: scale}, **options)
-        default = q.shape[-1] ** -0.5  # a release that knows no other scale
-        if not math.isclose(scale, default):
-            q = q * (scale / default)
-        return function(q, k, v, cu_q, cu_k, max_q, max_k, **options)
-
-    return varlen
 
 
 def _cuda_attention(q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scale: float) -> Tensor:
