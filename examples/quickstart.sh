@@ -7,7 +7,7 @@ usage() {
     cat <<'EOF'
 Trains a reward model and exports it: set-up, model, data, training with tensor parallelism, held-out accuracy before
 and after, Hugging Face folder, two scored replies. Without flags: SmolLM2-135M-Instruct on the demonstration set in
-examples/data, about ten minutes on two cores after the downloads. On a CUDA machine it uses all GPUs.
+examples/data, five to twenty minutes on two cores, by the processor. On a CUDA machine it uses all GPUs.
 
     bash examples/quickstart.sh [flags] [any flag of examples/pretrain_reward.py]
 
