@@ -24,15 +24,14 @@ def extensions():
                  and os.environ.get("RMEGA_BUILD_CUDA", "1") != "0")
     print(f"rmega._C: {'CPU and CUDA' if with_cuda else 'CPU only'} (torch {torch.__version__}, "
           f"its CUDA {torch.version.cuda or 'none'}, toolkit {cpp_extension.CUDA_HOME or 'not looked for'})")
-    sources = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc").glob("*.cpp"))
+    sources = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc").rglob("*.cpp"))
     # OpenMP is compiled for but not linked: torch's own copy is in the process, and a second one would start a second
     # set of threads on the same cores.
     flags = ["-O3", "-g0", "-fopenmp", "-Wall", "-Wno-unknown-pragmas"] if os.name == "posix" else []
     if not with_cuda:
         return [cpp_extension.CppExtension("rmega._C", sources, extra_compile_args={"cxx": flags})], cpp_extension
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-    # Objects are named by stem, so no .cu may share its stem with a .cpp (hence <op>_cuda.cu).
-    sources += sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc").glob("*.cu"))
+    sources += sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc").rglob("*.cu"))
     return [cpp_extension.CUDAExtension(
         "rmega._C", sources, define_macros=[("RMEGA_WITH_CUDA", None)],
         extra_compile_args={"cxx": flags, "nvcc": ["-O3", "--expt-relaxed-constexpr"]})], cpp_extension

@@ -3,7 +3,7 @@
     python benchmarks/attention.py --threads 1 2
     python benchmarks/attention.py --device cuda --name gpu_attention
 
-- native: csrc/packed_attention.cpp (rmega's choice on a CPU); varlen: one varlen call over gathered keys (on CUDA);
+- native: csrc/cpu/packed_attention.cpp (rmega's choice on a CPU); varlen: one varlen call over gathered keys (on CUDA);
 - flash: ATen's CPU flash kernel per part, merged by log-sum-exp (where the extension is not built);
 - tree: scaled_dot_product_attention with one dense tree mask per comparison;
 - copies: rmega's choice on the pack in which each response carries its own prompt (no sharing).
@@ -29,8 +29,8 @@ import torch.nn.functional as F
 sys.path.insert(0, __file__.rsplit("/", 2)[0])
 
 from benchmarks import common  # noqa: E402
+from rmega.cli import parse_args, run_tool  # noqa: E402
 from rmega.data.packing import Segments  # noqa: E402
-from rmega.flags import parse_args, run_tool  # noqa: E402
 from rmega.models import attention  # noqa: E402
 
 SHAPES = {"SmolLM2-135M": (9, 3, 64), "hidden 2048": (16, 8, 128)}  # a, g, d

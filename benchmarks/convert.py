@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, __file__.rsplit("/", 2)[0])
 
-from rmega.flags import parse_args, run_tool  # noqa: E402
+from rmega.cli import parse_args, run_tool  # noqa: E402
 
 Role = Literal["all", "make", "out", "in"]
 
@@ -101,7 +101,7 @@ def out(args: Args) -> None:
     """Write the weights once and say how long it took and how much memory it had."""
     import torch.distributed.checkpoint  # noqa: F401  (its import is no part of the copying)
 
-    from rmega.export import CheckpointTensors, export_weights
+    from rmega.export.write_weights import CheckpointTensors, export_weights
 
     target = Path(args.folder) / "out"
     shutil.rmtree(target, ignore_errors=True)

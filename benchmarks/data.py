@@ -30,8 +30,8 @@ from typing import Annotated, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from rmega.cli import parse_args, run_tool  # noqa: E402
 from rmega.config import NONE  # noqa: E402
-from rmega.flags import parse_args, run_tool  # noqa: E402
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -60,9 +60,9 @@ class Args:
 
 def comparisons_of(path: str, tokenizer: Any) -> tuple[list[Any], int]:
     """All comparisons of a file, and the bytes of its rows as JSON lines."""
-    from rmega.data import sources
-    from rmega.data.convert import Converter, plan_input
-    from rmega.data.records import Rejected
+    from rmega.preferences import sources
+    from rmega.preferences.comparison import Rejected
+    from rmega.preferences.worker import Converter, plan_input
 
     source = sources.resolve([path], flag="--data")[0]
     plan = plan_input(source, "auto", None, "--data")
@@ -79,7 +79,7 @@ def preprocess_once(path: str, args: Args) -> dict[str, float]:
     """One run of the tool in a process of its own; seconds of its parts."""
     with tempfile.TemporaryDirectory() as folder:
         code = ("import sys, time; start = time.time()\n"
-                "from rmega.data import preprocess as p\n"
+                "from rmega.preferences import preprocess as p\n"
                 "inner = p._convert_all\n"
                 "def timed(*a):\n"
                 "    begin = time.time(); inner(*a); print('tokenize', time.time() - begin)\n"
@@ -126,7 +126,7 @@ def plain_seconds(function: Any, workers: int, num: int) -> float:
 
 
 def measure_speed(args: Args) -> list[dict[str, Any]]:
-    from rmega.data.tokenize import PairTokenizer
+    from rmega.preferences.tokenizer import PairTokenizer
 
     if args.tokenizer is None:
         raise ValueError("--tokenizer: name the folder of one")
@@ -159,8 +159,8 @@ def measure_speed(args: Args) -> list[dict[str, Any]]:
 
 def check_ids(args: Args) -> list[dict[str, Any]]:
     """Every conversation's stored ids against apply_chat_template; ValueError at the first that differs."""
-    from rmega.data.records import Rejected
-    from rmega.data.tokenize import PairTokenizer
+    from rmega.preferences.comparison import Rejected
+    from rmega.preferences.tokenizer import PairTokenizer
 
     tokenizer = PairTokenizer.load(str(args.tokenizer))
     rows = []

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from rmega.flags import parse_args, run_tool
+from rmega.cli import parse_args, run_tool
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -31,8 +31,8 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 # Only the architecture of this machine: a release build makes more (setup.py).
 capability=$(python3 -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || exit 1
 TORCH_CUDA_ARCH_LIST=$capability lines=3 step 240 build python3 setup.py build_ext --inplace
-lines=15 step 150 tests python3 -m pytest tests/test_ops.py tests/test_ops_cuda.py tests/test_attention.py \
-    tests/test_cuda_training.py -p no:cacheprovider
+lines=15 step 150 tests python3 -m pytest tests/ops/test_ops.py tests/ops/test_ops_cuda.py tests/models/test_attention.py \
+    tests/training/test_cuda_training.py -p no:cacheprovider
 lines=30 step 60 ops python3 benchmarks/ops.py --device cuda --no-compile --output benchmarks/results/gpu_ops.json
 lines=20 step 90 attention python3 benchmarks/attention.py --device cuda --name gpu_attention
 lines=12 step 170 train_ultrafeedback python3 benchmarks/train.py --shape internlm2-1.8b --lengths ultrafeedback \

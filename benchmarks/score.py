@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rmega.flags import parse_args, run_tool  # noqa: E402
+from rmega.cli import parse_args, run_tool  # noqa: E402
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -114,7 +114,7 @@ class Packed:
         self.scorer, self.max_tokens, self.tokens = scorer, max_tokens, 0
 
     def score(self, rows: list) -> list[float]:
-        from rmega.score_files import score_rows, windows
+        from rmega.scoring.batch import score_rows, windows
 
         results = [r for w in windows(((row, None) for row in rows), self.max_tokens)
                    for r in score_rows(self.scorer, w.rows)]
@@ -124,8 +124,8 @@ class Packed:
         """Tokens of one pass, after sharing; not timed."""
         import numpy as np
 
-        from rmega.score import _parts, group_by_prefix
-        from rmega.score_files import windows
+        from rmega.scoring.batch import windows
+        from rmega.scoring.scorer import _parts, group_by_prefix
 
         total = 0
         for window in windows(((row, None) for row in rows), self.max_tokens):
@@ -140,10 +140,10 @@ def main(args: Args) -> int:
     import torch
 
     from benchmarks.common import environment, save, table
-    from rmega.data.conversations import read_rows
-    from rmega.data.sources import resolve
     from rmega.precision import DTYPES
-    from rmega.score import load_scorer
+    from rmega.preferences.scorable import read_rows
+    from rmega.preferences.sources import resolve
+    from rmega.scoring.scorer import load_scorer
 
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, __file__.rsplit("/", 2)[0])
 
 from benchmarks.common import clock, environment, matmul_rate, save, step_flops, table  # noqa: E402
-from rmega.flags import parse_args, run_tool  # noqa: E402
+from rmega.cli import parse_args, run_tool  # noqa: E402
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -103,11 +103,11 @@ class Mode:
     """One row of the table: its model, its packs, its times."""
 
     def __init__(self, name: str, args: Args, geometry, batches: list[list], dtype: torch.dtype, device) -> None:
-        from rmega import train
         from rmega.config import DataArgs, ModelArgs, OptimizerArgs, ParallelArgs, TrainArgs, TrainingConfig
         from rmega.data.balance import CostModel, balanced_bins
         from rmega.data.packing import pack
         from rmega.models.hf import load_hf
+        from rmega.training import train
 
         self.name, (share, prune, self.implementation) = name, SWITCHES[name]
         self.prune = prune
@@ -139,7 +139,8 @@ class Mode:
         self.times: list[float] = []
 
     def step(self, i: int) -> None:
-        from rmega import ops, train
+        from rmega import ops
+        from rmega.training import train
 
         ops.set_implementation(self.implementation)
         train.train_step(self.wrapped, self.optimizer, self.packs[i], self.config.loss, len(self.packs[i]))
@@ -155,9 +156,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(Args, argv, prog="benchmarks/train.py")
     from rmega import distributed, precision
     from rmega.data.indexed import open_preferences
-    from rmega.logs import memory_mb
     from rmega.models.geometry import Geometry
     from rmega.models.hf import read_geometry
+    from rmega.training.logs import memory_mb
 
     device = distributed.initialize()
     chosen = precision.choose_together(args.precision, "auto", device)

@@ -29,7 +29,7 @@ from typing import Literal
 
 sys.path.insert(0, __file__.rsplit("/", 2)[0])
 
-from rmega.flags import parse_args, run_tool  # noqa: E402
+from rmega.cli import parse_args, run_tool  # noqa: E402
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -87,8 +87,8 @@ def read_rows(path: str) -> list[dict]:
 
 def encode(rows: list[dict], args: Args) -> list:
     """Their tokens, truncated to --max-length."""
-    from rmega.data.records import Comparison
-    from rmega.data.tokenize import PairTokenizer
+    from rmega.preferences.comparison import Comparison
+    from rmega.preferences.tokenizer import PairTokenizer
 
     tokenizer = PairTokenizer.load(args.hf_model, max_length=args.max_length)
     return [tokenizer.encode_comparison(Comparison(prompt=row["prompt"], responses=[row["chosen"], row["rejected"]],
@@ -160,12 +160,13 @@ def run_rmega(args: Args) -> list[float]:
     import numpy as np
     import torch
 
-    from rmega import distributed, train
+    from rmega import distributed
     from rmega.config import DataArgs, LossArgs, ModelArgs, OptimizerArgs, TrainArgs, TrainingConfig
     from rmega.data.balance import CostModel, balanced_bins
     from rmega.data.indexed import StoredComparison
     from rmega.data.packing import pack
     from rmega.models.hf import load_hf, read_geometry
+    from rmega.training import train
 
     device = distributed.initialize()
     torch.set_float32_matmul_precision(args.matmul_precision)

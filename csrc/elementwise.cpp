@@ -1,9 +1,9 @@
 // rms_norm, swiglu and rope: checks; on the CPU threads and the choice of the instruction set. Kernels:
-// elementwise_kernels.h, elementwise_cuda.cu.
+// cpu/elementwise_kernels.h, cuda/elementwise.cu.
 #include <algorithm>
 #include <type_traits>
 
-#include "elementwise.h"
+#include "cpu/elementwise.h"
 #include "rmega_ops.h"
 
 namespace rmega {

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <vector>
 
-#include "elementwise.h"
+#include "cpu/elementwise.h"
 #include "rmega_ops.h"
 
 namespace rmega {

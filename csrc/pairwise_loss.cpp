@@ -1,7 +1,7 @@
 // pairwise_loss: the sum over m pairs, what is reported of it, and the gradient of the sum wrt rewards [n], in one pass.
 #include <algorithm>
 
-#include "elementwise.h"
+#include "cpu/elementwise.h"
 #include "pair_math.h"
 #include "rmega_ops.h"
 

@@ -1,4 +1,4 @@
-// The operators as C++ functions on tensors. Checks and CPU kernels in <op>.cpp, CUDA kernels in <op>_cuda.cu.
+// The operators as C++ functions on tensors. Checks and CPU kernels in <op>.cpp, CUDA kernels in cuda/<op>.cu.
 // Letters: t tokens, h hidden, n responses, m pairs, s segments, g key groups, d head size.
 #pragma once
 

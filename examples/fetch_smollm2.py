@@ -178,7 +178,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    from rmega.flags import parse_args, run_tool
+    from rmega.cli import parse_args, run_tool
 
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import sys
 
+from rmega.cli import parse_args
 from rmega.config import TrainingConfig
-from rmega.flags import parse_args
-from rmega.stopping import run_ranks
+from rmega.training.stopping import run_ranks
 
 
 def main(argv: list[str] | None = None) -> int:
     config = parse_args(TrainingConfig, argv, prog="examples/pretrain_reward.py")
 
     if config.parallel.dry_run:
-        from rmega.plan import dry_run
+        from rmega.training.plan import dry_run
 
         return dry_run(config)
 
     from rmega import distributed
 
     config.check(distributed.world_size())
-    from rmega.run import Run
+    from rmega.training.run import Run
 
     run = Run(config)
     run.load_data()

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 
+from rmega.cli import parse_args, run_tool
 from rmega.config import TrainingConfig
-from rmega.flags import parse_args, run_tool
 
 OWN = ("--model", "--data", "--valid-data", "--output", "--steps", "--epochs", "--max-length", "--nproc", "--tp")
 
@@ -21,7 +21,8 @@ def main(argv: list[str]) -> None:
     config = parse_args(TrainingConfig, flags, prog="examples/quickstart.sh", also=OWN)
     shards = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
     config.check(int(nproc) if nproc else shards * (config.parallel.data_parallel_size or 1))
-    from rmega.data.inputs import check_folder_or_hub_name, resolve
+    from rmega.hub import check_folder_or_hub_name
+    from rmega.preferences.resolve import resolve
 
     if model:
         check_folder_or_hub_name(model, "--model")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also from a checkout that is not installed
 
-from rmega.flags import parse_args, run_tool  # noqa: E402
+from rmega.cli import parse_args, run_tool  # noqa: E402
 
 
 @dataclasses.dataclass(kw_only=True)

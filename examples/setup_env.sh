@@ -109,7 +109,7 @@ rmega_stamp() {
 import hashlib, importlib.metadata, pathlib, sys
 root = pathlib.Path(sys.argv[1])
 digest = hashlib.sha256()
-for path in [root / "setup.py", root / "pyproject.toml", *sorted((root / "csrc").iterdir())]:
+for path in [root / "setup.py", root / "pyproject.toml", *sorted(filter(pathlib.Path.is_file, (root / "csrc").rglob("*")))]:
     digest.update(path.name.encode() + b"\0" + path.read_bytes())
 try:
     torch, _ = importlib.metadata.version("torch"), importlib.metadata.version("rmega")

@@ -14,6 +14,9 @@ import tyro
 NONE: Any = tyro.conf.arg(help_behavior_hint="(default: none)")
 """For a flag with an empty list by default, of which the help would say ``(default: )``."""
 
+MIN_COMPARISONS = 16
+"""Held-out comparisons that a checkpoint must keep for an export to count as verified."""
+
 
 def _alias(short: str) -> Any:
     return tyro.conf.arg(aliases=[f"--{short}"])

@@ -70,7 +70,7 @@ def initialize(*, tp: int = 1, pp: int = 1, vpp: int | None = None, seed: int = 
                timeout_minutes: float = 10.0) -> torch.device:
     """Join the process group and build megatron-core's groups; data parallel takes the ranks that tp x pp leave.
 
-    Uses torchrun's environment, or makes a group of one process without it. gloo on a CPU (through ``rmega.cpu``),
+    Uses torchrun's environment, or makes a group of one process without it. gloo on a CPU (through ``rmega.megatron.cpu``),
     NCCL on CUDA. Raises ValueError when tp x pp does not divide the number of processes.
     """
     if world_size() % (tp * pp):
@@ -82,7 +82,7 @@ def initialize(*, tp: int = 1, pp: int = 1, vpp: int | None = None, seed: int = 
         _prepare_cuda(tp)
         torch.cuda.set_device(where)
     else:
-        from rmega import cpu
+        from rmega.megatron import cpu
 
         cpu.keep_memory()
         cpu.install()

@@ -304,7 +304,7 @@ _rope = _operator("rope", lambda x, cos, sin, backwards: x.new_empty(x.shape))
 
 # ---- linear -----------------------------------------------------------------------------------------------------
 # The three products of a linear layer in half precision on a CPU, where torch's are slow: in bfloat16 on CPUs with AMX
-# natively (csrc/linear.cpp); in fp32, rounded once at the end, on CPUs that have no instructions for the dtype.
+# natively (csrc/cpu/linear.cpp); in fp32, rounded once at the end, on CPUs that have no instructions for the dtype.
 # Elsewhere torch's. They have no gradient of their own: megatron-core's linear layers call them in their forward and
 # backward (fusion.py).
 

@@ -37,7 +37,7 @@ def fault_table() -> str:
 
 def make_data(shared: Path, model: Path, folder: Path, count: int = 60) -> str:
     """The prefix of ``count`` real comparisons, tokenized for ``model``."""
-    from rmega.data.preprocess import PreprocessArgs, preprocess
+    from rmega.preferences.preprocess import PreprocessArgs, preprocess
 
     with gzip.open(shared / "data" / "hh-rlhf" / "mix.train.pairs.jsonl.gz", "rt") as file:
         (folder / "rows.jsonl").write_text("".join(itertools.islice(file, count)))
@@ -64,9 +64,10 @@ def train(rank: int, world_size: int, argv: list[str], events: dict[int, tuple[s
 
     ``events[step] = (what, on_rank)`` happens on that rank after the step: a signal's name, or "die".
     """
-    import rmega.train as engine
+    import rmega.training.train as engine
+
     from examples import pretrain_reward
-    from rmega.stopping import StopRequest
+    from rmega.training.stopping import StopRequest
 
     original, done = engine.train_step, itertools.count(1)
 

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
+from rmega.cli import parse_args, run_tool
 from rmega.config import TrainingConfig
-from rmega.flags import parse_args, run_tool
 
 NEEDED = ["--hf-model", "m", "--data-path", "d"]
 STEPS = [*NEEDED, "--train-steps", "3"]

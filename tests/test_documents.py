@@ -111,7 +111,7 @@ def parse_python(program: str, argv: list[str], monkeypatch: pytest.MonkeyPatch)
     """Start the program and stop it where its flags are read: by the one parser of rmega, or by argparse."""
     import argparse
 
-    from rmega import flags
+    from rmega import cli
 
     def stop_after(original):
         def wrapper(*args, **kwargs):
@@ -122,8 +122,8 @@ def parse_python(program: str, argv: list[str], monkeypatch: pytest.MonkeyPatch)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [program, *argv])
         patch.chdir(ROOT)
-        if "parse_args" in (ROOT / program).read_text() and "rmega.flags" in (ROOT / program).read_text():
-            patch.setattr(flags, "parse_args", stop_after(flags.parse_args))
+        if "parse_args" in (ROOT / program).read_text() and "rmega.cli" in (ROOT / program).read_text():
+            patch.setattr(cli, "parse_args", stop_after(cli.parse_args))
         else:
             patch.setattr(argparse.ArgumentParser, "parse_args", stop_after(argparse.ArgumentParser.parse_args))
         with pytest.raises(Parsed):
@@ -146,8 +146,8 @@ def parse_script(script: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) 
     for flag in (word for word in argv if word.startswith("--")):
         assert re.search(rf"^ *{flag} ", own, re.MULTILINE) or script.startswith("examples/"), flag
         if flag not in own:
+            from rmega.cli import parse_args
             from rmega.config import TrainingConfig
-            from rmega.flags import parse_args
 
             value = argv[argv.index(flag) + 1:][:1]
             parse_args(TrainingConfig, ["--hf-model", "m", "--data-path", "d", flag, *value])
@@ -164,7 +164,7 @@ def test_a_command_is_understood(command, monkeypatch):
 def test_what_cannot_be_checked_fails(monkeypatch):
     for words in ("docker run rmega", "python tools/none.py", "python tools/score.py --modell x", "bash none.sh",
                   "torchrun --nproc-per-node 8 examples/pretrain_reward.py --tq 2", "pip install 'rmega[nothing]'",
-                  "bash examples/quickstart.sh --stepps 3", "bash tests/run.sh tests/test_ops.py -k not_one",
+                  "bash examples/quickstart.sh --stepps 3", "bash tests/run.sh tests/ops/test_ops.py -k not_one",
                   "bash tests/run.sh tests/test_none.py", "bash tests/run.sh --quick",
                   "python examples/score_with_transformers.py --folder x"):
         with pytest.raises((AssertionError, SystemExit, FileNotFoundError)):
@@ -331,7 +331,7 @@ def test_shown_output_is_what_the_commands_print(workspace):
     for line in lines:
         if line.startswith("["):
             sentence = line[5:].removeprefix("valid: ")  # in the log of a training, that of a set
-            assert " ".join(sentence.split()[:2]) in (ROOT / "rmega/evaluation/judge.py").read_text(), line
+            assert " ".join(sentence.split()[:2]) in (ROOT / "rmega/evaluation/results.py").read_text(), line
         elif not line.startswith("     "):  # a verdict goes on
             assert shape(line) in printed, line
 

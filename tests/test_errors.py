@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rmega.flags import run_tool
+from rmega.cli import run_tool
 from tests.conftest import ROOT
 from tests.tiny import tiny_llama
 
@@ -71,7 +71,7 @@ def files(folder: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def data(stories260k, tmp_path_factory) -> Path:
     """A small good dataset for stories260k."""
-    from rmega.data.preprocess import PreprocessArgs, preprocess
+    from rmega.preferences.preprocess import PreprocessArgs, preprocess
 
     folder = tmp_path_factory.mktemp("data")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -299,7 +299,7 @@ def test_nothing_is_built_for_a_run_that_cannot_start(train, program, stories260
              "--precision", "fp32", "--matmul-precision", "highest"]
     assert program("examples/pretrain_reward.py", *flags, "--save", tmp_path / "done")[0] == 0
 
-    from rmega import train as engine
+    from rmega.training import train as engine
 
     def build_model(*_, **__):
         raise AssertionError("a model was built")
@@ -325,7 +325,7 @@ def test_texts_longer_than_the_models_positions(train, stories260k, data, tmp_pa
     from rmega.data.indexed import open_preferences
     from rmega.models.geometry import RopeScaling
     from rmega.models.hf import read_geometry
-    from rmega.preflight import check_positions
+    from rmega.training.preflight import check_positions
 
     dataset, (geometry, _) = open_preferences(data), read_geometry(stories260k)
     texts = [[len(c.prefix) + len(s) for s in c.suffixes] for c in (dataset.get(i) for i in range(len(dataset)))]
@@ -364,7 +364,7 @@ def test_a_batch_of_ties_has_no_pairs_and_does_no_harm(stories260k) -> None:
     """Not an error: comparisons without a preference give no loss and no gradient."""
     from rmega.config import LossArgs
     from rmega.data.packing import pack
-    from rmega.train import pair_loss
+    from rmega.training.train import pair_loss
     from tests.tiny import random_comparisons
 
     ties = [type(c)(**{**vars(c), "scores": c.scores * 0}) for c in random_comparisons(3)]

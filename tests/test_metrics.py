@@ -16,7 +16,7 @@ from rmega.evaluation.benchmarks import (
     rm_bench_report,
     ties_report,
 )
-from rmega.evaluation.judge import (
+from rmega.evaluation.results import (
     Judged,
     flat_summary,
     judge,
@@ -165,7 +165,7 @@ def test_a_handful_of_pairs_shows_no_length_bias(n, delta):
 
 
 def test_a_side_without_pairs_has_no_accuracy_in_the_verdict():
-    from rmega.evaluation.judge import Judged, judge
+    from rmega.evaluation.results import Judged, judge
 
     def said(n):
         items = [Judged(rewards=np.array([float(i), 0.0]), scores=np.array([1.0, 0.0]), lengths=np.array([10 + i, 9]))

@@ -17,7 +17,7 @@ import time
 import traceback
 from pathlib import Path
 
-from rmega.flags import parse_args, run_tool
+from rmega.cli import parse_args, run_tool
 
 OTHER_PACKS = "1, other packs"
 TOLERANCE = 1e-5
@@ -56,18 +56,19 @@ def work(rank: int, world_size: int, port: int, text: str, args: CheckArgs, fold
     try:
         import torch
 
-        from rmega import distributed, layouts
+        from rmega import distributed
         from rmega.data.batching import Mixture
-        from rmega.models.hf import resolve_model
+        from rmega.hub import resolve_model
+        from rmega.training import parity
 
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
         torch.set_float32_matmul_precision("highest")
         distributed.quiet_engine()
-        config = layouts.layout_config(
-            layouts.Layout.parse(text), hf_model=str(resolve_model(args.hf_model)), steps=args.steps,
+        config = parity.layout_config(
+            parity.Layout.parse(text), hf_model=str(resolve_model(args.hf_model)), steps=args.steps,
             global_batch_size=args.global_batch_size, max_tokens=args.max_tokens_per_microbatch, lr=args.lr,
             share_prefix=share_prefix)
-        result = layouts.run_layout(config, Mixture.open(args.data_path, seed=config.train.seed))
+        result = parity.run_layout(config, Mixture.open(args.data_path, seed=config.train.seed))
         if result is not None:
             torch.save(dataclasses.asdict(result), Path(folder, "result.pt"))
         distributed.finish()
@@ -83,7 +84,7 @@ def run(text: str, args: CheckArgs, *, share_prefix: bool = True):
 
     import torch
 
-    from rmega.layouts import Layout, LayoutResult
+    from rmega.training.parity import Layout, LayoutResult
 
     layout = Layout.parse(text)
     with socket.socket() as probe:
@@ -122,7 +123,7 @@ def row(seen: dict[str, float]) -> str:
 def main() -> int:
     args = parse_args(CheckArgs, description=__doc__)
 
-    from rmega.layouts import Layout, compare, worst_gradient
+    from rmega.training.parity import Layout, compare, worst_gradient
 
     texts = args.layouts.split()
     for text in texts:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from rmega.flags import parse_args, run_tool
+from rmega.cli import parse_args, run_tool
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -45,7 +45,7 @@ class Args:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(Args, argv, prog="tools/convert_to_hf.py")
 
-    from rmega import convert
+    from rmega.export import convert
 
     return convert.convert(
         run=Path(args.load), output=Path(args.output), iteration=args.iteration, dtype=args.dtype, family=args.format,

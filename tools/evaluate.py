@@ -23,8 +23,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from rmega.cli import parse_args, run_tool  # noqa: E402
 from rmega.evaluation.probes import NUM_PROBED  # noqa: E402
-from rmega.flags import parse_args, run_tool  # noqa: E402
 
 
 @dataclass(kw_only=True)
@@ -59,11 +59,11 @@ class EvaluateArgs:
 
 
 def main(args: EvaluateArgs) -> None:
-    from rmega.data.sources import resolve
-    from rmega.evaluation.judge import judge, to_json, worst_mistakes
     from rmega.evaluation.probes import pick, prompt_probe, swap_probe
+    from rmega.evaluation.results import judge, to_json, worst_mistakes
     from rmega.evaluation.rows import judged, read_eval_set
     from rmega.evaluation.table import table_of
+    from rmega.preferences.sources import resolve
 
     if (args.model is None) == (args.scores is None):
         raise ValueError("give either --model or --scores")
@@ -85,9 +85,9 @@ def main(args: EvaluateArgs) -> None:
     with ExitStack() as stack:
         scorer = None
         if args.model:
-            from rmega import score
+            from rmega.scoring import scorer
 
-            scorer = stack.enter_context(score.scorer(args.model, dtype=args.dtype))
+            scorer = stack.enter_context(scorer.scorer(args.model, dtype=args.dtype))
             rewards = model_rewards(scorer, sets)
         else:
             rewards = file_rewards(args.scores or [], sets)
@@ -129,7 +129,7 @@ def length_counter(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
     """How long a text is, and the word for the unit."""
     if tokenizer is None:
         return len, "characters"
-    from rmega.data.inputs import check_folder_or_hub_name
+    from rmega.hub import check_folder_or_hub_name
 
     check_folder_or_hub_name(tokenizer, "--tokenizer")
     from transformers import AutoTokenizer
@@ -140,7 +140,7 @@ def length_counter(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
 
 def model_rewards(scorer: Any, sets: list[Any]) -> list[list[np.ndarray]]:
     """Rewards of every judgeable row of every set, best response first."""
-    from rmega.logs import Progress
+    from rmega.training.logs import Progress
 
     out = []
     for data in sets:

@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional
 
+from rmega.cli import parse_args, run_tool
 from rmega.config import NONE
-from rmega.flags import parse_args, run_tool
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -63,7 +63,7 @@ def main(args: InspectArgs) -> int:
                 raise ValueError(f"show {number}: not the number of a comparison")
             print("\n".join(show(dataset, int(number), tokenizer, colour=colour)))
     elif args.action == "verify":
-        from rmega.data.maintain import verify
+        from rmega.data.integrity import verify
 
         tokenizer = load_tokenizer(args.tokenizer, dataset.manifest, needed=False)
         wrong = verify(dataset, tokenizer)
@@ -71,7 +71,7 @@ def main(args: InspectArgs) -> int:
               f"{'fingerprint of the tokenizer' if tokenizer else 'tokenizer not there, fingerprint not'} checked)")
         return 1 if wrong else 0
     elif args.action == "merge":
-        from rmega.data.maintain import merge
+        from rmega.data.integrity import merge
 
         if not args.rest or not args.output:
             raise ValueError("merge: name the other datasets, and --output")
@@ -84,7 +84,7 @@ def main(args: InspectArgs) -> int:
                   f"that contradict each other; {end}")
         print(f"{args.output}: {manifest['num_comparisons']:,} comparisons, {manifest['num_tokens']:,} tokens")
     else:
-        from rmega.data.page import report
+        from rmega.report.dataset import report
 
         output = Path(args.output or f"{args.prefix}.html")
         if output.exists() and not args.force:
@@ -102,7 +102,7 @@ def load_tokenizer(name: str | None, manifest: dict[str, Any], *, needed: bool) 
         if needed:
             raise ValueError(f"--tokenizer: {wanted or 'the tokenizer'} is not here; name its folder")
         return None
-    from rmega.data.tokenize import PairTokenizer
+    from rmega.preferences.tokenizer import PairTokenizer
 
     return PairTokenizer.load(wanted).tokenizer
 

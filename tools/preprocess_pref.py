@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import sys
 
-from rmega.flags import parse_args, run_tool
+from rmega.cli import parse_args, run_tool
 
 
 def main() -> None:
-    from rmega.data.preprocess import PreprocessArgs, preprocess
+    from rmega.preferences.preprocess import PreprocessArgs, preprocess
 
     preprocess(parse_args(PreprocessArgs, description=__doc__))
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from rmega.cli import parse_args, run_tool
 from rmega.config import TrainingConfig, group_types
-from rmega.flags import parse_args, run_tool
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -48,22 +48,24 @@ def replay(file: str | Path) -> list[Row]:
         documents, folder = kept["documents"], path.parent / kept["checkpoint"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{file}: not a file that a run left for replaying ({error})") from None
-    from rmega import checkpoint, layouts, precision, train
+    from rmega import precision
+    from rmega.checkpointing import checkpoint, run_folder
     from rmega.data.batching import Mixture
+    from rmega.training import parity, train
 
     config = TrainingConfig(**{name: cls(**{k: tuple(v) if isinstance(v, list) else v
                                             for k, v in kept["config"][name].items()})
                                for name, cls in group_types().items()})
-    layout = layouts.Layout.parse("1")
+    layout = parity.Layout.parse("1")
     config.parallel = dataclasses.replace(
-        layouts.layout_config(layout, hf_model=config.model.hf_model, steps=1, global_batch_size=1, max_tokens=1,
+        parity.layout_config(layout, hf_model=config.model.hf_model, steps=1, global_batch_size=1, max_tokens=1,
                               lr=1.0).parallel, recompute=config.parallel.recompute)
-    dtype = precision.DTYPES[checkpoint.read_info(folder)["dtype"].replace("float32", "fp32")
+    dtype = precision.DTYPES[run_folder.read_info(folder)["dtype"].replace("float32", "fp32")
                              .replace("bfloat16", "bf16").replace("float16", "fp16")]
     config.train.train_steps, config.train.train_epochs = 1, None
-    wrapped, optimizer, _, geometry, device = layouts.build(config, dtype)
+    wrapped, optimizer, _, geometry, device = parity.build(config, dtype)
     checkpoint.load(folder, wrapped=wrapped)
-    batcher = layouts.make_batcher(config, Mixture.open(config.data.data_path, seed=config.train.seed), geometry)
+    batcher = parity.make_batcher(config, Mixture.open(config.data.data_path, seed=config.train.seed), geometry)
     rows = []
     for document in documents:
         pack = batcher.pack([document]).to(device)

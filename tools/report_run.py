@@ -15,7 +15,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rmega.flags import parse_args, run_tool  # noqa: E402
+from rmega.cli import parse_args, run_tool  # noqa: E402
 
 
 @dataclass(kw_only=True)
@@ -31,7 +31,7 @@ class ReportArgs:
 def main(args: ReportArgs) -> None:
     if not Path(args.run).is_dir():  # before what the page needs is asked for
         raise ValueError(f"{args.run}: no such folder")
-    from rmega.report.run import write_run_report
+    from rmega.report.training import write_run_report
 
     print(f"report: {write_run_report(args.run, args.out)}")
 

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rmega.flags import parse_args, run_tool  # noqa: E402
+from rmega.cli import parse_args, run_tool  # noqa: E402
 
 
 @dataclass(kw_only=True)
@@ -79,7 +79,7 @@ def main(args: ScoreArgs) -> int:
 
 def inputs_of(args: ScoreArgs) -> list[Any]:
     """The inputs in the order of the flag."""
-    from rmega.data.sources import Input, resolve
+    from rmega.preferences.sources import Input, resolve
 
     found = []
     for spec in args.input:
@@ -95,27 +95,27 @@ def inputs_of(args: ScoreArgs) -> list[Any]:
 @contextlib.contextmanager
 def scoring(args: ScoreArgs):
     """(info of the model, its messages, function from windows to results), in this process or in workers."""
-    from rmega import score_files
+    from rmega.scoring import batch
 
     if args.workers > 1:
-        workers = score_files.Workers(args.workers, args.model, max_tokens=args.max_tokens, dtype=args.dtype)
+        workers = batch.Workers(args.workers, args.model, max_tokens=args.max_tokens, dtype=args.dtype)
         try:
             yield workers.info, workers.messages, workers.map
         finally:
             workers.close()
         return
-    from rmega.score import scorer
+    from rmega.scoring.scorer import scorer
 
     with scorer(args.model, dtype=args.dtype, max_tokens=args.max_tokens) as one:
         yield (one.describe(), one.tokenizer.messages if one.tokenizer else [],
-               lambda stream: ((w, score_files.score_rows(one, w.rows)) for w in stream))
+               lambda stream: ((w, batch.score_rows(one, w.rows)) for w in stream))
 
 
 def score(args: ScoreArgs, rank: int) -> int:
     """Read, score, write."""
-    from rmega.data.conversations import read_rows
-    from rmega.data.schemas import schema_named
-    from rmega.score_files import Output, ScoringProgress, Window, line_of, windows
+    from rmega.preferences.schemas import schema_named
+    from rmega.preferences.scorable import read_rows
+    from rmega.scoring.batch import Output, ScoringProgress, Window, line_of, windows
 
     if args.format != "auto":
         schema_named(args.format)

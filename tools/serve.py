@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rmega.flags import parse_args, run_tool  # noqa: E402
+from rmega.cli import parse_args, run_tool  # noqa: E402
 
 
 @dataclass(kw_only=True)
@@ -75,8 +75,8 @@ def main(args: ServeArgs) -> None:
         import uvicorn
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed (pip install 'rmega[serve]')") from None
-    from rmega.score_queue import ScoringQueue
-    from rmega.serve import Limits, RewardService, listen, make_app, run
+    from rmega.scoring.queue import ScoringQueue
+    from rmega.scoring.server import Limits, RewardService, listen, make_app, run
 
     sockets = [listen(args.host, args.port)]  # a port in use is said before the model is read
     where = f"http://{args.host}:{sockets[0].getsockname()[1]}"
@@ -85,7 +85,7 @@ def main(args: ServeArgs) -> None:
               file=sys.stderr, flush=True)
 
     def load() -> Any:
-        from rmega.score import load_scorer
+        from rmega.scoring.scorer import load_scorer
 
         scorer = load_scorer(args.model, dtype=args.dtype, max_tokens=args.max_tokens)
         if scorer.tokenizer is None:

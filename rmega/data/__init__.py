@@ -1,4 +1,4 @@
-"""Preference data: rows of any common schema -> comparisons -> token ids -> an indexed dataset on disk.
+"""Dataset on disk -> packed batches.
 
-records (rows), sources (files, hub), tokenize (ids), checks, indexed (disk), preprocess (the whole line).
+indexed (open, write), fingerprint (of a tokenizer), integrity (verify), stats, batching, balance, packing.
 """

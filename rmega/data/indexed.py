@@ -15,7 +15,6 @@ Shapes: N comparisons (documents), S sequences (S = N + all responses), K respon
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
@@ -25,6 +24,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from rmega.io import checksum
 
 FORMAT_VERSION = 1
 DATA_SUFFIXES = (".bin", ".idx", ".scores.npy", ".sources.npy")
@@ -308,11 +309,3 @@ def count_pairs(document_indices: np.ndarray, scores: np.ndarray) -> np.ndarray:
                 pairs[which] += scores[first + i] != scores[first + j]
     return pairs
 
-
-def checksum(path: str) -> str:
-    """sha256 of a file, as hexadecimal text."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

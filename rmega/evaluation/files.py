@@ -73,3 +73,13 @@ def read_evaluations(run: str | Path) -> dict[str, dict[int, dict[str, Any]]]:
         for name, judgement in sets.items():
             out.setdefault(name, {})[step] = judgement
     return out
+
+
+def eval_rows(run: Path | str) -> list[dict[str, Any]]:
+    """The evaluations in a run's metrics.jsonl, as they were written; none without that file. The line that a killed
+    run was writing is left out."""
+    path, rows = Path(run) / "metrics.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if row.get("type") == "eval"]

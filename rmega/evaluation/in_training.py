@@ -12,10 +12,10 @@ from typing import Any
 
 from rmega.distributed import log, rank
 from rmega.evaluation.files import FOLDER, FORMAT_VERSION, drop_after, folder_names, read_evaluations, step_file
-from rmega.evaluation.judge import to_json
 from rmega.evaluation.probes import NUM_PROBED
+from rmega.evaluation.results import to_json
 from rmega.evaluation.table import MARKS
-from rmega.run_folder import write_durably
+from rmega.io import write_durably
 
 
 class Evaluations:

@@ -1,6 +1,6 @@
 """What a model must do on inputs whose answer is known: a few comparisons scored again in another form.
 
-Here as text, for tools/evaluate.py; ``rmega.evaluation.stored`` does the same to token ids, for a training.
+Here as text, for tools/evaluate.py; ``rmega.evaluation.token_probes`` does the same to token ids, for a training.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rmega.data.records import Comparison
-from rmega.evaluation.judge import Judged, pairs_of
+from rmega.evaluation.results import Judged, pairs_of
 from rmega.metrics import correct
+from rmega.preferences.comparison import Comparison
 
 T = TypeVar("T")
 

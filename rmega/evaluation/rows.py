@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rmega.data import sources
-from rmega.data.near import columns_of, left_out, what_is_missing
-from rmega.data.records import REASONS, Comparison, Message, Rejected
-from rmega.data.schemas import Schema, recognise, schema_named, source_of
 from rmega.evaluation.benchmarks import benchmark_of
-from rmega.evaluation.judge import Judged
+from rmega.evaluation.results import Judged
+from rmega.preferences import sources
+from rmega.preferences.closest_schema import columns_of, left_out, what_is_missing
+from rmega.preferences.comparison import REASONS, Comparison, Message, Rejected
+from rmega.preferences.schemas import Schema, recognise, schema_named, source_of
 
 if TYPE_CHECKING:
     from rmega.evaluation.scores import ScoreRow

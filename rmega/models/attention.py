@@ -101,7 +101,7 @@ def packed_attention_flash(q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLi
 
 
 def packed_attention_native(q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scale: float) -> Tensor:
-    """As packed_attention, on the kernel in csrc/packed_attention.cpp: CPU, fp32 and bf16."""
+    """As packed_attention, on the kernel in csrc/cpu/packed_attention.cpp: CPU, fp32 and bf16."""
     if "table" not in segments.cache:
         columns = [getattr(segments, name) for name in Segment._fields]
         segments.cache["table"] = torch.stack(columns).to("cpu", torch.int32)

@@ -7,6 +7,8 @@ a query heads, g key/value groups, d head dimension.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,3 +44,8 @@ class Geometry:
     rope_scaling: RopeScaling = RopeScaling()
     tie_word_embeddings: bool = False
     has_reward_head: bool = False
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Geometry:
+        """The inverse of ``dataclasses.asdict``, as checkpoints keep it."""
+        return cls(**{**fields, "rope_scaling": RopeScaling(**fields["rope_scaling"])})

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from rmega.data.chunks import one_line
-from rmega.data.inputs import check_folder_or_hub_name, one_line_for_retries
+from rmega.io import one_line
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
 from rmega.models.hf_config import read_config
@@ -24,39 +23,6 @@ from rmega.models.weights import WeightRule, hf_shapes
 REWARD_HEAD = "reward_head.weight"
 # Mapped pages count as memory of the process until the file is closed: reopen after this many bytes.
 REOPEN_BYTES = 128 * 2**20
-# Files of a hub repository that a reward model is built from. Never its code: rmega runs no remote code.
-HUB_FILES = ("*.json", "*.jinja", "*.model", "tokenizer*", "LICENSE*", "README.md")
-
-
-def resolve_model(name: str, *, flag: str = "--hf-model") -> Path:
-    """The local folder of a model: a folder, a Hugging Face hub name, or ``modelscope:NAME``.
-
-    Hub files are kept in the hub's own cache. Raises ValueError that names ``flag`` if there is no such model.
-    """
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
-    hub, colon, repository = name.partition(":")
-    if colon and hub == "modelscope":
-        try:
-            from modelscope import snapshot_download
-        except ImportError:
-            raise ValueError(f"{flag} {name}: pip install modelscope to read from ModelScope") from None
-        try:
-            return Path(snapshot_download(repository, ignore_file_pattern=[r".*\.(py|pth|pt|gguf|onnx|h5|msgpack)$"]))
-        except Exception as error:  # the library has no common base class for its errors
-            raise ValueError(f"{flag} {name}: not read from ModelScope: {one_line(error)}") from None
-    check_folder_or_hub_name(name, flag)
-    from huggingface_hub import snapshot_download
-
-    try:
-        with one_line_for_retries():
-            folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "*.safetensors"]))
-            if not any(folder.glob("*.safetensors")):
-                folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "pytorch_model*.bin"]))
-    except Exception as error:  # offline, not found, gated, disk full: the hub's message says which
-        raise ValueError(f"{flag} {name}: no such folder, and not read from the Hugging Face hub: "
-                         f"{one_line(error)}") from None
-    return folder
 
 
 def read_geometry(folder: Path | str) -> tuple[Geometry, dict[str, Any]]:

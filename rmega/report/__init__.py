@@ -1,5 +1,5 @@
-"""Pages to look at: one self-contained HTML file each, for an evaluation and for a run.
+"""Self-contained HTML reports: one file each, without scripts or network. Needs the extra ``plots``.
 
-page (HTML), figures (matplotlib -> inline SVG), judged (what a judgement alone draws), evaluation, run, held_out (the
-validation sets of a run). Needs the extra ``plots``; no network, no script.
+page (HTML), figures (matplotlib -> inline SVG), panels (figures and tables of evaluation results), evaluation,
+training (a run), held_out (the validation sets of a run), dataset.
 """

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from rmega.evaluation.judge import Judged, length_flag, pairs_of, percent
+from rmega.evaluation.results import Judged, length_flag, pairs_of, percent
 from rmega.evaluation.table import number
 from rmega.metrics import accuracy
-from rmega.report import judged, page
+from rmega.report import page, panels
 from rmega.report.figures import BLUE, GREEN, GREY, ORANGE, SMALL, WIDE, drawing, require_matplotlib
 
 MAX_TEXT = 1500
@@ -32,11 +32,11 @@ def write_evaluation_report(folder: Path, subject: str, results: dict[str, dict[
         body.append(f"<nav>{links}</nav>\n")
         body.append(page.table(["set", "pairs", "accuracy", "95 % interval", "length bias", "ECE"],
                                [[n, f"{results[n]['num_pairs']:,}", percent(results[n]["accuracy"]),
-                                 judged.interval(results[n]), length_flag(results[n]["length"]),
+                                 panels.interval(results[n]), length_flag(results[n]["length"]),
                                  number(results[n]["calibration"]["ece"])] for n in names]))
     for i, name in enumerate(names):
         body.append(_section(i, name, results[name], items[name], worst[name], alone=len(names) == 1))
-    body.append(judged.explanations(results[names[0]]["length_unit"]))
+    body.append(panels.explanations(results[names[0]]["length_unit"]))
     return page.write_page(folder / "report.html", f"Evaluation of {subject}", "".join(body))
 
 
@@ -51,9 +51,9 @@ def _section(i: int, name: str, j: dict[str, Any], items: Sequence[Judged], wors
     out.append(page.verdicts(j["verdict"]))
     if not j["num_pairs"]:
         return "".join(out)
-    out.append(judged.tiles(j))
+    out.append(panels.tiles(j))
     out.append(page.figures(_figures(f"set {i} ", j, items)))
-    out.append(judged.tables(j))
+    out.append(panels.tables(j))
     out.append(f"<h3>The {len(worst)} worst mistakes</h3>\n" if worst else "<h3>No mistakes</h3>\n")
     if worst:
         out.append('<p class="sub">Pairs in which the rejected response got the higher reward by the widest margin. '
@@ -67,9 +67,9 @@ def _section(i: int, name: str, j: dict[str, Any], items: Sequence[Judged], wors
 def _figures(prefix: str, j: dict[str, Any], items: Sequence[Judged]) -> list[str]:
     pairs = pairs_of(items)
     return [_scores_figure(prefix, pairs), _margins_figure(prefix, pairs.d),
-            judged.reliability_figure(prefix, j["calibration"]), _reward_length_figure(prefix, pairs, j["length_unit"]),
-            _length_figure(prefix, pairs, j, wide=not j["by_margin"]), judged.margin_figure(prefix, j),
-            judged.sources_figure(prefix, j)]
+            panels.reliability_figure(prefix, j["calibration"]), _reward_length_figure(prefix, pairs, j["length_unit"]),
+            _length_figure(prefix, pairs, j, wide=not j["by_margin"]), panels.margin_figure(prefix, j),
+            panels.sources_figure(prefix, j)]
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:

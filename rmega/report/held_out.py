@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rmega.evaluation.judge import percent
-from rmega.report import judged, page
+from rmega.evaluation.results import percent
+from rmega.report import page, panels
 from rmega.report.figures import BLUE, GREY, ORANGE, drawing
 
 Judgement = dict[str, Any]
@@ -25,7 +25,7 @@ def sections(evaluations: Mapping[str, Mapping[int, Judgement]], order: Iterable
         out.append(f"<nav>{links}</nav>\n")
     out += [_section(i, name, evaluations[name]) for i, name in enumerate(names)]
     last = evaluations[names[0]]
-    return "".join([*out, judged.explanations(last[max(last)]["length_unit"])])
+    return "".join([*out, panels.explanations(last[max(last)]["length_unit"])])
 
 
 def _section(i: int, name: str, steps: Mapping[int, Judgement]) -> str:
@@ -35,19 +35,19 @@ def _section(i: int, name: str, steps: Mapping[int, Judgement]) -> str:
     out = [f'<h2 id="held-out-{i}">Held out: {page.escape(name)}</h2>\n<p class="sub">{page.escape(sub)}</p>\n',
            page.verdicts(j["verdict"])]
     if j["num_pairs"]:
-        out += [judged.tiles(j), page.figures(_figures(prefix, j, steps)), judged.tables(j)]
+        out += [panels.tiles(j), page.figures(_figures(prefix, j, steps)), panels.tables(j)]
     return "".join(out)
 
 
 def _figures(prefix: str, j: Judgement, steps: Mapping[int, Judgement]) -> list[str]:
-    return [judged.reliability_figure(prefix, j["calibration"]), _length_figure(prefix, j),
-            judged.margin_figure(prefix, j), *_curves(prefix, steps), judged.sources_figure(prefix, j)]
+    return [panels.reliability_figure(prefix, j["calibration"]), _length_figure(prefix, j),
+            panels.margin_figure(prefix, j), *_curves(prefix, steps), panels.sources_figure(prefix, j)]
 
 
 def _length_figure(prefix: str, j: Judgement) -> str:
     length = j["length"]
     rule = max(length["always_longer"], 1 - length["always_longer"])
-    return judged.bars_figure(
+    return panels.bars_figure(
         prefix, "Accuracy by which is the longer",
         {"chosen is the shorter": length["chosen_shorter"], "all": j, "chosen is the longer": length["chosen_longer"]},
         f"length in {j['length_unit']}",

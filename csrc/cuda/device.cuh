@@ -1,0 +1,75 @@
+// What every .cu shares: conversion to the accumulation type, a trap that says why, a run over dtypes.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstdio>
+
+#include "../launchers.h"
+
+namespace rmega {
+
+__device__ __forceinline__ float load(float x) { return x; }
+__device__ __forceinline__ double load(double x) { return x; }
+__device__ __forceinline__ float load(__half x) { return __half2float(x); }
+__device__ __forceinline__ float load(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+__device__ __forceinline__ void store(float* p, float x) { *p = x; }
+__device__ __forceinline__ void store(double* p, double x) { *p = x; }
+__device__ __forceinline__ void store(__half* p, float x) { *p = __float2half_rn(x); }
+__device__ __forceinline__ void store(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
+
+// The type that sums over elements of T are kept in.
+template <typename T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+
+// An index outside its tensor ends the program with the numbers, as an assert would.
+__device__ __forceinline__ void require_row(int64_t row, int64_t rows, const char* what) {
+  if (row < 0 || row >= rows) {
+    printf("rmega: %s: row %lld of %lld\n", what, static_cast<long long>(row), static_cast<long long>(rows));
+    __trap();
+  }
+}
+
+// Calls f(T*(nullptr)) with the element type of dtype.
+template <typename F>
+void for_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f32: f(static_cast<float*>(nullptr)); break;
+    case DType::f64: f(static_cast<double*>(nullptr)); break;
+    case DType::f16: f(static_cast<__half*>(nullptr)); break;
+    case DType::bf16: f(static_cast<__nv_bfloat16*>(nullptr)); break;
+  }
+}
+
+// The widest of 16, 8, 4, 2, 1 bytes that divides the given bits (addresses and sizes or-ed together).
+inline int copy_width(uint64_t bits) {
+  int width = 16;
+  while (bits % width != 0) {
+    width /= 2;
+  }
+  return width;
+}
+
+// Calls f(Unit*(nullptr)) with an unsigned type of that width.
+template <typename F>
+void for_copy_width(int width, F f) {
+  switch (width) {
+    case 16: f(static_cast<uint4*>(nullptr)); break;
+    case 8: f(static_cast<uint2*>(nullptr)); break;
+    case 4: f(static_cast<uint32_t*>(nullptr)); break;
+    case 2: f(static_cast<uint16_t*>(nullptr)); break;
+    default: f(static_cast<uint8_t*>(nullptr)); break;
+  }
+}
+
+}  // namespace rmega

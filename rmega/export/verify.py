@@ -1,0 +1,172 @@
+"""Proof of an export: every written value is the checkpoint's, and plain transformers gives the training's rewards.
+
+Both sides compute in fp32 on the same rounded weights, so that one tolerance serves every dtype: what remains is
+summation order. What rounding the weights itself does to the rewards is measured apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rmega.config import MIN_COMPARISONS
+from rmega.export.write_weights import DTYPES, CheckpointTensors
+from rmega.models import BACKBONES
+from rmega.models.geometry import Geometry
+from rmega.models.hf import HfFolder, source_names
+
+TOLERANCE = 1e-4
+"""Largest difference of a reward that is accepted, relative to the largest reward among the comparisons."""
+
+
+
+@dataclasses.dataclass(kw_only=True)
+class Proof:
+    """What a proof found. ``relative_difference`` is what is held against ``tolerance``."""
+
+    passed: bool
+    comparisons: int
+    held_out: int
+    """How many of the comparisons the training did not see."""
+    responses: int
+    largest_difference: float
+    largest_reward: float
+    relative_difference: float
+    tolerance: float
+    rounding_effect: float
+    """Largest change of a reward by rounding the weights to the dtype of the files."""
+    weights: str
+    """One sentence on the comparison of the written values."""
+    transformers: str
+    why: str = ""
+    """Why it did not pass."""
+    example_reward: float | None = None
+    """Reward of the recipe's example, by the training path with the written weights."""
+
+
+def compare_weights(source: CheckpointTensors, folder: Path, geometry: Geometry, dtype: str) -> tuple[str, bool]:
+    """Read the written files again, one tensor at a time: (a sentence, whether every value is the checkpoint's)."""
+    kind = DTYPES[dtype][0]
+    bits = {2: torch.int16, 4: torch.int32}[kind.itemsize]
+    table, compared = BACKBONES[geometry.family].weight_table(geometry), 0
+    with HfFolder(folder) as written:
+        names = source_names(written.files, geometry, folder)
+        for rule in table:
+            for first, rows in source.rows(rule):
+                for offset, part in rule.overlaps(first, first + len(rows)):
+                    theirs = written.read(names[part.name], part.start, part.stop)
+                    ours = rows[offset:offset + part.stop - part.start].to(kind)
+                    if theirs.dtype != kind or not torch.equal(ours.view(bits), theirs.contiguous().view(bits)):
+                        file = written.files[names[part.name]]
+                        return f"{part.name} in {file} is not what the checkpoint holds.", False
+                    compared += ours.numel()
+                    del theirs, ours
+    return f"All {compared:,} written values are the checkpoint's, rounded to {dtype}.", True
+
+
+@torch.no_grad()
+def training_rewards(checkpoint_folder: Path, items: Sequence[Sequence[Sequence[int]]],
+                     dtypes: Sequence[str]) -> list[torch.Tensor]:
+    """fp32 rewards [n] by the training's own model on one process, with the weights rounded to each of ``dtypes``.
+
+    An item holds the token ids of the responses to one prompt; items are packed with a shared prefix, as in training.
+    ``dtypes`` go from the widest to the narrowest, because weights are rounded in place.
+    """
+    import torch.distributed as dist
+
+    from rmega import distributed
+    from rmega.scoring.scorer import TokenRules, load_scorer
+
+    mine = not dist.is_initialized()
+    try:
+        rules = TokenRules(reward_token="0")  # ids are scored, no text
+        scorer = load_scorer(checkpoint_folder, dtype="fp32", rules=rules, flag="--load")
+        results = []
+        for dtype in dtypes:
+            for parameter in scorer.model.parameters():
+                parameter.copy_(parameter.to(DTYPES[dtype][0]))
+            results.append(torch.tensor([reward for rewards in scorer.score_tokens(items) for reward in rewards]))
+        return results
+    finally:
+        if mine:
+            distributed.finish()
+
+
+@torch.no_grad()
+def transformers_rewards(folder: Path, geometry: Geometry, sequences: Sequence[Sequence[int]], pad_token_id: int, *,
+                         batch_size: int = 8, left_padding: bool = False) -> torch.Tensor:
+    """fp32 rewards [n] by plain transformers from a written folder, in padded batches."""
+    import transformers
+
+    if geometry.family == "internlm2":
+        load = transformers.AutoModel.from_pretrained
+        options = {"trust_remote_code": True}  # the two files that this very export wrote
+    else:
+        load, options = transformers.AutoModelForSequenceClassification.from_pretrained, {}
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model = load(str(folder), dtype=torch.float32, **options).eval()
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    rewards = []
+    for start in range(0, len(sequences), batch_size):
+        batch = sequences[start:start + batch_size]
+        longest = max(map(len, batch))
+        tokens = torch.full((len(batch), longest), pad_token_id)
+        mask = torch.zeros_like(tokens)
+        for row, ids in enumerate(batch):
+            place = slice(longest - len(ids), longest) if left_padding else slice(0, len(ids))
+            tokens[row, place], mask[row, place] = torch.tensor(ids), 1
+        rewards.append(model(input_ids=tokens.to(device), attention_mask=mask.to(device)).logits[:, 0].float().cpu())
+    return torch.cat(rewards) if rewards else torch.zeros(0)
+
+
+def prove(checkpoint_folder: Path, info: dict[str, Any], folder: Path, geometry: Geometry, dtype: str, *,
+          example: Sequence[int] | None = None, say: Callable[[str], None] = lambda text: None) -> Proof:
+    """Hold a written folder against its checkpoint. ``geometry`` is that of the folder (its family may be another).
+
+    ``example``: ids of one more sequence, whose reward is reported.
+    """
+    import transformers
+
+    source = CheckpointTensors(checkpoint_folder)
+    kept = info.get("proof") or ()
+    items = [[[*comparison["prefix"], *suffix] for suffix in comparison["suffixes"]] for comparison in kept]
+    items += [[list(example)]] if example else []
+    sequences = [sequence for item in items for sequence in item]
+    say("comparing every written value with the checkpoint")
+    sentence, equal = compare_weights(source, folder, geometry, dtype)
+    say(f"scoring {len(sequences)} responses by the training path")
+    exact, rounded = training_rewards(checkpoint_folder, items, ("float32", dtype))
+    gc.collect()
+    say(f"scoring them by transformers {transformers.__version__} from {folder}")
+    largest, scale = torch.zeros(()), rounded.abs().amax() if sequences else torch.zeros(())
+    for left in (False, True):
+        theirs = transformers_rewards(folder, geometry, sequences, info["pad_token_id"], left_padding=left)
+        if sequences:
+            largest = torch.maximum(largest, (theirs - rounded).abs().max())  # keeps nan
+    relative = (largest / scale if scale > 0 else largest).item()
+    why = []
+    if not equal:
+        why.append(sentence)
+    if not relative <= TOLERANCE:
+        why.append(f"Rewards differ by {relative:.3g} relative, more than {TOLERANCE:.0e}.")
+    if len(kept) < MIN_COMPARISONS:
+        why.append(f"The checkpoint holds {len(kept)} comparisons for a proof; at least {MIN_COMPARISONS} are needed "
+                   "(--num-proof-comparisons of the training).")
+    return Proof(passed=not why, comparisons=len(kept), held_out=sum(x.get("held_out", True) for x in kept),
+                 responses=len(sequences), largest_difference=largest.item(),
+                 largest_reward=scale.item(), relative_difference=relative, tolerance=TOLERANCE,
+                 rounding_effect=(exact - rounded).abs().max().item() if sequences else 0.0, weights=sentence,
+                 transformers=transformers.__version__, why=" ".join(why),
+                 example_reward=rounded[-1].item() if example else None)

@@ -1,0 +1,1 @@
+"""What is replaced in Megatron-Core: the CPU in place of CUDA, fused weight gradients."""

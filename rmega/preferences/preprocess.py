@@ -1,0 +1,302 @@
+"""From raw preference data to a dataset on disk: read, convert, tokenize in all cores, check, write.
+
+Chunks go to worker processes and come back in order; what comes back is appended to a work folder, ``PREFIX.partial``,
+with a journal line per chunk, so that an interrupted run can go on. When all chunks are there, the checks over the
+whole set run and the dataset is put in place. Nothing of the output depends on the number of workers.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Annotated, Any
+
+import numpy as np
+
+from rmega.config import NONE
+from rmega.data.indexed import exists
+from rmega.preferences import dedup, sources
+from rmega.preferences.assemble import WorkFolder, finish
+from rmega.preferences.closest_schema import left_out
+from rmega.preferences.comparison import REASONS, Comparison, Rejected
+from rmega.preferences.schemas import prompt_of, schema_named
+from rmega.preferences.tokenizer import BROKEN_UP, PairTokenizer
+from rmega.preferences.worker import ChunkResult, Converter, Plan, plan_input
+
+
+@dataclass(kw_only=True)
+class PreprocessArgs:
+    """Turn preference data of any common schema into a dataset that rmega trains on."""
+
+    input: list[str]
+    """Files (.jsonl .json .csv .tsv .parquet .arrow, also .gz .zst), globs, folders, or hub data sets
+    (org/name[:config], modelscope:org/name)."""
+    tokenizer: str
+    """Folder or hub name of the tokenizer (usually the model's folder)."""
+    output_prefix: str
+    """Where to write: PREFIX.bin, .idx, .scores.npy, .sources.npy, .json."""
+    max_length: int = 2048
+    """Longest conversation in tokens, with the reward token."""
+    reward_token: str = "auto"
+    """The token whose hidden state gives the reward: auto, its text, or its id."""
+    chat_template: str | None = None
+    """File or text of a chat template, in place of the tokenizer's own."""
+    overlong: str = "left-prompt"
+    """For conversations over --max-length. left-prompt: leave out the oldest turns of the prompt (the system prompt
+    stays), then the beginning of the last question, then the end of the response (the prompt keeps half of the room);
+    right: cut the end; drop: leave the row out; error: stop."""
+    format: str = "auto"
+    """Name of the schema, if it is not recognised rightly (an unknown name prints all names)."""
+    map: str | None = None
+    """FILE.py:FUNCTION, called with each row: gives a row of a known schema, a Comparison, or None to leave it out."""
+    split: str | None = None
+    """Split of hub data sets and of folders with several (default of hubs: train)."""
+    revision: str | None = None
+    """Revision of hub data sets."""
+    weights: Annotated[list[float], NONE] = field(default_factory=list)
+    """One per --input: how often its comparisons are written; 0.5 writes half of them, drawn by a hash."""
+    duplicates: str = "drop"
+    """drop leaves out repeated and contradictory comparisons, keep keeps them."""
+    holdout: Annotated[list[str], NONE] = field(default_factory=list)
+    """Held-out data (as --input): the prompts that also occur there are reported."""
+    holdout_action: str = "report"
+    """report, or drop to leave those comparisons out."""
+    valid_fraction: float = 0.0
+    """Share of the comparisons for PREFIX.valid, split by prompt."""
+    split_seed: int = 0
+    """Chooses the prompts of the validation side."""
+    max_rejected: float = 0.05
+    """Stop if more than this share of the rows is faulty."""
+    workers: int = 0
+    """Processes; 0: one per core."""
+    force: bool = False
+    """Replace an existing output."""
+    resume: bool = False
+    """Go on with an interrupted run."""
+    trust_remote_code: bool = False
+    """Let the tokenizer run code of its own repository."""
+
+
+def preprocess(args: PreprocessArgs) -> dict[str, Any]:
+    """Run it all; the manifest of what was written (the training side's). ValueError for what the user can mend."""
+    _check(args)
+    prefix = args.output_prefix
+    outputs = [prefix] + ([f"{prefix}.valid"] if args.valid_fraction else [])
+    for output in outputs:
+        if exists(output) and not args.force:
+            raise ValueError(f"--output-prefix {prefix}: a dataset is there already ({output}.*); --force replaces it")
+    inputs = sources.resolve(args.input, split=args.split, revision=args.revision, weights=args.weights or None)
+    holdout = sources.resolve(args.holdout, split=args.split, flag="--holdout") if args.holdout else []
+    tokenizer = PairTokenizer.load(args.tokenizer, reward_token=args.reward_token, chat_template=args.chat_template,
+                                   max_length=args.max_length, overlong=args.overlong,
+                                   trust_remote_code=args.trust_remote_code)
+    for message in tokenizer.messages:
+        say(f"note: {message}")
+    plans = [plan_input(source, args.format, args.map, "--input") for source in inputs]
+    converter = Converter(tokenizer, plans, args.map)
+    _announce(plans, tokenizer, converter)
+    work = WorkFolder(prefix, _identity(args, inputs, tokenizer), inputs, resume=args.resume, force=args.force)
+    try:
+        _convert_all(converter, plans, work, args)
+        held_out = _prompts_of(holdout) if holdout else None
+        manifests = finish(work, outputs=outputs, settings=tokenizer.manifest(), duplicates=args.duplicates,
+                           schemas=[p.schema.name if p.schema else str(args.map) for p in plans], held_out=held_out,
+                           holdout_action=args.holdout_action, valid_fraction=args.valid_fraction,
+                           split_seed=args.split_seed, max_rejected=args.max_rejected)
+    except ValueError:
+        work.remove()
+        raise
+    except BaseException:
+        work.close()
+        raise
+    _report(manifests, outputs)
+    return manifests[0]
+
+
+def _report(manifests: list[dict[str, Any]], outputs: list[str]) -> None:
+    run = manifests[0]["input"]
+    for reason, num in sorted(run["rejected"].items(), key=lambda item: (-item[1], item[0])):
+        say(f"left out: {num:,} x {left_out(REASONS[reason], reason, run['missing'])}")
+    if run["rejected"]:
+        say(f"    listed with file and line in {outputs[0]}.rejected.jsonl")
+    for note, num in sorted(run["notes"].items(), key=lambda item: (-item[1], item[0])):
+        say(f"note: {num:,} x {note}")
+    if run["notes"].get(BROKEN_UP, 0) * 2 > run["rows"]:
+        say("warning: most rows hold special-token text: a chat template seems to have been applied to them already. "
+            "Better give the messages themselves (--format chatml reads <|im_start|> turns; --map for others)")
+    overlap = manifests[0]["holdout"]
+    if overlap:
+        say(f"held-out data: {overlap['prompts']:,} of its {overlap['held_out_prompts']:,} prompts also occur here, in "
+            f"{overlap['comparisons']:,} comparisons")
+    for manifest, output in zip(manifests, outputs, strict=True):
+        say(f"{output}: {manifest['num_comparisons']:,} comparisons, {manifest['num_pairs']:,} pairs, "
+            f"{manifest['num_tokens']:,} tokens")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _check(args: PreprocessArgs) -> None:
+    if not args.input:
+        raise ValueError("--input: name at least one file")
+    if not 0 <= args.valid_fraction < 1:
+        raise ValueError(f"--valid-fraction {args.valid_fraction}: must lie from 0 to below 1")
+    if not 0 <= args.max_rejected <= 1:
+        raise ValueError(f"--max-rejected {args.max_rejected}: must lie from 0 to 1")
+    if args.workers < 0:
+        raise ValueError(f"--workers {args.workers}: must not be negative")
+    for flag, value, known in (("--duplicates", args.duplicates, ("drop", "keep")),
+                               ("--holdout-action", args.holdout_action, ("report", "drop"))):
+        if value not in known:
+            raise ValueError(f"{flag} {value}: unknown; known are {', '.join(known)}")
+    if args.format != "auto":
+        schema_named(args.format)
+
+
+def _identity(args: PreprocessArgs, inputs: list[sources.Input], tokenizer: PairTokenizer) -> dict[str, Any]:
+    """What must be the same for --resume to make sense."""
+    return {"--input": [s.identity() for s in inputs], "--tokenizer": tokenizer.fingerprint,
+            "--chat-template": tokenizer.template_hash, "--reward-token": tokenizer.reward_token_id,
+            "--max-length": args.max_length, "--overlong": args.overlong, "--format": args.format, "--map": args.map}
+
+
+def _announce(plans: list[Plan], tokenizer: PairTokenizer, converter: Converter) -> None:
+    """Say what was recognised, with an example, before the work starts."""
+    token = tokenizer.tokenizer.convert_ids_to_tokens(tokenizer.reward_token_id)
+    say(f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} ids; reward token {token} "
+        f"({tokenizer.reward_token_id}), pad id {tokenizer.pad_token_id}")
+    shown: set[str] = set()
+    for plan in plans:
+        name = plan.schema.name if plan.schema else "--map"
+        say(f"{plan.source.name}: {name}")
+        if name in shown:
+            continue
+        shown.add(name)
+        for row in plan.sample:
+            try:
+                grouped = plan.schema is not None and plan.schema.groups_by
+                _show_example(converter.comparison({"rows": [row, row]} if grouped else row, plan))
+            except (Rejected, UnicodeEncodeError):
+                continue
+            break
+
+
+def _show_example(example: Comparison) -> None:
+    def short(text: str) -> str:
+        text = " ".join(text.split())
+        return text if len(text) <= 100 else f"{text[:97]}..."
+
+    for message in example.prompt[-2:]:
+        say(f"    {message['role']}: {short(message['content'])}")
+    for score, response in zip(example.scores, example.responses, strict=True):
+        say(f"    [{score:g}] {response[-1]['role']}: {short(response[-1]['content'])}")
+
+
+_CONVERTER: Converter | None = None
+
+
+def _start_worker(converter: Converter) -> None:
+    global _CONVERTER
+    _CONVERTER = converter
+
+
+def _work(chunk: sources.Chunk) -> ChunkResult:
+    assert _CONVERTER is not None
+    return _CONVERTER.convert(chunk)
+
+
+def _all_chunks(plans: list[Plan], hashes: dict[str, str]) -> Iterator[sources.Chunk]:
+    for index, plan in enumerate(plans):
+        chunks = plan.stream if plan.stream is not None else sources.read_chunks(plan.source, index, hashes)
+        if plan.schema is not None and plan.schema.groups_by:
+            chunks = sources.group_rows(chunks, plan.schema.groups_by)
+        for chunk in chunks:
+            chunk.input_index = index
+            yield chunk
+
+
+def _convert_all(converter: Converter, plans: list[Plan], work: WorkFolder, args: PreprocessArgs) -> None:
+    workers = args.workers or _num_cores()
+    done = work.num_chunks
+    if done:
+        say(f"--resume: {done} chunks ({work.num_rows:,} rows) are there already")
+    chunks = islice(enumerate(_all_chunks(plans, work.hashes)), done, None)
+    total = sum(p.source.num_bytes for p in plans)
+    start, size, rows_before = time.monotonic(), 0, work.num_rows
+    with _progress(total) as bar:
+        before = [0]
+        for plan in plans:
+            before.append(before[-1] + plan.source.num_bytes)
+        for chunk, result in _results(converter, (c for _, c in chunks), workers):
+            work.append(chunk, result)
+            bar.update(min(before[chunk.input_index] + chunk.position, total) - bar.n if total else chunk.num_bytes)
+            size += chunk.num_bytes
+            elapsed = max(time.monotonic() - start, 1e-3)
+            bar.set_postfix_str(f"{work.num_rows:,} rows, {(work.num_rows - rows_before) / elapsed:,.0f} rows/s, "
+                                f"{size / elapsed / 1e6:.1f} MB/s of text", refresh=False)
+            work.check_faults(args.max_rejected, at_least=2000)
+    if work.num_rows == 0:
+        raise ValueError(f"--input {plans[0].source.name}: no rows")
+    work.check_faults(args.max_rejected)
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _results(converter: Converter, chunks: Iterator[sources.Chunk],
+             workers: int) -> Iterator[tuple[sources.Chunk, ChunkResult]]:
+    """Results in the order of the chunks."""
+    if workers == 1:
+        for chunk in chunks:
+            yield chunk, converter.convert(chunk)
+        return
+    method = "fork" if sys.platform == "linux" else "spawn"
+    with ProcessPoolExecutor(workers, multiprocessing.get_context(method), _start_worker, (converter,)) as pool:
+        waiting: deque[tuple[sources.Chunk, Future[ChunkResult]]] = deque()
+        try:
+            for chunk in chunks:
+                waiting.append((chunk, pool.submit(_work, chunk)))
+                if len(waiting) >= 2 * workers + 2:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        except BrokenProcessPool:
+            raise OSError("a worker process died (out of memory?); go on with --resume, or fewer --workers") from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _progress(total: int) -> Any:
+    from tqdm import tqdm
+
+    quiet = not sys.stderr.isatty()
+    return tqdm(total=total or None, unit="B", unit_scale=True, mininterval=10 if quiet else 0.2, desc="tokenize",
+                file=sys.stderr, dynamic_ncols=True)
+
+
+def _prompts_of(holdout: list[sources.Input]) -> np.ndarray:
+    """Sorted uint64 hashes of the prompts of the held-out data."""
+    prompts: set[int] = set()
+    for source in holdout:
+        plan = plan_input(source, "auto", None, "--holdout")
+        for chunk in _all_chunks([plan], {}):
+            for _, row, _ in sources.decode(chunk):
+                if isinstance(row, dict):
+                    assert plan.schema is not None
+                    try:
+                        prompts.add(dedup.hash_messages(prompt_of(row, plan.schema)))
+                    except (Rejected, RecursionError, UnicodeEncodeError):
+                        continue
+    return np.array(sorted(prompts), np.uint64)

@@ -1,0 +1,216 @@
+"""What a run says: one line and one row per interval, progress with an ETA, and the optional trackers."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rmega.distributed import log, rank
+
+# The columns of a training line, in order, and how each is printed.
+COLUMNS = {"lr": ".4e", "eta": "", "time": ".4f", "data_time": ".4f", "memory": "d", "loss": ".4f", "acc": ".4f",
+           "chosen_score_mean": ".4f", "rejected_score_mean": ".4f", "grad_norm": ".4f", "num_samples": "d",
+           "num_tokens": "d", "shared": ".3f", "fill": ".4f", "pairs/s": ".2f"}
+
+
+def duration(seconds: float) -> str:
+    """``2:59:41``; days in front where there are any."""
+    days, rest = divmod(max(0, round(seconds)), 86400)
+    clock = f"{rest // 3600}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
+    return f"{days} day{'s' if days > 1 else ''}, {clock}" if days else clock
+
+
+class TimeSpent:
+    """Time of a run's training from now on, and with what its checkpoint (``info``, resumed at a step) says of the
+    processes before this one. What was done after that checkpoint and is done again is not counted twice."""
+
+    def __init__(self, info: Mapping[str, Any], resumed_at: int | None) -> None:
+        self._begun, self._resumed_at = time.monotonic(), resumed_at
+        self._before: float | None = 0.0 if resumed_at is None else info.get("train_seconds")
+
+    @property
+    def here(self) -> float:
+        """Seconds of this process."""
+        return time.monotonic() - self._begun
+
+    @property
+    def whole(self) -> float | None:
+        """Seconds of the whole run; None where its checkpoint is of a version that did not note them."""
+        return None if self._before is None else self._before + self.here
+
+    def __str__(self) -> str:
+        if self._resumed_at is None:
+            return duration(self.here)
+        whole = "" if self.whole is None else f", {duration(self.whole)} in all"
+        return f"{duration(self.here)} since the resume at step {self._resumed_at}{whole}"
+
+
+def memory_mb() -> int:
+    """Peak memory of this process in MB: of its GPU under CUDA, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() // 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def train_line(step: int, total: int, row: Mapping[str, Any]) -> str:
+    """``Iter(train) [   10/15230]  lr: 3.9580e-07  eta: 2:59:41  time: 0.7083 ...``"""
+    parts = []
+    for name, form in COLUMNS.items():
+        value = row.get(name)
+        if value is not None:
+            parts.append(f"{name}: {format(value, form)}")
+    return f"Iter(train) [{step:>{len(str(total))}}/{total}]  " + "  ".join(parts)
+
+
+class MetricsLog:
+    """Rows of ``metrics.jsonl`` in the run folder, and the same to TensorBoard and Weights & Biases.
+
+    Only rank 0 writes. Without a folder only the lines on the terminal remain. tensorboard: "auto" writes for it where
+    it is installed, "on" raises ValueError where it is not. A resumed run (``resumed_at``: its last good step) goes on
+    in the same Weights & Biases run.
+    """
+
+    def __init__(self, run: str | None, *, resumed_at: int | None = None, tensorboard: str = "off",
+                 wandb_project: str | None = None, config: Mapping[str, Any] | None = None) -> None:
+        self._file = self._board = self._wandb = None
+        if rank() != 0:
+            return
+        if run is not None:
+            path = Path(run) / "metrics.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                _drop_rows_after(path, resumed_at)
+            self._file = open(path, "a", encoding="utf-8")
+        if tensorboard == "on" and run is None:
+            raise ValueError("--tensorboard needs --save, where its files go")
+        if tensorboard != "off" and run is not None:
+            self._board = _board(Path(run) / "tensorboard", resumed_at, named=tensorboard == "on")
+        if wandb_project:
+            self._wandb = _wandb_run(wandb_project, run, resumed_at, config)
+
+    def row(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append one row {"type": kind, "step": step, ...}."""
+        if rank() != 0:
+            return
+        if self._file:
+            try:
+                self._file.write(json.dumps({"type": kind, "step": step, **values}) + "\n")
+                self._file.flush()
+            except OSError as error:  # a full disk, say: the row stays in the buffer and is tried again with the next
+                log(f"warning: metrics.jsonl: {error}; training goes on")
+        name = f"{kind}/{values['name']}" if "name" in values else kind
+        numbers = {f"{name}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
+        if self._board:
+            self._board = self._kept(self._board, "tensorboard", lambda board: [
+                board.add_scalar(key, value, step) for key, value in numbers.items()])
+        if self._wandb:
+            self._wandb = self._kept(self._wandb, "wandb", lambda run: run.log(numbers, step=step))
+
+    @staticmethod
+    def _kept(tracker: Any, name: str, use: Callable[[Any], object]) -> Any:
+        """``use(tracker)``; the tracker, or None if it failed. Curves are no reason to end a training."""
+        try:
+            use(tracker)
+            return tracker
+        except Exception as error:
+            log(f"warning: {name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}; "
+                "off from here on, training goes on")
+            return None
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self._file:
+            try:
+                self._file.close()
+            except OSError as error:
+                log(f"warning: metrics.jsonl: {error}; its last rows are lost")
+        if self._board:
+            self._kept(self._board, "tensorboard", lambda board: board.close())
+        if self._wandb:
+            self._kept(self._wandb, "wandb", lambda run: run.finish())
+        self._file = self._board = self._wandb = None
+
+
+def _board(folder: Path, resumed_at: int | None, *, named: bool) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except Exception as error:  # also an installation that is broken: nobody asked for it by name
+        if named:
+            raise ValueError(f"--tensorboard on: {error} (pip install 'rmega[track]')") from None
+        log(f"tensorboard: off, {error}; tools/report_run.py draws metrics.jsonl")
+        return None
+    # What a resumed run repeats is hidden from this step on; the checkpoint's own step stays.
+    return SummaryWriter(str(folder), purge_step=None if resumed_at is None else resumed_at + 1)
+
+
+def _wandb_run(project: str, run: str | None, resumed_at: int | None, config: Mapping[str, Any] | None) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--wandb-project: wandb is not installed (pip install 'rmega[track]')") from None
+    noted = Path(run) / "wandb_run_id" if run is not None else None
+    known = noted.read_text().strip() if noted and resumed_at is not None and noted.is_file() else None
+    started = wandb.init(project=project, dir=run, config=dict(config or {}), id=known,
+                         resume="allow" if known else None)
+    if noted:
+        noted.write_text(f"{started.id}\n")
+    return started
+
+
+def _drop_rows_after(path: Path, step: int | None) -> None:
+    """A resumed run writes the steps after its checkpoint again; a run from scratch starts an empty file.
+
+    A row that a crash left half written is dropped, too.
+    """
+    def stays(line: str) -> bool:
+        try:
+            return json.loads(line).get("step", 0) <= step
+        except ValueError:
+            return False
+
+    rows = [] if step is None else [line for line in path.read_text(encoding="utf-8").splitlines() if stays(line)]
+    new = path.with_suffix(".partial")
+    new.write_text("".join(f"{line}\n" for line in rows), encoding="utf-8")
+    os.replace(new, path)
+
+
+class Progress:
+    """A line that is rewritten on a terminal, with an ETA; silent elsewhere, where the log lines do."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self.label, self.total, self.done = label, max(total, 1), 0
+        self.start = time.monotonic()
+        self.shown = rank() == 0 and sys.stderr.isatty()
+
+    def advance(self, count: int = 1) -> None:
+        """``count`` more units are done."""
+        self.done = min(self.done + count, self.total)
+        if self.shown:
+            elapsed = time.monotonic() - self.start
+            eta = elapsed / self.done * (self.total - self.done) if self.done else 0
+            filled = 24 * self.done // self.total
+            sys.stderr.write(f"\r{self.label} [{'#' * filled}{'.' * (24 - filled)}] {self.done}/{self.total} "
+                             f"eta {duration(eta)} ")
+            sys.stderr.flush()
+
+    def clear(self) -> None:
+        """Take the line away (before another is printed)."""
+        if self.shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+def say(progress: Progress | None, message: str) -> None:
+    """Print a line on rank 0 without tearing a progress line."""
+    if progress:
+        progress.clear()
+    log(message)

@@ -1,0 +1,433 @@
+"""A checkpoint of any layout becomes a Hugging Face folder: the same bytes and rewards, and a proof that bites."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rmega.checkpointing import checkpoint, run_folder
+from rmega.export.convert import convert, find_checkpoint
+from rmega.export.folder import RECIPE, UNVERIFIED
+from rmega.export.verify import training_rewards, transformers_rewards
+from rmega.export.write_weights import CheckpointTensors, parse_size
+from rmega.models import BACKBONES
+from rmega.models.geometry import RopeScaling
+from rmega.models.hf import load_hf
+from rmega.models.weights import hf_shapes
+from tests.conftest import ROOT
+from tests.dist import run_distributed
+from tests.hf_fixtures import Stage, hf_config, hf_tensors, tiny, write_folder
+from tests.tiny import InMemory, random_comparisons
+
+REWARD, PAD = 3, 2
+VOCAB = 256
+
+
+def save_run(rank: int, world_size: int, text: str, folder: str, run: str, dtype: str, manifest: dict) -> None:
+    """Load a folder in a layout and save it as a run whose weights are exactly the folder's."""
+    from rmega.models.hf import read_geometry
+    from rmega.training import train
+    from rmega.training.parity import Layout, build, layout_config, make_batcher
+
+    config = layout_config(Layout.parse(text), hf_model=folder, steps=3, global_batch_size=8, max_tokens=260, lr=1e-3)
+    wrapped, optimizer, scheduler, geometry, _ = build(config, getattr(torch, dtype))
+    for group in optimizer.param_groups:  # a step of length 0, because an optimizer without state is not saved
+        group["lr"] = 0.0
+    batcher = make_batcher(config, InMemory(random_comparisons(8, seed=1)), geometry)
+    documents = batcher.documents(0)
+    train.train_step(wrapped, optimizer, batcher.packs(documents), config.loss, len(documents))
+    proof = [{"prefix": c.prefix.tolist(), "suffixes": [s.tolist() for s in c.suffixes]}
+             for c in random_comparisons(17, seed=2)]
+    info = {"config": config.as_dict(), "geometry": dataclasses.asdict(geometry), "hf_config": read_geometry(folder)[1],
+            "base_model": folder, "manifest": manifest, "num_comparisons": 8, "dtype": dtype, "best": [0.5, 10],
+            "reward_token_id": manifest.get("reward_token_id", REWARD),
+            "pad_token_id": manifest.get("pad_token_id", PAD), "proof": proof}
+    checkpoint.save(run, state=checkpoint.RunState(10, 80), wrapped=wrapped, optimizer=optimizer, scheduler=scheduler,
+                    info=info, hf_files=[f for f in Path(folder).iterdir() if f.suffix != ".safetensors"])
+
+
+def make_run(folder: Path, run: Path, text: str = "1", dtype: str = "float32", manifest: dict | None = None) -> Path:
+    from rmega.training.parity import Layout
+
+    run_distributed(save_run, Layout.parse(text).world_size, text, str(folder), str(run), dtype, manifest or {})
+    return run
+
+
+def reward_folder(folder: Path, family: str, *, dtype: torch.dtype = torch.float32, **changes) -> Path:
+    geometry = tiny(family, **{"num_layers": 4, "vocab_size": VOCAB, **changes})
+    architecture = BACKBONES[family].ARCHITECTURE
+    return write_folder(folder, hf_config(geometry, architecture, id2label={"0": "r"}),
+                        hf_tensors(geometry, head=True, dtype=dtype))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("bases")
+    return {family: reward_folder(root / family, family) for family in BACKBONES}
+
+
+@pytest.fixture(scope="module")
+def runs(bases, tmp_path_factory) -> dict[str, Path]:
+    """A run of each family, cut over two tensor ranks and two stages."""
+    root = tmp_path_factory.mktemp("runs")
+    return {family: make_run(folder, root / family, "tp2,pp2") for family, folder in bases.items()}
+
+
+@pytest.fixture(scope="module")
+def outputs(runs, tmp_path_factory) -> dict[tuple[str, str], Path]:
+    """Both families in both formats, proven."""
+    root = tmp_path_factory.mktemp("outputs")
+    out = {}
+    for family, run in runs.items():
+        for form in BACKBONES:
+            out[family, form] = root / f"{family}-as-{form}"
+            assert convert(run=run, output=out[family, form], family=form) == 0
+            assert not (out[family, form] / UNVERIFIED).exists()
+    return out
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+@pytest.mark.parametrize(("text", "dtype"), [("1", "bfloat16"), ("tp2", "float32"), ("tp2,sp,dp2", "bfloat16"),
+                                             ("pp2,vpp2", "float32"), ("tp4,pad", "float32"), ("dp2", "float32")])
+def test_round_trip_is_bit_identical(family, text, dtype, tmp_path) -> None:
+    folder = reward_folder(tmp_path / "hf", family, dtype=getattr(torch, dtype))
+    run = make_run(folder, tmp_path / "run", text, dtype)
+    assert convert(run=run, output=tmp_path / "out", proof=False, max_shard_size="30KB") == 0
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    assert same(weights(tmp_path / "out"), weights(folder))
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == weights(folder).keys()
+
+
+def test_round_trip_of_both_families(bases, outputs) -> None:
+    for family, folder in bases.items():
+        assert same(weights(outputs[family, family]), weights(folder))
+
+
+def test_internlm2_to_llama_and_back(bases, outputs, tmp_path) -> None:
+    run = make_run(outputs["internlm2", "llama"], tmp_path / "run", "tp2")
+    assert convert(run=run, output=tmp_path / "back", family="internlm2") == 0
+    assert same(weights(tmp_path / "back"), weights(bases["internlm2"]))
+
+
+def test_same_rewards_in_both_formats(outputs) -> None:
+    recipes = {key: json.loads((folder / RECIPE).read_text()) for key, folder in outputs.items()}
+    for family in BACKBONES:
+        a, b = (recipes[family, form]["proof"] for form in BACKBONES)
+        assert a["passed"] and a["responses"] >= 34 and a["comparisons"] == 17
+        assert a["largest_reward"] == b["largest_reward"] > 0.1
+
+
+def test_going_on_from_an_export(outputs) -> None:
+    for (_, form), folder in outputs.items():
+        from rmega.models.hf import read_geometry
+
+        geometry, _ = read_geometry(folder)
+        stage = Stage(geometry)
+        assert load_hf(stage, folder, geometry, tp_rank=0, tp_size=1) == "head from model.safetensors"
+        head = weights(folder)[BACKBONES[form].HEAD]
+        assert torch.equal(stage.names["reward_head.weight"].detach(), head) and head.abs().max() > 0
+
+
+def interpreters() -> list[str]:
+    """This Python, and others with other releases of transformers: RMEGA_OTHER_PYTHONS, divided by colons."""
+    return [sys.executable, *filter(None, os.environ.get("RMEGA_OTHER_PYTHONS", "").split(":"))]
+
+
+def check_load(python: str, folder: Path, sequences: list[list[int]], pad: int, tmp_path: Path,
+               conversation: list | None = None) -> dict:
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps({"folder": str(folder), "sequences": sequences, "pad": pad,
+                               "conversation": conversation}))
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "RANK", "WORLD_SIZE")}
+    script = Path(__file__).parents[1] / "hf_load_check.py"
+    answer = subprocess.run([python, str(script), str(job)], capture_output=True, text=True, cwd=tmp_path, check=False,
+                            env={**environment, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    assert answer.returncode == 0, answer.stderr
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+def in_process(root: Path, sequences: list[list[int]]) -> list[list[float]]:
+    """Rewards by transformers from ``root``/llama and ``root``/internlm2, alone and in padded batches."""
+    return [transformers_rewards(root / form, tiny(form), sequences, PAD, batch_size=size, left_padding=left).tolist()
+            for form in BACKBONES for size in (1, 8) for left in (False, True)]
+
+
+def close(ours: list[float], theirs: list[float], tolerance: float = 1e-4) -> None:
+    a, b = torch.tensor(ours), torch.tensor(theirs)
+    assert (a - b).abs().max() <= tolerance * a.abs().max(), (a - b).abs().max()
+
+
+@pytest.mark.parametrize("python", interpreters())
+def test_plain_transformers_gives_the_training_rewards(python, runs, outputs, tmp_path) -> None:
+    """Batch sizes 1 and 8, mixed lengths, padding on both sides, nothing of rmega on the path."""
+    comparisons = random_comparisons(12, seed=5)
+    items = [[[*c.prefix.tolist(), *s.tolist()] for s in c.suffixes] for c in comparisons]
+    sequences = [ids for item in items for ids in item]
+    for family, run in runs.items():
+        expected = training_rewards(run / "iter_0000010", items, ["float32"])[0].tolist()
+        for form in BACKBONES:
+            answer = check_load(python, outputs[family, form], sequences, PAD, tmp_path)
+            for rewards in answer["rewards"].values():
+                close(expected, rewards)
+
+
+@pytest.mark.parametrize("scaling", [
+    RopeScaling(rope_type="linear", factor=2.0), RopeScaling(rope_type="dynamic", factor=3.0),
+    RopeScaling(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=32)], ids=lambda s: s.rope_type)
+def test_rope_scaling_survives(scaling, tmp_path) -> None:
+    folder = reward_folder(tmp_path / "hf", "llama", rope_scaling=scaling, rope_theta=5e4, max_position_embeddings=128)
+    run = make_run(folder, tmp_path / "run")
+    for form in BACKBONES:
+        assert convert(run=run, output=tmp_path / form, family=form) == 0
+    sequences = [[*c.prefix.tolist(), *c.suffixes[0].tolist()] for c in random_comparisons(9, seed=5)]
+    answers = in_process(tmp_path, sequences)
+    for python in interpreters()[1:]:
+        for form in BACKBONES:
+            answers += check_load(python, tmp_path / form, sequences, PAD, tmp_path)["rewards"].values()
+    for answer in answers:
+        close(answers[0], answer)
+
+
+@pytest.mark.parametrize("source", ["stories260k", "internlm2_tokenizer"])
+def test_tokenizer_template_and_pad_token(source, request, tmp_path) -> None:
+    """Real tokenizers: a client of the written folder makes the ids of the training, in every transformers."""
+    from rmega.data.fingerprint import is_tokenizer_of
+    from rmega.preferences.tokenizer import PairTokenizer
+
+    tokenizer = PairTokenizer.load(request.getfixturevalue(source))
+    family = "llama" if source == "stories260k" else "internlm2"
+    folder = reward_folder(tmp_path / "hf", family, vocab_size=tokenizer.vocab_size)
+    for file in request.getfixturevalue(source).iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            shutil.copy(file, folder / file.name)
+    run = make_run(folder, tmp_path / "run", manifest=tokenizer.manifest())
+    assert convert(run=run, output=tmp_path / "out") == 0
+    recipe = json.loads((tmp_path / "out" / RECIPE).read_text())
+    from transformers import AutoTokenizer
+
+    exported = AutoTokenizer.from_pretrained(str(tmp_path / "out"))  # also for training on from it, on the same data
+    assert is_tokenizer_of(exported, tokenizer.manifest())
+    assert not is_tokenizer_of(exported, {**tokenizer.manifest(), "tokenizer_fingerprint": "0123456789abcdef"})
+    chat = [{"role": "user", "content": "Was ist 2 + 2?\n\tSay  it twice: 你好！"},
+            {"role": "assistant", "content": "4, 4."}]
+    ids = tokenizer.encode_conversation(chat)
+    if source == "internlm2_tokenizer":
+        assert (recipe["reward_token_id"], recipe["reward_token"]) == (92527, "[UNUSED_TOKEN_130]") and ids[-1] == 92527
+    assert recipe["pad_token_id"] != recipe["reward_token_id"]
+    for python in interpreters():
+        answer = check_load(python, tmp_path / "out", [ids], recipe["pad_token_id"], tmp_path, chat)
+        assert [*answer["ids"], recipe["reward_token_id"]] == ids and answer["pad"] == recipe["pad_token_id"]
+        if family == "internlm2":
+            close(answer["chat"][:1], answer["rewards"]["1right"])
+            close(answer["chat"][:1], answer["chat"][1:2])
+    example = [sys.executable, "examples/score_with_transformers.py", str(tmp_path / "out")]
+    done = subprocess.run(example, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 3 and "y/N" not in done.stdout, done.stderr
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert str(recipe["example"]["token_ids"]) in card and "tolerance 1e-04" in card
+    assert ("Apache License" if family == "internlm2" else "MIT License") in card
+
+
+def test_a_pad_token_that_ends_every_turn_is_replaced(internlm2_tokenizer, tmp_path, capsys) -> None:
+    """transformers 4 would read the reward before the first <|im_end|>, in the middle of the conversation."""
+    from rmega.preferences.tokenizer import PairTokenizer
+
+    tokenizer = PairTokenizer.load(internlm2_tokenizer)
+    folder = reward_folder(tmp_path / "hf", "llama", vocab_size=tokenizer.vocab_size)
+    for file in internlm2_tokenizer.iterdir():
+        shutil.copy(file, folder / file.name)
+    end = tokenizer.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    run = make_run(folder, tmp_path / "run", manifest={**tokenizer.manifest(), "pad_token_id": end})
+    assert convert(run=run, output=tmp_path / "out") == 0
+    assert f"because id {end} occurs in texts" in capsys.readouterr().out
+    recipe = json.loads((tmp_path / "out" / RECIPE).read_text())
+    ids = recipe["example"]["token_ids"]
+    assert end in ids and recipe["pad_token_id"] not in ids
+    for python in interpreters():
+        answer = check_load(python, tmp_path / "out", [ids, ids[:5] + ids[-1:]], recipe["pad_token_id"], tmp_path,
+                            recipe["example"]["messages"])
+        assert answer["pad"] == recipe["pad_token_id"]
+        for rewards in answer["rewards"].values():
+            close([recipe["example"]["reward"]], rewards[:1])
+
+
+def test_pretrained_llama_as_internlm2(stories260k, tmp_path) -> None:
+    """A real pretrained model, re-laid out as InternLM2: the rewards are those of the Llama."""
+    run = make_run(stories260k, tmp_path / "run", "tp2")
+    for form in BACKBONES:
+        assert convert(run=run, output=tmp_path / form, family=form) == 0
+    answers = in_process(tmp_path, [list(range(5, 60 + i)) for i in range(9)])
+    assert max(map(abs, answers[0])) > 0.01
+    for answer in answers:
+        close(answers[0], answer)
+
+
+@pytest.mark.parametrize("tensor", ["score.weight", "model.embed_tokens.weight"])
+def test_one_changed_value_fails_the_proof(tensor, runs, outputs, tmp_path, capsys) -> None:
+    """Also a value that no comparison of the proof reads: the last row of the embedding."""
+    folder = tmp_path / "out"
+    shutil.copytree(outputs["llama", "llama"], folder)
+    assert convert(run=runs["llama"], output=folder, write=False) == 0
+    tensors = load_file(folder / "model.safetensors")
+    tensors[tensor][-1, -1] *= 1.5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert convert(run=runs["llama"], output=folder, write=False) == 1
+    assert tensor in (folder / UNVERIFIED).read_text()
+    assert "NOT PROVEN" in capsys.readouterr().out
+    assert "DO NOT AGREE" in (folder / "README.md").read_text()
+
+
+def test_rounding_is_named_and_proven(runs, tmp_path, capsys) -> None:
+    assert convert(run=runs["internlm2"], output=tmp_path / "out", dtype="bfloat16") == 0
+    assert "rounding the weights to bfloat16 moves a reward by" in capsys.readouterr().out
+    assert {value.dtype for value in weights(tmp_path / "out").values()} == {torch.bfloat16}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+
+
+def test_few_comparisons_prove_nothing(runs, tmp_path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs["llama"], run)
+    path = run / "iter_0000010" / "rmega.json"
+    info = json.loads(path.read_text())
+    path.write_text(json.dumps({**info, "proof": info["proof"][:3]}))
+    assert convert(run=run, output=tmp_path / "out") == 1
+    assert "at least 16" in (tmp_path / "out" / UNVERIFIED).read_text()
+
+
+def test_output_is_not_overwritten(runs, outputs, tmp_path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(outputs["llama", "llama"], folder)
+    with pytest.raises(ValueError, match="exists already; --force"):
+        convert(run=runs["llama"], output=folder)
+    (folder / "extra").write_text("")
+    assert convert(run=runs["llama"], output=folder, force=True, proof=False) == 0
+    assert not (folder / "extra").exists() and (folder / UNVERIFIED).exists()
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="holds no config.json"):
+        convert(run=runs["llama"], output=folder, force=True)
+
+
+def test_a_full_disk_leaves_nothing(runs, tmp_path, monkeypatch) -> None:
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        convert(run=runs["llama"], output=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("spoil", "message"), [
+    (lambda d: change(d, format_version=99), "checkpoint format version 99; this rmega reads"),
+    (lambda d: (change(d, files={}), (d / ".metadata").unlink()), "not a readable checkpoint"),
+    (lambda d: next(d.glob("__0_*.distcp")).unlink(), "damaged .*No such file"),
+    (lambda d: cut(next(d.glob("__0_*.distcp"))), "damaged .*bytes instead of"),
+    (lambda d: (change(d, files={}), next(d.glob("__0_*.distcp")).unlink()), "missing; the checkpoint is not compl"),
+    (lambda d: (change(d, files={}), cut(next(d.glob("__0_*.distcp")), 9)), "broken at"),
+    (lambda d: change(d, pad_token_id=REWARD), "pad_token_id and reward_token_id are both"),
+])
+def test_a_checkpoint_that_cannot_be_read(spoil, message, runs, tmp_path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs["llama"], run)
+    spoil(run / "iter_0000010")
+    with pytest.raises(ValueError, match=message) as error:
+        convert(run=run, output=tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists() and len(list(tmp_path.iterdir())) == 1
+
+
+def change(folder: Path, **fields) -> None:
+    info = json.loads((folder / "rmega.json").read_text())
+    (folder / "rmega.json").write_text(json.dumps({**info, **fields}))
+
+
+def cut(file: Path, share: int = 2) -> None:
+    file.write_bytes(file.read_bytes()[:file.stat().st_size // share])
+
+
+def test_padding_that_is_not_zero_is_refused(runs) -> None:
+    source = CheckpointTensors(runs["llama"] / "iter_0000010")
+    table = BACKBONES["llama"].weight_table(tiny("llama", num_layers=4, vocab_size=VOCAB - 1))
+    with pytest.raises(ValueError, match="not zero where it was padded"):
+        list(source.rows(table[0]))
+    table = BACKBONES["llama"].weight_table(tiny("llama", num_layers=5, vocab_size=VOCAB))
+    with pytest.raises(ValueError, match="layers.4.* is not in the checkpoint"):
+        list(source.rows(next(rule for rule in table if ".4." in rule.name)))
+
+
+def test_which_checkpoint(runs, tmp_path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs["llama"], run)
+    shutil.copytree(run / "iter_0000010", run / "iter_0000020")
+    (run / run_folder.TRACKER).write_text("20\n")
+    assert find_checkpoint(run, "latest").name == find_checkpoint(run, "20").name == "iter_0000020"
+    assert find_checkpoint(run, "best").name == find_checkpoint(run / "iter_0000010", "latest").name == "iter_0000010"
+    for iteration, message in (("30", r"not among .*\(10, 20\)"), ("last", "not among")):
+        with pytest.raises(ValueError, match=message):
+            find_checkpoint(run, iteration)
+    with pytest.raises(ValueError, match="--load .*no such folder"):
+        find_checkpoint(tmp_path / "nothing", "latest")
+    with pytest.raises(ValueError, match="no checkpoint in it"):
+        find_checkpoint(tmp_path, "latest")
+
+
+@pytest.mark.parametrize("plan,planned", [({"train_steps": 23}, 23), ({"train_steps": 10}, 10), ({}, None),
+                                          ({"train_epochs": 2.0, "global_batch_size": 8}, 92)])
+def test_an_export_of_a_run_that_goes_on_says_so(plan, planned, runs, tmp_path, capsys) -> None:
+    """Step 10 of a run: named where more steps are planned, by number or by epochs (368 comparisons)."""
+    run = tmp_path / "run"
+    shutil.copytree(runs["llama"], run)
+    path = run / "iter_0000010" / "rmega.json"
+    info = json.loads(path.read_text())
+    path.write_text(json.dumps({**info, "num_comparisons": 368, "config": {"train": plan}}))
+    assert convert(run=run, output=tmp_path / "out", proof=False) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    said = f"note: {run / 'iter_0000010'} is step 10 of the {planned} that the run is planned for"
+    assert notes == ([said] if planned and planned > 10 else [])
+
+
+def test_sizes() -> None:
+    assert [parse_size(t) for t in ("5GB", "500 MB", "2GiB", "7", "1.5KB")] == [5 * 10**9, 5 * 10**8, 2**31, 7, 1500]
+    for text in ("5 apples", "", "-1GB", "0"):
+        with pytest.raises(ValueError, match="--max-shard-size"):
+            parse_size(text)
+
+
+def test_the_tool_on_the_command_line(runs, tmp_path) -> None:
+    tool = Path(__file__).parents[2] / "tools" / "convert_to_hf.py"
+    environment = {**os.environ, "PYTHONPATH": str(tool.parents[1]), "OMP_NUM_THREADS": "1"}
+    out = tmp_path / "out"
+    answer = subprocess.run([sys.executable, str(tool), "--load", str(runs["internlm2"]), "--output", str(out)],
+                            capture_output=True, text=True, env=environment, check=False)
+    assert answer.returncode == 0, answer.stderr
+    for words in ("proven", f"vllm serve {out}", "sglang.launch_server", "get_score", "Append the reward token, id 3"):
+        assert words in answer.stdout
+    answer = subprocess.run([sys.executable, str(tool), "--load", str(runs["internlm2"]), "--output", str(out)],
+                            capture_output=True, text=True, env=environment, check=False)
+    assert answer.returncode == 2 and answer.stderr.startswith("error: --output") and answer.stderr.count("\n") == 1
+
+
+def test_every_shape_of_the_table_is_written_once() -> None:
+    for family, backbone in BACKBONES.items():
+        shapes = hf_shapes(backbone.weight_table(tiny(family)))
+        assert sum(torch.Size(s).numel() for s in shapes.values()) == sum(
+            torch.Size(rule.shape).numel() for rule in backbone.weight_table(tiny(family)))

@@ -1,0 +1,414 @@
+"""The server: OpenRLHF's JSON, limits, batching, a thousand requests at once on loopback, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+
+from rmega import distributed  # noqa: E402
+from rmega.scoring.queue import ScoringQueue  # noqa: E402
+from rmega.scoring.server import Limits, RewardService, make_app  # noqa: E402
+from tests.conftest import ROOT  # noqa: E402
+from tests.reward_fixture import Reference, chat, make_reward_model  # noqa: E402
+from tools.serve import ServeArgs, main  # noqa: E402
+
+NUM_REQUESTS = 1000
+
+# ---- the checks of requests, with a scorer that needs no model
+
+
+class Lengths:
+    """Stands in for a scorer: a character is a token, the reward is the number of tokens."""
+
+    tokenizer = SimpleNamespace(max_length=None)
+    model = SimpleNamespace(geometry=SimpleNamespace(max_position_embeddings=100))
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.reward = float
+
+    def encode(self, conversation, tools=None, notes=None, *, max_length=None):
+        text = conversation if isinstance(conversation, str) else conversation[-1]["content"]
+        if len(text) > max_length:
+            notes.append("cut: the end")
+        return list(range(min(len(text), max_length)))
+
+    def score_sequences(self, sequences):
+        self.batches.append([len(s) for s in sequences])
+        assert self.gate.wait(20)
+        return [self.reward(len(s)) for s in sequences]
+
+    def describe(self):
+        return {"model": "lengths"}
+
+
+class Client:
+    """Calls the application without a network."""
+
+    def __init__(self, *, key: str | None = None, load=None, wait: float = 0.0, max_tokens: int = 1000, **limits):
+        self.scorer = Lengths()
+        self.queue = ScoringQueue(load or (lambda: self.scorer), max_tokens=max_tokens, wait=wait)
+        self.service = RewardService(self.queue, Limits(**limits), model="m", api_key=key)
+        self.app = make_app(self.service)
+        self.queue.start()
+        while load is None and self.queue.scorer is None:
+            time.sleep(0.001)
+
+    def ask(self, path: str, body=None, **options):
+        return asyncio.run(self.send(path, body, **options))
+
+    async def send(self, path: str, body=None, *, method: str | None = None, headers=(), delay: float = 0.0):
+        data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+        parts = [data[i : i + 50] for i in range(0, len(data), 50)] or [b""]
+        parts.reverse()
+        answer = {"body": b""}
+
+        async def receive():
+            if not parts:
+                await asyncio.sleep(60)
+            await asyncio.sleep(delay)
+            part = parts.pop()
+            return {"type": "http.request", "body": part, "more_body": bool(parts)}
+
+        async def send(message):
+            if message["type"] == "http.response.start":
+                answer.update(status=message["status"], headers=dict(message["headers"]))
+            else:
+                answer["body"] += message.get("body", b"")
+
+        scope = {"type": "http", "http_version": "1.1", "method": method or ("GET" if body is None else "POST"),
+                 "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http",
+                 "headers": [(k.lower().encode(), v.encode()) for k, v in headers], "client": ("127.0.0.1", 1),
+                 "server": ("127.0.0.1", 2)}
+        await self.app(scope, receive, send)
+        return answer["status"], json.loads(answer["body"]), answer["headers"]
+
+
+@pytest.fixture
+def client():
+    clients = []
+
+    def make(**options) -> Client:
+        clients.append(Client(**options))
+        return clients[-1]
+
+    yield make
+    for one in clients:
+        one.scorer.gate.set()
+        one.service.close()
+
+
+def test_get_reward_speaks_openrlhf(client):
+    """Fields that OpenRLHF's client posts and reads: openrlhf/utils/agent.py, openrlhf/cli/serve_rm.py."""
+    body = {"query": ["abc", "defgh"], "prompts": ["a", "d"], "labels": [None, "x"]}
+    status, answer, _ = client().ask("/get_reward", body)
+    assert status == 200 and answer["rewards"] == answer["scores"] == [3.0, 5.0]
+    assert answer["extra_logs"] == {"num_tokens": [3.0, 5.0], "cut": [0.0, 0.0]}
+    assert client().ask("/get_reward", {"query": "abc"})[1]["rewards"] == [3.0]
+    assert client().ask("/get_reward", {"query": []})[1]["rewards"] == []
+
+
+def test_score_takes_every_form(client):
+    one = client()
+    assert one.ask("/score", {"conversations": [chat("q", "abc"), chat("q", "ab")]})[1]["rewards"] == [3.0, 2.0]
+    assert one.ask("/score", {"messages": chat("q", "abcd")})[1] == {"rewards": [4.0], "num_tokens": [4]}
+    assert one.ask("/score", {"prompt": "q", "responses": ["a", "abc"]})[1]["rewards"] == [1.0, 3.0]
+    assert one.ask("/score", {"conversations": []})[1]["rewards"] == []
+
+
+@pytest.mark.parametrize(("path", "body", "status", "says"), [
+    ("/get_reward", b"", 400, "no body"), ("/get_reward", b'{"query": ["a"', 400, "not JSON"),
+    ("/score", b"\xff\xfe{}", 400, "not UTF-8 (byte 1)"), ("/score", b"[" * 100_000, 400, "nested too deeply"),
+    ("/get_reward", [1], 422, "not list"), ("/get_reward", {}, 422, "query: a list of texts"),
+    ("/get_reward", {"query": {"a": 1}}, 422, "query: a list"),
+    ("/get_reward", {"query": ["a", 3]}, 422, "query[1]: int, no text"),
+    ("/get_reward", {"query": ["a", ""]}, 422, "query[1]: an empty text"),
+    ("/get_reward", {"query": ["a", "b"], "prompts": ["a"]}, 422, "prompts: 1 for 2"),
+    ("/get_reward", {"query": ["a", "b" * 101]}, 422, "query[1]: 101 tokens, at most 100"),
+    ("/get_reward", {"query": ["b" * 26_000]}, 422, "query[0]: 26,000 characters"),
+    ("/get_reward", {"query": ["a"] * 9}, 422, "at most 8 in a request"),
+    ("/score", {"conversation": "x"}, 422, "conversation"),
+    ("/score", {"messages": [{"role": "user"}]}, 422, "content"),
+    ("/score", {"messages": chat("q", "a")[:1]}, 422, "does not end with a turn of the assistant"),
+    ("/score", {"messages": [{"role": "x", "content": "y"}]}, 422, "'x'"),
+    ("/score", {"conversations": [chat("q", "a"), "text"]}, 422, "conversation 2"),
+    ("/score", {"conversations": 3}, 422, "conversations is int, not a list of messages"),
+    ("/score", {"messages": chat("q", "a" * 101)}, 422, "conversation 1: 101 tokens"),
+    ("/score", {"messages": chat("q", "a" * 5000)}, 413, "larger than 4,000 bytes"),
+    ("/nothing", {"query": ["a"]}, 404, "/nothing"), ("/health", {}, 405, "Method Not Allowed"),
+    ("/score", None, 405, "GET /score")])
+def test_bad_requests(client, path, body, status, says):
+    limits = {"max_body_bytes": 4000} if status == 413 else {"max_body_bytes": 200_000}
+    one = client(max_conversations=8, **limits)
+    got, answer, _ = one.ask(path, body)
+    assert (got, set(answer)) == (status, {"error"}) and says in answer["error"]
+    assert one.ask("/score", {"messages": chat("q", "abc")})[1]["rewards"] == [3.0]  # and the server goes on
+    assert one.service.in_flight == one.service.buffered == 0
+
+
+def test_too_large_by_its_header_is_refused_unread(client):
+    status, answer, _ = client(max_body_bytes=100).ask("/score", {}, headers=[("Content-Length", "101")])
+    assert status == 413 and "100 bytes" in answer["error"]
+
+
+def test_a_slow_body_is_given_up(client):
+    assert client(body_seconds=0.05).ask("/score", {"messages": chat("q", "a" * 300)}, delay=0.04)[0] == 408
+
+
+def test_cut_is_reported(client):
+    one = client(cut=True, max_length=10)
+    _, answer, _ = one.ask("/score", {"conversations": [chat("q", "a" * 5), chat("q", "a" * 50)]})
+    assert answer == {"rewards": [5.0, 10.0], "num_tokens": [5, 10], "cut": [1]}
+    assert one.ask("/get_reward", {"query": ["a" * 50]})[1]["extra_logs"] == {"num_tokens": [10.0], "cut": [1.0]}
+
+
+def test_a_key(client):
+    one = client(key="sesame")
+    assert one.ask("/health")[0] == 200
+    for headers, status in (((), 401), ([("Authorization", "Bearer open")], 401), ([("X-API-Key", "sesame")], 200),
+                            ([("Authorization", "Bearer sesame")], 200)):
+        assert one.ask("/get_reward", {"query": ["a"]}, headers=headers)[0] == status
+        assert one.ask("/info", headers=headers)[0] == status
+
+
+def test_while_loading(client):
+    gate, made = threading.Event(), Lengths()
+    one = client(load=lambda: gate.wait(20) and made)
+    assert one.ask("/health")[:2] == (503, {"status": "loading", "model": "m", "queue": 0, "scored": 0})
+    status, answer, headers = one.ask("/score", {"messages": chat("q", "a")})
+    assert status == 503 and "loading" in answer["error"] and int(headers[b"retry-after"]) > 0
+    gate.set()
+    while one.queue.scorer is None:
+        time.sleep(0.001)
+    assert one.ask("/health")[1]["status"] == "ready"
+    assert one.ask("/info")[1]["limits"]["max_length"] == 100
+
+
+def test_a_full_queue_is_refused_with_a_time_to_wait(client):
+    one = client(max_queue=3)
+    one.scorer.gate.clear()
+
+    async def burst():
+        tasks = [asyncio.create_task(one.send("/get_reward", {"query": ["abc"]})) for _ in range(5)]
+        while sum(t.done() for t in tasks) < 2:
+            await asyncio.sleep(0.005)
+        health = await one.send("/health")
+        one.scorer.gate.set()
+        return health, await asyncio.gather(*tasks)
+
+    health, answers = asyncio.run(burst())
+    assert health[1]["queue"] == 3
+    assert sorted(a[0] for a in answers) == [200] * 3 + [429] * 2
+    assert all(int(a[2][b"retry-after"]) >= 1 for a in answers if a[0] == 429)
+    assert one.ask("/get_reward", {"query": ["abcd"]})[1]["rewards"] == [4.0]
+
+
+def test_what_the_model_gets_wrong_is_500_and_passes(client, capsys):
+    one = client()
+    one.scorer.reward = lambda n: float("nan")
+    assert one.ask("/get_reward", {"query": ["abc"]})[0] == 500
+    one.scorer.reward = lambda n: 1 / 0
+    status, answer, _ = one.ask("/get_reward", {"query": ["abc"]})
+    assert status == 500 and answer == {"error": "scoring failed: ZeroDivisionError"}
+    one.scorer.reward = float
+    assert one.ask("/get_reward", {"query": ["abc"]})[1]["rewards"] == [3.0]
+
+
+def test_concurrent_requests_share_batches_and_a_large_one_does_not_block(client):
+    one = client(wait=0.05, max_tokens=100)
+
+    async def burst():
+        return await asyncio.gather(*(one.send("/get_reward", {"query": ["a" * (1 + i % 7)]}) for i in range(60)))
+
+    assert [a[1]["rewards"] for a in asyncio.run(burst())] == [[1.0 + i % 7] for i in range(60)]
+    assert len(one.scorer.batches) < 12 and max(map(sum, one.scorer.batches)) <= 100
+    one.scorer.batches.clear()
+    one.scorer.gate.clear()
+
+    async def large_then_small():
+        large = asyncio.create_task(one.send("/get_reward", {"query": ["a" * 60] * 20}))
+        await asyncio.sleep(0.2)
+        one.scorer.gate.set()
+        return await asyncio.gather(large, one.send("/get_reward", {"query": ["a" * 99]}))
+
+    answers = asyncio.run(large_then_small())
+    assert answers[0][1]["rewards"] == [60.0] * 20 and answers[1][1]["rewards"] == [99.0]
+    assert max(map(sum, one.scorer.batches)) <= 100 and len(one.scorer.batches) == 21
+
+
+def test_close_answers_what_waits(client):
+    one = client(wait=5.0)
+    futures = [one.queue.submit([[1] * n]) for n in range(1, 6)]
+    start = time.monotonic()
+    one.queue.close()
+    assert [f.result(0) for f in futures] == [[float(n)] for n in range(1, 6)] and time.monotonic() - start < 4
+
+
+# ---- the program
+
+class Server:
+    """tools/serve.py in a process of its own, on a free port of the loopback."""
+
+    def __init__(self, *flags: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tools" / "serve.py"), "--port", "0", *flags], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        line = self.process.stdout.readline()
+        assert " at http://127.0.0.1:" in line, line + self.process.communicate()[1]
+        self.port = int(line.rsplit(":", 1)[1])
+
+    async def post(self, path: str, body: dict | None, timeout: float = 240.0) -> tuple[int, dict]:
+        async def talk():
+            for attempt in range(5):
+                try:
+                    reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                    break
+                except OSError:
+                    if attempt == 4:
+                        raise
+                    await asyncio.sleep(0.2)
+            data = b"" if body is None else json.dumps(body).encode()
+            lines = [f"{'GET' if body is None else 'POST'} {path} HTTP/1.1", "Host: x", "Connection: close",
+                     f"Content-Length: {len(data)}", "", ""]
+            writer.write("\r\n".join(lines).encode() + data)
+            answer = await reader.read()
+            writer.close()
+            head, _, rest = answer.partition(b"\r\n\r\n")
+            return int(head.split()[1]), json.loads(rest)
+
+        return await asyncio.wait_for(talk(), timeout)
+
+    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        out, err = self.process.communicate(timeout=120)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def model(stories260k, tmp_path_factory) -> Path:
+    return make_reward_model(stories260k, tmp_path_factory.mktemp("serve") / "model")
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    one = Server("--model", str(model), "--max-queue", "4096")
+    yield one
+    if one.process.poll() is None:
+        one.process.kill()
+        one.process.communicate()
+
+
+def raise_file_limit() -> None:
+    with contextlib.suppress(ImportError, ValueError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < 4096:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+
+
+def test_a_thousand_requests_at_once(server, model):
+    """Every answer is that of plain transformers, and none is lost."""
+    raise_file_limit()
+    reference = Reference(model)
+    words = "the cat sat on a red mat and saw one big dog run".split()
+    bodies, expected, kinds = [], [], {}
+    for i in range(NUM_REQUESTS):
+        question, answer = f"What is {i % 50}?", " ".join(words[(i * k) % len(words)] for k in range(1, 3 + i % 17))
+        conversation = chat(question, answer)
+        key = (question, answer)
+        if key not in kinds:
+            kinds[key] = reference.reward(conversation)
+        if i % 2:
+            bodies.append(("/score", {"conversations": [conversation]}))
+        else:  # as OpenRLHF sends it: templated text; the sampler stopped before the last new line
+            bodies.append(("/get_reward", {"query": [reference.text(conversation).rstrip("\n")], "prompts": [question],
+                                           "labels": [""]}))
+        expected.append(kinds[key])
+
+    async def all_of_them():
+        return await asyncio.gather(*(server.post(*body) for body in bodies))
+
+    start = time.monotonic()
+    answers = asyncio.run(all_of_them())
+    seconds = time.monotonic() - start
+    assert [status for status, _ in answers] == [200] * NUM_REQUESTS
+    assert len(set(expected)) > 300
+    assert [a["rewards"][0] for _, a in answers] == pytest.approx(expected, rel=2e-5, abs=2e-5)
+    assert seconds < 120, f"{seconds:.1f} s"
+
+
+def test_both_endpoints_agree(server, model):
+    reference = Reference(model)
+    conversation = chat("Who?", "A cat.")
+
+    async def both():
+        return await asyncio.gather(server.post("/score", {"messages": conversation}),
+                                    server.post("/get_reward", {"query": [reference.text(conversation)]}))
+
+    (_, a), (_, b) = asyncio.run(both())
+    assert a["rewards"] == pytest.approx(b["rewards"], rel=1e-5)
+
+
+def test_sigterm_answers_what_was_taken(server):
+    """The last test of the server: requests that are waiting when the signal comes are answered; exit code 0."""
+    async def burst():
+        body = {"query": [f"<s>user: {i}\nassistant: {'word ' * 60}" for i in range(150)]}
+        before = (await server.post("/info", None))[1]["requests"]
+        tasks = [asyncio.create_task(server.post("/get_reward", body)) for _ in range(8)]
+        while (await server.post("/info", None))[1]["requests"] < before + 8:
+            pass
+        assert not all(t.done() for t in tasks), "nothing is left to be finished"
+        server.process.send_signal(signal.SIGTERM)
+        return await asyncio.gather(*tasks)
+
+    answers = asyncio.run(burst())
+    assert [status for status, _ in answers] == [200] * 8 and all(len(a["rewards"]) == 150 for _, a in answers)
+    code, out, err = server.stop()
+    assert code == 0 and "stopped after" in out, err
+    assert "no chat template" in err and "warn" not in err.lower() and "Traceback" not in err, err
+
+
+def test_a_port_in_use_is_said_before_the_model_is_read():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"--port {port}: Address already in use"):
+            main(ServeArgs(model="/nowhere/at/all", port=port))
+
+
+def test_a_model_that_cannot_be_read_ends_the_program():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(ValueError, match="--model /nowhere/at/all: no such folder"):
+            main(ServeArgs(model="/nowhere/at/all", port=0))
+    finally:
+        distributed.finish()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ({"port": 70000}, "--port 70000"), ({"max_queue": 0}, "--max-queue 0"),
+    ({"host": "no such host"}, "--host no such"), ({"api_key_file": "/nowhere"}, "/nowhere")])
+def test_flags(flags, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        main(ServeArgs(model="m", **{"port": 0, **flags}))
