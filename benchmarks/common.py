@@ -1,4 +1,5 @@
-"""What every benchmark shares: where it ran, the FLOP formula, the matmul rate, a JSON beside a table."""
+"""What every benchmark shares: where it ran, the FLOP formula, the matmul rate, a JSON beside a
+table."""
 
 from __future__ import annotations
 
@@ -31,14 +32,26 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
             return None
 
     git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    dirty = subprocess.run(
+        [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
+    ).stdout.strip()
     cuda = torch.device(device).type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else cpu_name(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "python": platform.python_version(),
-        **{name: installed(name) for name in ("megatron-core", "transformers", "trl") if installed(name)},
-        "commit": commit + ("+changes" if dirty else ""), "command": "python " + " ".join(sys.argv)}
+        "device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        **{
+            name: installed(name)
+            for name in ("megatron-core", "transformers", "trl")
+            if installed(name)
+        },
+        "commit": commit + ("+changes" if dirty else ""),
+        "command": "python " + " ".join(sys.argv),
+    }
 
 
 def cpu_name() -> str:
@@ -47,7 +60,14 @@ def cpu_name() -> str:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor() or platform.machine()
-    name = next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")), "?")
+    name = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in text.splitlines()
+            if line.startswith("model name")
+        ),
+        "?",
+    )
     features = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {f}" in text]
     return f"{name} ({', '.join(features)})"
 
@@ -66,7 +86,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     names = list(rows[0])
     cells = [[_cell(row[n]) for n in names] for row in rows]
     widths = [max(len(n), *(len(c[i]) for c in cells)) for i, n in enumerate(names)]
-    line = lambda values: "| " + " | ".join(v.ljust(w) for v, w in zip(values, widths, strict=True)) + " |"  # noqa: E731
+    line = lambda values: (
+        "| " + " | ".join(v.ljust(w) for v, w in zip(values, widths, strict=True)) + " |"
+    )  # noqa: E731
     return "\n".join([line(names), line(["-" * w for w in widths]), *(line(c) for c in cells)])
 
 
@@ -77,8 +99,10 @@ def _cell(value: Any) -> str:
 
 
 def layer_flops(geometry, tokens: int, attended: float) -> float:
-    """Forward FLOP of one decoder layer: 2 x multiply-adds of the matrix products over ``tokens`` rows, and 4 a d per
-    attended query-key pair (scores and values). Norms, rotation, activation and softmax are not counted."""
+    """Forward FLOP of one decoder layer: 2 x multiply-adds of the matrix products over ``tokens``
+    rows, and 4 a d per attended query-key pair (scores and values). Norms, rotation, activation
+    and softmax are not counted.
+    """
     g = geometry
     qkv = g.hidden_size * (g.num_attention_heads + 2 * g.num_query_groups) * g.head_dim
     proj = g.num_attention_heads * g.head_dim * g.hidden_size
@@ -87,11 +111,14 @@ def layer_flops(geometry, tokens: int, attended: float) -> float:
 
 
 def step_flops(geometry, segments, pooled_segments, *, prune_last_layer: bool) -> float:
-    """FLOP of one training step on a pack: three times the forward pass (the backward pass is two), no recomputation.
+    """FLOP of one training step on a pack: three times the forward pass (the backward pass is two),
+    no recomputation.
 
-    ``segments`` and ``pooled_segments`` are those of a ``PackedBatch``; with pruning the last layer makes keys and
-    values for every token and the rest for pooled rows only. Embedding and head have no matrix products worth counting.
+    ``segments`` and ``pooled_segments`` are those of a ``PackedBatch``; with pruning the last layer
+    makes keys and values for every token and the rest for pooled rows only. Embedding and head have
+    no matrix products worth counting.
     """
+
     def attended(s) -> float:
         q, k, p = s.q_len.double(), s.k_len.double(), s.prefix_len.double()
         return float((q * p + q * k - q * (q - 1) / 2).sum())
@@ -101,16 +128,20 @@ def step_flops(geometry, segments, pooled_segments, *, prune_last_layer: bool) -
     if prune_last_layer:
         kv = 2.0 * tokens * geometry.hidden_size * 2 * geometry.num_query_groups * geometry.head_dim
         own = layer_flops(geometry, pooled, attended(pooled_segments))
-        own -= 2.0 * pooled * geometry.hidden_size * 2 * geometry.num_query_groups * geometry.head_dim
+        own -= (
+            2.0 * pooled * geometry.hidden_size * 2 * geometry.num_query_groups * geometry.head_dim
+        )
         forward += kv + own
     else:
         forward += layer_flops(geometry, tokens, attended(segments))
     return 3.0 * forward
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device | str = "cpu", size: int | None = None) -> float:
-    """FLOP/s of a square matrix product in this process, made as linear layers make it, best of several: the machine's,
-    not the data sheet's."""
+def matmul_rate(
+    dtype: torch.dtype, device: torch.device | str = "cpu", size: int | None = None
+) -> float:
+    """FLOP/s of a square matrix product in this process, made as linear layers make it, best of
+    several: the machine's, not the data sheet's."""
     cuda = torch.device(device).type == "cuda"
     size = size or (8192 if cuda else 2048)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))

@@ -1,14 +1,16 @@
-"""Memory and speed of going in and out of Hugging Face, on a synthetic checkpoint of InternLM2-1.8B's shapes.
+"""Memory and speed of going in and out of Hugging Face, on a synthetic checkpoint of
+InternLM2-1.8B's shapes.
 
     python benchmarks/convert.py --layers 9 --folder /tmp/convert
 
-Writes a checkpoint (fp32, 9 layers = 3.0 GB; the embedding, its largest tensor, is 758 MB), whole and cut over two
-ranks, and then measures, each in a fresh process, best of --repeats:
-- out: ``export_weights`` against ``cp`` of the same bytes; peak memory of the whole process (allowed: twice the largest
-  tensor plus 300 MB; speed: at least half that of the copy). Processor seconds stand beside wall seconds, because on a
-  machine with other work only they say what each of the two costs;
-- in: ``load_hf`` into a model, whole and as one of two ranks; peak memory beside the model (allowed: the largest tensor
-  plus 300 MB).
+Writes a checkpoint (fp32, 9 layers = 3.0 GB; the embedding, its largest tensor, is 758 MB), whole
+and cut over two ranks, and then measures, each in a fresh process, best of --repeats:
+- out: ``export_weights`` against ``cp`` of the same bytes; peak memory of the whole process
+  (allowed: twice the largest tensor plus 300 MB; speed: at least half that of the copy). Processor
+  seconds stand beside wall seconds, because on a machine with other work only they say what each of
+  the two costs;
+- in: ``load_hf`` into a model, whole and as one of two ranks; peak memory beside the model
+  (allowed: the largest tensor plus 300 MB).
 """
 
 from __future__ import annotations
@@ -54,15 +56,32 @@ class Args:
 def geometry(layers: int, family: str = "internlm2") -> Any:
     from rmega.models.geometry import Geometry
 
-    return Geometry(family=family, num_layers=layers, hidden_size=2048, ffn_hidden_size=8192, num_attention_heads=16,
-                    num_query_groups=8, head_dim=128, vocab_size=92544, max_position_embeddings=32768, norm_eps=1e-5,
-                    rope_theta=1e6)
+    return Geometry(
+        family=family,
+        num_layers=layers,
+        hidden_size=2048,
+        ffn_hidden_size=8192,
+        num_attention_heads=16,
+        num_query_groups=8,
+        head_dim=128,
+        vocab_size=92544,
+        max_position_embeddings=32768,
+        norm_eps=1e-5,
+        rope_theta=1e6,
+    )
 
 
 def memory() -> dict[str, float]:
     """Resident memory of this process in MB, now and at its peak."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return {key: int(status[field].split()[0]) * 1024 / 1e6 for key, field in (("now", "VmRSS"), ("peak", "VmHWM"))}
+    status = dict(
+        line.split(":", 1)
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if ":" in line
+    )
+    return {
+        key: int(status[field].split()[0]) * 1024 / 1e6
+        for key, field in (("now", "VmRSS"), ("peak", "VmHWM"))
+    }
 
 
 def make(args: Args) -> None:
@@ -70,7 +89,9 @@ def make(args: Args) -> None:
     import torch
     import torch.multiprocessing
 
-    torch.multiprocessing.spawn(_make_rank, (args.tp, args.layers, str(Path(args.folder) / f"tp{args.tp}")), args.tp)
+    torch.multiprocessing.spawn(
+        _make_rank, (args.tp, args.layers, str(Path(args.folder) / f"tp{args.tp}")), args.tp
+    )
 
 
 def _make_rank(rank: int, tp: int, layers: int, folder: str) -> None:
@@ -92,7 +113,9 @@ def _make_rank(rank: int, tp: int, layers: int, folder: str) -> None:
         if rule.shard_dim is not None:
             shape[rule.shard_dim] //= tp
         placement = Replicate() if rule.shard_dim is None else Shard(rule.shard_dim)
-        state[rule.name] = DTensor.from_local(torch.empty(shape).uniform_(-0.05, 0.05), mesh, [placement])
+        state[rule.name] = DTensor.from_local(
+            torch.empty(shape).uniform_(-0.05, 0.05), mesh, [placement]
+        )
     dcp.save(state, checkpoint_id=folder)
     dist.destroy_process_group()
 
@@ -108,14 +131,24 @@ def out(args: Args) -> None:
     target.mkdir()
     begun, worked = time.perf_counter(), time.process_time()
     source = CheckpointTensors(Path(args.folder) / f"tp{args.tp}")
-    writer = export_weights(source, geometry(args.layers, args.family), target, dtype=args.dtype,
-                            max_shard_bytes=10**9)
-    print(json.dumps({"seconds": time.perf_counter() - begun, "cpu": time.process_time() - worked,
-                      "bytes": writer.total_size, **memory()}))
+    writer = export_weights(
+        source, geometry(args.layers, args.family), target, dtype=args.dtype, max_shard_bytes=10**9
+    )
+    print(
+        json.dumps(
+            {
+                "seconds": time.perf_counter() - begun,
+                "cpu": time.process_time() - worked,
+                "bytes": writer.total_size,
+                **memory(),
+            }
+        )
+    )
 
 
 def read_in(args: Args) -> None:
-    """Fill a model (parameters only, as rank 0 of ``args.tp``) and say what memory that took beside the model."""
+    """Fill a model (parameters only, as rank 0 of ``args.tp``) and say what memory that took beside
+    the model."""
     import torch
 
     from rmega.models.hf import load_hf
@@ -128,12 +161,20 @@ def read_in(args: Args) -> None:
     load_hf(stage, Path(args.folder) / "out", shape, tp_rank=0, tp_size=args.tp)
     assert not any(torch.isnan(parameter).any() for parameter in stage.names.values())
     after = memory()
-    print(json.dumps({"seconds": time.perf_counter() - begun, "extra": after["peak"] - before, **after}))
+    print(
+        json.dumps(
+            {"seconds": time.perf_counter() - begun, "extra": after["peak"] - before, **after}
+        )
+    )
 
 
 def child(args: Args, role: Role, **fields: Any) -> dict[str, Any]:
     flags = {"folder": args.folder, "layers": args.layers, "role": role, **fields}
-    command = [sys.executable, __file__, *(text for key, value in flags.items() for text in (f"--{key}", str(value)))]
+    command = [
+        sys.executable,
+        __file__,
+        *(text for key, value in flags.items() for text in (f"--{key}", str(value))),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONWARNINGS": "ignore"}
     answer = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(answer.stdout.splitlines()[-1]) if answer.stdout.strip() else {}
@@ -160,7 +201,11 @@ def measure(args: Args) -> int:
     rows = []
     for tp in (1, 2):
         child(args, "make", tp=tp)
-        for family, dtype in (("internlm2", "float32"), ("llama", "float32"), ("internlm2", "bfloat16")):
+        for family, dtype in (
+            ("internlm2", "float32"),
+            ("llama", "float32"),
+            ("internlm2", "bfloat16"),
+        ):
             runs, copies = [], []
             for _ in range(args.repeats):  # in turn, so that both meet the same machine
                 copies.append(copy_seconds(folder / f"tp{tp}", folder / "copy"))
@@ -168,19 +213,38 @@ def measure(args: Args) -> int:
             size = sum(f.stat().st_size for f in (folder / f"tp{tp}").glob("*.distcp")) / 1e9
             seconds, copied = min(run["seconds"] for run in runs), min(wall for wall, _ in copies)
             cpu, copied_cpu = min(run["cpu"] for run in runs), min(worked for _, worked in copies)
-            rows.append({"what": f"out: {family} {dtype}, checkpoint of {tp} rank{'s' * (tp > 1)}", "GB read": size,
-                         "seconds": seconds, "cp seconds": copied, "speed / cp": copied / seconds,
-                         "CPU s": cpu, "cp CPU s": copied_cpu, "by CPU": copied_cpu / cpu,
-                         "peak MB": max(run["peak"] for run in runs), "allowed MB": 2 * largest + 300})
+            rows.append(
+                {
+                    "what": f"out: {family} {dtype}, checkpoint of {tp} rank{'s' * (tp > 1)}",
+                    "GB read": size,
+                    "seconds": seconds,
+                    "cp seconds": copied,
+                    "speed / cp": copied / seconds,
+                    "CPU s": cpu,
+                    "cp CPU s": copied_cpu,
+                    "by CPU": copied_cpu / cpu,
+                    "peak MB": max(run["peak"] for run in runs),
+                    "allowed MB": 2 * largest + 300,
+                }
+            )
     for family in ("internlm2", "llama"):
         child(args, "out", tp=1, family=family)
         for tp in (1, 2):
             runs = [child(args, "in", tp=tp, family=family) for _ in range(args.repeats)]
-            rows.append({"what": f"in: {family}, 1 of {tp} rank{'s' * (tp > 1)}", "GB read": rows[0]["GB read"] / tp,
-                         "seconds": min(run["seconds"] for run in runs), "cp seconds": float("nan"),
-                         "speed / cp": float("nan"), "CPU s": float("nan"), "cp CPU s": float("nan"),
-                         "by CPU": float("nan"), "peak MB": max(run["extra"] for run in runs),
-                         "allowed MB": largest + 300})
+            rows.append(
+                {
+                    "what": f"in: {family}, 1 of {tp} rank{'s' * (tp > 1)}",
+                    "GB read": rows[0]["GB read"] / tp,
+                    "seconds": min(run["seconds"] for run in runs),
+                    "cp seconds": float("nan"),
+                    "speed / cp": float("nan"),
+                    "CPU s": float("nan"),
+                    "cp CPU s": float("nan"),
+                    "by CPU": float("nan"),
+                    "peak MB": max(run["extra"] for run in runs),
+                    "allowed MB": largest + 300,
+                }
+            )
     shutil.rmtree(folder)
     print(table(rows))
     save("convert", {"environment": environment(), "largest_tensor_mb": largest, "rows": rows})

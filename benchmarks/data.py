@@ -4,11 +4,12 @@
     python benchmarks/data.py --num-comparisons 60000 10000000   opening a synthetic dataset: time and memory
     python benchmarks/data.py --data FILE... --tokenizer DIR --check    every stored id against apply_chat_template
 
-The rate counts the bytes of the rows as JSON lines. "tokenize" is the time in which all rows are read, converted,
-tokenized and written; "all" also holds imports, the tokenizer's load, the checks over the whole set and the checksums.
-"per CPU s" divides by seconds of CPU of all processes instead of the clock, to judge a measurement on a machine with
-other work. The plain ways encode the same conversations in the same number of processes: the tokenizer of transformers
-on the whole text (apply_chat_template), and sentencepiece on the messages where the folder has its model.
+The rate counts the bytes of the rows as JSON lines. "tokenize" is the time in which all rows are
+read, converted, tokenized and written; "all" also holds imports, the tokenizer's load, the checks
+over the whole set and the checksums. "per CPU s" divides by seconds of CPU of all processes instead
+of the clock, to judge a measurement on a machine with other work. The plain ways encode the same
+conversations in the same number of processes: the tokenizer of transformers on the whole text
+(apply_chat_template), and sentencepiece on the messages where the folder has its model.
 """
 
 from __future__ import annotations
@@ -78,24 +79,42 @@ def comparisons_of(path: str, tokenizer: Any) -> tuple[list[Any], int]:
 def preprocess_once(path: str, args: Args) -> dict[str, float]:
     """One run of the tool in a process of its own; seconds of its parts."""
     with tempfile.TemporaryDirectory() as folder:
-        code = ("import sys, time; start = time.time()\n"
-                "from rmega.preferences import preprocess as p\n"
-                "inner = p._convert_all\n"
-                "def timed(*a):\n"
-                "    begin = time.time(); inner(*a); print('tokenize', time.time() - begin)\n"
-                "p._convert_all = timed\n"
-                "p.preprocess(p.PreprocessArgs(input=[sys.argv[1]], tokenizer=sys.argv[2], output_prefix=sys.argv[3],"
-                " workers=int(sys.argv[4]), max_length=int(sys.argv[5])))\n")
+        code = (
+            "import sys, time; start = time.time()\nfrom rmega.preferences import preprocess as"
+            " p\ninner = p._convert_all\ndef timed(*a):\n    begin = time.time(); inner(*a);"
+            " print('tokenize', time.time() - begin)\np._convert_all ="
+            " timed\np.preprocess(p.PreprocessArgs(input=[sys.argv[1]], tokenizer=sys.argv[2],"
+            " output_prefix=sys.argv[3], workers=int(sys.argv[4]), max_length=int(sys.argv[5])))\n"
+        )
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-        done = subprocess.run([sys.executable, "-c", code, path, str(args.tokenizer), f"{folder}/out",
-                               str(args.workers), str(args.max_length)], capture_output=True, text=True,
-                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                code,
+                path,
+                str(args.tokenizer),
+                f"{folder}/out",
+                str(args.workers),
+                str(args.max_length),
+            ],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         if done.returncode:
             raise ValueError(f"--data {path}: {done.stderr.strip().splitlines()[-1]}")
-        tokenize = next(float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("tokenize "))
-        return {"tokenize": tokenize, "all": time.monotonic() - start,
-                "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
+        tokenize = next(
+            float(line.split()[1])
+            for line in done.stdout.splitlines()
+            if line.startswith("tokenize ")
+        )
+        return {
+            "tokenize": tokenize,
+            "all": time.monotonic() - start,
+            "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        }
 
 
 _WORK: list[Any] = []
@@ -103,19 +122,22 @@ _WORK: list[Any] = []
 
 def _plain_transformers(part: tuple[int, int]) -> None:
     tokenizer, conversations, _ = _WORK
-    for messages in conversations[part[0]:part[1]]:
-        tokenizer.tokenizer.apply_chat_template(messages, chat_template=tokenizer.template, tokenize=True)
+    for messages in conversations[part[0] : part[1]]:
+        tokenizer.tokenizer.apply_chat_template(
+            messages, chat_template=tokenizer.template, tokenize=True
+        )
 
 
 def _plain_sentencepiece(part: tuple[int, int]) -> None:
     _, conversations, model = _WORK
-    for messages in conversations[part[0]:part[1]]:
+    for messages in conversations[part[0] : part[1]]:
         for message in messages:
             model.encode(message["content"])
 
 
 def plain_seconds(function: Any, workers: int, num: int) -> float:
-    """Seconds to run ``function`` over all conversations in ``workers`` processes (started before the clock)."""
+    """Seconds to run ``function`` over all conversations in ``workers`` processes (started before
+    the clock)."""
     step = max(1, num // (workers * 8))
     parts = [(i, min(i + step, num)) for i in range(0, num, step)]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
@@ -136,7 +158,9 @@ def measure_speed(args: Args) -> list[dict[str, Any]]:
     if (Path(args.tokenizer) / "tokenizer.model").is_file():
         import sentencepiece
 
-        model = sentencepiece.SentencePieceProcessor(model_file=str(Path(args.tokenizer) / "tokenizer.model"))
+        model = sentencepiece.SentencePieceProcessor(
+            model_file=str(Path(args.tokenizer) / "tokenizer.model")
+        )
     rows = []
     for path in args.data:
         comparisons, size = comparisons_of(path, tokenizer)
@@ -144,21 +168,31 @@ def measure_speed(args: Args) -> list[dict[str, Any]]:
         _WORK[:] = [tokenizer, conversations, model]
         runs = [preprocess_once(path, args) for _ in range(args.repeats)]
         megabytes = size / 1e6
-        row = {"file": Path(path).name, "rows": len(comparisons), "MB": megabytes,
-               "tokenize MB/s": megabytes / min(r["tokenize"] for r in runs),
-               "all MB/s": megabytes / min(r["all"] for r in runs),
-               "all MB per CPU s": megabytes / min(r["cpu"] for r in runs)}
-        plain = {"transformers MB/s": _plain_transformers, "sentencepiece MB/s": _plain_sentencepiece}
+        row = {
+            "file": Path(path).name,
+            "rows": len(comparisons),
+            "MB": megabytes,
+            "tokenize MB/s": megabytes / min(r["tokenize"] for r in runs),
+            "all MB/s": megabytes / min(r["all"] for r in runs),
+            "all MB per CPU s": megabytes / min(r["cpu"] for r in runs),
+        }
+        plain = {
+            "transformers MB/s": _plain_transformers,
+            "sentencepiece MB/s": _plain_sentencepiece,
+        }
         for name, function in plain.items():
             if args.plain and (function is _plain_transformers or model is not None):
-                row[name] = megabytes / min(plain_seconds(function, workers, len(conversations))
-                                            for _ in range(args.repeats))
+                row[name] = megabytes / min(
+                    plain_seconds(function, workers, len(conversations))
+                    for _ in range(args.repeats)
+                )
         rows.append(row)
     return rows
 
 
 def check_ids(args: Args) -> list[dict[str, Any]]:
-    """Every conversation's stored ids against apply_chat_template; ValueError at the first that differs."""
+    """Every conversation's stored ids against apply_chat_template; ValueError at the first that
+    differs."""
     from rmega.preferences.comparison import Rejected
     from rmega.preferences.tokenizer import PairTokenizer
 
@@ -172,10 +206,17 @@ def check_ids(args: Args) -> list[dict[str, Any]]:
             except Rejected:
                 continue
             for response, suffix in zip(comparison.responses, encoded.suffixes, strict=True):
-                messages = [{**m, "content": tokenizer.escape(m["content"])[0]} for m in comparison.prompt + response]
-                want = tokenizer.tokenizer.apply_chat_template(messages, chat_template=tokenizer.template,
-                                                               tokenize=True, return_dict=False)
-                if [*encoded.prefix.tolist(), *suffix.tolist()] != [*want, tokenizer.reward_token_id]:
+                messages = [
+                    {**m, "content": tokenizer.escape(m["content"])[0]}
+                    for m in comparison.prompt + response
+                ]
+                want = tokenizer.tokenizer.apply_chat_template(
+                    messages, chat_template=tokenizer.template, tokenize=True, return_dict=False
+                )
+                if [*encoded.prefix.tolist(), *suffix.tolist()] != [
+                    *want,
+                    tokenizer.reward_token_id,
+                ]:
                     raise ValueError(f"{path}: other ids than apply_chat_template's: {messages}")
                 num += 1
         rows.append({"file": Path(path).name, "conversations": num, "equal": "all"})
@@ -213,7 +254,9 @@ def measure_opening(args: Args) -> list[dict[str, Any]]:
                 n = min(1 << 18, num - start)
                 lengths = np.tile(np.array([5, 3, 2], np.int32), n)
                 writer.add_tokens(np.full(10 * n, 7, np.int32))
-                writer.add_documents(lengths, np.tile(np.array([0, 1, 0], np.float32), n), np.full(n, 3), np.zeros(n))
+                writer.add_documents(
+                    lengths, np.tile(np.array([0, 1, 0], np.float32), n), np.full(n, 3), np.zeros(n)
+                )
             writer.close({"sources": ["synthetic"], "vocab_size": 8, "reward_token_id": 7})
 
     rows = []
@@ -221,14 +264,28 @@ def measure_opening(args: Args) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             synthetic(f"{folder}/warm", 1)
             synthetic(f"{folder}/set", num)
-            results = [json.loads(subprocess.run([sys.executable, "-c", _OPEN, f"{folder}/set", f"{folder}/warm"],
-                                                 capture_output=True, text=True, check=True,
-                                                 env={**os.environ, "PYTHONPATH": str(ROOT)}).stdout.splitlines()[0])
-                       for _ in range(args.repeats)]
+            results = [
+                json.loads(
+                    subprocess.run(
+                        [sys.executable, "-c", _OPEN, f"{folder}/set", f"{folder}/warm"],
+                        capture_output=True,
+                        text=True,
+                        check=True,
+                        env={**os.environ, "PYTHONPATH": str(ROOT)},
+                    ).stdout.splitlines()[0]
+                )
+                for _ in range(args.repeats)
+            ]
         start = time.monotonic()
         epoch_order(num, seed=0, epoch=0)
-        rows.append({"comparisons": num, "open ms": 1000 * min(r[0] for r in results),
-                     "memory KiB": max(r[1] for r in results) / 1024, "order of an epoch s": time.monotonic() - start})
+        rows.append(
+            {
+                "comparisons": num,
+                "open ms": 1000 * min(r[0] for r in results),
+                "memory KiB": max(r[1] for r in results) / 1024,
+                "order of an epoch s": time.monotonic() - start,
+            }
+        )
     return rows
 
 
@@ -239,15 +296,26 @@ def main(args: Args) -> None:
     parts: dict[str, list[dict[str, Any]]] = {}
     with contextlib.redirect_stderr(io.StringIO()):
         if args.data:
-            parts["ids" if args.check else "speed"] = check_ids(args) if args.check else measure_speed(args)
+            parts["ids" if args.check else "speed"] = (
+                check_ids(args) if args.check else measure_speed(args)
+            )
         if args.num_comparisons:
             parts["opening"] = measure_opening(args)
     from benchmarks.common import environment, save, table
 
     for name, rows in parts.items():
         print(f"\n{name}\n{table(rows)}")
-    save(args.name, {**environment(), "cores": len(os.sched_getaffinity(0)), "tokenizer": args.tokenizer,
-                     "max_length": args.max_length, "load": os.getloadavg()[0], **parts})
+    save(
+        args.name,
+        {
+            **environment(),
+            "cores": len(os.sched_getaffinity(0)),
+            "tokenizer": args.tokenizer,
+            "max_length": args.max_length,
+            "load": os.getloadavg()[0],
+            **parts,
+        },
+    )
 
 
 if __name__ == "__main__":

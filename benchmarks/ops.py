@@ -1,10 +1,12 @@
-"""Each operator against eager torch and torch.compile: the same inputs, interleaved, the fastest of the rounds.
+"""Each operator against eager torch and torch.compile: the same inputs, interleaved, the fastest of
+the rounds.
 
     python benchmarks/ops.py --threads 2
     python benchmarks/ops.py --device cuda --output results/ops-h100.json
 
-Prints a table and writes JSON with device, versions, commit and command. Eager is the operator's ``_ref`` in plain
-torch; a time is that of one call including its dispatch. GB/s counts what must be read and written once.
+Prints a table and writes JSON with device, versions, commit and command. Eager is the operator's
+``_ref`` in plain torch; a time is that of one call including its dispatch. GB/s counts what must be
+read and written once.
 """
 
 from __future__ import annotations
@@ -53,16 +55,31 @@ class Case:
 
 
 # t tokens, h hidden, f MLP, a heads, g groups, d head size: SmolLM2-135M, and InternLM2-1.8B.
-MODELS = {"135M": dict(h=576, f=1536, a=9, g=3, d=64), "1.8B": dict(h=2048, f=8192, a=16, g=8, d=128)}
+MODELS = {
+    "135M": dict(h=576, f=1536, a=9, g=3, d=64),
+    "1.8B": dict(h=2048, f=8192, a=16, g=8, d=128),
+}
 
 
-def forward_and_backward(name: str, shape: str, dtype, num_bytes: tuple[int, int], forms: dict[str, Callable],
-                         inputs: tuple, wrt: tuple[int, ...]) -> list[Case]:
-    """Three cases: calls with grad enabled, backward alone through a kept graph, and one call with its backward (an
-    operator that makes its gradient on the way forward shifts work from the second into the first)."""
+def forward_and_backward(
+    name: str,
+    shape: str,
+    dtype,
+    num_bytes: tuple[int, int],
+    forms: dict[str, Callable],
+    inputs: tuple,
+    wrt: tuple[int, ...],
+) -> list[Case]:
+    """Three cases: calls with grad enabled, backward alone through a kept graph, and one call with
+    its backward (an operator that makes its gradient on the way forward shifts work from the
+    second into the first).
+    """
     import torch
 
-    inputs = tuple(x.requires_grad_(i in wrt) if isinstance(x, torch.Tensor) else x for i, x in enumerate(inputs))
+    inputs = tuple(
+        x.requires_grad_(i in wrt) if isinstance(x, torch.Tensor) else x
+        for i, x in enumerate(inputs)
+    )
     leaves = [inputs[i] for i in wrt]
     forward, backward, both = {}, {}, {}
     for form, op in forms.items():
@@ -70,7 +87,9 @@ def forward_and_backward(name: str, shape: str, dtype, num_bytes: tuple[int, int
         out = out[0] if isinstance(out, tuple) else out
         grad = torch.ones_like(out) if out.dim() == 0 else torch.randn_like(out)
         forward[form] = lambda op=op: op(*inputs)
-        backward[form] = lambda out=out, grad=grad: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+        backward[form] = lambda out=out, grad=grad: torch.autograd.grad(
+            out, leaves, grad, retain_graph=True
+        )
 
         def call_and_backward(op=op, grad=grad):
             out = op(*inputs)
@@ -78,20 +97,26 @@ def forward_and_backward(name: str, shape: str, dtype, num_bytes: tuple[int, int
 
         both[form] = call_and_backward
     label = str(dtype).removeprefix("torch.")
-    return [Case(name, shape, label, num_bytes[0], forward),
-            Case(f"{name} backward", shape, label, num_bytes[1], backward),
-            Case(f"{name} both", shape, label, sum(num_bytes), both)]
+    return [
+        Case(name, shape, label, num_bytes[0], forward),
+        Case(f"{name} backward", shape, label, num_bytes[1], backward),
+        Case(f"{name} both", shape, label, sum(num_bytes), both),
+    ]
 
 
 def cases(args: Args):
-    """Yields lists of cases, made when they are needed, so that one case's tensors are gone before the next."""
+    """Yields lists of cases, made when they are needed, so that one case's tensors are gone before
+    the next."""
     import torch
 
     from rmega import ops
 
     def forms(name: str, **options) -> dict[str, Callable]:
         native, reference = getattr(ops, name), getattr(ops, f"{name}_ref")
-        made = {"native": lambda *x: native(*x, **options), "eager": lambda *x: reference(*x, **options)}
+        made = {
+            "native": lambda *x: native(*x, **options),
+            "eager": lambda *x: reference(*x, **options),
+        }
         if args.compile:
             torch._dynamo.reset()
             made["compile"] = torch.compile(made["eager"], dynamic=False)
@@ -105,8 +130,15 @@ def cases(args: Args):
             rewards = torch.randn(2 * m, device=device)
             index = torch.arange(2 * m, device=device).view(m, 2).t().contiguous()
             margin, weight = torch.zeros(m, device=device), torch.ones(m, device=device)
-            yield forward_and_backward(f"pairwise_loss {options['loss']}", f"m={m}", rewards.dtype, (40 * m, 16 * m),
-                                       forms("pairwise_loss", **options), (rewards, *index, margin, weight), (0,))
+            yield forward_and_backward(
+                f"pairwise_loss {options['loss']}",
+                f"m={m}",
+                rewards.dtype,
+                (40 * m, 16 * m),
+                forms("pairwise_loss", **options),
+                (rewards, *index, margin, weight),
+                (0,),
+            )
     for model, size in MODELS.items():
         t, h, f, a, g, d = 8192 if cuda else 2048, *size.values()
         n = t // 128
@@ -117,23 +149,61 @@ def cases(args: Args):
                 return torch.randn(*shape, device=device).to(dtype)
 
             last = torch.arange(n, device=device) * 128 + 127
-            yield forward_and_backward("gather_last_token", f"{model} t={t} n={n}", dtype, (2 * n * h * e, t * h * e),
-                                       forms("gather_last_token"), (random(t, h), last), (0,))
+            yield forward_and_backward(
+                "gather_last_token",
+                f"{model} t={t} n={n}",
+                dtype,
+                (2 * n * h * e, t * h * e),
+                forms("gather_last_token"),
+                (random(t, h), last),
+                (0,),
+            )
             # Comparisons of 1,024 tokens: a prefix of 512, two responses of 256.
             starts = torch.arange(0, t, 1024)
-            segments = (torch.stack([starts] * 3, 1), torch.tensor([[0, 512, 512]]).expand(len(starts), 3),
-                        torch.stack([starts, starts + 512, starts + 768], 1),
-                        torch.tensor([[512, 256, 256]]).expand(len(starts), 3))
+            segments = (
+                torch.stack([starts] * 3, 1),
+                torch.tensor([[0, 512, 512]]).expand(len(starts), 3),
+                torch.stack([starts, starts + 512, starts + 768], 1),
+                torch.tensor([[512, 256, 256]]).expand(len(starts), 3),
+            )
             segments = tuple(x.reshape(-1).to(torch.int32).to(device) for x in segments)
             row = g * d * e
-            yield forward_and_backward("gather_prefix_kv", f"{model} t={t}", dtype, (4 * t * row, 3 * t * row),
-                                       forms("gather_prefix_kv"), (random(t, g, d), *segments, 2 * t), (0,))
-            yield forward_and_backward("rms_norm", f"{model} t={t}", dtype, (2 * t * h * e, 3 * t * h * e),
-                                       forms("rms_norm", eps=1e-5), (random(t, 1, h), random(h)), (0, 1))
-            yield forward_and_backward("swiglu", f"{model} t={t}", dtype, (3 * t * f * e, 5 * t * f * e),
-                                       forms("swiglu"), (random(t, 1, 2 * f),), (0,))
-            yield forward_and_backward("rope", f"{model} t={t}", dtype, (2 * t * a * d * e, 2 * t * a * d * e),
-                                       forms("rope"), (random(t, a, d), random(t, d // 2), random(t, d // 2)), (0,))
+            yield forward_and_backward(
+                "gather_prefix_kv",
+                f"{model} t={t}",
+                dtype,
+                (4 * t * row, 3 * t * row),
+                forms("gather_prefix_kv"),
+                (random(t, g, d), *segments, 2 * t),
+                (0,),
+            )
+            yield forward_and_backward(
+                "rms_norm",
+                f"{model} t={t}",
+                dtype,
+                (2 * t * h * e, 3 * t * h * e),
+                forms("rms_norm", eps=1e-5),
+                (random(t, 1, h), random(h)),
+                (0, 1),
+            )
+            yield forward_and_backward(
+                "swiglu",
+                f"{model} t={t}",
+                dtype,
+                (3 * t * f * e, 5 * t * f * e),
+                forms("swiglu"),
+                (random(t, 1, 2 * f),),
+                (0,),
+            )
+            yield forward_and_backward(
+                "rope",
+                f"{model} t={t}",
+                dtype,
+                (2 * t * a * d * e, 2 * t * a * d * e),
+                forms("rope"),
+                (random(t, a, d), random(t, d // 2), random(t, d // 2)),
+                (0,),
+            )
 
 
 def time_case(case: Case, args: Args) -> dict[str, list[float]]:
@@ -173,7 +243,9 @@ def provenance(args: Args) -> dict[str, object]:
     from rmega import ops
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent)
+        done = subprocess.run(
+            ["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent
+        )
         return done.stdout.strip()
 
     changed = " (changed)" if git("status", "--porcelain", "--", "../rmega", "../csrc") else ""
@@ -181,18 +253,32 @@ def provenance(args: Args) -> dict[str, object]:
     if args.device == "cuda":
         name = torch.cuda.get_device_name()
     elif cpuinfo.exists():
-        models = [line.split(":")[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line.split(":")[1]
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         name = models[0].strip() if models else name
-    return {"command": " ".join(["python", *sys.argv]), "commit": git("rev-parse", "HEAD") + changed,
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "device": name,
-            "threads": torch.get_num_threads(), "instructions": ops._C.elementwise_isa(),
-            "torch_instructions": torch.backends.cpu.get_cpu_capability(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}}
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": git("rev-parse", "HEAD") + changed,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "instructions": ops._C.elementwise_isa(),
+        "torch_instructions": torch.backends.cpu.get_cpu_capability(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+        },
+    }
 
 
 def keep_pages() -> None:
-    """Let the C library keep freed memory: else every tensor above 32 MB is given back and its pages are faulted in
-    anew at each call, which takes longer than any operator here, in every implementation alike."""
+    """Let the C library keep freed memory: else every tensor above 32 MB is given back and its
+    pages are faulted in anew at each call, which takes longer than any operator here, in every
+    implementation alike."""
     import ctypes
 
     if sys.platform == "linux":
@@ -214,8 +300,12 @@ def main(args: Args) -> int:
     keep_pages()
     torch.manual_seed(0)
     rows, forms = [], ("native", "eager", "compile") if args.compile else ("native", "eager")
-    print(f"{'operator':32}{'shape':18}{'dtype':10}" + "".join(f"{form + ' us':>12}" for form in forms)
-          + "".join(f"{form + ' x':>11}" for form in forms[1:]) + f"{'GB/s':>8}")
+    print(
+        f"{'operator':32}{'shape':18}{'dtype':10}"
+        + "".join(f"{form + ' us':>12}" for form in forms)
+        + "".join(f"{form + ' x':>11}" for form in forms[1:])
+        + f"{'GB/s':>8}"
+    )
     for group in cases(args):
         for case in group:
             if args.only not in case.name:
@@ -225,17 +315,31 @@ def main(args: Args) -> int:
             times = {form: min(values) for form, values in rounds.items()}
             ratio = {form: times[form] / times["native"] for form in forms[1:]}
             rate = case.num_bytes / times["native"] / 1e9
-            rows.append({"operator": case.name, "shape": case.shape, "dtype": case.dtype, "seconds": times,
-                         "median": {form: statistics.median(values) for form, values in rounds.items()},
-                         "ratio": ratio, "gb_per_s": rate})
-            print(f"{case.name:32}{case.shape:18}{case.dtype:10}"
-                  + "".join(f"{seconds * 1e6:12.1f}" for seconds in times.values())
-                  + "".join(f"{value:11.2f}" for value in ratio.values()) + f"{rate:8.1f}", flush=True)
+            rows.append(
+                {
+                    "operator": case.name,
+                    "shape": case.shape,
+                    "dtype": case.dtype,
+                    "seconds": times,
+                    "median": {form: statistics.median(values) for form, values in rounds.items()},
+                    "ratio": ratio,
+                    "gb_per_s": rate,
+                }
+            )
+            print(
+                f"{case.name:32}{case.shape:18}{case.dtype:10}"
+                + "".join(f"{seconds * 1e6:12.1f}" for seconds in times.values())
+                + "".join(f"{value:11.2f}" for value in ratio.values())
+                + f"{rate:8.1f}",
+                flush=True,
+            )
     slower = [row for row in rows if min(row["ratio"].values()) < 1]
     print(f"\n{len(rows)} rows; native is slower than eager or compiled torch in {len(slower)}:")
     for row in slower:
-        print(f"  {row['operator']} {row['shape']} {row['dtype']}: "
-              + ", ".join(f"{form} {ratio:.2f}x" for form, ratio in row["ratio"].items()))
+        print(
+            f"  {row['operator']} {row['shape']} {row['dtype']}: "
+            + ", ".join(f"{form} {ratio:.2f}x" for form, ratio in row["ratio"].items())
+        )
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps({**provenance(args), "rows": rows}, indent=1) + "\n")

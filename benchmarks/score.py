@@ -1,13 +1,15 @@
-"""Rate of scoring: the path of tools/score.py against a padded loop of plain transformers, on the same conversations.
+"""Rate of scoring: the path of tools/score.py against a padded loop of plain transformers, on the
+same conversations.
 
     python benchmarks/score.py --model SMOLLM2 --data HH.jsonl.gz ULTRAFEEDBACK.jsonl.gz
 
-The loops of transformers: AutoModelForSequenceClassification, batches of --batch-size conversations padded to the
-longest, once in the order of the file and once sorted by length. Every mode starts from messages and ends with rewards
-(chat template and tokenizer included), in the same dtype, with the same threads and the same weights; modes take turns
-within each repeat, and the rewards of all modes are compared. "cpu ratio" is the same ratio in seconds of CPU instead
-of seconds of the clock, to judge a measurement on a machine with other work. A folder that is no reward model gets a
-random head.
+The loops of transformers: AutoModelForSequenceClassification, batches of --batch-size conversations
+padded to the longest, once in the order of the file and once sorted by length. Every mode starts
+from messages and ends with rewards (chat template and tokenizer included), in the same dtype, with
+the same threads and the same weights; modes take turns within each repeat, and the rewards of all
+modes are compared. "cpu ratio" is the same ratio in seconds of CPU instead of seconds of the clock,
+to judge a measurement on a machine with other work. A folder that is no reward model gets a random
+head.
 """
 
 from __future__ import annotations
@@ -64,7 +66,9 @@ def with_head(source: str, folder: str) -> str:
     if "LlamaForSequenceClassification" in (config.get("architectures") or []):
         return source
     torch.manual_seed(0)
-    model = LlamaForSequenceClassification.from_pretrained(source, num_labels=1, dtype=torch.float32)
+    model = LlamaForSequenceClassification.from_pretrained(
+        source, num_labels=1, dtype=torch.float32
+    )
     torch.nn.init.normal_(model.score.weight, std=0.02)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
@@ -80,16 +84,29 @@ class Padded:
         self.model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval()
         self.model.config.pad_token_id = tokenizer.pad_token_id
         self.tokenizer, self.reward_token_id = tokenizer.tokenizer, tokenizer.reward_token_id
-        self.pad, self.template, self.batch_size = tokenizer.pad_token_id, tokenizer.template, batch_size
+        self.pad, self.template, self.batch_size = (
+            tokenizer.pad_token_id,
+            tokenizer.template,
+            batch_size,
+        )
         self.tokens = 0
 
     def score(self, conversations: list, by_length: bool) -> list[float]:
         import torch
 
         self.tokens = 0
-        texts = self.tokenizer.apply_chat_template(conversations, chat_template=self.template, tokenize=False)
-        ids = [row + [self.reward_token_id] for row in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i])) if by_length else list(range(len(ids)))
+        texts = self.tokenizer.apply_chat_template(
+            conversations, chat_template=self.template, tokenize=False
+        )
+        ids = [
+            row + [self.reward_token_id]
+            for row in self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ]
+        order = (
+            sorted(range(len(ids)), key=lambda i: len(ids[i]))
+            if by_length
+            else list(range(len(ids)))
+        )
         rewards = [0.0] * len(ids)
         for start in range(0, len(order), self.batch_size):
             numbers = order[start : start + self.batch_size]
@@ -100,7 +117,9 @@ class Padded:
                 tokens[row, : len(ids[i])] = torch.tensor(ids[i])
                 mask[row, : len(ids[i])] = 1
             with torch.inference_mode():
-                logits = self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, 0]
+                logits = self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[
+                    :, 0
+                ]
             for i, reward in zip(numbers, logits.tolist(), strict=True):
                 rewards[i] = reward
             self.tokens += tokens.numel()
@@ -116,8 +135,11 @@ class Packed:
     def score(self, rows: list) -> list[float]:
         from rmega.scoring.batch import score_rows, windows
 
-        results = [r for w in windows(((row, None) for row in rows), self.max_tokens)
-                   for r in score_rows(self.scorer, w.rows)]
+        results = [
+            r
+            for w in windows(((row, None) for row in rows), self.max_tokens)
+            for r in score_rows(self.scorer, w.rows)
+        ]
         return [reward for result in results for reward in result.rewards]
 
     def computed(self, rows: list) -> int:
@@ -129,9 +151,16 @@ class Packed:
 
         total = 0
         for window in windows(((row, None) for row in rows), self.max_tokens):
-            ids = [np.asarray(self.scorer.encode(c, row.tools), np.int32) for row in window.rows
-                   for c in row.conversations]
-            parts = [p for g in group_by_prefix(ids) for p in _parts([ids[i] for i in g], self.max_tokens)]
+            ids = [
+                np.asarray(self.scorer.encode(c, row.tools), np.int32)
+                for row in window.rows
+                for c in row.conversations
+            ]
+            parts = [
+                p
+                for g in group_by_prefix(ids)
+                for p in _parts([ids[i] for i in g], self.max_tokens)
+            ]
             total += sum(len(p.prefix) + sum(map(len, p.suffixes)) for p in parts)
         return total
 
@@ -152,18 +181,30 @@ def main(args: Args) -> int:
         scorer = load_scorer(folder, dtype=args.dtype, max_tokens=args.max_tokens)
         padded = Padded(folder, scorer.tokenizer, DTYPES[args.dtype], args.batch_size)
     packed = Packed(scorer, args.max_tokens)
-    result: dict[str, Any] = {"environment": environment(), "arguments": dataclasses.asdict(args), "files": {}}
+    result: dict[str, Any] = {
+        "environment": environment(),
+        "arguments": dataclasses.asdict(args),
+        "files": {},
+    }
     for source in resolve(list(args.data), flag="--data"):
         rows = [row for row, _ in read_rows([source]) if row.error is None]
-        rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), min(args.rows, len(rows))))]
+        rows = [
+            rows[i]
+            for i in sorted(random.Random(0).sample(range(len(rows)), min(args.rows, len(rows))))
+        ]
         conversations = list(itertools.chain.from_iterable(row.conversations for row in rows))
-        run = {"file order": lambda c=conversations: padded.score(c, False),
-               "sorted": lambda c=conversations: padded.score(c, True), "rmega": lambda r=rows: packed.score(r)}
+        run = {
+            "file order": lambda c=conversations: padded.score(c, False),
+            "sorted": lambda c=conversations: padded.score(c, True),
+            "rmega": lambda r=rows: packed.score(r),
+        }
         times: dict[str, list[float]] = {mode: [] for mode in args.modes}
         cpu: dict[str, list[float]] = {mode: [] for mode in args.modes}
         rewards: dict[str, list[float]] = {}
         tokens: dict[str, int] = {}
-        padded.score(conversations[: args.batch_size], False)  # memory is touched, kernels are chosen
+        padded.score(
+            conversations[: args.batch_size], False
+        )  # memory is touched, kernels are chosen
         packed.score(rows[: args.batch_size // 2])
         for _ in range(args.repeats):
             for mode in args.modes:
@@ -176,16 +217,32 @@ def main(args: Args) -> int:
         lines = []
         for mode in args.modes:
             ratios = [a / b for a, b in zip(times[first], times[mode], strict=True)]
-            lines.append({
-                "mode": "rmega" if mode == "rmega" else f"transformers, {mode}",
-                "conversations/s": len(conversations) / statistics.median(times[mode]),
-                "tokens computed": tokens[mode], "ratio": statistics.median(ratios),
-                "ratio min": min(ratios), "ratio max": max(ratios),
-                "cpu ratio": statistics.median(a / b for a, b in zip(cpu[first], cpu[mode], strict=True)),
-                "max difference": max(abs(a - b) for a, b in zip(rewards[first], rewards[mode], strict=True))})
-        print(f"\n{source.label}: {len(rows)} rows, {len(conversations)} conversations, {args.repeats} repeats, "
-              f"{args.dtype}, {torch.get_num_threads()} threads\n{table(lines)}")
-        result["files"][source.label] = {"conversations": len(conversations), "modes": lines, "seconds": times}
+            lines.append(
+                {
+                    "mode": "rmega" if mode == "rmega" else f"transformers, {mode}",
+                    "conversations/s": len(conversations) / statistics.median(times[mode]),
+                    "tokens computed": tokens[mode],
+                    "ratio": statistics.median(ratios),
+                    "ratio min": min(ratios),
+                    "ratio max": max(ratios),
+                    "cpu ratio": statistics.median(
+                        a / b for a, b in zip(cpu[first], cpu[mode], strict=True)
+                    ),
+                    "max difference": max(
+                        abs(a - b) for a, b in zip(rewards[first], rewards[mode], strict=True)
+                    ),
+                }
+            )
+        print(
+            f"\n{source.label}: {len(rows)} rows, {len(conversations)} conversations,"
+            f" {args.repeats} repeats, {args.dtype}, {torch.get_num_threads()}"
+            f" threads\n{table(lines)}"
+        )
+        result["files"][source.label] = {
+            "conversations": len(conversations),
+            "modes": lines,
+            "seconds": times,
+        }
     save(args.name, result)
     return 0
 

@@ -2,10 +2,10 @@
 
     python benchmarks/train.py --hf-model MODEL --data-path PREFIX --precision bf16
 
-Rows: padded (what a trainer computes that pads batches of --batch-size comparisons to their longest response), packed,
-+ prefix, + last layer, + fusion (rmega's operators instead of plain torch). What the exact savings gain by themselves
-is asked with --modes "packed, fused" "+prefix, fused" "+fusion". Modes take turns within each repeat, so the ratios
-hold on a machine whose speed drifts.
+Rows: padded (what a trainer computes that pads batches of --batch-size comparisons to their longest
+response), packed, + prefix, + last layer, + fusion (rmega's operators instead of plain torch). What
+the exact savings gain by themselves is asked with --modes "packed, fused" "+prefix, fused"
+"+fusion". Modes take turns within each repeat, so the ratios hold on a machine whose speed drifts.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ class Args:
     data_path: str | None = None
     """Prefix of a dataset. Without it: --lengths are drawn."""
     lengths: Literal["ultrafeedback", "hh"] = "ultrafeedback"
-    """Distribution of random comparisons: log-normal around the means of shared/README-like statistics (InternLM2
-    tokens: UltraFeedback prompt 114, response 369; HH prompt 169, response 66)."""
+    """Distribution of random comparisons: log-normal around the means of shared/README-like
+    statistics (InternLM2 tokens: UltraFeedback prompt 114, response 369; HH prompt 169, response
+    66)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format."""
     batch_size: int = 4
@@ -58,20 +59,39 @@ class Args:
 
 
 SHAPES = {
-    "internlm2-1.8b": dict(num_layers=24, hidden_size=2048, ffn_hidden_size=8192, num_attention_heads=16,
-                           num_query_groups=8, head_dim=128, vocab_size=92544),
-    "tiny-1024": dict(num_layers=12, hidden_size=1024, ffn_hidden_size=4096, num_attention_heads=16,
-                      num_query_groups=8, head_dim=64, vocab_size=8192),
+    "internlm2-1.8b": dict(
+        num_layers=24,
+        hidden_size=2048,
+        ffn_hidden_size=8192,
+        num_attention_heads=16,
+        num_query_groups=8,
+        head_dim=128,
+        vocab_size=92544,
+    ),
+    "tiny-1024": dict(
+        num_layers=12,
+        hidden_size=1024,
+        ffn_hidden_size=4096,
+        num_attention_heads=16,
+        num_query_groups=8,
+        head_dim=64,
+        vocab_size=8192,
+    ),
 }
 # dense bf16 and fp16 TFLOP/s of NVIDIA's data sheets (SXM)
 PEAKS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
 # mean prompt and response tokens; log-normal with these standard deviations of the logarithm
 LENGTHS = {"ultrafeedback": ((114, 0.9), (369, 0.7)), "hh": ((169, 0.9), (66, 0.9))}
-SWITCHES = {"padded": (False, False, "reference"), "packed": (False, False, "reference"),
-            "+prefix": (True, False, "reference"), "+last layer": (True, True, "reference"),
-            "+fusion": (True, True, "auto"),
-            # the exact savings alone, all with the same operators
-            "packed, fused": (False, False, "auto"), "+prefix, fused": (True, False, "auto")}
+SWITCHES = {
+    "padded": (False, False, "reference"),
+    "packed": (False, False, "reference"),
+    "+prefix": (True, False, "reference"),
+    "+last layer": (True, True, "reference"),
+    "+fusion": (True, True, "auto"),
+    # the exact savings alone, all with the same operators
+    "packed, fused": (False, False, "auto"),
+    "+prefix, fused": (True, False, "auto"),
+}
 
 
 def draw(kind: str, count: int, vocab: int, longest: int = 2048) -> list:
@@ -84,26 +104,48 @@ def draw(kind: str, count: int, vocab: int, longest: int = 2048) -> list:
     def length(mean: float, sigma: float) -> int:
         return int(np.clip(rng.lognormal(np.log(mean) - sigma**2 / 2, sigma), 4, longest))
 
-    return [StoredComparison(prefix=rng.integers(10, vocab, length(prompt, ps), dtype=np.int32),
-                             suffixes=[rng.integers(10, vocab, length(response, rs), dtype=np.int32) for _ in range(2)],
-                             scores=np.array([1.0, 0.0], np.float32), graded=False, source="random")
-            for _ in range(count)]
+    return [
+        StoredComparison(
+            prefix=rng.integers(10, vocab, length(prompt, ps), dtype=np.int32),
+            suffixes=[
+                rng.integers(10, vocab, length(response, rs), dtype=np.int32) for _ in range(2)
+            ],
+            scores=np.array([1.0, 0.0], np.float32),
+            graded=False,
+            source="random",
+        )
+        for _ in range(count)
+    ]
 
 
 def padded(comparisons: list) -> list:
-    """The same comparisons as a padding trainer sees them: not shared, every response as long as the longest."""
+    """The same comparisons as a padding trainer sees them: not shared, every response as long as
+    the longest."""
     longest = max(len(c.prefix) + len(s) for c in comparisons for s in c.suffixes)
     none = np.zeros(0, np.int32)
     whole = [[np.concatenate([c.prefix, s]) for s in c.suffixes] for c in comparisons]
-    return [dataclasses.replace(c, prefix=none, suffixes=[np.pad(s, (0, longest - len(s))) for s in row])
-            for c, row in zip(comparisons, whole, strict=True)]
+    return [
+        dataclasses.replace(
+            c, prefix=none, suffixes=[np.pad(s, (0, longest - len(s))) for s in row]
+        )
+        for c, row in zip(comparisons, whole, strict=True)
+    ]
 
 
 class Mode:
     """One row of the table: its model, its packs, its times."""
 
-    def __init__(self, name: str, args: Args, geometry, batches: list[list], dtype: torch.dtype, device) -> None:
-        from rmega.config import DataArgs, ModelArgs, OptimizerArgs, ParallelArgs, TrainArgs, TrainingConfig
+    def __init__(
+        self, name: str, args: Args, geometry, batches: list[list], dtype: torch.dtype, device
+    ) -> None:
+        from rmega.config import (
+            DataArgs,
+            ModelArgs,
+            OptimizerArgs,
+            ParallelArgs,
+            TrainArgs,
+            TrainingConfig,
+        )
         from rmega.data.balance import CostModel, balanced_bins
         from rmega.data.packing import pack
         from rmega.models.hf import load_hf
@@ -113,14 +155,21 @@ class Mode:
         self.prune = prune
         self.config = TrainingConfig(
             model=ModelArgs(hf_model=args.hf_model or args.shape, prune_last_layer=prune),
-            data=DataArgs(data_path=()), train=TrainArgs(train_steps=10**6), optimizer=OptimizerArgs(lr=1e-6),
-            parallel=ParallelArgs(recompute=args.recompute))
+            data=DataArgs(data_path=()),
+            train=TrainArgs(train_steps=10**6),
+            optimizer=OptimizerArgs(lr=1e-6),
+            parallel=ParallelArgs(recompute=args.recompute),
+        )
         chunks = train.build_model(self.config, geometry, dtype=dtype, device=device)
         if args.hf_model:
             load_hf(chunks[0], args.hf_model, geometry)
         else:
             for parameter in chunks[0].parameters():
-                torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else torch.nn.init.ones_(parameter)
+                (
+                    torch.nn.init.normal_(parameter, std=0.02)
+                    if parameter.ndim > 1
+                    else torch.nn.init.ones_(parameter)
+                )
         self.wrapped = train.wrap_model(chunks, self.config)
         self.optimizer, _ = train.build_optimizer(self.wrapped, self.config, 10**6)
         cost = CostModel.of(geometry)
@@ -130,11 +179,22 @@ class Mode:
             sizes = [(len(c.prefix), [len(s) for s in c.suffixes]) for c in batch]
             if not share:
                 sizes = [(0, [p + x for x in s]) for p, s in sizes]
-            bins = balanced_bins([p + sum(s) for p, s in sizes], [cost(p, s) for p, s in sizes], num_ranks=1,
-                                 capacity=args.max_tokens)[0]
-            self.packs.append([pack([batch[i] for i in b], share_prefix=share).to(device) for b in bins])
-        self.flops = [sum(step_flops(geometry, p.segments, p.pooled_segments, prune_last_layer=prune) for p in packs)
-                      for packs in self.packs]
+            bins = balanced_bins(
+                [p + sum(s) for p, s in sizes],
+                [cost(p, s) for p, s in sizes],
+                num_ranks=1,
+                capacity=args.max_tokens,
+            )[0]
+            self.packs.append(
+                [pack([batch[i] for i in b], share_prefix=share).to(device) for b in bins]
+            )
+        self.flops = [
+            sum(
+                step_flops(geometry, p.segments, p.pooled_segments, prune_last_layer=prune)
+                for p in packs
+            )
+            for packs in self.packs
+        ]
         self.tokens = sum(p.num_tokens for packs in self.packs for p in packs)
         self.times: list[float] = []
 
@@ -143,7 +203,9 @@ class Mode:
         from rmega.training import train
 
         ops.set_implementation(self.implementation)
-        train.train_step(self.wrapped, self.optimizer, self.packs[i], self.config.loss, len(self.packs[i]))
+        train.train_step(
+            self.wrapped, self.optimizer, self.packs[i], self.config.loss, len(self.packs[i])
+        )
 
     def run(self, device) -> None:
         start = clock(device)
@@ -165,16 +227,25 @@ def main(argv: list[str] | None = None) -> int:
     if args.hf_model:
         geometry, _ = read_geometry(args.hf_model)
     else:
-        geometry = Geometry(family="internlm2", max_position_embeddings=32768, norm_eps=1e-5, rope_theta=1e6,
-                            **SHAPES[args.shape])
+        geometry = Geometry(
+            family="internlm2",
+            max_position_embeddings=32768,
+            norm_eps=1e-5,
+            rope_theta=1e6,
+            **SHAPES[args.shape],
+        )
     count = args.batch_size * args.steps
     if args.data_path:
         dataset = open_preferences(args.data_path)
-        spread = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)  # the first are no sample of it
+        spread = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(
+            int
+        )  # the first are no sample of it
         comparisons = [dataset.get(int(i)) for i in spread]
     else:
         comparisons = draw(args.lengths, count, geometry.vocab_size)
-    batches = [comparisons[i : i + args.batch_size] for i in range(0, len(comparisons), args.batch_size)]
+    batches = [
+        comparisons[i : i + args.batch_size] for i in range(0, len(comparisons), args.batch_size)
+    ]
     print(f"{chosen.description}; {len(comparisons)} comparisons in steps of {args.batch_size}")
     on_cuda = device.type == "cuda"
     modes: list[Mode] = []
@@ -204,10 +275,16 @@ def main(argv: list[str] | None = None) -> int:
     for mode in modes:
         median = statistics.median(mode.times)
         ratios = [a / b for a, b in zip(modes[0].times, mode.times, strict=True)]
-        row = {"mode": mode.name, "pairs/s": len(comparisons) / median, "real tokens": real,
-               "computed tokens": mode.tokens, "TFLOP/s": sum(mode.flops) / median / 1e12,
-               "of matmul rate": sum(mode.flops) / median / rate, f"x {modes[0].name}": statistics.median(ratios),
-               "spread": f"{min(ratios):.2f}-{max(ratios):.2f}"}
+        row = {
+            "mode": mode.name,
+            "pairs/s": len(comparisons) / median,
+            "real tokens": real,
+            "computed tokens": mode.tokens,
+            "TFLOP/s": sum(mode.flops) / median / 1e12,
+            "of matmul rate": sum(mode.flops) / median / rate,
+            f"x {modes[0].name}": statistics.median(ratios),
+            "spread": f"{min(ratios):.2f}-{max(ratios):.2f}",
+        }
         if on_cuda:
             row["peak MB"] = peaks[mode.name]
             name = torch.cuda.get_device_name(device)
@@ -216,8 +293,16 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(row)
     print(table(rows))
     print(f"matmul rate {rate / 1e12:.3g} TFLOP/s in the same process")
-    save(args.name, {"environment": environment(device), "precision": chosen.description, "matmul_flops": rate,
-                     "peak_mb_of_process": memory_mb(), "rows": rows})
+    save(
+        args.name,
+        {
+            "environment": environment(device),
+            "precision": chosen.description,
+            "matmul_flops": rate,
+            "peak_mb_of_process": memory_mb(),
+            "rows": rows,
+        },
+    )
     if args.profile:
         profile(modes[-1], device)
     distributed.finish()
@@ -233,7 +318,11 @@ def profile(mode: Mode, device, by_shape: bool = False) -> None:
     with record(activities=activities, record_shapes=True) as trace:
         mode.step(0)
     key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(trace.key_averages(group_by_input_shape=by_shape).table(sort_by=key, row_limit=40, max_name_column_width=60))
+    print(
+        trace.key_averages(group_by_input_shape=by_shape).table(
+            sort_by=key, row_limit=40, max_name_column_width=60
+        )
+    )
 
 
 if __name__ == "__main__":

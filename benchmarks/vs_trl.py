@@ -3,14 +3,15 @@
     pip install 'rmega[trl]'
     python benchmarks/vs_trl.py --hf-model MODEL --data FILE.jsonl --precision bf16
 
-Each side trains in a process of its own, the two in turn, --repeats times. Both see the same comparisons in the same
-steps of --batch-size, truncate to --max-length, make one AdamW step per batch, and keep all activations. The first
---warmup steps are not counted. TRL runs as its users get it: padded batches, fused AdamW, and in bf16 its default of
-autocast over fp32 weights; --trl-pure-bf16 holds its weights and optimizer state in bf16 instead.
+Each side trains in a process of its own, the two in turn, --repeats times. Both see the same
+comparisons in the same steps of --batch-size, truncate to --max-length, make one AdamW step per
+batch, and keep all activations. The first --warmup steps are not counted. TRL runs as its users get
+it: padded batches, fused AdamW, and in bf16 its default of autocast over fp32 weights;
+--trl-pure-bf16 holds its weights and optimizer state in bf16 instead.
 
-What padding and repeated prompts cost depends on the comparisons, and a few steps are a small sample: of 200 seeded
-draws from the whole file the one is taken whose ratio of padded to shared tokens is nearest to that of the file in
-random batches. Both ratios are printed.
+What padding and repeated prompts cost depends on the comparisons, and a few steps are a small
+sample: of 200 seeded draws from the whole file the one is taken whose ratio of padded to shared
+tokens is nearest to that of the file in random batches. Both ratios are printed.
 """
 
 from __future__ import annotations
@@ -91,25 +92,35 @@ def encode(rows: list[dict], args: Args) -> list:
     from rmega.preferences.tokenizer import PairTokenizer
 
     tokenizer = PairTokenizer.load(args.hf_model, max_length=args.max_length)
-    return [tokenizer.encode_comparison(Comparison(prompt=row["prompt"], responses=[row["chosen"], row["rejected"]],
-                                                   scores=[1.0, 0.0])) for row in rows]
+    return [
+        tokenizer.encode_comparison(
+            Comparison(
+                prompt=row["prompt"], responses=[row["chosen"], row["rejected"]], scores=[1.0, 0.0]
+            )
+        )
+        for row in rows
+    ]
 
 
 def draw(args: Args) -> tuple[list[dict], float, float]:
-    """A sample that is like its file: the rows in the order of steps; padded over shared tokens of the steps that
-    count, and of the file in random batches."""
+    """A sample that is like its file: the rows in the order of steps; padded over shared tokens of
+    the steps that count, and of the file in random batches."""
     import numpy as np
 
     rows, skip = read_rows(args.data), args.batch_size * args.warmup
     count = skip + args.batch_size * args.steps
     if len(rows) < count:
-        raise ValueError(f"--data {args.data}: {len(rows)} rows are too few for {args.steps + args.warmup} steps")
+        raise ValueError(
+            f"--data {args.data}: {len(rows)} rows are too few for {args.steps + args.warmup} steps"
+        )
     encoded = encode(rows, args)
     shared = np.array([len(e.prefix) + sum(map(len, e.suffixes)) for e in encoded])
     longest = np.array([len(e.prefix) + max(map(len, e.suffixes)) for e in encoded])
 
     def ratio(order) -> float:
-        batches = order[: len(order) // args.batch_size * args.batch_size].reshape(-1, args.batch_size)
+        batches = order[: len(order) // args.batch_size * args.batch_size].reshape(
+            -1, args.batch_size
+        )
         return 2 * args.batch_size * longest[batches].max(1).sum() / shared[batches].sum()
 
     rng = np.random.default_rng(0)
@@ -145,13 +156,27 @@ def run_trl(args: Args) -> list[float]:
     pure = args.precision == "bf16" and args.trl_pure_bf16
     with tempfile.TemporaryDirectory() as folder:
         config = RewardConfig(
-            output_dir=folder, per_device_train_batch_size=args.batch_size, max_steps=args.steps + args.warmup,
-            max_length=args.max_length, gradient_checkpointing=False, bf16=args.precision == "bf16" and not pure,
-            learning_rate=1e-6, logging_steps=10**6, save_strategy="no", report_to="none", use_cpu=True,
-            dataloader_pin_memory=False, disable_tqdm=True,
-            model_init_kwargs={"dtype": "bfloat16" if pure else "float32", "num_labels": 1})
-        InOrder(args.hf_model, args=config, train_dataset=Dataset.from_list(read_rows(args.sample)),
-                callbacks=[Stamps()]).train()
+            output_dir=folder,
+            per_device_train_batch_size=args.batch_size,
+            max_steps=args.steps + args.warmup,
+            max_length=args.max_length,
+            gradient_checkpointing=False,
+            bf16=args.precision == "bf16" and not pure,
+            learning_rate=1e-6,
+            logging_steps=10**6,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+            model_init_kwargs={"dtype": "bfloat16" if pure else "float32", "num_labels": 1},
+        )
+        InOrder(
+            args.hf_model,
+            args=config,
+            train_dataset=Dataset.from_list(read_rows(args.sample)),
+            callbacks=[Stamps()],
+        ).train()
     return [b - a for a, b in zip(Stamps.times, Stamps.times[1:], strict=False)]
 
 
@@ -172,21 +197,32 @@ def run_rmega(args: Args) -> list[float]:
     torch.set_float32_matmul_precision(args.matmul_precision)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
     geometry, _ = read_geometry(args.hf_model)
-    config = TrainingConfig(model=ModelArgs(hf_model=args.hf_model), data=DataArgs(data_path=()),
-                            loss=LossArgs(loss="ranking", penalty="none"), train=TrainArgs(train_steps=10**6),
-                            optimizer=OptimizerArgs(lr=1e-6))
+    config = TrainingConfig(
+        model=ModelArgs(hf_model=args.hf_model),
+        data=DataArgs(data_path=()),
+        loss=LossArgs(loss="ranking", penalty="none"),
+        train=TrainArgs(train_steps=10**6),
+        optimizer=OptimizerArgs(lr=1e-6),
+    )
     chunks = train.build_model(config, geometry, dtype=dtype, device=device)
     load_hf(chunks[0], args.hf_model, geometry)
     wrapped = train.wrap_model(chunks, config)
     optimizer, _ = train.build_optimizer(wrapped, config, 10**6)
-    stored = [StoredComparison(e.prefix, e.suffixes, np.array([1, 0], np.float32), False, "")
-              for e in encode(read_rows(args.sample), args)]
+    stored = [
+        StoredComparison(e.prefix, e.suffixes, np.array([1, 0], np.float32), False, "")
+        for e in encode(read_rows(args.sample), args)
+    ]
     cost, times = CostModel.of(geometry), []
     for start in range(0, len(stored), args.batch_size):
         begun = time.perf_counter()
         batch = stored[start : start + args.batch_size]
         sizes = [(len(c.prefix), [len(s) for s in c.suffixes]) for c in batch]
-        bins = balanced_bins([p + sum(s) for p, s in sizes], [cost(p, s) for p, s in sizes], num_ranks=1, capacity=8192)
+        bins = balanced_bins(
+            [p + sum(s) for p, s in sizes],
+            [cost(p, s) for p, s in sizes],
+            num_ranks=1,
+            capacity=8192,
+        )
         packs = [pack([batch[i] for i in b]) for b in bins[0]]
         train.train_step(wrapped, optimizer, packs, config.loss, len(batch))
         times.append(time.perf_counter() - begun)
@@ -205,14 +241,26 @@ def main(argv: list[str] | None = None) -> int:
     if find_spec("trl") is None:
         raise ValueError("trl is not installed (pip install 'rmega[trl]')")
     rows, sampled, of_file = draw(args)
-    print(f"padded over shared tokens: {sampled:.2f} in the {args.batch_size * args.steps} comparisons that count, "
-          f"{of_file:.2f} in the file")
+    print(
+        f"padded over shared tokens: {sampled:.2f} in the {args.batch_size * args.steps}"
+        f" comparisons that count, {of_file:.2f} in the file"
+    )
     folder = tempfile.TemporaryDirectory()
     sample = Path(folder.name, "sample.jsonl")
     sample.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    base = [sys.executable, __file__, *(argv if argv is not None else sys.argv[1:]), "--sample", str(sample)]
-    env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false",
-           "PYTHONPATH": str(Path(__file__).parents[1])}
+    base = [
+        sys.executable,
+        __file__,
+        *(argv if argv is not None else sys.argv[1:]),
+        "--sample",
+        str(sample),
+    ]
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(args.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
     totals: dict[str, list[float]] = {"trl": [], "rmega": []}
     for _ in range(args.repeats):
         for side in totals:
@@ -221,16 +269,31 @@ def main(argv: list[str] | None = None) -> int:
             if line is None:
                 raise ValueError(f"{side} failed:\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
             totals[side].append(sum(json.loads(line[6:])))
-            print(f"{side}: {args.batch_size * args.steps / totals[side][-1]:.3f} pairs/s", flush=True)
+            print(
+                f"{side}: {args.batch_size * args.steps / totals[side][-1]:.3f} pairs/s", flush=True
+            )
     pairs = args.batch_size * args.steps
     ratios = [a / b for a, b in zip(totals["trl"], totals["rmega"], strict=True)]
     folder.cleanup()
-    rows = [{"side": side, "pairs/s": pairs / statistics.median(times)} for side, times in totals.items()]
+    rows = [
+        {"side": side, "pairs/s": pairs / statistics.median(times)}
+        for side, times in totals.items()
+    ]
     print(table(rows))
-    print(f"rmega over TRL: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    save(args.name, {"environment": {**environment(), "threads": args.threads}, "settings": dataclasses.asdict(args),
-                     "padded_over_shared_tokens": {"sample": sampled, "file": of_file}, "rows": rows,
-                     "ratio": statistics.median(ratios), "ratios": ratios})
+    print(
+        f"rmega over TRL: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    )
+    save(
+        args.name,
+        {
+            "environment": {**environment(), "threads": args.threads},
+            "settings": dataclasses.asdict(args),
+            "padded_over_shared_tokens": {"sample": sampled, "file": of_file},
+            "rows": rows,
+            "ratio": statistics.median(ratios),
+            "ratios": ratios,
+        },
+    )
     return 0
 
 

@@ -1,4 +1,5 @@
-"""The last page of the quick start: what was reached, how fast, where it lies and what to try next."""
+"""The last page of the quick start: what was reached, how fast, where it lies and what to try
+next."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ import shlex
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also from a checkout that is not installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # also from a checkout that is not installed
 
 from rmega.cli import parse_args, run_tool  # noqa: E402
 
@@ -26,7 +29,10 @@ class Args:
 def table(rows: list[tuple[str, ...]]) -> str:
     """Columns as wide as their longest cell; the first row is the head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
     rule = "-" * max(map(len, lines))
     return "\n".join([rule, lines[0], rule, *lines[1:], rule])
 
@@ -55,32 +61,51 @@ def summary(rows: list[dict], output: Path, seconds: float) -> str:
     spent = sum(row["num_pairs"] / row["pairs_per_second"] for row in training)
     tokens = sum(row["num_tokens"] for row in training)
     last = training[-1]
-    lines = [table(cells), "in brackets: 95 % interval (Wilson); a new head starts at zero, where every pair is a tie"]
-    lines += [f"{label:<10} {text}" for label, text in (
-        ("speed", f"{pairs / spent:.2f} pairs/s, {tokens / spent:,.0f} tokens/s over "
-                  f"{last['step']} step{'s' * (last['step'] != 1)}"),
-        ("time", f"{clock(spent)} of training, {clock(seconds)} in all after the set-up"),
-        ("log", f"{output}/run/metrics.jsonl"),
-        ("checkpoint", f"{output}/run/iter_{last['step']:07d}"),
-        ("model", f"{output}/export (Hugging Face folder)"))]
+    lines = [
+        table(cells),
+        "in brackets: 95 % interval (Wilson); a new head starts at zero, where every pair is a tie",
+    ]
+    lines += [
+        f"{label:<10} {text}"
+        for label, text in (
+            (
+                "speed",
+                (
+                    f"{pairs / spent:.2f} pairs/s, {tokens / spent:,.0f} tokens/s over "
+                    f"{last['step']} step{'s' * (last['step'] != 1)}"
+                ),
+            ),
+            ("time", f"{clock(spent)} of training, {clock(seconds)} in all after the set-up"),
+            ("log", f"{output}/run/metrics.jsonl"),
+            ("checkpoint", f"{output}/run/iter_{last['step']:07d}"),
+            ("model", f"{output}/export (Hugging Face folder)"),
+        )
+    ]
     for name, found in evaluations.items():
         if found[-1]["accuracy_low"] <= 0.5:
-            lines.append(f"The interval of {name} reaches down to 0.5: what was learned may be chance. Train longer "
-                         "(--epochs), on more data, or hold out more.")
+            lines.append(
+                f"The interval of {name} reaches down to 0.5: what was learned may be chance. Train"
+                " longer (--epochs), on more data, or hold out more."
+            )
     return "\n".join(lines)
 
 
 def next_commands(output: Path, python: str) -> str:
     python = shlex.quote(python)
-    return "\n".join([
-        "Next:",
-        "  score your own conversations, lines of {\"messages\": [...]} or of any preference schema:",
-        f"    {python} tools/score.py --model {output}/export --input FILE.jsonl",
-        "  the same line on your own preferences, from another model:",
-        "    bash examples/quickstart.sh --data FILE_OR_HUB_NAME --model FOLDER_OR_HUB_NAME",
-        "  all that can be set in a training:",
-        f"    {python} examples/pretrain_reward.py --help",
-    ])
+    return "\n".join(
+        [
+            "Next:",
+            (
+                '  score your own conversations, lines of {"messages": [...]} or of any preference'
+                " schema:"
+            ),
+            f"    {python} tools/score.py --model {output}/export --input FILE.jsonl",
+            "  the same line on your own preferences, from another model:",
+            "    bash examples/quickstart.sh --data FILE_OR_HUB_NAME --model FOLDER_OR_HUB_NAME",
+            "  all that can be set in a training:",
+            f"    {python} examples/pretrain_reward.py --help",
+        ]
+    )
 
 
 def main(args: Args) -> int:

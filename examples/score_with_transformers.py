@@ -15,20 +15,26 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 PROMPT = "My tomato seedlings are long and thin and fall over. What should I do?"
 REPLIES = (
-    "They need more light. Put them in your brightest window or under a lamp, keep them a little cooler, and plant "
-    "them deeper when you move them to bigger pots: the buried stem grows roots.",
+    (
+        "They need more light. Put them in your brightest window or under a lamp, keep them a"
+        " little cooler, and plant them deeper when you move them to bigger pots: the buried stem"
+        " grows roots."
+    ),
     "Wow, you cannot even keep a weed alive? Whatever, some people should stick to plastic plants.",
 )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Score two replies to one prompt with an exported reward model.")
+    parser = argparse.ArgumentParser(
+        description="Score two replies to one prompt with an exported reward model."
+    )
     parser.add_argument("folder", help="a folder written by tools/convert_to_hf.py")
     folder = parser.parse_args().folder
     if not Path(folder, "config.json").is_file():
         raise SystemExit(f"error: {folder}: not an exported model (there is no config.json in it)")
 
-    # InternLM2's code comes with the folder; trust_remote_code lets transformers run it without asking.
+    # InternLM2's code comes with the folder; trust_remote_code lets transformers run it without
+    # asking.
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     if config.architectures == ["InternLM2ForRewardModel"]:

@@ -18,18 +18,34 @@ import tyro
 T = TypeVar("T")
 
 
-def parse_args(cls: type[T], argv: Sequence[str] | None = None, *, prog: str | None = None,
-               description: str | None = None, also: Sequence[str] = ()) -> T:
-    """Read flags into the dataclass ``cls`` (nested groups are flattened: ``--lr``, not ``--optimizer.lr``).
+def parse_args(
+    cls: type[T],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    description: str | None = None,
+    also: Sequence[str] = (),
+) -> T:
+    """Read flags into the dataclass ``cls`` (nested groups are flattened: ``--lr``, not
+    ``--optimizer.lr``).
 
-    A field's docstring is its help text. Ends the program with exit code 2 on a flag that is unknown or malformed, with
-    a last line that names the flag which may have been meant: also one of ``also``, which the caller reads itself.
+    A field's docstring is its help text. Ends the program with exit code 2 on a flag that is
+    unknown or malformed, with a last line that names the flag which may have been meant: also one
+    of ``also``, which the caller reads itself.
     """
-    prog = prog or "/".join(Path(sys.argv[0]).parts[-2:])  # tools/score.py, from wherever it was called
+    prog = prog or "/".join(
+        Path(sys.argv[0]).parts[-2:]
+    )  # tools/score.py, from wherever it was called
     speaks = os.environ.get("RANK", "0") == "0"
     try:
-        return tyro.cli(cls, args=argv, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,),
-                        console_outputs=speaks)
+        return tyro.cli(
+            cls,
+            args=argv,
+            prog=prog,
+            description=description,
+            config=(tyro.conf.OmitArgPrefixes,),
+            console_outputs=speaks,
+        )
     except SystemExit as end:
         if end.code == 2 and speaks:
             for line in hints(cls, sys.argv[1:] if argv is None else argv, also):
@@ -38,31 +54,59 @@ def parse_args(cls: type[T], argv: Sequence[str] | None = None, *, prog: str | N
 
 
 _ELSEWHERE = {
-    "--learning-rate": "--lr", "--bf16": "--precision bf16|--dtype", "--fp16": "--precision fp16|--dtype",
-    "--per-device-train-batch-size": "--global-batch-size", "--train-batch-size": "--global-batch-size",
-    "--micro-batch-size": "--max-tokens-per-microbatch", "--batch-size": "--global-batch-size",
-    "--gradient-accumulation-steps": "--global-batch-size", "--epochs": "--train-epochs",
-    "--num-train-epochs": "--train-epochs", "--max-epochs": "--train-epochs", "--max-steps": "--train-steps",
-    "--train-iters": "--train-steps", "--steps": "--train-steps", "--output-dir": "--save|--output",
+    "--learning-rate": "--lr",
+    "--bf16": "--precision bf16|--dtype",
+    "--fp16": "--precision fp16|--dtype",
+    "--per-device-train-batch-size": "--global-batch-size",
+    "--train-batch-size": "--global-batch-size",
+    "--micro-batch-size": "--max-tokens-per-microbatch",
+    "--batch-size": "--global-batch-size",
+    "--gradient-accumulation-steps": "--global-batch-size",
+    "--epochs": "--train-epochs",
+    "--num-train-epochs": "--train-epochs",
+    "--max-epochs": "--train-epochs",
+    "--max-steps": "--train-steps",
+    "--train-iters": "--train-steps",
+    "--steps": "--train-steps",
+    "--output-dir": "--save|--output",
     "--save-path": "--save",
-    "--model-name-or-path": "--hf-model|--model", "--pretrain": "--hf-model", "--model": "--hf-model",
-    "--resume-from-checkpoint": "--load", "--warmup-ratio": "--lr-warmup-fraction",
-    "--lr-scheduler-type": "--lr-decay-style", "--max-grad-norm": "--clip-grad", "--logging-steps": "--log-interval",
-    "--eval-steps": "--eval-interval", "--save-steps": "--save-interval", "--save-total-limit": "--keep-last",
-    "--gradient-checkpointing": "--recompute full", "--train-data": "--data-path", "--dataset": "--data-path",
-    "--eval-data": "--valid-data-path", "--report-to": "--tensorboard"}
+    "--model-name-or-path": "--hf-model|--model",
+    "--pretrain": "--hf-model",
+    "--model": "--hf-model",
+    "--resume-from-checkpoint": "--load",
+    "--warmup-ratio": "--lr-warmup-fraction",
+    "--lr-scheduler-type": "--lr-decay-style",
+    "--max-grad-norm": "--clip-grad",
+    "--logging-steps": "--log-interval",
+    "--eval-steps": "--eval-interval",
+    "--save-steps": "--save-interval",
+    "--save-total-limit": "--keep-last",
+    "--gradient-checkpointing": "--recompute full",
+    "--train-data": "--data-path",
+    "--dataset": "--data-path",
+    "--eval-data": "--valid-data-path",
+    "--report-to": "--tensorboard",
+}
 """What other trainers call the flags of this one (or of its tools)."""
 
 
 def hints(cls: type, argv: Sequence[str], also: Sequence[str] = ()) -> list[str]:
-    """A line for each flag in ``argv`` that ``cls`` has not, where one that it has may have been meant."""
+    """A line for each flag in ``argv`` that ``cls`` has not, where one that it has may have been
+    meant."""
     known, lines = [*also, *_flags(cls)], []
-    for given in dict.fromkeys(text.split("=")[0] for text in argv if text.startswith("--") and len(text) > 2):
+    for given in dict.fromkeys(
+        text.split("=")[0] for text in argv if text.startswith("--") and len(text) > 2
+    ):
         flag = given.replace("_", "-")
-        if flag in known or flag in ("--help", "--tyro-print-completion", "--tyro-write-completion"):
+        if flag in known or flag in (
+            "--help",
+            "--tyro-print-completion",
+            "--tyro-write-completion",
+        ):
             continue
-        meant = [other for other in _ELSEWHERE.get(flag, "").split("|") if other.split(" ")[0] in known] or \
-            difflib.get_close_matches(flag, known, n=2, cutoff=0.75)
+        meant = [
+            other for other in _ELSEWHERE.get(flag, "").split("|") if other.split(" ")[0] in known
+        ] or difflib.get_close_matches(flag, known, n=2, cutoff=0.75)
         if meant:
             lines.append(f"error: {given}: no such flag; did you mean {' or '.join(meant)}?")
     return lines
@@ -84,10 +128,11 @@ def _flags(cls: type) -> list[str]:
 
 
 def run_tool(main: Callable[..., Any], *args: Any) -> int:
-    """Call ``main``; an error that the user can mend becomes one line on stderr and exit code 2, not a traceback.
+    """Call ``main``; an error that the user can mend becomes one line on stderr and exit code 2,
+    not a traceback.
 
-    ``ValueError`` and ``OSError`` are the user's (law 7: they name flag, file and line); everything else is ours and
-    keeps its traceback.
+    ``ValueError`` and ``OSError`` are the user's (law 7: they name flag, file and line); everything
+    else is ours and keeps its traceback.
     """
     try:
         return int(main(*args) or 0)

@@ -27,18 +27,20 @@ class ModelArgs:
     """Model"""
 
     hf_model: str
-    """Backbone or reward model to start from: a Hugging Face folder, a hub name, or modelscope:NAME. Geometry and
-    weights come from there."""
+    """Backbone or reward model to start from: a Hugging Face folder, a hub name, or
+    modelscope:NAME. Geometry and weights come from there."""
     head_init: Literal["zero", "normal"] = "zero"
     """Start of a new reward head; a folder that already is a reward model keeps its own."""
     prune_last_layer: bool = True
-    """Compute the last layer for pooled tokens only. Without it for every token: same rewards, slower."""
+    """Compute the last layer for pooled tokens only. Without it for every token: same rewards,
+    slower."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Linear layers: megatron-core's own, or Transformer Engine's. auto takes the latter where it is installed on a
-    CUDA machine."""
+    """Linear layers: megatron-core's own, or Transformer Engine's. auto takes the latter where it
+    is installed on a CUDA machine."""
     fp8_format: Literal["none", "hybrid", "e4m3"] = "none"
-    """Products of linear layers in fp8, with Transformer Engine on Hopper and later: hybrid takes e4m3 forward and e5m2
-    for gradients. A pruned last layer, head, norms and attention stay in bf16."""
+    """Products of linear layers in fp8, with Transformer Engine on Hopper and later: hybrid takes
+    e4m3 forward and e5m2 for gradients. A pruned last layer, head, norms and attention stay in
+    bf16."""
     fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = "tensorwise"
     """How fp8 tensors are scaled: one factor each, per block, or in blocks of 32 (Blackwell)."""
 
@@ -48,14 +50,17 @@ class DataArgs:
     """Data"""
 
     data_path: tuple[str, ...]
-    """Prefixes written by tools/preprocess_pref.py. Each may be WEIGHT=PREFIX: the set is visited WEIGHT times per
-    epoch (2 = twice, 0.5 = half of it)."""
+    """Prefixes written by tools/preprocess_pref.py. Each may be WEIGHT=PREFIX: the set is visited
+    WEIGHT times per epoch (2 = twice, 0.5 = half of it)."""
     valid_data_path: Annotated[tuple[str, ...], NONE] = ()
-    """Prefixes to evaluate on, each reported under its own name (NAME=PREFIX, or the prefix's last part)."""
+    """Prefixes to evaluate on, each reported under its own name (NAME=PREFIX, or the prefix's last
+    part)."""
     share_prefix: bool = True
-    """Compute the prompt once per comparison. Without it once per response: same rewards, slower."""
+    """Compute the prompt once per comparison. Without it once per response: same rewards,
+    slower."""
     max_tokens_per_microbatch: int = 8192
-    """Most computed tokens in one forward pass; a comparison that is longer has a pass to itself."""
+    """Most computed tokens in one forward pass; a comparison that is longer has a pass to
+    itself."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -63,10 +68,11 @@ class LossArgs:
     """Loss"""
 
     loss: Literal["ranking", "focal"] = "focal"
-    """ranking: -logsigmoid(d - margin). focal: the same times (1 - 2 relu(sigmoid(d - margin) - 1/2))^2
-    (InternLM2)."""
+    """ranking: -logsigmoid(d - margin). focal: the same times (1 - 2 relu(sigmoid(d - margin) -
+    1/2))^2 (InternLM2)."""
     penalty: Literal["none", "log_barrier", "l2", "center"] = "log_barrier"
-    """Keeps scores in reach: log barrier at +-5 (InternLM2), squared scores, squared sum of a pair's scores (TRL)."""
+    """Keeps scores in reach: log barrier at +-5 (InternLM2), squared scores, squared sum of a
+    pair's scores (TRL)."""
     penalty_weight: float = 0.01
     """Weight of the penalty."""
     label_smoothing: float = 0.0
@@ -74,7 +80,8 @@ class LossArgs:
     use_margin: bool = False
     """Subtract the difference of the ratings, where the data has ratings, inside the loss."""
     barrier_clamp: bool = False
-    """XTuner's form of the log barrier: no gradient beyond +-4.999. By default the barrier goes on linearly."""
+    """XTuner's form of the log barrier: no gradient beyond +-4.999. By default the barrier goes on
+    linearly."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -90,17 +97,19 @@ class TrainArgs:
     seed: int = 42
     """Decides the order of the data and the start of a normal head."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on CUDA and on processors whose measured bf16 matmul is the faster one, else fp32. Head, loss,
-    gradients and optimizer state are fp32 in every case."""
+    """auto: bf16 on CUDA and on processors whose measured bf16 matmul is the faster one, else fp32.
+    Head, loss, gradients and optimizer state are fp32 in every case."""
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
-    """torch.set_float32_matmul_precision. auto: the fastest setting that measures as exact as fp32 on this machine."""
+    """torch.set_float32_matmul_precision. auto: the fastest setting that measures as exact as fp32
+    on this machine."""
     log_interval: int | None = None
-    """Steps between log lines. Default: a fiftieth of the run's steps, at least 1 and at most 10."""
+    """Steps between log lines. Default: a fiftieth of the run's steps, at least 1 and at most
+    10."""
     eval_interval: int = 0
     """Steps between evaluations; 0: before and after training only."""
     eval_probes: Literal["off", "last", "every"] = "last"
-    """Score 128 comparisons of each validation set again in other forms (responses reversed, blanked, under the wrong
-    prompt): never, at the last evaluation of the run, or at each."""
+    """Score 128 comparisons of each validation set again in other forms (responses reversed,
+    blanked, under the wrong prompt): never, at the last evaluation of the run, or at each."""
     tensorboard: Literal["auto", "on", "off"] = "auto"
     """Also write the metrics for TensorBoard, under --save. auto: where it is installed."""
     wandb_project: str | None = None
@@ -153,7 +162,8 @@ class ParallelArgs:
     virtual_pipeline_model_parallel_size: Annotated[int | None, _alias("vpp")] = None
     """Chunks of layers per stage (interleaved schedule)."""
     sequence_parallel: Annotated[bool, _alias("sp")] = False
-    """Cut norms and residuals along the tokens over the tensor ranks; saves memory. Needs --tp > 1."""
+    """Cut norms and residuals along the tokens over the tensor ranks; saves memory. Needs --tp >
+    1."""
     context_parallel_size: Annotated[int, _alias("cp")] = 1
     """Only 1: a comparison's tokens are not cut over ranks."""
     data_parallel_size: Annotated[int | None, _alias("dp")] = None
@@ -163,10 +173,11 @@ class ParallelArgs:
     num_layers_in_last_pipeline_stage: int | None = None
     """Layers of the last stage, when stages are uneven."""
     pad_attention_heads: bool = False
-    """Add groups of zero heads until --tp divides the key/value heads. Exact: zero heads stay zero."""
+    """Add groups of zero heads until --tp divides the key/value heads. Exact: zero heads stay
+    zero."""
     use_distributed_optimizer: bool = True
-    """Cut optimizer state and update over the data-parallel ranks. Checkpoints go from any layout to any other with
-    it; without it only between runs that also do without."""
+    """Cut optimizer state and update over the data-parallel ranks. Checkpoints go from any layout
+    to any other with it; without it only between runs that also do without."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass goes on."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -174,7 +185,8 @@ class ParallelArgs:
     distributed_timeout_minutes: float = 10.0
     """A collective that takes longer ends the run with an error."""
     dry_run: bool = False
-    """Print what each rank of this layout needs (with --tp, --pp and --dp, without starting ranks), and stop."""
+    """Print what each rank of this layout needs (with --tp, --pp and --dp, without starting ranks),
+    and stop."""
     device_memory_gb: float | None = None
     """Memory of a device: a layout that needs more is refused before weights are read."""
 
@@ -186,21 +198,24 @@ class CheckpointArgs:
     save: str | None = None
     """Run folder: checkpoints, metrics.jsonl, configuration."""
     load: str | None = None
-    """Run folder to go on from: its newest good checkpoint. May be the same as --save, also when it is still empty."""
+    """Run folder to go on from: its newest good checkpoint. May be the same as --save, also when it
+    is still empty."""
     save_interval: int = 0
-    """Steps between checkpoints; 0: none on the way but those of --save-best. There is always one at the end."""
+    """Steps between checkpoints; 0: none on the way but those of --save-best. There is always one
+    at the end."""
     async_save: bool = True
     """Write checkpoints while training goes on; costs memory for one copy. Off: wait for each."""
     keep_last: int = 0
     """Remove all but this many newest checkpoints (the best one stays too); 0: keep all."""
     save_best: bool = True
-    """Also save after an evaluation on the way (--eval-interval) that is the best so far, on the first of
-    --valid-data-path."""
+    """Also save after an evaluation on the way (--eval-interval) that is the best so far, on the
+    first of --valid-data-path."""
     exit_duration_min: float | None = None
-    """Save and leave with exit code 75 after so many minutes, for a queue that starts the job again."""
+    """Save and leave with exit code 75 after so many minutes, for a queue that starts the job
+    again."""
     num_proof_comparisons: int = 16
-    """Comparisons kept with a checkpoint, with which an export proves itself: held-out ones, and further ones of the
-    training set where these are too few."""
+    """Comparisons kept with a checkpoint, with which an export proves itself: held-out ones, and
+    further ones of the training set where these are too few."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -216,41 +231,64 @@ class TrainingConfig:
     checkpoint: CheckpointArgs = dataclasses.field(default_factory=CheckpointArgs)
 
     def check(self, world_size: int) -> None:
-        """Raise ValueError, naming the flag, on anything that can be known to be wrong before a model is read."""
+        """Raise ValueError, naming the flag, on anything that can be known to be wrong before a
+        model is read."""
         t, p = self.train, self.parallel
         if (t.train_steps is None) == (t.train_epochs is None):
             raise ValueError("give one of --train-steps and --train-epochs")
-        for flag, value in (("--train-steps", t.train_steps), ("--train-epochs", t.train_epochs),
-                            ("--global-batch-size", t.global_batch_size), ("--log-interval", t.log_interval),
-                            ("--max-tokens-per-microbatch", self.data.max_tokens_per_microbatch),
-                            ("--tp", p.tensor_model_parallel_size), ("--pp", p.pipeline_model_parallel_size),
-                            ("--lr", self.optimizer.lr), ("--max-skipped-steps", self.optimizer.max_skipped_steps)):
+        for flag, value in (
+            ("--train-steps", t.train_steps),
+            ("--train-epochs", t.train_epochs),
+            ("--global-batch-size", t.global_batch_size),
+            ("--log-interval", t.log_interval),
+            ("--max-tokens-per-microbatch", self.data.max_tokens_per_microbatch),
+            ("--tp", p.tensor_model_parallel_size),
+            ("--pp", p.pipeline_model_parallel_size),
+            ("--lr", self.optimizer.lr),
+            ("--max-skipped-steps", self.optimizer.max_skipped_steps),
+        ):
             if value is not None and not value > 0:
                 raise ValueError(f"{flag} {value}: must be greater than 0")
-        for flag, value in (("--weight-decay", self.optimizer.weight_decay), ("--clip-grad", self.optimizer.clip_grad),
-                            ("--penalty-weight", self.loss.penalty_weight), ("--min-lr", self.optimizer.min_lr),
-                            ("--eval-interval", t.eval_interval), ("--save-interval", self.checkpoint.save_interval),
-                            ("--keep-last", self.checkpoint.keep_last)):
+        for flag, value in (
+            ("--weight-decay", self.optimizer.weight_decay),
+            ("--clip-grad", self.optimizer.clip_grad),
+            ("--penalty-weight", self.loss.penalty_weight),
+            ("--min-lr", self.optimizer.min_lr),
+            ("--eval-interval", t.eval_interval),
+            ("--save-interval", self.checkpoint.save_interval),
+            ("--keep-last", self.checkpoint.keep_last),
+        ):
             if value < 0:
                 raise ValueError(f"{flag} {value}: must not be negative")
         if not 0 <= self.loss.label_smoothing < 0.5:
             raise ValueError(f"--label-smoothing {self.loss.label_smoothing}: must be in [0, 0.5)")
         if not 0 <= self.optimizer.lr_warmup_fraction < 1:
-            raise ValueError(f"--lr-warmup-fraction {self.optimizer.lr_warmup_fraction}: must be in [0, 1)")
+            raise ValueError(
+                f"--lr-warmup-fraction {self.optimizer.lr_warmup_fraction}: must be in [0, 1)"
+            )
         if p.context_parallel_size != 1:
-            raise ValueError(f"--cp {p.context_parallel_size}: context parallelism is not supported for reward models")
+            raise ValueError(
+                f"--cp {p.context_parallel_size}: context parallelism is not supported for reward"
+                " models"
+            )
         shards = p.tensor_model_parallel_size * p.pipeline_model_parallel_size
         if world_size % shards:
-            raise ValueError(f"--tp {p.tensor_model_parallel_size} x --pp {p.pipeline_model_parallel_size} = {shards} "
-                             f"does not divide the {world_size} processes that were started (torchrun "
-                             "--nproc-per-node)")
+            raise ValueError(
+                f"--tp {p.tensor_model_parallel_size} x --pp {p.pipeline_model_parallel_size} ="
+                f" {shards} does not divide the {world_size} processes that were started (torchrun"
+                " --nproc-per-node)"
+            )
         replicas = world_size // shards
         if p.data_parallel_size not in (None, replicas):
-            raise ValueError(f"--dp {p.data_parallel_size}: {world_size} processes leave {replicas} replicas of "
-                             f"--tp {p.tensor_model_parallel_size} x --pp {p.pipeline_model_parallel_size}")
+            raise ValueError(
+                f"--dp {p.data_parallel_size}: {world_size} processes leave {replicas} replicas of "
+                f"--tp {p.tensor_model_parallel_size} x --pp {p.pipeline_model_parallel_size}"
+            )
         if t.global_batch_size < replicas:
-            raise ValueError(f"--global-batch-size {t.global_batch_size} is smaller than the {replicas} data-parallel "
-                             "ranks")
+            raise ValueError(
+                f"--global-batch-size {t.global_batch_size} is smaller than the {replicas}"
+                " data-parallel ranks"
+            )
         if p.sequence_parallel and p.tensor_model_parallel_size == 1:
             raise ValueError("--sp needs --tp greater than 1")
         if p.virtual_pipeline_model_parallel_size and p.pipeline_model_parallel_size == 1:
@@ -268,16 +306,17 @@ class TrainingConfig:
 
     @property
     def token_multiple(self) -> int:
-        """What the tokens of a pack are rounded up to a multiple of. Sequence parallelism cuts them over the tensor
-        ranks; fp8 products want whole blocks of a rank's tokens (16, for mxfp8 32: megatron-core's
-        ``get_fp8_align_size``)."""
+        """What the tokens of a pack are rounded up to a multiple of. Sequence parallelism cuts them
+        over the tensor ranks; fp8 products want whole blocks of a rank's tokens (16, for mxfp8
+        32: megatron-core's ``get_fp8_align_size``)."""
         p, m = self.parallel, self.model
         ranks = p.tensor_model_parallel_size if p.sequence_parallel else 1
         return ranks * (1 if m.fp8_format == "none" else 32 if m.fp8_recipe == "mxfp8" else 16)
 
     @property
     def microbatch_multiple(self) -> int:
-        """What the packs of a step come in a multiple of: an interleaved pipeline takes as many as it has stages."""
+        """What the packs of a step come in a multiple of: an interleaved pipeline takes as many as
+        it has stages."""
         p = self.parallel
         return p.pipeline_model_parallel_size if p.virtual_pipeline_model_parallel_size else 1
 
@@ -288,5 +327,12 @@ class TrainingConfig:
 
 def group_types() -> dict[str, type]:
     """The groups of ``TrainingConfig`` by name, to build one from ``as_dict`` again."""
-    return {"model": ModelArgs, "data": DataArgs, "loss": LossArgs, "train": TrainArgs, "optimizer": OptimizerArgs,
-            "parallel": ParallelArgs, "checkpoint": CheckpointArgs}
+    return {
+        "model": ModelArgs,
+        "data": DataArgs,
+        "loss": LossArgs,
+        "train": TrainArgs,
+        "optimizer": OptimizerArgs,
+        "parallel": ParallelArgs,
+        "checkpoint": CheckpointArgs,
+    }

@@ -31,8 +31,8 @@ def rank() -> int:
 def _prepare_cuda(tp: int) -> None:
     """Settings that must be there before the first use of a GPU; what the user has set stays."""
     if tp > 1:
-        # Collectives of tensor parallelism are to start before the product that runs beside them (megatron-core's
-        # linear_with_grad_accumulation_and_async_allreduce).
+        # Collectives of tensor parallelism are to start before the product that runs beside them
+        # (megatron-core's linear_with_grad_accumulation_and_async_allreduce).
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         # Every pack has another number of tokens: segments of fixed size would be cut to pieces.
@@ -40,7 +40,8 @@ def _prepare_cuda(tp: int) -> None:
 
 
 def spans_machines() -> bool:
-    """Whether some of the processes were started by another launcher, as a rule on another machine."""
+    """Whether some of the processes were started by another launcher, as a rule on another
+    machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) < world_size()
 
 
@@ -58,24 +59,37 @@ def log(message: str = "") -> None:
 
 
 def quiet_engine() -> None:
-    """Silence the engine's remarks on packages that are not installed; what is active is printed by the run itself."""
+    """Silence the engine's remarks on packages that are not installed; what is active is printed by
+    the run itself."""
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
-    warnings.filterwarnings("ignore", message=r".*(ffn_hidden_size|barrier\(\)|no_c10d|tensor_parallel.*deprecated).*")
+    warnings.filterwarnings(
+        "ignore", message=r".*(ffn_hidden_size|barrier\(\)|no_c10d|tensor_parallel.*deprecated).*"
+    )
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
 
 
-def initialize(*, tp: int = 1, pp: int = 1, vpp: int | None = None, seed: int = 42,
-               timeout_minutes: float = 10.0) -> torch.device:
-    """Join the process group and build megatron-core's groups; data parallel takes the ranks that tp x pp leave.
+def initialize(
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    vpp: int | None = None,
+    seed: int = 42,
+    timeout_minutes: float = 10.0,
+) -> torch.device:
+    """Join the process group and build megatron-core's groups; data parallel takes the ranks that
+    tp x pp leave.
 
-    Uses torchrun's environment, or makes a group of one process without it. gloo on a CPU (through ``rmega.megatron.cpu``),
-    NCCL on CUDA. Raises ValueError when tp x pp does not divide the number of processes.
+    Uses torchrun's environment, or makes a group of one process without it. gloo on a CPU (through
+    ``rmega.megatron.cpu``), NCCL on CUDA. Raises ValueError when tp x pp does not divide the number
+    of processes.
     """
     if world_size() % (tp * pp):
-        raise ValueError(f"--tp {tp} x --pp {pp} = {tp * pp} does not divide the {world_size()} processes that were "
-                         f"started (torchrun --nproc-per-node)")
+        raise ValueError(
+            f"--tp {tp} x --pp {pp} = {tp * pp} does not divide the {world_size()} processes that"
+            " were started (torchrun --nproc-per-node)"
+        )
     quiet_engine()
     where = device()
     if where.type == "cuda":
@@ -91,8 +105,11 @@ def initialize(*, tp: int = 1, pp: int = 1, vpp: int | None = None, seed: int = 
 
     global _timeout
     if not dist.is_initialized():
-        if spans_machines() and "GLOO_SOCKET_IFNAME" not in os.environ and \
-                (name := interface_towards(os.environ["MASTER_ADDR"])):
+        if (
+            spans_machines()
+            and "GLOO_SOCKET_IFNAME" not in os.environ
+            and (name := interface_towards(os.environ["MASTER_ADDR"]))
+        ):
             os.environ["GLOO_SOCKET_IFNAME"] = name
             log(f"network: gloo goes over {name} (GLOO_SOCKET_IFNAME names another)")
         timeout = _timeout = datetime.timedelta(minutes=timeout_minutes)
@@ -100,33 +117,44 @@ def initialize(*, tp: int = 1, pp: int = 1, vpp: int | None = None, seed: int = 
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
-            virtual_pipeline_model_parallel_size=vpp, create_gloo_process_groups=where.type == "cuda",
-            distributed_timeout_minutes=timeout_minutes)
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=vpp,
+            create_gloo_process_groups=where.type == "cuda",
+            distributed_timeout_minutes=timeout_minutes,
+        )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     return where
 
 
 def interface_towards(host: str) -> str | None:
-    """The network interface from which this machine reaches ``host``; where that is itself, under a loopback address,
-    the one of its default route, or its only one; None where none of them can be known.
+    """The network interface from which this machine reaches ``host``; where that is itself, under a
+    loopback address, the one of its default route, or its only one; None where none of them can
+    be known.
 
-    Left alone, gloo listens where the machine's own name leads, which is the loopback address on many systems: ranks
-    on other machines then cannot connect.
+    Left alone, gloo listens where the machine's own name leads, which is the loopback address on
+    many systems: ranks on other machines then cannot connect.
     """
     names: dict[str, str] = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # an interface without an address
-                answer = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
+                answer = fcntl.ioctl(
+                    probe.fileno(), 0x8915, struct.pack("256s", name.encode())
+                )  # SIOCGIFADDR
                 names[socket.inet_ntoa(answer[20:24])] = name
     names = {address: name for address, name in names.items() if not address.startswith("127.")}
     for target in (host, "192.0.2.1"):  # an address of no machine (RFC 5737); nothing is sent
-        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        with (
+            contextlib.suppress(OSError),
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe,
+        ):
             probe.connect((target, 9))
             if name := names.get(probe.getsockname()[0]):
                 return name
@@ -134,16 +162,20 @@ def interface_towards(host: str) -> str | None:
 
 
 def new_gloo_group(ranks: list[int]) -> dist.ProcessGroup:
-    """A group for tensors on the CPU with the timeout of all others; called by every rank. torch's own default is
-    half an hour, whatever the other groups have."""
+    """A group for tensors on the CPU with the timeout of all others; called by every rank. torch's
+    own default is half an hour, whatever the other groups have."""
     return dist.new_group(ranks, backend="gloo", timeout=_timeout)
 
 
 def is_reporting_rank() -> bool:
-    """True on the one rank of each model replica that holds the rewards: last stage, tensor rank 0."""
+    """True on the one rank of each model replica that holds the rewards: last stage, tensor rank
+    0."""
     from megatron.core import parallel_state
 
-    return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    return (
+        parallel_state.is_pipeline_last_stage()
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+    )
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -12,15 +12,17 @@ from pathlib import Path
 
 from rmega.io import one_line
 
-# Files of a hub repository that a reward model is built from. Never its code: rmega runs no remote code.
+# Files of a hub repository that a reward model is built from. Never its code: rmega runs no remote
+# code.
 HUB_FILES = ("*.json", "*.jinja", "*.model", "tokenizer*", "LICENSE*", "README.md")
 
 
 def check_folder_or_hub_name(name: str, flag: str) -> None:
-    """ValueError for a text that is written as a path to where nothing is; what a hub would say to it misleads.
+    """ValueError for a text that is written as a path to where nothing is; what a hub would say to
+    it misleads.
 
-    A path is what no hub's name can be (absolute, with ``.`` or ``~`` in front, with several slashes), and what lies in
-    a folder that is here.
+    A path is what no hub's name can be (absolute, with ``.`` or ``~`` in front, with several
+    slashes), and what lies in a folder that is here.
     """
     path = Path(name).expanduser()
     if path.exists():
@@ -28,13 +30,16 @@ def check_folder_or_hub_name(name: str, flag: str) -> None:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ValueError(f"{flag} {name}: no such folder, and not a name that a hub could have")
     if path.parent != Path(".") and path.parent.is_dir():
-        raise ValueError(f"{flag} {name}: no such folder (there is none of that name in {path.parent})")
+        raise ValueError(
+            f"{flag} {name}: no such folder (there is none of that name in {path.parent})"
+        )
 
 
 def resolve_model(name: str, *, flag: str = "--hf-model") -> Path:
     """The local folder of a model: a folder, a Hugging Face hub name, or ``modelscope:NAME``.
 
-    Hub files are kept in the hub's own cache. Raises ValueError that names ``flag`` if there is no such model.
+    Hub files are kept in the hub's own cache. Raises ValueError that names ``flag`` if there is no
+    such model.
     """
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
@@ -43,11 +48,19 @@ def resolve_model(name: str, *, flag: str = "--hf-model") -> Path:
         try:
             from modelscope import snapshot_download
         except ImportError:
-            raise ValueError(f"{flag} {name}: pip install modelscope to read from ModelScope") from None
+            raise ValueError(
+                f"{flag} {name}: pip install modelscope to read from ModelScope"
+            ) from None
         try:
-            return Path(snapshot_download(repository, ignore_file_pattern=[r".*\.(py|pth|pt|gguf|onnx|h5|msgpack)$"]))
+            return Path(
+                snapshot_download(
+                    repository, ignore_file_pattern=[r".*\.(py|pth|pt|gguf|onnx|h5|msgpack)$"]
+                )
+            )
         except Exception as error:  # the library has no common base class for its errors
-            raise ValueError(f"{flag} {name}: not read from ModelScope: {one_line(error)}") from None
+            raise ValueError(
+                f"{flag} {name}: not read from ModelScope: {one_line(error)}"
+            ) from None
     check_folder_or_hub_name(name, flag)
     from huggingface_hub import snapshot_download
 
@@ -55,10 +68,14 @@ def resolve_model(name: str, *, flag: str = "--hf-model") -> Path:
         with one_line_for_retries():
             folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "*.safetensors"]))
             if not any(folder.glob("*.safetensors")):
-                folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "pytorch_model*.bin"]))
+                folder = Path(
+                    snapshot_download(name, allow_patterns=[*HUB_FILES, "pytorch_model*.bin"])
+                )
     except Exception as error:  # offline, not found, gated, disk full: the hub's message says which
-        raise ValueError(f"{flag} {name}: no such folder, and not read from the Hugging Face hub: "
-                         f"{one_line(error)}") from None
+        raise ValueError(
+            f"{flag} {name}: no such folder, and not read from the Hugging Face hub: "
+            f"{one_line(error)}"
+        ) from None
     return folder
 
 
@@ -71,13 +88,16 @@ def model_config_folder(name: str) -> Path:
     try:
         return Path(hf_hub_download(name, "config.json")).parent
     except Exception as error:  # offline, not found, gated: the hub's message says which
-        raise ValueError(f"--hf-model {name}: no such folder, and config.json not read from the Hugging Face hub: "
-                         f"{str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"--hf-model {name}: no such folder, and config.json not read from the Hugging Face"
+            f" hub: {str(error).splitlines()[0]}"
+        ) from None
 
 
 @contextlib.contextmanager
 def one_line_for_retries() -> Iterator[None]:
-    """The hub's client says two lines at each of its twelve attempts; inside this, one line at the first."""
+    """The hub's client says two lines at each of its twelve attempts; inside this, one line at the
+    first."""
     said = os.environ.get("RANK", "0") != "0"  # under torchrun one rank speaks
 
     def once(record: logging.LogRecord) -> bool:
@@ -86,7 +106,10 @@ def one_line_for_retries() -> Iterator[None]:
         if "Retrying in" not in text and "thrown while requesting" not in text:
             return True
         if not said:
-            print("the Hugging Face hub does not answer; trying again, at most for a minute", file=sys.stderr)
+            print(
+                "the Hugging Face hub does not answer; trying again, at most for a minute",
+                file=sys.stderr,
+            )
         said = True
         return False
 

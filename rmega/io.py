@@ -17,7 +17,8 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a finished folder its name; an older one of that name goes only after the new one is in place."""
+    """Give a finished folder its name; an older one of that name goes only after the new one is in
+    place."""
     old = final.with_name(final.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():

@@ -1,8 +1,11 @@
-"""The hot operators: plain-torch reference, native operator (``rmega._C``), and the choice between them.
+"""The hot operators: plain-torch reference, native operator (``rmega._C``), and the choice between
+them.
 
-Imports torch and ``rmega._C`` only, and works without ``_C`` (then every operator is its reference).
+Imports torch and ``rmega._C`` only, and works without ``_C`` (then every operator is its
+reference).
 
-Letters: t tokens, h hidden, n responses, m pairs, s segments, g key groups, a heads, d head size, f MLP size.
+Letters: t tokens, h hidden, n responses, m pairs, s segments, g key groups, a heads, d head size, f
+MLP size.
 """
 
 from __future__ import annotations
@@ -31,19 +34,34 @@ LOSSES = ("ranking", "focal")
 PENALTIES = ("none", "log_barrier", "l2", "center")
 IMPLEMENTATIONS = ("auto", "native", "reference")
 
-STATS = ("num_pairs", "base_loss", "penalty", "num_correct", "num_ties", "chosen_score", "rejected_score", "abs_diff")
+STATS = (
+    "num_pairs",
+    "base_loss",
+    "penalty",
+    "num_correct",
+    "num_ties",
+    "chosen_score",
+    "rejected_score",
+    "abs_diff",
+)
 
 _implementation = "auto"
 _said: set[str] = set()  # devices whose fallback was said
 
 
 def set_implementation(name: str) -> None:
-    """Choose ``"native"`` (raises where ``rmega._C`` is not built), ``"reference"`` or ``"auto"`` (native if built)."""
+    """Choose ``"native"`` (raises where ``rmega._C`` is not built), ``"reference"`` or ``"auto"``
+    (native if built)."""
     global _implementation
     if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {name!r}")
+        raise ValueError(
+            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {name!r}"
+        )
     if name == "native" and _C is None:
-        raise ValueError(f"native operators are not built ({_why_not_built}): pip install --no-build-isolation -e .")
+        raise ValueError(
+            f"native operators are not built ({_why_not_built}): pip install --no-build-isolation"
+            " -e ."
+        )
     _implementation = name
 
 
@@ -74,18 +92,22 @@ def _native(device: torch.device) -> bool:
 
 
 def _operator(name: str, fake):
-    """``torch.ops.rmega.<name>``, given its shape-only kernel; csrc/autograd.cpp has the real ones, and derivatives."""
+    """``torch.ops.rmega.<name>``, given its shape-only kernel; csrc/autograd.cpp has the real ones,
+    and derivatives."""
     if _C is None:
         return None
     torch.library.register_fake(f"rmega::{name}", fake)
-    return getattr(torch.ops.rmega, name).default  # the overload itself: finding it at each call takes a microsecond
+    return getattr(
+        torch.ops.rmega, name
+    ).default  # the overload itself: finding it at each call takes a microsecond
 
 
 # ---- gather_last_token ------------------------------------------------------------------------------------------
 
 
 def gather_last_token(hidden: Tensor, last: Tensor) -> Tensor:
-    """Rows ``last`` [n] (int64) of ``hidden`` [t, h] -> [n, h]. Rows may repeat; their gradients add in fixed order."""
+    """Rows ``last`` [n] (int64) of ``hidden`` [t, h] -> [n, h]. Rows may repeat; their gradients
+    add in fixed order."""
     if not _native(hidden.device):
         return gather_last_token_ref(hidden, last)
     return _gather_last_token(hidden, last)
@@ -93,25 +115,38 @@ def gather_last_token(hidden: Tensor, last: Tensor) -> Tensor:
 
 def gather_last_token_ref(hidden: Tensor, last: Tensor) -> Tensor:
     """Plain torch form of :func:`gather_last_token`."""
-    # The backward of indexing sorts on CUDA, that of index_select adds in order on a CPU: a fixed order in both.
+    # The backward of indexing sorts on CUDA, that of index_select adds in order on a CPU: a fixed
+    # order in both.
     return hidden[last] if hidden.is_cuda else hidden.index_select(0, last)
 
 
 _gather_last_token = _operator(
-    "gather_last_token", lambda hidden, last: hidden.new_empty(last.shape[0], hidden.shape[1]))
+    "gather_last_token", lambda hidden, last: hidden.new_empty(last.shape[0], hidden.shape[1])
+)
 _operator("gather_last_token_backward", lambda grad, last, t: grad.new_empty(t, grad.shape[1]))
 
 
 # ---- pairwise_loss ----------------------------------------------------------------------------------------------
 
 
-def pairwise_loss(rewards: Tensor, chosen: Tensor, rejected: Tensor, margin: Tensor, weight: Tensor, *,
-                  loss: str = "ranking", penalty: str = "none", penalty_weight: float = 0.01,
-                  label_smoothing: float = 0.0, barrier_clamp: bool = False) -> tuple[Tensor, Tensor]:
+def pairwise_loss(
+    rewards: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor,
+    weight: Tensor,
+    *,
+    loss: str = "ranking",
+    penalty: str = "none",
+    penalty_weight: float = 0.01,
+    label_smoothing: float = 0.0,
+    barrier_clamp: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Sum over pairs of ``weight * (base + penalty_weight * penalty)``, and what to report of it.
 
-    ``rewards`` [n] any float dtype; ``chosen``, ``rejected`` [m] int64 rows of it; ``margin``, ``weight`` [m].
-    Computed in fp32 (fp64 for fp64 rewards). With ``d = r_c - r_r``, ``x = d - margin``, ``e = label_smoothing``:
+    ``rewards`` [n] any float dtype; ``chosen``, ``rejected`` [m] int64 rows of it; ``margin``,
+    ``weight`` [m]. Computed in fp32 (fp64 for fp64 rewards). With ``d = r_c - r_r``, ``x = d -
+    margin``, ``e = label_smoothing``:
 
     - base, ranking: ``-(1-e) logsigmoid(x) - e logsigmoid(-x)``
     - base, focal: the same times ``(1 - 2 relu(sigmoid(x) - 1/2))^2``, gradient through the factor (InternLM2 report)
@@ -120,27 +155,61 @@ def pairwise_loss(rewards: Tensor, chosen: Tensor, rejected: Tensor, margin: Ten
       (XTuner: no gradient outside)
     - penalty, l2: ``r_c^2 + r_r^2``;  center: ``(r_c + r_r)^2`` (TRL)
 
-    Returns ``(loss_sum [], stats [8])``; stats carries no gradient and is in the order of ``STATS``: num_pairs (m),
-    sum of weighted base, sum of weighted penalty (``penalty_weight`` included, so [1] + [2] = loss_sum), pairs with
-    d > 0 (ties count half), ties (d == 0), sum of r_c, of r_r, of |d|. Only ``rewards`` gets a gradient, once.
+    Returns ``(loss_sum [], stats [8])``; stats carries no gradient and is in the order of
+    ``STATS``: num_pairs (m), sum of weighted base, sum of weighted penalty (``penalty_weight``
+    included, so [1] + [2] = loss_sum), pairs with d > 0 (ties count half), ties (d == 0), sum of
+    r_c, of r_r, of |d|. Only ``rewards`` gets a gradient, once.
     """
     if not _native(rewards.device):
-        return pairwise_loss_ref(rewards, chosen, rejected, margin, weight, loss=loss, penalty=penalty,
-                                 penalty_weight=penalty_weight, label_smoothing=label_smoothing,
-                                 barrier_clamp=barrier_clamp)
+        return pairwise_loss_ref(
+            rewards,
+            chosen,
+            rejected,
+            margin,
+            weight,
+            loss=loss,
+            penalty=penalty,
+            penalty_weight=penalty_weight,
+            label_smoothing=label_smoothing,
+            barrier_clamp=barrier_clamp,
+        )
     _check_loss(loss, penalty)
-    loss_sum, stats, _ = _pairwise_loss(rewards, chosen, rejected, margin, weight, loss, penalty, penalty_weight,
-                                        label_smoothing, barrier_clamp)
+    loss_sum, stats, _ = _pairwise_loss(
+        rewards,
+        chosen,
+        rejected,
+        margin,
+        weight,
+        loss,
+        penalty,
+        penalty_weight,
+        label_smoothing,
+        barrier_clamp,
+    )
     return loss_sum, stats
 
 
-def pairwise_loss_ref(rewards: Tensor, chosen: Tensor, rejected: Tensor, margin: Tensor, weight: Tensor, *,
-                      loss: str = "ranking", penalty: str = "none", penalty_weight: float = 0.01,
-                      label_smoothing: float = 0.0, barrier_clamp: bool = False) -> tuple[Tensor, Tensor]:
+def pairwise_loss_ref(
+    rewards: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor,
+    weight: Tensor,
+    *,
+    loss: str = "ranking",
+    penalty: str = "none",
+    penalty_weight: float = 0.01,
+    label_smoothing: float = 0.0,
+    barrier_clamp: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Plain torch form of :func:`pairwise_loss`; its gradient is autograd's."""
     _check_loss(loss, penalty)
     compute = torch.float64 if rewards.dtype == torch.float64 else torch.float32
-    scores, margin, weight = rewards.to(compute), margin.detach().to(compute), weight.detach().to(compute)
+    scores, margin, weight = (
+        rewards.to(compute),
+        margin.detach().to(compute),
+        weight.detach().to(compute),
+    )
     r_c, r_r = gather_last_token_ref(scores, chosen), gather_last_token_ref(scores, rejected)
     d = r_c - r_r
     x = d - margin
@@ -148,7 +217,8 @@ def pairwise_loss_ref(rewards: Tensor, chosen: Tensor, rejected: Tensor, margin:
     if label_smoothing != 0.0:
         base = base + label_smoothing * x  # -logsigmoid(-x) = x - logsigmoid(x)
     if loss == "focal":
-        # 1 - 2 relu(sigmoid(x) - 1/2), written without its cancellation; no gradient at x = 0, as relu has none.
+        # 1 - 2 relu(sigmoid(x) - 1/2), written without its cancellation; no gradient at x = 0, as
+        # relu has none.
         base = base * torch.where(x > 0, 2 * torch.sigmoid(-x), torch.ones_like(x)).square()
     if penalty == "log_barrier":
         extra = _barrier(r_c, barrier_clamp) + _barrier(r_r, barrier_clamp)
@@ -162,8 +232,18 @@ def pairwise_loss_ref(rewards: Tensor, chosen: Tensor, rejected: Tensor, margin:
     loss_sum = (base + extra).sum()
     with torch.no_grad():
         ties = (d == 0).to(compute).sum()
-        stats = torch.stack([torch.full_like(ties, d.numel()), base.sum(), extra.sum(),
-                             (d > 0).to(compute).sum() + 0.5 * ties, ties, r_c.sum(), r_r.sum(), d.abs().sum()])
+        stats = torch.stack(
+            [
+                torch.full_like(ties, d.numel()),
+                base.sum(),
+                extra.sum(),
+                (d > 0).to(compute).sum() + 0.5 * ties,
+                ties,
+                r_c.sum(),
+                r_r.sum(),
+                d.abs().sum(),
+            ]
+        )
     return loss_sum, stats
 
 
@@ -186,24 +266,37 @@ def _check_loss(loss: str, penalty: str) -> None:
 
 def _pairwise_fake(rewards, chosen, rejected, margin, weight, *options):
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
-    return (rewards.new_empty((), dtype=dtype), rewards.new_empty(len(STATS), dtype=dtype),
-            rewards.new_empty(rewards.shape[0], dtype=dtype))
+    return (
+        rewards.new_empty((), dtype=dtype),
+        rewards.new_empty(len(STATS), dtype=dtype),
+        rewards.new_empty(rewards.shape[0], dtype=dtype),
+    )
 
 
 _pairwise_loss = _operator("pairwise_loss", _pairwise_fake)
-_operator("pairwise_loss_backward", lambda grad, upstream, dtype: grad.new_empty(grad.shape, dtype=dtype))
+_operator(
+    "pairwise_loss_backward", lambda grad, upstream, dtype: grad.new_empty(grad.shape, dtype=dtype)
+)
 
 
 # ---- gather_prefix_kv -------------------------------------------------------------------------------------------
 
 
-def gather_prefix_kv(x: Tensor, prefix_start: Tensor, prefix_len: Tensor, own_start: Tensor, own_len: Tensor,
-                     total: int | None = None) -> Tensor:
-    """For each of s segments its prefix rows of ``x`` [t, g, d], then its own rows -> [total, g, d].
+def gather_prefix_kv(
+    x: Tensor,
+    prefix_start: Tensor,
+    prefix_len: Tensor,
+    own_start: Tensor,
+    own_len: Tensor,
+    total: int | None = None,
+) -> Tensor:
+    """For each of s segments its prefix rows of ``x`` [t, g, d], then its own rows -> [total, g,
+    d].
 
-    ``prefix_start, prefix_len, own_start, own_len`` [s], int32 or int64. ``total`` = sum of both lengths; give it when
-    the index tensors lie on a GPU, else it is read from there (a synchronisation). A prefix row's gradient is the sum
-    over the segments that share it, in the order of segments.
+    ``prefix_start, prefix_len, own_start, own_len`` [s], int32 or int64. ``total`` = sum of both
+    lengths; give it when the index tensors lie on a GPU, else it is read from there (a
+    synchronisation). A prefix row's gradient is the sum over the segments that share it, in the
+    order of segments.
     """
     if not _native(x.device):
         return gather_prefix_kv_ref(x, prefix_start, prefix_len, own_start, own_len, total)
@@ -212,8 +305,14 @@ def gather_prefix_kv(x: Tensor, prefix_start: Tensor, prefix_len: Tensor, own_st
     return _gather_prefix_kv(x, prefix_start, prefix_len, own_start, own_len, total)
 
 
-def gather_prefix_kv_ref(x: Tensor, prefix_start: Tensor, prefix_len: Tensor, own_start: Tensor, own_len: Tensor,
-                         total: int | None = None) -> Tensor:
+def gather_prefix_kv_ref(
+    x: Tensor,
+    prefix_start: Tensor,
+    prefix_len: Tensor,
+    own_start: Tensor,
+    own_len: Tensor,
+    total: int | None = None,
+) -> Tensor:
     """Plain torch form of :func:`gather_prefix_kv`."""
     starts = torch.stack([prefix_start, own_start], 1).flatten().to(torch.int64)
     lens = torch.stack([prefix_len, own_len], 1).flatten().to(torch.int64)
@@ -223,14 +322,21 @@ def gather_prefix_kv_ref(x: Tensor, prefix_start: Tensor, prefix_len: Tensor, ow
     return gather_last_token_ref(x, rows.to(x.device))
 
 
-_gather_prefix_kv = _operator("gather_prefix_kv", lambda x, ps, pl, os, ol, total: x.new_empty(total, *x.shape[1:]))
-_operator("gather_prefix_kv_backward", lambda grad, ps, pl, os, ol, t: grad.new_empty(t, *grad.shape[1:]))
+_gather_prefix_kv = _operator(
+    "gather_prefix_kv", lambda x, ps, pl, os, ol, total: x.new_empty(total, *x.shape[1:])
+)
+_operator(
+    "gather_prefix_kv_backward", lambda grad, ps, pl, os, ol, t: grad.new_empty(t, *grad.shape[1:])
+)
 
 
 # ---- fused elementwise ------------------------------------------------------------------------------------------
 # For fp32 and bf16, on a GPU also fp16: other dtypes ("native" or not) are plain torch.
 
-_ELEMENTWISE = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+_ELEMENTWISE = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
 def _native_elementwise(x: Tensor) -> bool:
@@ -238,14 +344,17 @@ def _native_elementwise(x: Tensor) -> bool:
 
 
 def active_elementwise(device: torch.device, dtype: torch.dtype) -> str:
-    """``"native"`` or ``"torch"``: what norm, rotation and activation run for tensors of this device and dtype."""
+    """``"native"`` or ``"torch"``: what norm, rotation and activation run for tensors of this
+    device and dtype."""
     return "native" if _native_elementwise(torch.empty(0, device=device, dtype=dtype)) else "torch"
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``weight * (x / sqrt(mean(x^2) + eps))`` over the last dimension of ``x`` [..., h]; ``weight`` [h], x's dtype.
+    """``weight * (x / sqrt(mean(x^2) + eps))`` over the last dimension of ``x`` [..., h];
+    ``weight`` [h], x's dtype.
 
-    Statistics in fp32, the normalised value rounded to x's dtype before the product (Hugging Face's LlamaRMSNorm).
+    Statistics in fp32, the normalised value rounded to x's dtype before the product (Hugging Face's
+    LlamaRMSNorm).
     """
     if not _native_elementwise(x):
         return rms_norm_ref(x, weight, eps)
@@ -264,11 +373,15 @@ def _norm_fake(x, weight, eps):
 
 
 _rms_norm = _operator("rms_norm", _norm_fake)
-_operator("rms_norm_backward", lambda grad, x, weight, inv: (x.new_empty(x.shape), weight.new_empty(weight.shape)))
+_operator(
+    "rms_norm_backward",
+    lambda grad, x, weight, inv: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+)
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """``silu(gate) * up`` for ``x`` [..., 2f] = [gate, up] -> [..., f]; natively in fp32 with one rounding."""
+    """``silu(gate) * up`` for ``x`` [..., 2f] = [gate, up] -> [..., f]; natively in fp32 with one
+    rounding."""
     return _swiglu(x) if _native_elementwise(x) else swiglu_ref(x)
 
 
@@ -283,11 +396,11 @@ _operator("swiglu_backward", lambda grad, x: x.new_empty(x.shape))
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of each head of ``x`` [t, a, d] by the angles of its token: ``[x1 cos - x2 sin, x2 cos + x1
-    sin]`` (Hugging Face's ``rotate_half``).
+    """Rotate the halves of each head of ``x`` [t, a, d] by the angles of its token: ``[x1 cos - x2
+    sin, x2 cos + x1 sin]`` (Hugging Face's ``rotate_half``).
 
-    ``cos``, ``sin`` [t, d/2] in fp32 or x's dtype, without gradient. Natively in fp32 with one rounding; a view into a
-    fused projection is read in place.
+    ``cos``, ``sin`` [t, d/2] in fp32 or x's dtype, without gradient. Natively in fp32 with one
+    rounding; a view into a fused projection is read in place.
     """
     return _rope(x, cos, sin, False) if _native_elementwise(x) else rope_ref(x, cos, sin)
 
@@ -317,7 +430,8 @@ def has_native_linear() -> bool:
 
 
 def best_products(device: str | torch.device, dtype: torch.dtype) -> str:
-    """``"native"``, ``"fp32"`` or ``"torch"``: what suits products of linear layers of this device and dtype."""
+    """``"native"``, ``"fp32"`` or ``"torch"``: what suits products of linear layers of this device
+    and dtype."""
     if torch.device(device).type != "cpu" or dtype not in _HALF:
         return "torch"
     if dtype is torch.bfloat16 and has_native_linear():
@@ -332,8 +446,10 @@ def active_products(device: str | torch.device, dtype: torch.dtype) -> str:
 
 @functools.cache
 def _has_instructions(dtype: torch.dtype) -> bool:
-    """Whether oneDNN makes ATen's products of this dtype here. If not they are loops: on a core with AVX2, where fp32
-    runs at 80 GFLOP/s, they were measured at 0.5 to 1.5 (9 where the second operand is transposed)."""
+    """Whether oneDNN makes ATen's products of this dtype here. If not they are loops: on a core
+    with AVX2, where fp32 runs at 80 GFLOP/s, they were measured at 0.5 to 1.5 (9 where the
+    second operand is transposed).
+    """
     supported = getattr(torch.ops.mkldnn, _HALF[dtype], None)  # not there in a build without oneDNN
     return supported is not None and supported()
 
@@ -359,8 +475,8 @@ def linear_grad_input(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear_grad_weight(grad: Tensor, x: Tensor, total: Tensor) -> None:
-    """``total`` [n, k] += ``grad`` [t, n] transposed times ``x`` [t, k]. A fp32 total of products in half precision is
-    summed without rounding in between where those are native or in fp32."""
+    """``total`` [n, k] += ``grad`` [t, n] transposed times ``x`` [t, k]. A fp32 total of products
+    in half precision is summed without rounding in between where those are native or in fp32."""
     run = active_products(grad.device, grad.dtype)
     if run == "native":
         _linear_grad_weight(grad, x, total)
@@ -373,6 +489,7 @@ def linear_grad_weight(grad: Tensor, x: Tensor, total: Tensor) -> None:
 
 
 _linear = _operator("linear", lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]))
-_linear_grad_input = _operator("linear_grad_input", lambda grad, weight: grad.new_empty(*grad.shape[:-1],
-                                                                                        weight.shape[1]))
+_linear_grad_input = _operator(
+    "linear_grad_input", lambda grad, weight: grad.new_empty(*grad.shape[:-1], weight.shape[1])
+)
 _linear_grad_weight = _operator("linear_grad_weight", lambda grad, x, total: None)

@@ -1,8 +1,9 @@
-"""Which number formats this machine computes in: a short self-test decides, and the choice is printed.
+"""Which number formats this machine computes in: a short self-test decides, and the choice is
+printed.
 
-A CPU may run bf16 matrix products several times faster than fp32 (AMX, AVX512-BF16) or several times slower (all
-others), and ``torch.set_float32_matmul_precision("medium")`` may keep fp32 accuracy or round to bf16. Only a
-measurement tells.
+A CPU may run bf16 matrix products several times faster than fp32 (AMX, AVX512-BF16) or several
+times slower (all others), and ``torch.set_float32_matmul_precision("medium")`` may keep fp32
+accuracy or round to bf16. Only a measurement tells.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ SIZE = 768  # one product takes milliseconds, and is large enough for the fast k
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """What was chosen and what was measured (GFLOP/s of a square matrix product, error relative to fp64)."""
+    """What was chosen and what was measured (GFLOP/s of a square matrix product, error relative to
+    fp64)."""
 
     dtype: torch.dtype
     matmul_precision: str
@@ -43,20 +45,25 @@ def _fp32_error(a: torch.Tensor, b: torch.Tensor, exact: torch.Tensor) -> float:
     return ((a @ b).double() - exact).norm().item() / exact.norm().item()
 
 
-def choose(precision: str = "auto", matmul_precision: str = "auto", device: torch.device | str = "cpu") -> Precision:
+def choose(
+    precision: str = "auto", matmul_precision: str = "auto", device: torch.device | str = "cpu"
+) -> Precision:
     """Decide, apply torch's fp32 matmul setting, and say why.
 
-    ``precision`` auto: bf16 on CUDA (fp32 before compute capability 8), and on a CPU where bf16 products measure at
-    least 1.5 times as fast as fp32 ones. ``matmul_precision`` auto: the fastest setting whose error is at most twice
-    that of "highest".
+    ``precision`` auto: bf16 on CUDA (fp32 before compute capability 8), and on a CPU where bf16
+    products measure at least 1.5 times as fast as fp32 ones. ``matmul_precision`` auto: the fastest
+    setting whose error is at most twice that of "highest".
     """
     if torch.device(device).type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
         dtype = DTYPES.get(precision, torch.bfloat16 if fast else torch.float32)
         setting = "highest" if matmul_precision == "auto" else matmul_precision
         torch.set_float32_matmul_precision(setting)
-        return Precision(dtype, setting,
-                         f"{dtype_name(dtype)}, fp32 matmul {setting}, {torch.cuda.get_device_name(device)}")
+        return Precision(
+            dtype,
+            setting,
+            f"{dtype_name(dtype)}, fp32 matmul {setting}, {torch.cuda.get_device_name(device)}",
+        )
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(SIZE, SIZE, generator=generator) for _ in range(2))
     exact = a.double() @ b.double()
@@ -75,8 +82,12 @@ def choose(precision: str = "auto", matmul_precision: str = "auto", device: torc
     half = _rate(a.bfloat16(), b.bfloat16())
     dtype = DTYPES.get(precision) or (torch.bfloat16 if half >= 1.5 * rate else torch.float32)
     threads = torch.get_num_threads()
-    return Precision(dtype, setting, f"{dtype_name(dtype)}, fp32 matmul {setting}{why}; measured fp32 {rate:.0f}, bf16 "
-                                     f"{half:.0f} GFLOP/s on {threads} thread{'s' * (threads != 1)}")
+    return Precision(
+        dtype,
+        setting,
+        f"{dtype_name(dtype)}, fp32 matmul {setting}{why}; measured fp32 {rate:.0f}, bf16 "
+        f"{half:.0f} GFLOP/s on {threads} thread{'s' * (threads != 1)}",
+    )
 
 
 def choose_together(precision: str, matmul_precision: str, device: torch.device) -> Precision:
@@ -90,5 +101,5 @@ def choose_together(precision: str, matmul_precision: str, device: torch.device)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """"fp32", "bf16" or "fp16"."""
+    """ "fp32", "bf16" or "fp16"."""
     return next(name for name, value in DTYPES.items() if value is dtype)

@@ -1,7 +1,7 @@
 """Run a function on several gloo ranks from a test: ``run_distributed(fn, world_size, *args)``.
 
-The worker processes stay alive between calls, because importing torch and megatron-core costs seconds; a call that
-fails or takes too long ends them, and the next call starts fresh ones.
+The worker processes stay alive between calls, because importing torch and megatron-core costs
+seconds; a call that fails or takes too long ends them, and the next call starts fresh ones.
 """
 
 from __future__ import annotations
@@ -29,8 +29,13 @@ def _serve(pipe) -> None:
         except EOFError:
             return
         rank, world_size, port, module, name, args = job
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(port))
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
         try:
             fn = getattr(importlib.import_module(module), name)
             pipe.send(("ok", fn(rank, world_size, *args)))
@@ -53,7 +58,8 @@ atexit.register(_stop)
 
 
 def run_distributed(fn, world_size: int, *args, timeout: float = 240.0) -> list:
-    """``_run_once``, a second time where another program took the port between its choice and its use."""
+    """``_run_once``, a second time where another program took the port between its choice and its
+    use."""
     try:
         return _run_once(fn, world_size, *args, timeout=timeout)
     except RuntimeError as error:
@@ -63,7 +69,8 @@ def run_distributed(fn, world_size: int, *args, timeout: float = 240.0) -> list:
 
 
 def _run_once(fn, world_size: int, *args, timeout: float) -> list:
-    """Call the module-level ``fn(rank, world_size, *args)`` on ``world_size`` processes; their results in rank order.
+    """Call the module-level ``fn(rank, world_size, *args)`` on ``world_size`` processes; their
+    results in rank order.
 
     Raises RuntimeError with the first failing rank's traceback, or after ``timeout`` seconds.
     """
@@ -96,6 +103,8 @@ def _run_once(fn, world_size: int, *args, timeout: float) -> list:
                 results[rank] = value
         if time.monotonic() > deadline:
             _stop()
-            raise RuntimeError(f"no answer from ranks {sorted(set(range(world_size)) - set(results))} of {world_size} "
-                               f"after {timeout} s")
+            raise RuntimeError(
+                f"no answer from ranks {sorted(set(range(world_size)) - set(results))} of"
+                f" {world_size} after {timeout} s"
+            )
     return [results[rank] for rank in range(world_size)]

@@ -1,4 +1,5 @@
-"""Tiny model folders and a stage without an engine, shared by the tests of reading and writing Hugging Face folders."""
+"""Tiny model folders and a stage without an engine, shared by the tests of reading and writing
+Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -14,9 +15,19 @@ from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry, RopeScaling
 from rmega.models.weights import hf_shapes
 
-TINY = Geometry(family="llama", num_layers=3, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4,
-                num_query_groups=2, head_dim=8, vocab_size=50, max_position_embeddings=64, norm_eps=1e-5,
-                rope_theta=10000.0)
+TINY = Geometry(
+    family="llama",
+    num_layers=3,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_query_groups=2,
+    head_dim=8,
+    vocab_size=50,
+    max_position_embeddings=64,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+)
 
 
 def tiny(family: str, **changes: object) -> Geometry:
@@ -27,13 +38,23 @@ def hf_config(geometry: Geometry, architecture: str | None = None, **fields: obj
     """A ``config.json`` as other people's tools write it, before transformers 5."""
     base = {"llama": "LlamaForCausalLM", "internlm2": "InternLM2ForCausalLM"}[geometry.family]
     config = {
-        "architectures": [architecture or base], "model_type": geometry.family, "hidden_act": "silu",
-        "hidden_size": geometry.hidden_size, "intermediate_size": geometry.ffn_hidden_size,
-        "num_hidden_layers": geometry.num_layers, "num_attention_heads": geometry.num_attention_heads,
-        "num_key_value_heads": geometry.num_query_groups, "vocab_size": geometry.vocab_size,
-        "max_position_embeddings": geometry.max_position_embeddings, "rms_norm_eps": geometry.norm_eps,
-        "rope_theta": geometry.rope_theta, "rope_scaling": None, "bos_token_id": 1, "eos_token_id": 2,
-        "tie_word_embeddings": geometry.tie_word_embeddings}
+        "architectures": [architecture or base],
+        "model_type": geometry.family,
+        "hidden_act": "silu",
+        "hidden_size": geometry.hidden_size,
+        "intermediate_size": geometry.ffn_hidden_size,
+        "num_hidden_layers": geometry.num_layers,
+        "num_attention_heads": geometry.num_attention_heads,
+        "num_key_value_heads": geometry.num_query_groups,
+        "vocab_size": geometry.vocab_size,
+        "max_position_embeddings": geometry.max_position_embeddings,
+        "rms_norm_eps": geometry.norm_eps,
+        "rope_theta": geometry.rope_theta,
+        "rope_scaling": None,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": geometry.tie_word_embeddings,
+    }
     if geometry.family == "internlm2":
         config["bias"] = False
     if geometry.rope_scaling != RopeScaling():
@@ -44,9 +65,11 @@ def hf_config(geometry: Geometry, architecture: str | None = None, **fields: obj
     return {**config, **fields}
 
 
-def hf_tensors(geometry: Geometry, *, head: bool = False, seed: int = 0,
-               dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Random tensors under the names of the family; norms near one, so that activations stay in range."""
+def hf_tensors(
+    geometry: Geometry, *, head: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    """Random tensors under the names of the family; norms near one, so that activations stay in
+    range."""
     generator = torch.Generator().manual_seed(seed)
     backbone = BACKBONES[geometry.family]
     tensors = {}
@@ -58,7 +81,9 @@ def hf_tensors(geometry: Geometry, *, head: bool = False, seed: int = 0,
     return tensors
 
 
-def write_folder(folder: Path, config: dict, tensors: dict[str, torch.Tensor], shards: int = 1) -> Path:
+def write_folder(
+    folder: Path, config: dict, tensors: dict[str, torch.Tensor], shards: int = 1
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     if shards == 1:
@@ -67,17 +92,32 @@ def write_folder(folder: Path, config: dict, tensors: dict[str, torch.Tensor], s
     names, weight_map = sorted(tensors), {}
     for i in range(shards):
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        save_file({name: tensors[name] for name in names[i::shards]}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {name: tensors[name] for name in names[i::shards]},
+            folder / file,
+            metadata={"format": "pt"},
+        )
         weight_map |= dict.fromkeys(names[i::shards], file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return folder
 
 
 class Stage(torch.nn.Module):
-    """The parameters of one rank of one pipeline stage under megatron-core's names, and nothing else."""
+    """The parameters of one rank of one pipeline stage under megatron-core's names, and nothing
+    else."""
 
-    def __init__(self, geometry: Geometry, *, tp_rank: int = 0, tp_size: int = 1, layers: range | None = None,
-                 vocab: int | None = None, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        *,
+        tp_rank: int = 0,
+        tp_size: int = 1,
+        layers: range | None = None,
+        vocab: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         layers = range(geometry.num_layers) if layers is None else layers
         self.decoder = SimpleNamespace(layers=[SimpleNamespace(layer_number=i + 1) for i in layers])
@@ -88,7 +128,10 @@ class Stage(torch.nn.Module):
                 if 0 not in layers:
                     continue
                 shape[0] = vocab * tp_size if vocab else shape[0]
-            if name.startswith(("decoder.final", "reward_head")) and geometry.num_layers - 1 not in layers:
+            if (
+                name.startswith(("decoder.final", "reward_head"))
+                and geometry.num_layers - 1 not in layers
+            ):
                 continue
             if name.startswith("decoder.layers."):
                 number = int(name.split(".")[2])

@@ -1,7 +1,8 @@
-"""Score with an exported folder where nothing but torch and transformers is installed. Imports nothing of rmega.
+"""Score with an exported folder where nothing but torch and transformers is installed. Imports
+nothing of rmega.
 
-    python hf_load_check.py JOB.json      JOB: {"folder", "sequences", "pad", "conversation"}
-                                          prints {"version", "rewards": {"1right": [...], ...}, "ids", "chat"}
+python hf_load_check.py JOB.json      JOB: {"folder", "sequences", "pad", "conversation"}
+                                      prints {"version", "rewards": {"1right": [...], ...}, "ids", "chat"}
 """
 
 import json
@@ -26,16 +27,23 @@ def main(path):
         for side in ("right", "left"):
             out = []
             for start in range(0, len(job["sequences"]), size):
-                batch = job["sequences"][start:start + size]
+                batch = job["sequences"][start : start + size]
                 longest = max(map(len, batch))
                 pads = [[job["pad"]] * (longest - len(ids)) for ids in batch]
                 right = side == "right"
-                tokens = [ids + pad if right else pad + ids for ids, pad in zip(batch, pads, strict=True)]
+                tokens = [
+                    ids + pad if right else pad + ids for ids, pad in zip(batch, pads, strict=True)
+                ]
                 ones = [[1] * len(ids) for ids in batch]
                 zeros = [[0] * len(pad) for pad in pads]
-                mask = [one + zero if right else zero + one for one, zero in zip(ones, zeros, strict=True)]
+                mask = [
+                    one + zero if right else zero + one
+                    for one, zero in zip(ones, zeros, strict=True)
+                ]
                 with torch.no_grad():
-                    answer = model(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask))
+                    answer = model(
+                        input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask)
+                    )
                 out += answer.logits[:, 0].tolist()
             rewards[str(size) + side] = out
     result = {"version": transformers.__version__, "rewards": rewards}
@@ -47,7 +55,9 @@ def main(path):
         if remote:
             other = [*job["conversation"][:-1], {"role": "assistant", "content": "No."}]
             scores = model.get_scores(tokenizer, [job["conversation"], other], batch_size=2)
-            assert model.rank(tokenizer, [job["conversation"], other]) == ([0, 1] if scores[0] >= scores[1] else [1, 0])
+            assert model.rank(tokenizer, [job["conversation"], other]) == (
+                [0, 1] if scores[0] >= scores[1] else [1, 0]
+            )
             assert model.compare(tokenizer, job["conversation"], other) == (scores[0] > scores[1])
             result["chat"] = [model.get_score(tokenizer, job["conversation"]), *scores]
     print(json.dumps(result))

@@ -1,4 +1,5 @@
-"""A real small reward model folder and what plain transformers says of it, for the tests of scoring and serving."""
+"""A real small reward model folder and what plain transformers says of it, for the tests of scoring
+and serving."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def make_reward_model(source: Path, folder: Path) -> Path:
 
 
 class Reference:
-    """Rewards by transformers alone: the default template, one conversation at a time, read at the last token."""
+    """Rewards by transformers alone: the default template, one conversation at a time, read at the
+    last token."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer, LlamaForSequenceClassification

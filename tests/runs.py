@@ -1,4 +1,5 @@
-"""Whole training runs for tests: data from real comparisons, runs in worker processes or under a launcher."""
+"""Whole training runs for tests: data from real comparisons, runs in worker processes or under a
+launcher."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FAULTS: dict[str, list] = {}
-"""What was done to runs -> [what holds afterwards, how often it was done, how often it held]; printed at the end."""
+"""What was done to runs -> [what holds afterwards, how often it was done, how often it held];
+printed at the end."""
 
 
 @contextlib.contextmanager
@@ -31,8 +33,12 @@ def fault(what: str, holds: str) -> Iterator[None]:
 
 def fault_table() -> str:
     """The counts as a Markdown table."""
-    rows = [f"| {what} | {tried} | {held} | {holds} |" for what, (holds, tried, held) in FAULTS.items()]
-    return "\n".join(["| fault | times | survived | what holds afterwards |", "|---|---|---|---|", *rows])
+    rows = [
+        f"| {what} | {tried} | {held} | {holds} |" for what, (holds, tried, held) in FAULTS.items()
+    ]
+    return "\n".join(
+        ["| fault | times | survived | what holds afterwards |", "|---|---|---|---|", *rows]
+    )
 
 
 def make_data(shared: Path, model: Path, folder: Path, count: int = 60) -> str:
@@ -41,16 +47,35 @@ def make_data(shared: Path, model: Path, folder: Path, count: int = 60) -> str:
 
     with gzip.open(shared / "data" / "hh-rlhf" / "mix.train.pairs.jsonl.gz", "rt") as file:
         (folder / "rows.jsonl").write_text("".join(itertools.islice(file, count)))
-    preprocess(PreprocessArgs(input=(str(folder / "rows.jsonl"),), tokenizer=str(model),
-                              output_prefix=str(folder / "rows"), max_length=128))
+    preprocess(
+        PreprocessArgs(
+            input=(str(folder / "rows.jsonl"),),
+            tokenizer=str(model),
+            output_prefix=str(folder / "rows"),
+            max_length=128,
+        )
+    )
     return str(folder / "rows")
 
 
-def flags(model: Path, data: str, run: Path | None = None, *, steps: int = 8, batch: int = 6, **more) -> list[str]:
+def flags(
+    model: Path, data: str, run: Path | None = None, *, steps: int = 8, batch: int = 6, **more
+) -> list[str]:
     """Flags of a tiny fp32 run; ``more`` with underscores, True for a switch."""
-    options = {"hf_model": model, "data_path": data, "train_steps": steps, "global_batch_size": batch, "lr": 1e-3,
-               "precision": "fp32", "matmul_precision": "highest", "max_tokens_per_microbatch": 512,
-               "log_interval": 1, "head_init": "normal", **({"save": run, "load": run} if run else {}), **more}
+    options = {
+        "hf_model": model,
+        "data_path": data,
+        "train_steps": steps,
+        "global_batch_size": batch,
+        "lr": 1e-3,
+        "precision": "fp32",
+        "matmul_precision": "highest",
+        "max_tokens_per_microbatch": 512,
+        "log_interval": 1,
+        "head_init": "normal",
+        **({"save": run, "load": run} if run else {}),
+        **more,
+    }
     out = []
     for name, value in options.items():
         if value is not None:
@@ -59,13 +84,15 @@ def flags(model: Path, data: str, run: Path | None = None, *, steps: int = 8, ba
     return out
 
 
-def train(rank: int, world_size: int, argv: list[str], events: dict[int, tuple[str, int]] | None = None) -> int:
+def train(
+    rank: int, world_size: int, argv: list[str], events: dict[int, tuple[str, int]] | None = None
+) -> int:
     """Run examples/pretrain_reward.py in this process; its exit code.
 
-    ``events[step] = (what, on_rank)`` happens on that rank after the step: a signal's name, or "die".
+    ``events[step] = (what, on_rank)`` happens on that rank after the step: a signal's name, or
+    "die".
     """
     import rmega.training.train as engine
-
     from examples import pretrain_reward
     from rmega.training.stopping import StopRequest
 
@@ -99,17 +126,48 @@ def train_and_say(rank: int, world_size: int, argv: list[str]) -> tuple[int, str
     return code, said.getvalue()
 
 
-def start(ranks: int, argv: list[str], *, launcher: str = "launch", env: dict[str, str] | None = None,
-          program: Path = ROOT / "examples" / "pretrain_reward.py", **options) -> subprocess.Popen:
-    """A run under tools/launch.py, torchrun, or alone ("python"), with stdout and stderr in one pipe."""
-    starter = {"launch": [sys.executable, str(ROOT / "tools" / "launch.py"), "--nproc-per-node", str(ranks)],
-               "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)],
-               "python": [sys.executable]}[launcher]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    environment.update({"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false",
-                        **(env or {})})
-    return subprocess.Popen([*starter, str(program), *argv], env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+def start(
+    ranks: int,
+    argv: list[str],
+    *,
+    launcher: str = "launch",
+    env: dict[str, str] | None = None,
+    program: Path = ROOT / "examples" / "pretrain_reward.py",
+    **options,
+) -> subprocess.Popen:
+    """A run under tools/launch.py, torchrun, or alone ("python"), with stdout and stderr in one
+    pipe."""
+    starter = {
+        "launch": [
+            sys.executable,
+            str(ROOT / "tools" / "launch.py"),
+            "--nproc-per-node",
+            str(ranks),
+        ],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)],
+        "python": [sys.executable],
+    }[launcher]
+    environment = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    }
+    environment.update(
+        {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "TOKENIZERS_PARALLELISM": "false",
+            **(env or {}),
+        }
+    )
+    return subprocess.Popen(
+        [*starter, str(program), *argv],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -118,9 +176,11 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     reader = dcp.FileSystemReader(str(folder))
-    found = {name: torch.empty(entry.size, dtype=entry.properties.dtype)
-             for name, entry in reader.read_metadata().state_dict_metadata.items()
-             if isinstance(entry, TensorStorageMetadata)}
+    found = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
     dcp.load(found, storage_reader=reader, no_dist=True)
     return found
 

@@ -19,24 +19,56 @@ def parse(*argv: str) -> TrainingConfig:
 
 
 def test_megatrons_names_and_the_short_ones() -> None:
-    long = parse(*STEPS, "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "4",
-                 "--virtual-pipeline-model-parallel-size", "2", "--sequence-parallel", "--data-parallel-size", "3",
-                 "--context-parallel-size", "1")
+    long = parse(
+        *STEPS,
+        "--tensor-model-parallel-size",
+        "2",
+        "--pipeline-model-parallel-size",
+        "4",
+        "--virtual-pipeline-model-parallel-size",
+        "2",
+        "--sequence-parallel",
+        "--data-parallel-size",
+        "3",
+        "--context-parallel-size",
+        "1",
+    )
     short = parse(*STEPS, "--tp", "2", "--pp", "4", "--vpp", "2", "--sp", "--dp", "3", "--cp", "1")
-    assert long == short and short.parallel.tensor_model_parallel_size == 2 and short.parallel.sequence_parallel
-    assert parse(*STEPS, "--no-use-distributed-optimizer").parallel.use_distributed_optimizer is False
+    assert (
+        long == short
+        and short.parallel.tensor_model_parallel_size == 2
+        and short.parallel.sequence_parallel
+    )
+    assert (
+        parse(*STEPS, "--no-use-distributed-optimizer").parallel.use_distributed_optimizer is False
+    )
 
 
 def test_several_sets() -> None:
-    config = parse("--hf-model", "m", "--data-path", "2=a", "b", "--valid-data-path", "x=c", "--train-epochs", "0.5")
+    config = parse(
+        "--hf-model",
+        "m",
+        "--data-path",
+        "2=a",
+        "b",
+        "--valid-data-path",
+        "x=c",
+        "--train-epochs",
+        "0.5",
+    )
     assert config.data.data_path == ("2=a", "b") and config.data.valid_data_path == ("x=c",)
     assert config.train.train_epochs == 0.5 and config.train.train_steps is None
 
 
 def test_defaults_are_the_papers() -> None:
-    """XTuner's InternLM2 recipe: focal loss, log barrier, AdamW(0.9, 0.999), clip 1, 3 % warm-up, cosine to 0."""
+    """XTuner's InternLM2 recipe: focal loss, log barrier, AdamW(0.9, 0.999), clip 1, 3 % warm-up,
+    cosine to 0."""
     config = parse(*STEPS)
-    assert (config.loss.loss, config.loss.penalty, config.loss.penalty_weight) == ("focal", "log_barrier", 0.01)
+    assert (config.loss.loss, config.loss.penalty, config.loss.penalty_weight) == (
+        "focal",
+        "log_barrier",
+        0.01,
+    )
     o = config.optimizer
     assert (o.lr, o.min_lr, o.lr_warmup_fraction, o.lr_decay_style) == (2e-5, 0.0, 0.03, "cosine")
     assert (o.weight_decay, o.adam_beta1, o.adam_beta2, o.clip_grad) == (0.0, 0.9, 0.999, 1.0)
@@ -51,34 +83,41 @@ def test_as_dict_is_json_and_complete() -> None:
     assert back["parallel"]["tensor_model_parallel_size"] == 2 and back["train"]["train_steps"] == 3
 
 
-@pytest.mark.parametrize(("argv", "world", "message"), [
-    (NEEDED, 1, "--train-steps and --train-epochs"),
-    ([*STEPS, "--train-epochs", "1"], 1, "--train-steps and --train-epochs"),
-    ([*NEEDED, "--train-steps", "0"], 1, "--train-steps 0"),
-    ([*NEEDED, "--train-epochs", "-1"], 1, "--train-epochs -1"),
-    ([*NEEDED, "--train-epochs", "nan"], 1, "--train-epochs nan"),
-    ([*STEPS, "--global-batch-size", "0"], 1, "--global-batch-size 0"),
-    ([*STEPS, "--global-batch-size", "3"], 4, "--global-batch-size 3 is smaller than the 4"),
-    ([*STEPS, "--max-tokens-per-microbatch", "0"], 1, "--max-tokens-per-microbatch 0"),
-    ([*STEPS, "--log-interval", "0"], 1, "--log-interval 0"),
-    ([*STEPS, "--lr", "0"], 1, "--lr 0"),
-    ([*STEPS, "--lr", "nan"], 1, "--lr nan"),
-    ([*STEPS, "--clip-grad", "-1"], 1, "--clip-grad -1"),
-    ([*STEPS, "--weight-decay", "-0.1"], 1, "--weight-decay -0.1"),
-    ([*STEPS, "--penalty-weight", "-1"], 1, "--penalty-weight -1"),
-    ([*STEPS, "--min-lr", "-1"], 1, "--min-lr -1"),
-    ([*STEPS, "--label-smoothing", "0.5"], 1, "--label-smoothing 0.5"),
-    ([*STEPS, "--lr-warmup-fraction", "1"], 1, "--lr-warmup-fraction 1"),
-    ([*STEPS, "--cp", "2"], 2, "--cp 2"),
-    ([*STEPS, "--tp", "0"], 1, "--tp 0"),
-    ([*STEPS, "--tp", "2", "--pp", "2"], 6, "--tp 2 x --pp 2 = 4 does not divide the 6 processes"),
-    ([*STEPS, "--tp", "2", "--dp", "2"], 2, "--dp 2: 2 processes leave 1 replicas"),
-    ([*STEPS, "--sp"], 1, "--sp needs --tp greater than 1"),
-    ([*STEPS, "--vpp", "2"], 1, "--vpp needs --pp greater than 1"),
-    ([*STEPS, "--save-interval", "5"], 1, "--save-interval needs --save"),
-    ([*STEPS, "--save-interval", "-5", "--save", "x"], 1, "--save-interval -5"),
-    ([*STEPS, "--keep-last", "-1"], 1, "--keep-last -1"),
-])
+@pytest.mark.parametrize(
+    ("argv", "world", "message"),
+    [
+        (NEEDED, 1, "--train-steps and --train-epochs"),
+        ([*STEPS, "--train-epochs", "1"], 1, "--train-steps and --train-epochs"),
+        ([*NEEDED, "--train-steps", "0"], 1, "--train-steps 0"),
+        ([*NEEDED, "--train-epochs", "-1"], 1, "--train-epochs -1"),
+        ([*NEEDED, "--train-epochs", "nan"], 1, "--train-epochs nan"),
+        ([*STEPS, "--global-batch-size", "0"], 1, "--global-batch-size 0"),
+        ([*STEPS, "--global-batch-size", "3"], 4, "--global-batch-size 3 is smaller than the 4"),
+        ([*STEPS, "--max-tokens-per-microbatch", "0"], 1, "--max-tokens-per-microbatch 0"),
+        ([*STEPS, "--log-interval", "0"], 1, "--log-interval 0"),
+        ([*STEPS, "--lr", "0"], 1, "--lr 0"),
+        ([*STEPS, "--lr", "nan"], 1, "--lr nan"),
+        ([*STEPS, "--clip-grad", "-1"], 1, "--clip-grad -1"),
+        ([*STEPS, "--weight-decay", "-0.1"], 1, "--weight-decay -0.1"),
+        ([*STEPS, "--penalty-weight", "-1"], 1, "--penalty-weight -1"),
+        ([*STEPS, "--min-lr", "-1"], 1, "--min-lr -1"),
+        ([*STEPS, "--label-smoothing", "0.5"], 1, "--label-smoothing 0.5"),
+        ([*STEPS, "--lr-warmup-fraction", "1"], 1, "--lr-warmup-fraction 1"),
+        ([*STEPS, "--cp", "2"], 2, "--cp 2"),
+        ([*STEPS, "--tp", "0"], 1, "--tp 0"),
+        (
+            [*STEPS, "--tp", "2", "--pp", "2"],
+            6,
+            "--tp 2 x --pp 2 = 4 does not divide the 6 processes",
+        ),
+        ([*STEPS, "--tp", "2", "--dp", "2"], 2, "--dp 2: 2 processes leave 1 replicas"),
+        ([*STEPS, "--sp"], 1, "--sp needs --tp greater than 1"),
+        ([*STEPS, "--vpp", "2"], 1, "--vpp needs --pp greater than 1"),
+        ([*STEPS, "--save-interval", "5"], 1, "--save-interval needs --save"),
+        ([*STEPS, "--save-interval", "-5", "--save", "x"], 1, "--save-interval -5"),
+        ([*STEPS, "--keep-last", "-1"], 1, "--keep-last -1"),
+    ],
+)
 def test_what_is_wrong_is_named(argv, world, message) -> None:
     with pytest.raises(ValueError) as error:
         parse(*argv).check(world)
@@ -92,14 +131,24 @@ def test_what_is_right_passes() -> None:
     assert not config.parallel.overlap_grad_reduce  # nothing to reduce over
 
 
-@pytest.mark.parametrize("argv", [[], ["--hf-model", "m"], [*STEPS, "--lr", "fast"], [*STEPS, "--learning-rate", "1"],
-                                  [*STEPS, "--loss", "hinge"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--hf-model", "m"],
+        [*STEPS, "--lr", "fast"],
+        [*STEPS, "--learning-rate", "1"],
+        [*STEPS, "--loss", "hinge"],
+    ],
+)
 def test_flags_that_cannot_be_read_end_with_2(argv, capsys) -> None:
     with pytest.raises(SystemExit) as end:
         parse(*argv)
     assert end.value.code == 2
     said = capsys.readouterr()
-    missing = {(): "--hf-model", ("--hf-model", "m"): "--data-path"}.get(tuple(argv), argv[-2] if argv else "")
+    missing = {(): "--hf-model", ("--hf-model", "m"): "--data-path"}.get(
+        tuple(argv), argv[-2] if argv else ""
+    )
     assert missing in said.err + said.out
 
 
@@ -131,33 +180,61 @@ def test_run_tool(capsys) -> None:
 def test_fp8_goes_with_transformer_engine_and_bf16() -> None:
     fp8 = [*STEPS, "--fp8-format", "hybrid"]
     parse(*fp8).check(1)
-    with pytest.raises(ValueError, match="--fp8-format hybrid needs Transformer Engine, not --transformer-impl local"):
+    with pytest.raises(
+        ValueError,
+        match="--fp8-format hybrid needs Transformer Engine, not --transformer-impl local",
+    ):
         parse(*fp8, "--transformer-impl", "local").check(1)
-    with pytest.raises(ValueError, match="--fp8-format hybrid goes with --precision bf16, not fp16"):
+    with pytest.raises(
+        ValueError, match="--fp8-format hybrid goes with --precision bf16, not fp16"
+    ):
         parse(*fp8, "--precision", "fp16").check(1)
 
 
-@pytest.mark.parametrize("flags,multiple", [
-    ([], 1), (["--tp", "2"], 1), (["--tp", "2", "--sp"], 2), (["--fp8-format", "e4m3"], 16),
-    (["--fp8-format", "hybrid", "--tp", "4", "--sp"], 64),
-    (["--fp8-format", "hybrid", "--fp8-recipe", "mxfp8", "--tp", "2"], 32)])
+@pytest.mark.parametrize(
+    "flags,multiple",
+    [
+        ([], 1),
+        (["--tp", "2"], 1),
+        (["--tp", "2", "--sp"], 2),
+        (["--fp8-format", "e4m3"], 16),
+        (["--fp8-format", "hybrid", "--tp", "4", "--sp"], 64),
+        (["--fp8-format", "hybrid", "--fp8-recipe", "mxfp8", "--tp", "2"], 32),
+    ],
+)
 def test_token_multiple(flags, multiple) -> None:
     assert parse(*STEPS, *flags).token_multiple == multiple
 
 
-@pytest.mark.parametrize(("argv", "said"), [
-    ([*NEEDED, "--learning-rate", "3"], ["--learning-rate: no such flag; did you mean --lr?"]),
-    ([*NEEDED, "--bf16", "--num_train_epochs=3"], ["--bf16: no such flag; did you mean --precision bf16?",
-                                                   "--num_train_epochs: no such flag; did you mean --train-epochs?"]),
-    (["--hf-modl", "m", "--data-path", "d"], ["--hf-modl: no such flag; did you mean --hf-model?"]),
-    ([*NEEDED, "--global-batch-sise", "3"], ["--global-batch-sise: no such flag; did you mean --global-batch-size?"]),
-    ([*NEEDED, "--xyzzy", "3", "--tp", "x"], []),
-])
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([*NEEDED, "--learning-rate", "3"], ["--learning-rate: no such flag; did you mean --lr?"]),
+        (
+            [*NEEDED, "--bf16", "--num_train_epochs=3"],
+            [
+                "--bf16: no such flag; did you mean --precision bf16?",
+                "--num_train_epochs: no such flag; did you mean --train-epochs?",
+            ],
+        ),
+        (
+            ["--hf-modl", "m", "--data-path", "d"],
+            ["--hf-modl: no such flag; did you mean --hf-model?"],
+        ),
+        (
+            [*NEEDED, "--global-batch-sise", "3"],
+            ["--global-batch-sise: no such flag; did you mean --global-batch-size?"],
+        ),
+        ([*NEEDED, "--xyzzy", "3", "--tp", "x"], []),
+    ],
+)
 def test_a_flag_that_is_not_there_names_the_one_that_is(argv, said, capsys) -> None:
     with pytest.raises(SystemExit) as end:
         parse(*argv)
     lines = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and [x for x in lines if x.startswith("error:")] == [f"error: {x}" for x in said]
+    assert end.value.code == 2 and [x for x in lines if x.startswith("error:")] == [
+        f"error: {x}" for x in said
+    ]
 
 
 def test_help_of_lists_and_of_the_program(capsys, monkeypatch) -> None:
@@ -165,4 +242,8 @@ def test_help_of_lists_and_of_the_program(capsys, monkeypatch) -> None:
     with pytest.raises(SystemExit):
         parse("--help")
     said = capsys.readouterr().out
-    assert "(default: )" not in said and "usage: tools/score.py" in said and "sigmoid(d - margin)" in said
+    assert (
+        "(default: )" not in said
+        and "usage: tools/score.py" in said
+        and "sigmoid(d - margin)" in said
+    )

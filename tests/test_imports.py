@@ -1,4 +1,5 @@
-"""Law 2: imports point in one direction, config answers without torch, and only the package rmega is installed."""
+"""Law 2: imports point in one direction, config answers without torch, and only the package rmega
+is installed."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from setuptools import find_packages
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "rmega"
-# A module or package may import, directly or through others, only from layers above its own in this list.
+# A module or package may import, directly or through others, only from layers above its own in this
+# list.
 LAYERS = [
     {"config", "cli", "io", "hub", "metrics", "ops"},
     {"precision", "megatron"},
@@ -25,9 +27,16 @@ LAYERS = [
 ]
 FOUNDATIONS = {"config", "cli", "io", "hub"}  # import nothing of ours but each other
 # Within a layer: who may import whom.
-WITHIN = {("hub", "io"), ("data", "distributed"), ("checkpointing", "models"), ("evaluation", "scoring"),
-          # Gone with the deletions that follow: merge (RANK_FACTORS), hand-made progress bars.
-          ("data", "preferences"), ("export", "training"), ("scoring", "training")}
+WITHIN = {
+    ("hub", "io"),
+    ("data", "distributed"),
+    ("checkpointing", "models"),
+    ("evaluation", "scoring"),
+    # Gone with the deletions that follow: merge (RANK_FACTORS), hand-made progress bars.
+    ("data", "preferences"),
+    ("export", "training"),
+    ("scoring", "training"),
+}
 
 
 def modules() -> dict[str, Path]:
@@ -40,7 +49,8 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path, name: str) -> set[str]:
-    """Dotted names that a file imports, anywhere in it, but for those that only a type checker reads."""
+    """Dotted names that a file imports, anywhere in it, but for those that only a type checker
+    reads."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found: set[str] = set()
 
@@ -73,7 +83,8 @@ def unit(name: str) -> str | None:
 
 
 def ours(name: str) -> set[str]:
-    """The modules and packages directly in rmega/ that a file imports from, without ``__version__`` and ``_C``."""
+    """The modules and packages directly in rmega/ that a file imports from, without ``__version__``
+    and ``_C``."""
     units = {unit(target) for target in IMPORTS[name] if target.split(".")[0] == "rmega"}
     return {u for u in units if u and not u.startswith("_")}
 
@@ -93,7 +104,9 @@ def test_every_module_and_package_has_its_layer() -> None:
 def test_imports_point_down(name: str) -> None:
     level = next(i for i, layer in enumerate(LAYERS) if name in layer)
     below = set().union(*LAYERS[:level]) | {other for one, other in WITHIN if one == name}
-    assert EDGES[name] <= below, f"rmega/{name} imports {sorted(EDGES[name] - below)}, which are not below it"
+    assert EDGES[name] <= below, (
+        f"rmega/{name} imports {sorted(EDGES[name] - below)}, which are not below it"
+    )
 
 
 def test_foundations_import_nothing_of_ours() -> None:
@@ -102,15 +115,28 @@ def test_foundations_import_nothing_of_ours() -> None:
 
 
 def test_no_circles_between_files() -> None:
-    """Also within a package: a file never imports itself through others (imports inside functions count, too)."""
-    edges = {name: {m for t in IMPORTS[name] for m in (t, t.rpartition(".")[0]) if m in MODULES and m != "rmega"} - {name}
-             for name in MODULES}
+    """Also within a package: a file never imports itself through others (imports inside functions
+    count, too)."""
+    edges = {
+        name: (
+            {
+                m
+                for t in IMPORTS[name]
+                for m in (t, t.rpartition(".")[0])
+                if m in MODULES and m != "rmega"
+            }
+            - {name}
+        )
+        for name in MODULES
+    }
     state: dict[str, int] = {}
 
     def visit(name: str, path: tuple[str, ...]) -> None:
         state[name] = 1
         for other in sorted(edges[name]):
-            assert state.get(other) != 1, " -> ".join([*path[path.index(other):], other] if other in path else [name, other])
+            assert state.get(other) != 1, " -> ".join(
+                [*path[path.index(other) :], other] if other in path else [name, other]
+            )
             if other not in state:
                 visit(other, (*path, other))
         state[name] = 2
@@ -134,7 +160,12 @@ def test_what_a_login_node_runs_is_free_of_torch() -> None:
 
 def test_nothing_in_the_package_imports_what_is_not_installed() -> None:
     for name, targets in IMPORTS.items():
-        assert not {t.split(".")[0] for t in targets} & {"tests", "tools", "examples", "benchmarks"}, name
+        assert not {t.split(".")[0] for t in targets} & {
+            "tests",
+            "tools",
+            "examples",
+            "benchmarks",
+        }, name
 
 
 def test_only_the_cpu_module_replaces_parts_of_torch() -> None:
@@ -150,13 +181,19 @@ def test_only_the_cpu_module_replaces_parts_of_torch() -> None:
 
 def test_help_answers_without_torch() -> None:
     """What ``--help`` of the training program needs, in a fresh interpreter."""
-    code = ("import sys\n"
-            "from examples.pretrain_reward import main\n"
-            "try:\n    main(['--help'])\nexcept SystemExit as end:\n    assert end.code in (0, None)\n"
-            "print('HEAVY', sorted({'torch', 'megatron', 'transformers', 'numpy'} & set(sys.modules)))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    code = (
+        "import sys\n"
+        "from examples.pretrain_reward import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as end:\n    assert end.code in (0, None)\n"
+        "print('HEAVY', sorted({'torch', 'megatron', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
-    assert "--global-batch-size" in done.stdout and "--tp" in done.stdout and "HEAVY []" in done.stdout
+    assert (
+        "--global-batch-size" in done.stdout and "--tp" in done.stdout and "HEAVY []" in done.stdout
+    )
 
 
 def test_only_the_package_is_installed() -> None:
@@ -165,4 +202,6 @@ def test_only_the_package_is_installed() -> None:
     packages = find_packages(str(ROOT), include=["rmega", "rmega.*"])
     assert {name.split(".")[0] for name in packages} == {"rmega"}
     # Every folder with sources is a package, else a wheel would lack it.
-    assert {".".join(p.parent.relative_to(ROOT).parts) for p in PACKAGE.rglob("*.py")} == set(packages)
+    assert {".".join(p.parent.relative_to(ROOT).parts) for p in PACKAGE.rglob("*.py")} == set(
+        packages
+    )

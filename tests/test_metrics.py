@@ -1,4 +1,5 @@
-"""Every number of an evaluation against published values, brute force, or a case whose answer is known."""
+"""Every number of an evaluation against published values, brute force, or a case whose answer is
+known."""
 
 from __future__ import annotations
 
@@ -30,13 +31,26 @@ from rmega.evaluation.results import (
 
 def item(rewards, scores, lengths=None, **more) -> Judged:
     lengths = [10] * len(rewards) if lengths is None else lengths
-    return Judged(rewards=np.array(rewards, float), scores=np.array(scores, float), lengths=np.array(lengths), **more)
+    return Judged(
+        rewards=np.array(rewards, float),
+        scores=np.array(scores, float),
+        lengths=np.array(lengths),
+        **more,
+    )
 
 
 # ---- intervals
 
-@pytest.mark.parametrize("successes, n, low, high", [
-    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)])
+
+@pytest.mark.parametrize(
+    "successes, n, low, high",
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
 def test_wilson_published(successes, n, low, high):
     # Newcombe 1998, Statistics in Medicine 17, 857-872, table I, method 3
     assert m.wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
@@ -52,9 +66,16 @@ def test_wilson_edges():
             m.wilson_interval(*bad)
 
 
-@pytest.mark.parametrize("a, b, low, high", [
-    ((56, 70), (48, 80), 0.0524, 0.3339), ((9, 10), (3, 10), 0.1705, 0.8090), ((6, 7), (2, 7), 0.0582, 0.8062),
-    ((5, 56), (0, 29), -0.0381, 0.1926), ((10, 10), (0, 10), 0.6075, 1.0)])
+@pytest.mark.parametrize(
+    "a, b, low, high",
+    [
+        ((56, 70), (48, 80), 0.0524, 0.3339),
+        ((9, 10), (3, 10), 0.1705, 0.8090),
+        ((6, 7), (2, 7), 0.0582, 0.8062),
+        ((5, 56), (0, 29), -0.0381, 0.1926),
+        ((10, 10), (0, 10), 0.6075, 1.0),
+    ],
+)
 def test_difference_published(a, b, low, high):
     # Newcombe 1998, Statistics in Medicine 17, 873-890, table II, method 10
     difference, got_low, got_high = m.difference_interval((a[0], b[0]), (a[1], b[1]))
@@ -78,7 +99,9 @@ def test_pairs_of_one_prompt_are_not_independent():
     assert clustered["effective_pairs"] == pytest.approx(49, rel=0.03)
     plain = m.accuracy(d)
     assert plain["effective_pairs"] == 300
-    assert clustered["accuracy_high"] - clustered["accuracy_low"] > 2 * (plain["accuracy_high"] - plain["accuracy_low"])
+    assert clustered["accuracy_high"] - clustered["accuracy_low"] > 2 * (
+        plain["accuracy_high"] - plain["accuracy_low"]
+    )
     # pairs that know nothing of each other keep nearly their number
     free = m.accuracy(rng.normal(0.3, 1, 3000), np.repeat(np.arange(500), 6))
     assert free["effective_pairs"] > 2300
@@ -91,7 +114,10 @@ def test_by_group_and_margin():
     assert {k: v["accuracy"] for k, v in groups.items()} == {"a": 1.0, "b": 0.5}
     margin = np.array([0.8 - 0.6, 0.4 - 0.2, 1.0, math.nan])
     rows = m.accuracy_by_margin(np.array([1.0, -1, 1, 1]), margin)
-    assert [(r["low"], r["num_pairs"], r["accuracy"]) for r in rows] == [(0.2, 2, 0.5), (1.0, 1, 1.0)]
+    assert [(r["low"], r["num_pairs"], r["accuracy"]) for r in rows] == [
+        (0.2, 2, 0.5),
+        (1.0, 1, 1.0),
+    ]
     many = m.accuracy_by_margin(np.ones(100), np.arange(100) / 7)
     assert len(many) == 5 and sum(r["num_pairs"] for r in many) == 100
     assert all(a["high"] < b["low"] for a, b in zip(many, many[1:], strict=False))
@@ -100,18 +126,24 @@ def test_by_group_and_margin():
 
 # ---- correlation
 
+
 def test_correlations():
     # the examples of scipy.stats' own documentation
-    assert m.spearman(np.array([1, 2, 3, 4, 5]), np.array([5, 6, 7, 8, 7])) == pytest.approx(0.8207826816681233)
+    assert m.spearman(np.array([1, 2, 3, 4, 5]), np.array([5, 6, 7, 8, 7])) == pytest.approx(
+        0.8207826816681233
+    )
     x, y = np.array([12, 2, 1, 12, 2]), np.array([1, 4, 7, 1, 0])
     assert m.kendall_tau_b(x, y) == pytest.approx(-0.47140452079103173)
     x = np.random.default_rng(1).normal(size=(2, 50))
     assert m.pearson(*x) == pytest.approx(np.corrcoef(x)[0, 1])
     assert m.ranks(np.array([3, 1, 3, 2])).tolist() == [3.5, 1, 3.5, 2]
-    assert math.isnan(m.pearson(np.ones(4), np.arange(4.0))) and math.isnan(m.kendall_tau_b(np.ones(3), np.arange(3)))
+    assert math.isnan(m.pearson(np.ones(4), np.arange(4.0))) and math.isnan(
+        m.kendall_tau_b(np.ones(3), np.arange(3))
+    )
 
 
 # ---- length
+
 
 def test_length_controlled_accuracy_solves_its_equations():
     rng = np.random.default_rng(2)
@@ -132,7 +164,11 @@ def test_length_report_of_known_models():
     rng = np.random.default_rng(3)
     chosen, rejected = rng.integers(10, 1000, 3000), rng.integers(10, 1400, 3000)
     blind = m.length_report((chosen - rejected).astype(float), chosen, rejected)
-    assert (blind["chosen_longer"]["accuracy"], blind["chosen_shorter"]["accuracy"], blind["gap"]) == (1.0, 0.0, 1.0)
+    assert (
+        blind["chosen_longer"]["accuracy"],
+        blind["chosen_shorter"]["accuracy"],
+        blind["gap"],
+    ) == (1.0, 0.0, 1.0)
     assert blind["balanced_accuracy"] == 0.5 and blind["prefers_longer"] == 1.0
     assert blind["controlled_accuracy"] == pytest.approx(0.5, abs=0.06)
     assert blind["pearson_within"] == pytest.approx(1.0) and length_flag(blind) == "strong"
@@ -141,7 +177,9 @@ def test_length_report_of_known_models():
     assert fair["controlled_accuracy"] == pytest.approx(0.69, abs=0.03)
     perfect = m.length_report(np.ones(3000), chosen, rejected)
     assert length_flag(perfect) == "none" and perfect["controlled_accuracy"] > 0.99
-    likes_short = m.length_report(rng.normal(0.5, 1, 3000) - (chosen - rejected) / 1000, chosen, rejected)
+    likes_short = m.length_report(
+        rng.normal(0.5, 1, 3000) - (chosen - rejected) / 1000, chosen, rejected
+    )
     assert likes_short["gap"] < -0.1 and length_flag(likes_short) in ("mild", "strong")
     # which of the two was chosen plays no part in the correlation
     d = rng.normal(size=3000)
@@ -153,7 +191,9 @@ def test_length_report_of_known_models():
 
 def test_length_cannot_be_judged_on_one_side():
     n = 200
-    report = m.length_report(np.random.default_rng(0).normal(0.5, 1, n), np.full(n, 9), np.full(n, 5))
+    report = m.length_report(
+        np.random.default_rng(0).normal(0.5, 1, n), np.full(n, 9), np.full(n, 5)
+    )
     assert length_flag(report) == "unknown" and report["chosen_shorter"]["num_pairs"] == 0
 
 
@@ -168,17 +208,29 @@ def test_a_side_without_pairs_has_no_accuracy_in_the_verdict():
     from rmega.evaluation.results import Judged, judge
 
     def said(n):
-        items = [Judged(rewards=np.array([float(i), 0.0]), scores=np.array([1.0, 0.0]), lengths=np.array([10 + i, 9]))
-                 for i in range(1, n + 1)]
+        items = [
+            Judged(
+                rewards=np.array([float(i), 0.0]),
+                scores=np.array([1.0, 0.0]),
+                lengths=np.array([10 + i, 9]),
+            )
+            for i in range(1, n + 1)
+        ]
         return next(v["text"] for v in judge(items)["verdict"] if v["about"] == "length")
 
-    assert said(4) == "Length bias cannot be judged: the chosen response is the shorter one in no pair."
+    assert (
+        said(4)
+        == "Length bias cannot be judged: the chosen response is the shorter one in no pair."
+    )
     assert said(60).startswith("Strong length bias, towards longer") and " - where" not in said(60)
 
 
 def test_an_accurate_model_on_longer_chosen_responses_is_not_biased_by_that_alone():
     rng = np.random.default_rng(1)
-    d, delta = rng.exponential(1, 500), rng.exponential(100, 500)  # always right, by amounts that length does not tell
+    d, delta = (
+        rng.exponential(1, 500),
+        rng.exponential(100, 500),
+    )  # always right, by amounts that length does not tell
     report = m.length_report(d, 10 + delta, np.full(500, 10.0))
     assert report["spearman_within"] > 0.7 and length_flag(report) == "unknown"
     assert length_flag(m.length_report(delta + 20 * d, 10 + delta, np.full(500, 10.0))) == "strong"
@@ -190,13 +242,18 @@ def test_rank_correlation_interval_covers():
     true = 6 / math.pi * math.asin(r / 2)
     for _ in range(1000):
         x = rng.normal(size=n)
-        low, high = m.rank_correlation_interval(m.spearman(x, r * x + math.sqrt(1 - r * r) * rng.normal(size=n)), n)
+        low, high = m.rank_correlation_interval(
+            m.spearman(x, r * x + math.sqrt(1 - r * r) * rng.normal(size=n)), n
+        )
         hits += low <= true <= high
     assert 925 <= hits <= 975
-    assert m.rank_correlation_interval(0.9, 3) != (0.9, 0.9) and m.rank_correlation_interval(1.0, 9) == (1.0, 1.0)
+    assert m.rank_correlation_interval(0.9, 3) != (0.9, 0.9) and m.rank_correlation_interval(
+        1.0, 9
+    ) == (1.0, 1.0)
 
 
 # ---- calibration
+
 
 def test_calibration_of_a_calibrated_model():
     rng = np.random.default_rng(4)
@@ -206,7 +263,10 @@ def test_calibration_of_a_calibrated_model():
     assert report["ece"] < 0.01 and report["temperature"] == pytest.approx(1, abs=0.04)
     assert report["low"] < 1 < report["high"]
     hot = m.calibration(3 * d)
-    assert hot["temperature"] == pytest.approx(3 * report["temperature"], rel=1e-6) and hot["ece"] > 0.08
+    assert (
+        hot["temperature"] == pytest.approx(3 * report["temperature"], rel=1e-6)
+        and hot["ece"] > 0.08
+    )
     assert hot["ece_scaled"] == pytest.approx(report["ece"], abs=0.005)
 
 
@@ -218,7 +278,9 @@ def test_calibration_by_hand():
     assert report["brier"] == pytest.approx(((1 - s[0]) ** 2 + s[0] ** 2 + 2 * (1 - s[2]) ** 2) / 4)
     assert [b["num_pairs"] for b in report["reliability"]] == [2, 2]
     coin = m.calibration(np.zeros(7))
-    assert (coin["ece"], coin["brier"]) == (0.0, 0.25) and coin["log_loss"] == pytest.approx(math.log(2))
+    assert (coin["ece"], coin["brier"]) == (0.0, 0.25) and coin["log_loss"] == pytest.approx(
+        math.log(2)
+    )
 
 
 def test_temperature_is_the_minimum():
@@ -235,12 +297,25 @@ def test_temperature_is_the_minimum():
 
 # ---- more than two responses, prompts
 
+
 def test_ranked():
-    rewards = [np.array([3.0, 1, 2]), np.array([1.0, 1, 0]), np.array([5.0, 6]), np.array([0.0, 0, 0])]
-    scores = [np.array([1.0, 0, 2]), np.array([1.0, 0, 0]), np.array([1.0, 1]), np.array([1.0, 0, 0])]
+    rewards = [
+        np.array([3.0, 1, 2]),
+        np.array([1.0, 1, 0]),
+        np.array([5.0, 6]),
+        np.array([0.0, 0, 0]),
+    ]
+    scores = [
+        np.array([1.0, 0, 2]),
+        np.array([1.0, 0, 0]),
+        np.array([1.0, 1]),
+        np.array([1.0, 0, 0]),
+    ]
     got = m.ranked_report(rewards, scores)
     assert (got["num_prompts"], got["num_unordered"]) == (3, 1)
-    assert got["best_of_n"] == pytest.approx((0 + 0.5 + 1 / 3) / 3) and got["chance"] == pytest.approx(1 / 3)
+    assert got["best_of_n"] == pytest.approx((0 + 0.5 + 1 / 3) / 3) and got[
+        "chance"
+    ] == pytest.approx(1 / 3)
     assert got["num_tau"] == 2 and got["best_score"] == pytest.approx(4 / 3)
     assert got["kendall_tau_b"] == pytest.approx((1 / 3 + 0.5) / 2)
 
@@ -252,6 +327,7 @@ def test_prompt_share():
 
 # ---- benchmarks
 
+
 def test_rm_bench_against_loops():
     rng = np.random.default_rng(6)
     rewards = [rng.normal(size=6) for _ in range(30)]
@@ -259,16 +335,25 @@ def test_rm_bench_against_loops():
     got = rm_bench_report(rewards, domains)
 
     def loops(rows):
-        cells = {(i, j): np.mean([r[i] > r[3 + j] for r in rows]) for i in range(3) for j in range(3)}
-        return {"easy": np.mean([v for (i, j), v in cells.items() if i > j]),
-                "normal": np.mean([v for (i, j), v in cells.items() if i == j]),
-                "hard": np.mean([v for (i, j), v in cells.items() if i < j])}
+        cells = {
+            (i, j): np.mean([r[i] > r[3 + j] for r in rows]) for i in range(3) for j in range(3)
+        }
+        return {
+            "easy": np.mean([v for (i, j), v in cells.items() if i > j]),
+            "normal": np.mean([v for (i, j), v in cells.items() if i == j]),
+            "hard": np.mean([v for (i, j), v in cells.items() if i < j]),
+        }
 
-    parts = {name: loops([r for r, d in zip(rewards, domains, strict=True) if d == name]) for name in set(domains)}
+    parts = {
+        name: loops([r for r, d in zip(rewards, domains, strict=True) if d == name])
+        for name in set(domains)
+    }
     for name, want in parts.items():
         assert {k: got["domains"][name][k] for k in want} == pytest.approx(want)
     for k in ("easy", "normal", "hard"):
-        want = (parts["chat"][k] + (parts["safety-refuse"][k] + parts["safety-response"][k]) / 2) / 2
+        want = (
+            parts["chat"][k] + (parts["safety-refuse"][k] + parts["safety-response"][k]) / 2
+        ) / 2
         assert got[k] == pytest.approx(want)
     # a model that loves markdown: easy is easy, hard is hopeless
     style = rm_bench_report([np.array([0.1, 1.1, 2.1, 0, 1, 2])], ["chat"])
@@ -280,26 +365,44 @@ def test_reward_bench_sections():
     names = [s for section in REWARD_BENCH.values() for s in section]
     d = np.array([-1.0 if n == "math-prm" else 1.0 for n in names])
     got = reward_bench_report(d, np.array(names))
-    assert got["sections"] == {"Chat": 1, "Chat Hard": 1, "Safety": 1, "Reasoning": 0.5} and got["overall"] == 0.875
+    assert (
+        got["sections"] == {"Chat": 1, "Chat Hard": 1, "Safety": 1, "Reasoning": 0.5}
+        and got["overall"] == 0.875
+    )
     some = reward_bench_report(d[:5], np.array(names[:5]))
-    assert some["sections"]["Chat"] == 1 and some["sections"]["Safety"] is None and some["overall"] is None
+    assert (
+        some["sections"]["Chat"] == 1
+        and some["sections"]["Safety"] is None
+        and some["overall"] is None
+    )
     assert len(some["missing"]) == len(names) - 5
     assert reward_bench_report(np.ones(2), np.array(["a", "b"])) is None
 
 
 def ties_rows(*rows):
     """(id, right rewards, wrong rewards) ... -> the arguments of ``ties_report``."""
-    return ([np.array([*r, *w], float) for _, r, w in rows],
-            [np.array([1.0] * len(r) + [0.0] * len(w)) for _, r, w in rows], [i for i, _, _ in rows])
+    return (
+        [np.array([*r, *w], float) for _, r, w in rows],
+        [np.array([1.0] * len(r) + [0.0] * len(w)) for _, r, w in rows],
+        [i for i, _, _ in rows],
+    )
 
 
 def test_ties_by_hand():
-    got = ties_report(*ties_rows(
-        ("tied:1", [5, 4.5, 4], [1, 0]), ("ref:1", [4], [2, 1]),        # gaps 3 and 2, spread 1: all right
-        ("tied:2", [5, 3], [2, 1]), ("ref:2", [2], [1.5]),              # gaps 1 and 0.5, spread 2: solved, no more
-        ("tied:3", [3, 2.5], [2]), ("ref:3", [1], [2]),                 # gaps 0.5 and -1, spread 0.5: a draw is no win
-        ("tied:4", [2, 2], [1]), ("ref:4", [0], [0]),                   # spread 0 with gap 0: 0 / 0 counts 0
-        ("ref:9", [3], [1]), ("7", [3], [1])))                          # a reference without its twin; a plain id
+    got = ties_report(
+        *ties_rows(
+            ("tied:1", [5, 4.5, 4], [1, 0]),
+            ("ref:1", [4], [2, 1]),  # gaps 3 and 2, spread 1: all right
+            ("tied:2", [5, 3], [2, 1]),
+            ("ref:2", [2], [1.5]),  # gaps 1 and 0.5, spread 2: solved, no more
+            ("tied:3", [3, 2.5], [2]),
+            ("ref:3", [1], [2]),  # gaps 0.5 and -1, spread 0.5: a draw is no win
+            ("tied:4", [2, 2], [1]),
+            ("ref:4", [0], [0]),  # spread 0 with gap 0: 0 / 0 counts 0
+            ("ref:9", [3], [1]),
+            ("7", [3], [1]),
+        )
+    )  # a reference without its twin; a plain id
     assert got["num_questions"] == 4
     assert got["tied_accuracy"] == 1.0 and got["ref_accuracy"] == 3 / 5  # of all that came this way
     assert got["preferred"] == 2 / 4 and got["preferred_hard"] == 1 / 4
@@ -308,52 +411,85 @@ def test_ties_by_hand():
     assert got["score"] == pytest.approx(0.3 + 0.3 * 0.6 + 0.2 * 0.5 + 0.2 * 0.25 + 0.01 * margin)
     perfect = ties_report(*ties_rows(("tied:1", [1, 1], [0]), ("ref:1", [1], [0])))
     assert perfect["score"] == pytest.approx(1.01)  # tanh(1 / 0) is 1
-    assert ties_report(*ties_rows(("tied:1", [1, 1], [0]))) is None and ties_report([], [], []) is None
+    assert (
+        ties_report(*ties_rows(("tied:1", [1, 1], [0]))) is None and ties_report([], [], []) is None
+    )
 
 
 def test_ties_against_loops():
     rng = np.random.default_rng(5)
-    rows = [(f"{kind}:{q}", rng.normal(1, 1, 1 if kind == "ref" else 3), rng.normal(0, 1, 4))
-            for q in range(40) for kind in ("tied", "ref")]
+    rows = [
+        (f"{kind}:{q}", rng.normal(1, 1, 1 if kind == "ref" else 3), rng.normal(0, 1, 4))
+        for q in range(40)
+        for kind in ("tied", "ref")
+    ]
     order = rng.permutation(len(rows))
     got = ties_report(*ties_rows(*(rows[i] for i in order)))
     by_id = {i: (min(r) - max(w), max(r) - min(r)) for i, r, w in rows}
     want = 0.0
     for q in range(40):
         (gap, spread), (ref, _) = by_id[f"tied:{q}"], by_id[f"ref:{q}"]
-        want += 0.3 * (gap > 0) + 0.3 * (ref > 0) + 0.2 * (gap > spread) + 0.2 * (min(gap, ref) > spread)
+        want += (
+            0.3 * (gap > 0)
+            + 0.3 * (ref > 0)
+            + 0.2 * (gap > spread)
+            + 0.2 * (min(gap, ref) > spread)
+        )
         want += 0.01 * math.tanh(min(gap, ref) / spread - 1)
     assert got["score"] == pytest.approx(want / 40)
 
 
 def test_reward_bench_2():
-    rewards = [np.array(r, float) for r in ([3, 1, 2, 0], [3, 3, 2, 0], [1, 2, 3, 4], [1, 1, 0], [1, 0])]
-    scores = [np.array(s, float) for s in ([1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0], [1, 0])]
+    rewards = [
+        np.array(r, float) for r in ([3, 1, 2, 0], [3, 3, 2, 0], [1, 2, 3, 4], [1, 1, 0], [1, 0])
+    ]
+    scores = [
+        np.array(s, float) for s in ([1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0], [1, 0])
+    ]
     names = ["Math", "math", "Focus", "Ties", "Ties"]
     got = reward_bench_2_report(rewards, scores, names, ["1", "2", "3", "tied:1", "ref:1"])
-    assert got["subsets"]["Math"] == (1 + 0.5) / 2 and got["subsets"]["Focus"] == 0.0  # a shared first place is half
+    assert (
+        got["subsets"]["Math"] == (1 + 0.5) / 2 and got["subsets"]["Focus"] == 0.0
+    )  # a shared first place is half
     assert got["subsets"]["Ties"] == pytest.approx(1.01) and got["num_prompts"]["Ties"] == 2
     assert got["overall"] is None and got["missing"] == ["Factuality", "Precise IF", "Safety"]
-    whole = reward_bench_2_report(rewards[:1] * 5 + rewards[3:], scores[:1] * 5 + scores[3:],
-                                  [*REWARD_BENCH_2[:5], "Ties", "Ties"], [*"12345", "tied:1", "ref:1"])
+    whole = reward_bench_2_report(
+        rewards[:1] * 5 + rewards[3:],
+        scores[:1] * 5 + scores[3:],
+        [*REWARD_BENCH_2[:5], "Ties", "Ties"],
+        [*"12345", "tied:1", "ref:1"],
+    )
     assert whole["overall"] == pytest.approx((5 + 1.01) / 6) and whole["missing"] == []
     assert reward_bench_2_report([], [], [], []) is None
 
 
 # ---- the whole judgement
 
+
 def test_pairs_and_judgement():
-    items = [item([2, 1, 1], [3, 2, 2], [5, 6, 7], graded=True, source="x"), item([0, 1], [1, 0], [4, 9], source="y")]
+    items = [
+        item([2, 1, 1], [3, 2, 2], [5, 6, 7], graded=True, source="x"),
+        item([0, 1], [1, 0], [4, 9], source="y"),
+    ]
     pairs = pairs_of(items)
-    assert pairs.d.tolist() == [1, 1, -1] and pairs.margin[:2].tolist() == [1, 1] and math.isnan(pairs.margin[2])
+    assert (
+        pairs.d.tolist() == [1, 1, -1]
+        and pairs.margin[:2].tolist() == [1, 1]
+        and math.isnan(pairs.margin[2])
+    )
     got = judge(items)
-    assert got["accuracy"] == pytest.approx(2 / 3) and got["swap"]["accuracy"] == pytest.approx(1 / 3)
+    assert got["accuracy"] == pytest.approx(2 / 3) and got["swap"]["accuracy"] == pytest.approx(
+        1 / 3
+    )
     assert set(got["by_source"]) == {"x", "y"} and got["ranked"]["best_of_n"] == 1.0
     assert [w["where"] for w in worst_mistakes(items)] == [""]
     text = str(to_json(got))
     assert "nan" not in text and "inf" not in text
     flat = flat_summary(got)
-    assert flat["accuracy"] == got["accuracy"] and (flat["accuracy/x"], flat["accuracy/y"]) == (1.0, 0.0)
+    assert flat["accuracy"] == got["accuracy"] and (flat["accuracy/x"], flat["accuracy/y"]) == (
+        1.0,
+        0.0,
+    )
     assert "accuracy/x" not in flat_summary(judge(items[:1]))  # one source is the whole
 
 
@@ -375,8 +511,15 @@ def test_stored_items():
         def get(self, i):
             return self[i]
 
-    got = judge(stored_items(Dataset([Stored(0), Stored(1)]), np.array([1.0, 0, 0, 1])), length_unit="tokens")
-    assert got["accuracy"] == 0.5 and got["length_unit"] == "tokens" and got["length"]["always_longer"] == 1.0
+    got = judge(
+        stored_items(Dataset([Stored(0), Stored(1)]), np.array([1.0, 0, 0, 1])),
+        length_unit="tokens",
+    )
+    assert (
+        got["accuracy"] == 0.5
+        and got["length_unit"] == "tokens"
+        and got["length"]["always_longer"] == 1.0
+    )
     with pytest.raises(ValueError, match="5 rewards for 4"):
         stored_items(Dataset([Stored(0), Stored(1)]), np.zeros(5))
 
@@ -387,7 +530,10 @@ def test_verdict_words():
     fair = judge([item(rng.normal([1.2, 0], 1), [1, 0], n) for n in lengths])
     assert [v["level"] for v in fair["verdict"][:2]] == ["good", "good"]
     reversed_ = judge([item(rng.normal([-1, 1], 1), [1, 0], n) for n in lengths])
-    assert reversed_["verdict"][0]["level"] == "bad" and "worse than a coin" in reversed_["verdict"][0]["text"]
+    assert (
+        reversed_["verdict"][0]["level"] == "bad"
+        and "worse than a coin" in reversed_["verdict"][0]["text"]
+    )
     longer = judge([item(n.astype(float), [1, 0], n) for n in lengths])
     assert "Strong length bias, towards longer" in longer["verdict"][1]["text"]
     stuck = judge([item([float(i), float(i)], [1, 0], n) for i, n in enumerate(lengths)])

@@ -18,24 +18,37 @@ def restore_matmul_precision():
     torch.set_float32_matmul_precision(before)
 
 
-def fake_rates(monkeypatch, *, plain: float, medium: float, half: float, medium_error: float = 1e-7) -> None:
+def fake_rates(
+    monkeypatch, *, plain: float, medium: float, half: float, medium_error: float = 1e-7
+) -> None:
     """Pretend to be a machine with these rates and this error of "medium"."""
+
     def rate(a, b, repeats=5):
         if a.dtype == torch.bfloat16:
             return half
         return medium if torch.get_float32_matmul_precision() == "medium" else plain
 
     monkeypatch.setattr(precision, "_rate", rate)
-    monkeypatch.setattr(precision, "_fp32_error", lambda *a: medium_error
-                        if torch.get_float32_matmul_precision() == "medium" else 1e-7)
+    monkeypatch.setattr(
+        precision,
+        "_fp32_error",
+        lambda *a: medium_error if torch.get_float32_matmul_precision() == "medium" else 1e-7,
+    )
 
 
-@pytest.mark.parametrize(("rates", "setting", "dtype"), [
-    (dict(plain=170, medium=336, half=873), "medium", torch.bfloat16),  # AVX512-BF16 on AMD
-    (dict(plain=170, medium=1500, half=1600, medium_error=2e-3), "highest", torch.bfloat16),  # AMX: medium rounds
-    (dict(plain=170, medium=171, half=20), "highest", torch.float32),  # bf16 is emulated
-    (dict(plain=170, medium=336, half=400), "medium", torch.float32),  # not worth the rounding
-])
+@pytest.mark.parametrize(
+    ("rates", "setting", "dtype"),
+    [
+        (dict(plain=170, medium=336, half=873), "medium", torch.bfloat16),  # AVX512-BF16 on AMD
+        (
+            dict(plain=170, medium=1500, half=1600, medium_error=2e-3),
+            "highest",
+            torch.bfloat16,
+        ),  # AMX: medium rounds
+        (dict(plain=170, medium=171, half=20), "highest", torch.float32),  # bf16 is emulated
+        (dict(plain=170, medium=336, half=400), "medium", torch.float32),  # not worth the rounding
+    ],
+)
 def test_auto(monkeypatch, rates, setting, dtype) -> None:
     fake_rates(monkeypatch, **rates)
     chosen = precision.choose()
@@ -75,7 +88,10 @@ def ask(rank: int, world_size: int) -> tuple:
     if rank:
         precision.choose = None  # a rank that measured for itself might choose otherwise
     try:
-        return precision.choose_together("auto", "auto", device), torch.get_float32_matmul_precision()
+        return (
+            precision.choose_together("auto", "auto", device),
+            torch.get_float32_matmul_precision(),
+        )
     finally:
         precision.choose = choose
         torch.set_float32_matmul_precision("highest")

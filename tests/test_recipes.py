@@ -1,4 +1,5 @@
-"""Every recipe runs to its export at a tiny scale; links and programs that the documents name exist.
+"""Every recipe runs to its export at a tiny scale; links and programs that the documents name
+exist.
 
 The commands in the documents: tests/test_documents.py.
 """
@@ -18,61 +19,127 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name,data,variables,flags", [
-    ("internlm2_1.8b_ultrafeedback", "ultrafeedback-cleaned-1k/train.argilla-schema.jsonl.gz", {}, []),
-    ("ranked", "gsm8k-solutions/all.ranked.jsonl", {"VALID_FRACTION": "0.05"},
-     ["--eval-interval", "1", "--save-interval", "1"]),
-    ("llama3_8b", "hh-rlhf/mix.eval.pairs.jsonl.gz", {"NPROC": "2", "TP": "2"}, []),
-    ("long_context", "llmbar/eval.pairs.jsonl",
-     {"NPROC": "1", "TP": "1", "MAX_LENGTH": "512", "VALID_FRACTION": "0.05"}, []),
-])
+@pytest.mark.parametrize(
+    "name,data,variables,flags",
+    [
+        (
+            "internlm2_1.8b_ultrafeedback",
+            "ultrafeedback-cleaned-1k/train.argilla-schema.jsonl.gz",
+            {},
+            [],
+        ),
+        (
+            "ranked",
+            "gsm8k-solutions/all.ranked.jsonl",
+            {"VALID_FRACTION": "0.05"},
+            ["--eval-interval", "1", "--save-interval", "1"],
+        ),
+        ("llama3_8b", "hh-rlhf/mix.eval.pairs.jsonl.gz", {"NPROC": "2", "TP": "2"}, []),
+        (
+            "long_context",
+            "llmbar/eval.pairs.jsonl",
+            {"NPROC": "1", "TP": "1", "MAX_LENGTH": "512", "VALID_FRACTION": "0.05"},
+            [],
+        ),
+    ],
+)
 def test_recipe(name, data, variables, flags, stories260k, shared_dir, tmp_path):
-    env = {**os.environ, "MODEL": str(stories260k), "DATA": str(shared_dir / "data" / data), "OUT": str(tmp_path / "o"),
-           "NPROC": "1", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+    env = {
+        **os.environ,
+        "MODEL": str(stories260k),
+        "DATA": str(shared_dir / "data" / data),
+        "OUT": str(tmp_path / "o"),
+        "NPROC": "1",
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        **variables,
+    }
     # The last --train-epochs and --global-batch-size on a command line win.
-    done = subprocess.run(["bash", str(ROOT / f"examples/recipes/{name}.sh"), "--train-epochs", "0.02",
-                           "--global-batch-size", "8", "--precision", "fp32", *flags],
-                          env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [
+            "bash",
+            str(ROOT / f"examples/recipes/{name}.sh"),
+            "--train-epochs",
+            "0.02",
+            "--global-batch-size",
+            "8",
+            "--precision",
+            "fp32",
+            *flags,
+        ],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (tmp_path / "o" / "export" / "config.json").is_file()
     assert not (tmp_path / "o" / "export" / "UNVERIFIED").exists()
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "examples/recipes").glob("[!c]*.sh")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "examples/recipes").glob("[!c]*.sh")), ids=lambda p: p.stem
+)
 def test_variables_reach_a_recipe(recipe, tmp_path):
-    """What is given as MODEL and DATA arrives as it is; without DATA a recipe has its own or says what it wants."""
+    """What is given as MODEL and DATA arrives as it is; without DATA a recipe has its own or says
+    what it wants."""
     echo = tmp_path / "python"  # in place of Python: says what it was called with
     echo.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     echo.chmod(0o755)
     env = {"PATH": os.environ["PATH"], "PYTHON": str(echo), "OUT": str(tmp_path / "o")}
     given = {"MODEL": "org/a model", "DATA": "rows {1}.jsonl"}
-    done = subprocess.run(["bash", str(recipe), "--seed", "7"], env={**env, **given}, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", str(recipe), "--seed", "7"], env={**env, **given}, capture_output=True, text=True
+    )
     said = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
-    for flag, value in (("--input", given["DATA"]), ("--tokenizer", given["MODEL"]), ("--hf-model", given["MODEL"]),
-                        ("--output-prefix", str(tmp_path / "o/data/train")), ("--seed", "7"),
-                        ("--load", str(tmp_path / "o/run"))):
+    for flag, value in (
+        ("--input", given["DATA"]),
+        ("--tokenizer", given["MODEL"]),
+        ("--hf-model", given["MODEL"]),
+        ("--output-prefix", str(tmp_path / "o/data/train")),
+        ("--seed", "7"),
+        ("--load", str(tmp_path / "o/run")),
+    ):
         assert said[said.index(flag) + 1] == value
     alone = subprocess.run(["bash", str(recipe)], env=env, capture_output=True, text=True)
     assert (alone.returncode == 0) == ("DATA:-" in recipe.read_text()), alone.stderr
     assert alone.returncode == 0 or "DATA: a file or hub name" in alone.stderr
 
 
-@pytest.mark.parametrize("flags, there, gone", [
-    (["--train-steps", "4"], "--train-steps 4", "--train-epochs"),
-    (["--train-steps=4"], "--train-steps=4", "--train-epochs"),
-    (["--train-steps", "4", "--train-epochs", "0.5"], "--train-epochs 0.5", "--train-steps"),
-    (["--tp", "1"], "--tp 1", "--sp"), (["--tp", "2"], "--sp", "--train-steps")])
+@pytest.mark.parametrize(
+    "flags, there, gone",
+    [
+        (["--train-steps", "4"], "--train-steps 4", "--train-epochs"),
+        (["--train-steps=4"], "--train-steps=4", "--train-epochs"),
+        (["--train-steps", "4", "--train-epochs", "0.5"], "--train-epochs 0.5", "--train-steps"),
+        (["--tp", "1"], "--tp 1", "--sp"),
+        (["--tp", "2"], "--sp", "--train-steps"),
+    ],
+)
 def test_what_is_given_replaces_a_recipes_own(flags, there, gone, tmp_path):
     """Flags that exclude each other: the one on the command line counts."""
     echo = tmp_path / "python"
-    echo.write_text("#!/bin/sh\necho \"$*\"\n")
+    echo.write_text('#!/bin/sh\necho "$*"\n')
     echo.chmod(0o755)
-    env = {"PATH": os.environ["PATH"], "PYTHON": str(echo), "OUT": str(tmp_path / "o"), "MODEL": "m", "DATA": "d"}
-    done = subprocess.run(["bash", str(ROOT / "examples/recipes/llama3_8b.sh"), *flags], env=env, capture_output=True,
-                          text=True)
+    env = {
+        "PATH": os.environ["PATH"],
+        "PYTHON": str(echo),
+        "OUT": str(tmp_path / "o"),
+        "MODEL": "m",
+        "DATA": "d",
+    }
+    done = subprocess.run(
+        ["bash", str(ROOT / "examples/recipes/llama3_8b.sh"), *flags],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     (said,) = [line for line in done.stdout.splitlines() if "pretrain_reward.py" in line]
-    assert there in said and gone not in said and "--save-interval 100 --keep-last 2" in said, done.stderr
+    assert there in said and gone not in said and "--save-interval 100 --keep-last 2" in said, (
+        done.stderr
+    )
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)

@@ -1,4 +1,5 @@
-"""The set-up that both commands share, and what the quick start says to bad flags. Nothing is installed here."""
+"""The set-up that both commands share, and what the quick start says to bad flags. Nothing is
+installed here."""
 
 from __future__ import annotations
 
@@ -12,7 +13,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("bash", "cat", "dirname", "env", "grep", "ls", "mkdir", "rm", "tail", "touch", "uname")
-COPIED = ("setup.py", "pyproject.toml", "csrc", "examples/setup_env.sh", "examples/quickstart.sh", "tests/run.sh")
+COPIED = (
+    "setup.py",
+    "pyproject.toml",
+    "csrc",
+    "examples/setup_env.sh",
+    "examples/quickstart.sh",
+    "tests/run.sh",
+)
 
 
 @pytest.fixture
@@ -38,8 +46,14 @@ def bare_path(tmp_path: Path) -> Path:
 
 
 def bash(checkout: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([shutil.which("bash"), *command], cwd=checkout, capture_output=True, text=True, timeout=60,
-                          env={"HOME": str(checkout), "PATH": os.environ["PATH"], **environment})
+    return subprocess.run(
+        [shutil.which("bash"), *command],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"HOME": str(checkout), "PATH": os.environ["PATH"], **environment},
+    )
 
 
 def error_of(done: subprocess.CompletedProcess) -> str:
@@ -67,7 +81,9 @@ def test_without_a_python(checkout, bare_path, script):
 
 @pytest.mark.parametrize("environment", [{}, {"CXX": "no-such-compiler"}])
 def test_without_a_compiler(checkout, bare_path, this_environment, environment):
-    done = bash(checkout, "tests/run.sh", PATH=str(bare_path), VIRTUAL_ENV=this_environment, **environment)
+    done = bash(
+        checkout, "tests/run.sh", PATH=str(bare_path), VIRTUAL_ENV=this_environment, **environment
+    )
     assert "install the package g++" in error_of(done)
 
 
@@ -76,12 +92,19 @@ def test_an_old_python_is_named(checkout, bare_path, tmp_path):
     old.parent.mkdir(parents=True)
     old.write_text("#!/bin/sh\nexit 1\n")  # what it answers to "are you 3.10?"
     old.chmod(0o755)
-    message = error_of(bash(checkout, "tests/run.sh", PATH=str(bare_path), VIRTUAL_ENV=str(old.parents[1])))
+    message = error_of(
+        bash(checkout, "tests/run.sh", PATH=str(bare_path), VIRTUAL_ENV=str(old.parents[1]))
+    )
     assert str(old.parents[1]) in message and "3.10" in message
 
 
 def stamp(checkout: Path, environment: str) -> str:
-    done = bash(checkout, "-c", "source examples/setup_env.sh; rmega_find_python; rmega_stamp", VIRTUAL_ENV=environment)
+    done = bash(
+        checkout,
+        "-c",
+        "source examples/setup_env.sh; rmega_find_python; rmega_stamp",
+        VIRTUAL_ENV=environment,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -97,39 +120,54 @@ def test_stamp_changes_with_the_sources(checkout, this_environment):
     assert stamp(checkout, this_environment) not in (first, second)
 
 
-@pytest.mark.parametrize("installed, asked", [("test", "test"), ("test", ""), ("", ""), ("plots,test", "test,plots")])
+@pytest.mark.parametrize(
+    "installed, asked", [("test", "test"), ("test", ""), ("", ""), ("plots,test", "test,plots")]
+)
 def test_a_second_start_installs_nothing(checkout, bare_path, this_environment, installed, asked):
     (checkout / ".cache").mkdir()
-    (checkout / ".cache" / "setup.stamp").write_text(f"{installed}\n{stamp(checkout, this_environment)}\n")
+    (checkout / ".cache" / "setup.stamp").write_text(
+        f"{installed}\n{stamp(checkout, this_environment)}\n"
+    )
     # Without a compiler on the PATH a set-up would fail: so success means that none was begun.
-    done = bash(checkout, "-c", f"source examples/setup_env.sh; rmega_setup {asked}", PATH=str(bare_path),
-                VIRTUAL_ENV=this_environment)
+    done = bash(
+        checkout,
+        "-c",
+        f"source examples/setup_env.sh; rmega_setup {asked}",
+        PATH=str(bare_path),
+        VIRTUAL_ENV=this_environment,
+    )
     assert done.returncode == 0 and not done.stdout, done.stderr
 
 
 def test_more_extras_later_build_nothing_again(checkout, bare_path, this_environment):
-    """As when the tests are run after the quick start: only what the extra needs is installed (it is there)."""
+    """As when the tests are run after the quick start: only what the extra needs is installed (it
+    is there)."""
     (checkout / ".cache").mkdir()
     file = checkout / ".cache" / "setup.stamp"
     file.write_text(f"plots\n{stamp(checkout, this_environment)}\n")
     setup = "source examples/setup_env.sh; rmega_setup plots,test"
     for said in ("set-up: what test needs: done", ""):
         done = bash(checkout, "-c", setup, PATH=str(bare_path), VIRTUAL_ENV=this_environment)
-        assert done.returncode == 0 and said in done.stdout and bool(done.stdout) == bool(said), done.stderr
+        assert done.returncode == 0 and said in done.stdout and bool(done.stdout) == bool(said), (
+            done.stderr
+        )
     assert file.read_text() == f"plots,test\n{stamp(checkout, this_environment)}\n"
     assert "pytest" in (checkout / ".cache" / "setup.log").read_text()
 
 
-@pytest.mark.parametrize("flags, part", [
-    (["--steps"], "--steps needs a value"),
-    (["--steps", "0"], "--steps 0"),
-    (["--nproc", "two"], "--nproc two"),
-    (["--steps", "3", "--epochs", "1"], "one of --steps and --epochs"),
-    (["--valid-data", "x.jsonl"], "--valid-data needs --data"),
-    (["data.jsonl"], "data.jsonl"),
-    (["--output", "examples"], "--output examples: exists already"),
-    (["--output", "setup.py"], "--output setup.py: exists already"),
-])
+@pytest.mark.parametrize(
+    "flags, part",
+    [
+        (["--steps"], "--steps needs a value"),
+        (["--steps", "0"], "--steps 0"),
+        (["--nproc", "two"], "--nproc two"),
+        (["--steps", "3", "--epochs", "1"], "one of --steps and --epochs"),
+        (["--valid-data", "x.jsonl"], "--valid-data needs --data"),
+        (["data.jsonl"], "data.jsonl"),
+        (["--output", "examples"], "--output examples: exists already"),
+        (["--output", "setup.py"], "--output setup.py: exists already"),
+    ],
+)
 def test_quickstart_refuses(checkout, flags, part):
     assert part in error_of(bash(checkout, "examples/quickstart.sh", *flags))
     assert not (checkout / "runs").exists() and not (checkout / ".cache").exists()
@@ -147,20 +185,35 @@ def test_quickstart_help_needs_no_setup(checkout, bare_path):
     assert done.returncode == 0 and "--model" in done.stdout
 
 
-@pytest.mark.parametrize("given, part", [
-    ([*[""] * 5, "--train-steps", "3", "--stpes", "3"], "--stpes: no such flag; did you mean --steps?"),
-    ([*[""] * 5, "--train-steps", "3", "--learning-rate", "3"], "did you mean --lr?"),
-    (["/nope", *[""] * 4, "--train-epochs", "1"], "--model /nope: no such folder"),
-    (["", "no.jsonl", *[""] * 3, "--train-epochs", "1"], "--data no.jsonl: no such file"),
-    ([*[""] * 5, "--train-epochs", "1", "--lr", "-1"], "--lr -1"),
-    ([*[""] * 3, "3", "2", "--train-epochs", "1"], "does not divide the 3 processes"),
-])
+@pytest.mark.parametrize(
+    "given, part",
+    [
+        (
+            [*[""] * 5, "--train-steps", "3", "--stpes", "3"],
+            "--stpes: no such flag; did you mean --steps?",
+        ),
+        ([*[""] * 5, "--train-steps", "3", "--learning-rate", "3"], "did you mean --lr?"),
+        (["/nope", *[""] * 4, "--train-epochs", "1"], "--model /nope: no such folder"),
+        (["", "no.jsonl", *[""] * 3, "--train-epochs", "1"], "--data no.jsonl: no such file"),
+        ([*[""] * 5, "--train-epochs", "1", "--lr", "-1"], "--lr -1"),
+        ([*[""] * 3, "3", "2", "--train-epochs", "1"], "does not divide the 3 processes"),
+    ],
+)
 def test_quickstart_reads_its_flags_first(given, part):
-    done = subprocess.run([sys.executable, ROOT / "examples/quickstart_check.py", *given], capture_output=True,
-                          text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples/quickstart_check.py", *given],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 2 and part in done.stderr.splitlines()[-1]
     script = (ROOT / "examples/quickstart.sh").read_text()
-    assert script.index("quickstart_check.py") < script.index('mkdir -p "$output"') < script.index("fetch_smollm2.py")
+    assert (
+        script.index("quickstart_check.py")
+        < script.index('mkdir -p "$output"')
+        < script.index("fetch_smollm2.py")
+    )
 
 
 def test_quickstart_takes_what_is_right():
@@ -176,13 +229,22 @@ def test_table():
     from examples.quickstart_table import next_commands, summary
 
     def evaluation(step, accuracy, low, high):
-        return {"type": "eval", "step": step, "name": "valid", "accuracy": accuracy, "accuracy_low": low,
-                "accuracy_high": high, "num_pairs": 112}
+        return {
+            "type": "eval",
+            "step": step,
+            "name": "valid",
+            "accuracy": accuracy,
+            "accuracy_low": low,
+            "accuracy_high": high,
+            "num_pairs": 112,
+        }
 
-    rows = [evaluation(0, 0.5, 0.409, 0.591),
-            {"type": "train", "step": 5, "num_pairs": 80, "pairs_per_second": 4.0, "num_tokens": 8000},
-            {"type": "train", "step": 8, "num_pairs": 40, "pairs_per_second": 2.0, "num_tokens": 4000},
-            evaluation(8, 0.75, 0.66, 0.82)]
+    rows = [
+        evaluation(0, 0.5, 0.409, 0.591),
+        {"type": "train", "step": 5, "num_pairs": 80, "pairs_per_second": 4.0, "num_tokens": 8000},
+        {"type": "train", "step": 8, "num_pairs": 40, "pairs_per_second": 2.0, "num_tokens": 4000},
+        evaluation(8, 0.75, 0.66, 0.82),
+    ]
     text = summary(rows, Path("out"), 100.0)
     assert "valid              0.500  [0.409, 0.591]  0.750  [0.660, 0.820]  112" in text
     assert "3.00 pairs/s, 300 tokens/s over 8 steps" in text  # 120 pairs in 20 + 20 s

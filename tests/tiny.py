@@ -1,4 +1,5 @@
-"""Tiny random backbones and comparisons for tests: Hugging Face folders made here, nothing fetched."""
+"""Tiny random backbones and comparisons for tests: Hugging Face folders made here, nothing
+fetched."""
 
 from __future__ import annotations
 
@@ -13,15 +14,35 @@ VOCAB = 256
 REWARD_TOKEN = 3
 
 
-def tiny_llama(folder: Path, *, layers: int = 4, hidden: int = 64, heads: int = 4, groups: int = 2, ffn: int = 96,
-               seed: int = 0, reward_head: bool = True, **config) -> Path:
+def tiny_llama(
+    folder: Path,
+    *,
+    layers: int = 4,
+    hidden: int = 64,
+    heads: int = 4,
+    groups: int = 2,
+    ffn: int = 96,
+    seed: int = 0,
+    reward_head: bool = True,
+    **config,
+) -> Path:
     """A random Llama reward model (or causal model) as transformers itself writes it."""
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     torch.manual_seed(seed)
-    c = LlamaConfig(vocab_size=VOCAB, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
-                    num_attention_heads=heads, num_key_value_heads=groups, max_position_embeddings=512,
-                    pad_token_id=0, num_labels=1, rms_norm_eps=1e-5, **config)
+    c = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        num_labels=1,
+        rms_norm_eps=1e-5,
+        **config,
+    )
     model = (LlamaForSequenceClassification if reward_head else LlamaForCausalLM)(c)
     scatter_weights(model)
     model.save_pretrained(folder)
@@ -29,17 +50,21 @@ def tiny_llama(folder: Path, *, layers: int = 4, hidden: int = 64, heads: int = 
 
 
 def scatter_weights(model: torch.nn.Module) -> None:
-    """Norm weights away from 1 and projections large enough that every part of the model matters to the reward."""
+    """Norm weights away from 1 and projections large enough that every part of the model matters to
+    the reward."""
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             if parameter.ndim == 1:
                 parameter.uniform_(0.5, 1.5)
             else:
-                parameter.normal_(0, 0.8 / parameter.shape[1] ** 0.5 if "embed" not in name else 0.5)
+                parameter.normal_(
+                    0, 0.8 / parameter.shape[1] ** 0.5 if "embed" not in name else 0.5
+                )
 
 
 def random_comparisons(count: int, *, seed: int = 0, longest: int = 40) -> list[StoredComparison]:
-    """Comparisons of 2 to 4 responses with shared prefixes of 0 to ``longest`` tokens and suffixes of at least one."""
+    """Comparisons of 2 to 4 responses with shared prefixes of 0 to ``longest`` tokens and suffixes
+    of at least one."""
     rng = np.random.default_rng(seed)
     out = []
     for i in range(count):
@@ -49,9 +74,18 @@ def random_comparisons(count: int, *, seed: int = 0, longest: int = 40) -> list[
             suffix = rng.integers(4, VOCAB, int(rng.integers(1, longest)), dtype=np.int32)
             suffix[-1] = REWARD_TOKEN
             suffixes.append(suffix)
-        prefix = rng.integers(4, VOCAB, int(rng.integers(0, longest)) if i % 7 else 0, dtype=np.int32)
-        out.append(StoredComparison(prefix=prefix, suffixes=suffixes, graded=bool(i % 3), source="random",
-                                    scores=np.arange(responses, 0, -1, dtype=np.float32)))
+        prefix = rng.integers(
+            4, VOCAB, int(rng.integers(0, longest)) if i % 7 else 0, dtype=np.int32
+        )
+        out.append(
+            StoredComparison(
+                prefix=prefix,
+                suffixes=suffixes,
+                graded=bool(i % 3),
+                source="random",
+                scores=np.arange(responses, 0, -1, dtype=np.float32),
+            )
+        )
     return out
 
 

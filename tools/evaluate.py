@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""Judge a reward model, or scores from a file: accuracy with intervals, length bias, calibration, probes, a report.
+"""Judge a reward model, or scores from a file: accuracy with intervals, length bias, calibration,
+probes, a report.
 
     python tools/evaluate.py --model MODEL --data eval.jsonl --report report/
     python tools/evaluate.py --scores scores.jsonl --data eval.jsonl --json result.json
     torchrun --nproc-per-node 8 tools/evaluate.py --model MODEL --data eval.jsonl
 
-With --scores neither torch nor a model is needed. Formats of scores files: rmega/evaluation/scores.py.
+With --scores neither torch nor a model is needed. Formats of scores files:
+rmega/evaluation/scores.py.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class EvaluateArgs:
     """Judge a reward model (--model) or scores from files (--scores) on preference data."""
 
     data: list[str]
-    """Files of any known schema (.jsonl .json .csv .parquet, also .gz), globs, folders or hub data sets."""
+    """Files of any known schema (.jsonl .json .csv .parquet, also .gz), globs, folders or hub data
+    sets."""
     model: str | None = None
     """Hugging Face folder of a reward model, or the folder of a run."""
     scores: list[str] | None = None
@@ -48,8 +51,8 @@ class EvaluateArgs:
     dtype: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     """Arithmetic of --model."""
     probes: int = NUM_PROBED
-    """With --model: score so many comparisons again in other forms (responses reversed, blanked, under the wrong
-    prompt). 0: none."""
+    """With --model: score so many comparisons again in other forms (responses reversed, blanked,
+    under the wrong prompt). 0: none."""
     json: str | None = None
     """File for all numbers."""
     report: str | None = None
@@ -75,8 +78,10 @@ def main(args: EvaluateArgs) -> None:
         require_matplotlib("--report")  # before an hour of scoring, not after it
     speaks = os.environ.get("RANK", "0") == "0"  # under torchrun every rank scores, one speaks
     say: Callable[[str], None] = print if speaks else lambda line: None
-    sets = [read_eval_set(source, args.format, args.limit) for source in
-            resolve(args.data, split=args.split, flag="--data")]
+    sets = [
+        read_eval_set(source, args.format, args.limit)
+        for source in resolve(args.data, split=args.split, flag="--data")
+    ]
     labels = [d.label if [s.label for s in sets].count(d.label) == 1 else d.name for d in sets]
     for data in sets:
         say(data.summary())
@@ -91,16 +96,22 @@ def main(args: EvaluateArgs) -> None:
             rewards = model_rewards(scorer, sets)
         else:
             rewards = file_rewards(args.scores or [], sets)
-        items = {label: [judged(row, values, length) for row, values in zip(data.judgeable, own, strict=True)]
-                 for label, data, own in zip(labels, sets, rewards, strict=True)}
+        items = {
+            label: [
+                judged(row, values, length) for row, values in zip(data.judgeable, own, strict=True)
+            ]
+            for label, data, own in zip(labels, sets, rewards, strict=True)
+        }
         if len(items) > 1:
             items["all files"] = [item for own in items.values() for item in own]
         for label, own in items.items():
             probes: dict[str, Any] = {}
             if scorer is not None and args.probes > 0:
                 some = pick(own, args.probes)
-                probes = {"swap": swap_probe(some, scorer.score_comparisons),
-                          "prompt": prompt_probe(some, scorer.score_comparisons)}
+                probes = {
+                    "swap": swap_probe(some, scorer.score_comparisons),
+                    "prompt": prompt_probe(some, scorer.score_comparisons),
+                }
             results[label] = judge(own, length_unit=unit, probes=probes)
             say(f"\n{table_of(label, results[label])}")
     for label, data in zip(labels, sets, strict=True):
@@ -120,8 +131,13 @@ def main(args: EvaluateArgs) -> None:
     if args.report:
         from rmega.report.evaluation import write_evaluation_report
 
-        page = write_evaluation_report(Path(args.report), subject, results, items,
-                                       {label: worst_mistakes(own) for label, own in items.items()})
+        page = write_evaluation_report(
+            Path(args.report),
+            subject,
+            results,
+            items,
+            {label: worst_mistakes(own) for label, own in items.items()},
+        )
         say(f"\nreport: {page}")
 
 
@@ -157,18 +173,26 @@ def file_rewards(paths: list[str], sets: list[Any]) -> list[list[np.ndarray]]:
     from rmega.evaluation.scores import match_scores, read_scores
 
     if len(paths) != len(sets):
-        raise ValueError(f"--scores: {len(paths)} files for {len(sets)} data files: "
-                         f"{', '.join(data.name for data in sets)}")
+        raise ValueError(
+            f"--scores: {len(paths)} files for {len(sets)} data files: "
+            f"{', '.join(data.name for data in sets)}"
+        )
     out = []
     for path, data in zip(paths, sets, strict=True):
         matched = match_scores(read_scores(path), [row.id for row in data.rows], data.name)
-        out.append([rewards_in_order(row, given) for row, given in zip(data.rows, matched, strict=True)
-                    if row.comparison is not None])
+        out.append(
+            [
+                rewards_in_order(row, given)
+                for row, given in zip(data.rows, matched, strict=True)
+                if row.comparison is not None
+            ]
+        )
     return out
 
 
 def save_scores(folder: Path, sets: list[Any], rewards: list[list[np.ndarray]]) -> None:
-    """One line per data row, in the order the row writes its responses; an empty list for rows that were left out."""
+    """One line per data row, in the order the row writes its responses; an empty list for rows that
+    were left out."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, (data, own) in enumerate(zip(sets, rewards, strict=True)):
         same = [d.label for d in sets].count(data.label) > 1

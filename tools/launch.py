@@ -1,10 +1,12 @@
-"""torchrun for training: the same flags, signals passed on, the ranks' own exit code, no wall of tracebacks.
+"""torchrun for training: the same flags, signals passed on, the ranks' own exit code, no wall of
+tracebacks.
 
     python tools/launch.py --nproc-per-node 2 examples/pretrain_reward.py --tp 2 ...
 
-torchrun ends its ranks 30 seconds after a SIGTERM, ends itself on SIGUSR1, and exits with 1 whatever its ranks said.
-Here SIGTERM, SIGUSR1 and SIGINT only reach the ranks, which save and leave in their own time; the exit code is that of
-the rank that ended first: 0, 2 for an error that the user can mend, 75 for "saved, start me again".
+torchrun ends its ranks 30 seconds after a SIGTERM, ends itself on SIGUSR1, and exits with 1
+whatever its ranks said. Here SIGTERM, SIGUSR1 and SIGINT only reach the ranks, which save and leave
+in their own time; the exit code is that of the rank that ended first: 0, 2 for an error that the
+user can mend, 75 for "saved, start me again".
 """
 
 from __future__ import annotations
@@ -51,10 +53,17 @@ def main() -> int:
         if code == 75:
             print("launch: stopped early with everything saved (exit code 75)", file=sys.stderr)
             return 75
-        message = failure.message if isinstance(failure.message, str) else failure.message.get("message", "")
+        message = (
+            failure.message
+            if isinstance(failure.message, str)
+            else failure.message.get("message", "")
+        )
         own = message if message.startswith("error: ") else ""
-        how = f"was ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else \
-            f"left with exit code {code}"
+        how = (
+            f"was ended by signal {-code} ({signal.Signals(-code).name})"
+            if code < 0
+            else f"left with exit code {code}"
+        )
         print(f"launch: rank {rank} failed first: {own or how}", file=sys.stderr)
         return code if code > 0 else 128 - code
     return 0

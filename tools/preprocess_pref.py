@@ -1,6 +1,6 @@
 """Preference data of any common schema -> a dataset that rmega trains on (PREFIX.bin, .idx, .json).
 
-    python tools/preprocess_pref.py --input train.jsonl.gz --tokenizer MODEL --output-prefix data/train
+python tools/preprocess_pref.py --input train.jsonl.gz --tokenizer MODEL --output-prefix data/train
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Repeat a batch whose gradient was not finite, one comparison at a time, with the weights that it met.
+"""Repeat a batch whose gradient was not finite, one comparison at a time, with the weights that it
+met.
 
-    python tools/replay.py RUN/skipped_120.json
+python tools/replay.py RUN/skipped_120.json
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Row:
 
 
 def replay(file: str | Path) -> list[Row]:
-    """Loss, gradient norm and rewards of every comparison of the batch, each computed alone, on one process."""
+    """Loss, gradient norm and rewards of every comparison of the batch, each computed alone, on one
+    process."""
     path = Path(file)
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -53,29 +55,65 @@ def replay(file: str | Path) -> list[Row]:
     from rmega.data.batching import Mixture
     from rmega.training import parity, train
 
-    config = TrainingConfig(**{name: cls(**{k: tuple(v) if isinstance(v, list) else v
-                                            for k, v in kept["config"][name].items()})
-                               for name, cls in group_types().items()})
+    config = TrainingConfig(
+        **{
+            name: cls(
+                **{
+                    k: tuple(v) if isinstance(v, list) else v
+                    for k, v in kept["config"][name].items()
+                }
+            )
+            for name, cls in group_types().items()
+        }
+    )
     layout = parity.Layout.parse("1")
     config.parallel = dataclasses.replace(
-        parity.layout_config(layout, hf_model=config.model.hf_model, steps=1, global_batch_size=1, max_tokens=1,
-                              lr=1.0).parallel, recompute=config.parallel.recompute)
-    dtype = precision.DTYPES[run_folder.read_info(folder)["dtype"].replace("float32", "fp32")
-                             .replace("bfloat16", "bf16").replace("float16", "fp16")]
+        parity.layout_config(
+            layout,
+            hf_model=config.model.hf_model,
+            steps=1,
+            global_batch_size=1,
+            max_tokens=1,
+            lr=1.0,
+        ).parallel,
+        recompute=config.parallel.recompute,
+    )
+    dtype = precision.DTYPES[
+        run_folder.read_info(folder)["dtype"]
+        .replace("float32", "fp32")
+        .replace("bfloat16", "bf16")
+        .replace("float16", "fp16")
+    ]
     config.train.train_steps, config.train.train_epochs = 1, None
     wrapped, optimizer, _, geometry, device = parity.build(config, dtype)
     checkpoint.load(folder, wrapped=wrapped)
-    batcher = parity.make_batcher(config, Mixture.open(config.data.data_path, seed=config.train.seed), geometry)
+    batcher = parity.make_batcher(
+        config, Mixture.open(config.data.data_path, seed=config.train.seed), geometry
+    )
     rows = []
     for document in documents:
         pack = batcher.pack([document]).to(device)
         optimizer.zero_grad()
         sums = train.forward_backward(wrapped, [pack], config.loss)
         pairs = max(sums["num_pairs"], 1.0)
-        norm = math.sqrt(sum(p.main_grad.double().square().sum().item() for p in wrapped[0].parameters())) / pairs
-        ((_, rewards),) = train.run_schedule(wrapped, [pack], train._forward_rewards, forward_only=True)
-        rows.append(Row(document, pack.num_tokens, (sums["base_loss"] + sums["penalty"]) / pairs, norm,
-                        [round(x, 6) for x in rewards.tolist()]))
+        norm = (
+            math.sqrt(
+                sum(p.main_grad.double().square().sum().item() for p in wrapped[0].parameters())
+            )
+            / pairs
+        )
+        ((_, rewards),) = train.run_schedule(
+            wrapped, [pack], train._forward_rewards, forward_only=True
+        )
+        rows.append(
+            Row(
+                document,
+                pack.num_tokens,
+                (sums["base_loss"] + sums["penalty"]) / pairs,
+                norm,
+                [round(x, 6) for x in rewards.tolist()],
+            )
+        )
     return rows
 
 
@@ -83,14 +121,22 @@ def table(rows: list[Row]) -> str:
     """A line per comparison; those that are not finite are marked."""
     lines = ["comparison   tokens         loss    grad norm  rewards"]
     for row in rows:
-        lines.append(f"{row.document:>10} {row.tokens:>8} {row.loss:>12.6g} {row.grad_norm:>12.6g}  "
-                     f"{' '.join(f'{r:.4g}' for r in row.rewards)}{'' if row.finite else '   <-- not finite'}")
+        lines.append(
+            f"{row.document:>10} {row.tokens:>8} {row.loss:>12.6g} {row.grad_norm:>12.6g}  "
+            f"{' '.join(f'{r:.4g}' for r in row.rewards)}{'' if row.finite else '   <-- not finite'}"
+        )
     bad = [row.document for row in rows if not row.finite]
-    return "\n".join([*lines, f"not finite: {bad}" if bad else "all comparisons are finite, each computed alone"])
+    return "\n".join(
+        [*lines, f"not finite: {bad}" if bad else "all comparisons are finite, each computed alone"]
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
-    print(table(replay(parse_args(ReplayArgs, argv, prog="tools/replay.py", description=__doc__).file)))
+    print(
+        table(
+            replay(parse_args(ReplayArgs, argv, prog="tools/replay.py", description=__doc__).file)
+        )
+    )
 
 
 if __name__ == "__main__":

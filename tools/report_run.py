@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Draw a training run: python tools/report_run.py RUN writes RUN/report.html from RUN/metrics.jsonl.
+"""Draw a training run: python tools/report_run.py RUN writes RUN/report.html from
+RUN/metrics.jsonl.
 
 One page with curves and a verdict that needs no network; may be called while the run goes on.
 """

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Serve a reward model over HTTP for RLHF loops: OpenRLHF's /get_reward and a plain /score.
 
-    python tools/serve.py --model MODEL --port 5000
-    curl -s localhost:5000/score -d '{"conversations": [[{"role": "user", "content": "Hi"},
-                                                         {"role": "assistant", "content": "Hello!"}]]}'
+    python tools/serve.py --model MODEL --port 5000 curl -s localhost:5000/score -d
+    '{"conversations": [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content":
+    "Hello!"}]]}'
 
-In OpenRLHF: --reward.remote_url http://127.0.0.1:5000/get_reward. Needs pip install 'rmega[serve]'. SIGTERM and Ctrl-C
-let the requests that were taken finish, then the program ends with exit code 0.
+In OpenRLHF: --reward.remote_url http://127.0.0.1:5000/get_reward. Needs pip install 'rmega[serve]'.
+SIGTERM and Ctrl-C let the requests that were taken finish, then the program ends with exit code 0.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ class ServeArgs:
     """Serve a reward model over HTTP: POST /get_reward, POST /score, GET /health, GET /info."""
 
     model: str
-    """Hugging Face folder or hub name of a reward model, folder of a run, or one of its checkpoints."""
+    """Hugging Face folder or hub name of a reward model, folder of a run, or one of its
+    checkpoints."""
     host: str = "127.0.0.1"
-    """Address to listen on. Other machines reach the server only if you name another one, such as 0.0.0.0."""
+    """Address to listen on. Other machines reach the server only if you name another one, such as
+    0.0.0.0."""
     port: int = 5000
     """Port; 0: any free one (it is printed)."""
     api_key_file: str | None = None
-    """File with a key that requests must carry (Authorization: Bearer KEY). The environment variable RMEGA_API_KEY does
-    the same."""
+    """File with a key that requests must carry (Authorization: Bearer KEY). The environment
+    variable RMEGA_API_KEY does the same."""
     dtype: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     """Arithmetic. auto: bf16 where this machine is the faster with it."""
     max_tokens: int = 8192
@@ -58,9 +60,13 @@ class ServeArgs:
 
 
 def main(args: ServeArgs) -> None:
-    for flag, value in (("--max-tokens", args.max_tokens), ("--max-conversations", args.max_conversations),
-                        ("--max-body-mb", args.max_body_mb), ("--max-queue", args.max_queue),
-                        ("--max-length", args.max_length)):
+    for flag, value in (
+        ("--max-tokens", args.max_tokens),
+        ("--max-conversations", args.max_conversations),
+        ("--max-body-mb", args.max_body_mb),
+        ("--max-queue", args.max_queue),
+        ("--max-length", args.max_length),
+    ):
         if value is not None and value <= 0:
             raise ValueError(f"{flag} {value}: must be greater than 0")
     if not 0 <= args.port < 65536:
@@ -68,7 +74,9 @@ def main(args: ServeArgs) -> None:
     if args.wait_ms < 0:
         raise ValueError(f"--wait-ms {args.wait_ms}: must not be negative")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("tools/serve.py is one process; start one per port instead of using torchrun")
+        raise ValueError(
+            "tools/serve.py is one process; start one per port instead of using torchrun"
+        )
     key = api_key(args.api_key_file)
     try:
         import fastapi  # noqa: F401
@@ -81,8 +89,12 @@ def main(args: ServeArgs) -> None:
     sockets = [listen(args.host, args.port)]  # a port in use is said before the model is read
     where = f"http://{args.host}:{sockets[0].getsockname()[1]}"
     if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
-        print(f"--host {args.host}: whoever reaches this machine can use the server; --api-key-file asks for a key",
-              file=sys.stderr, flush=True)
+        print(
+            f"--host {args.host}: whoever reaches this machine can use the server; --api-key-file"
+            " asks for a key",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def load() -> Any:
         from rmega.scoring.scorer import load_scorer
@@ -93,17 +105,34 @@ def main(args: ServeArgs) -> None:
         for message in scorer.tokenizer.messages:
             print(message, file=sys.stderr)
         info = scorer.describe()
-        print(f"serving {args.model} ({info['family']}, {info['dtype']} on {info['device']}) at {where}", flush=True)
+        print(
+            f"serving {args.model} ({info['family']}, {info['dtype']} on {info['device']}) at"
+            f" {where}",
+            flush=True,
+        )
         return scorer
 
-    limits = Limits(max_body_bytes=int(args.max_body_mb * 2**20), max_conversations=args.max_conversations,
-                    max_length=args.max_length, cut=args.overlong == "cut", max_queue=args.max_queue)
+    limits = Limits(
+        max_body_bytes=int(args.max_body_mb * 2**20),
+        max_conversations=args.max_conversations,
+        max_length=args.max_length,
+        cut=args.overlong == "cut",
+        max_queue=args.max_queue,
+    )
     queue = ScoringQueue(load, max_tokens=args.max_tokens, wait=args.wait_ms / 1000)
     service = RewardService(queue, limits, model=args.model, api_key=key)
-    config = uvicorn.Config(make_app(service), log_level="info" if args.access_log else "error",
-                            access_log=args.access_log, timeout_graceful_shutdown=args.stop_seconds, lifespan="off")
+    config = uvicorn.Config(
+        make_app(service),
+        log_level="info" if args.access_log else "error",
+        access_log=args.access_log,
+        timeout_graceful_shutdown=args.stop_seconds,
+        lifespan="off",
+    )
     run(uvicorn.Server(config), service, sockets)
-    print(f"stopped after {queue.num_scored:,} conversations in {service.num_requests:,} requests", flush=True)
+    print(
+        f"stopped after {queue.num_scored:,} conversations in {service.num_requests:,} requests",
+        flush=True,
+    )
 
 
 def api_key(path: str | None) -> str | None:

@@ -1,1 +1,2 @@
-"""Checkpoints of a run: checkpoint (save, load), snapshot (asynchronous copies), run_folder (names, health, pruning)."""
+"""Checkpoints of a run: checkpoint (save, load), snapshot (asynchronous copies), run_folder (names,
+health, pruning)."""

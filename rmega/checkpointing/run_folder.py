@@ -40,7 +40,8 @@ def list_iterations(run: Path | str) -> list[int]:
 
 
 def latest_iteration(run: Path | str) -> int | None:
-    """The newest checkpoint that was finished: the tracker's, or the newest whole folder where the tracker is gone."""
+    """The newest checkpoint that was finished: the tracker's, or the newest whole folder where the
+    tracker is gone."""
     tracker = Path(run) / TRACKER
     if tracker.is_file() and (text := tracker.read_text().strip()).isdigit():
         if (iteration_dir(run, int(text)) / INFO).is_file():
@@ -50,8 +51,8 @@ def latest_iteration(run: Path | str) -> int | None:
 
 
 def check_shared(run: Path | str, patience: float = 30.0) -> None:
-    """ValueError on every rank where ranks on other machines do not see the folder that rank 0 makes. Waits up to
-    ``patience`` seconds for a network file system to show it."""
+    """ValueError on every rank where ranks on other machines do not see the folder that rank 0
+    makes. Waits up to ``patience`` seconds for a network file system to show it."""
     if not spans_machines():
         return
     mark: list[str | None] = [None]
@@ -61,19 +62,25 @@ def check_shared(run: Path | str, patience: float = 30.0) -> None:
         Path(run, mark[0]).touch()
     dist.broadcast_object_list(mark, src=0)
     end = time.monotonic() + patience
-    while not (seen := mark[0] in (os.listdir(run) if os.path.isdir(run) else ())) and time.monotonic() < end:
+    while (
+        not (seen := mark[0] in (os.listdir(run) if os.path.isdir(run) else ()))
+        and time.monotonic() < end
+    ):
         time.sleep(0.2)
     without: list[str | None] = [None] * world_size()
     dist.all_gather_object(without, None if seen else f"rank {rank()} on {socket.gethostname()}")
     if rank() == 0:
         Path(run, mark[0]).unlink()
     if any(without):
-        raise ValueError(f"--save {run}: {', '.join(filter(None, without))} cannot see there what rank 0 on another "
-                         "machine wrote; it must be on storage that all machines share")
+        raise ValueError(
+            f"--save {run}: {', '.join(filter(None, without))} cannot see there what rank 0 on"
+            " another machine wrote; it must be on storage that all machines share"
+        )
 
 
 def read_info(folder: Path | str) -> dict[str, Any]:
-    """``rmega.json`` of a checkpoint. ValueError names what is wrong with a folder that is not one of ours."""
+    """``rmega.json`` of a checkpoint. ValueError names what is wrong with a folder that is not one
+    of ours."""
     path = Path(folder) / INFO
     if not path.is_file():
         raise ValueError(f"{folder}: not an rmega checkpoint ({INFO} is missing)")
@@ -83,12 +90,16 @@ def read_info(folder: Path | str) -> dict[str, Any]:
         raise ValueError(f"{path}: broken ({error})") from None
     version = info.get("format_version")
     if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: checkpoint format version {version}; this rmega reads version {FORMAT_VERSION}")
+        raise ValueError(
+            f"{path}: checkpoint format version {version}; this rmega reads version"
+            f" {FORMAT_VERSION}"
+        )
     return info
 
 
 def prune(run: Path | str, keep_last: int, best: int | None = None) -> None:
-    """Remove all but the newest ``keep_last`` checkpoints; ``best`` stays. Called by every rank; rank 0 acts."""
+    """Remove all but the newest ``keep_last`` checkpoints; ``best`` stays. Called by every rank;
+    rank 0 acts."""
     if rank() == 0 and keep_last > 0:
         for iteration in list_iterations(run)[:-keep_last]:
             if iteration != best:
@@ -96,19 +107,25 @@ def prune(run: Path | str, keep_last: int, best: int | None = None) -> None:
     dist.barrier()
 
 
-def damage(folder: Path | str, *, share: tuple[int, int] = (0, 1), checksums: bool = True) -> str | None:
-    """What is wrong with a checkpoint folder, or None: missing, truncated or changed files, foreign, other version.
+def damage(
+    folder: Path | str, *, share: tuple[int, int] = (0, 1), checksums: bool = True
+) -> str | None:
+    """What is wrong with a checkpoint folder, or None: missing, truncated or changed files,
+    foreign, other version.
 
-    Reads every file for its checksum, or only looks at sizes. ``share`` (i, n) reads each n-th file, for n ranks.
+    Reads every file for its checksum, or only looks at sizes. ``share`` (i, n) reads each n-th
+    file, for n ranks.
     """
     folder = Path(folder)
     try:
         files = read_info(folder).get("files", {})
     except ValueError as error:
         return str(error)
-    for name, (size, crc) in list(files.items())[share[0]::share[1]]:
+    for name, (size, crc) in list(files.items())[share[0] :: share[1]]:
         try:
-            found = fingerprint(folder / name) if checksums else [(folder / name).stat().st_size, crc]
+            found = (
+                fingerprint(folder / name) if checksums else [(folder / name).stat().st_size, crc]
+            )
         except OSError as error:
             return f"{folder / name}: {error.strerror or error}"
         if found[0] != size:
@@ -128,12 +145,14 @@ def _damage_together(folder: Path) -> str | None:
 
 
 def find(load_dir: Path | str, flag: str = "--load", purpose: str = "going on from") -> Path | None:
-    """The newest good checkpoint of a run folder, or the checkpoint folder itself; None where a run has none yet.
+    """The newest good checkpoint of a run folder, or the checkpoint folder itself; None where a run
+    has none yet.
 
-    Called by every rank. In a process group checksums are read, outside only sizes are looked at. A damaged newest
-    checkpoint is said and the one before it taken; the line that names the one of a run begins with ``purpose``. Raises
-    ValueError where all are damaged, where the folder belongs to another program, and where a damaged checkpoint was
-    named itself (then the newest good one is offered).
+    Called by every rank. In a process group checksums are read, outside only sizes are looked at. A
+    damaged newest checkpoint is said and the one before it taken; the line that names the one of a
+    run begins with ``purpose``. Raises ValueError where all are damaged, where the folder belongs
+    to another program, and where a damaged checkpoint was named itself (then the newest good one is
+    offered).
     """
     path = Path(load_dir)
     folders: list[Any] = [None]
@@ -146,7 +165,9 @@ def find(load_dir: Path | str, flag: str = "--load", purpose: str = "going on fr
     named, candidates = folders[0]
     foreign = [] if named or candidates else [f for f in path.glob("iter_*") if not f.suffix]
     if foreign:
-        raise ValueError(f"{flag} {path}: holds checkpoints of another program (no {INFO} in {foreign[0]})")
+        raise ValueError(
+            f"{flag} {path}: holds checkpoints of another program (no {INFO} in {foreign[0]})"
+        )
     problems = []
     for number in candidates:
         folder = path if named else iteration_dir(path, number)
@@ -160,20 +181,29 @@ def find(load_dir: Path | str, flag: str = "--load", purpose: str = "going on fr
         problems.append(problem)
         if named:
             good = _newest_good(path.parent, but=number)
-            raise ValueError(f"{flag} {path}: damaged ({problem})"
-                             + (f"; the newest good checkpoint is {good}" if good else "; there is no other good one"))
+            raise ValueError(
+                f"{flag} {path}: damaged ({problem})"
+                + (
+                    f"; the newest good checkpoint is {good}"
+                    if good
+                    else "; there is no other good one"
+                )
+            )
     if problems:
         raise ValueError(f"{flag} {path}: no good checkpoint in it ({'; '.join(problems)})")
     return None
 
 
 def _candidates(path: Path) -> tuple[bool, list[int]]:
-    """(whether ``path`` is itself a checkpoint, iterations to try, newest first and none newer than the tracker's)."""
+    """(whether ``path`` is itself a checkpoint, iterations to try, newest first and none newer than
+    the tracker's)."""
     digits = path.name.removeprefix("iter_")
     if (path / INFO).is_file() or (path.name != digits and digits.isdigit() and path.is_dir()):
         return True, [int(digits) if digits.isdigit() else -1]
     newest = latest_iteration(path)
-    return False, [] if newest is None else [i for i in reversed(list_iterations(path)) if i <= newest]
+    return False, (
+        [] if newest is None else [i for i in reversed(list_iterations(path)) if i <= newest]
+    )
 
 
 def _newest_good(run: Path, but: int) -> Path | None:

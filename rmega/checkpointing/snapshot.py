@@ -1,10 +1,12 @@
-"""Copies of what a checkpoint holds, taken between two steps and written by a thread while the run goes on.
+"""Copies of what a checkpoint holds, taken between two steps and written by a thread while the run
+goes on.
 
-The format, the plan and the metadata are megatron-core's (``torch_dist``); two things are not. The engine's writers are
-forked processes and a managing process beside each rank, which a scheduler's SIGTERM also reaches, and which leave a
-rank waiting for ever when one dies: here a thread writes. And the engine's gathering of a distributed optimizer's
-state copies everything about six times before training goes on: here each rank copies its own part once, and the
-thread gathers it over a process group of its own.
+The format, the plan and the metadata are megatron-core's (``torch_dist``); two things are not. The
+engine's writers are forked processes and a managing process beside each rank, which a scheduler's
+SIGTERM also reaches, and which leave a rank waiting for ever when one dies: here a thread writes.
+And the engine's gathering of a distributed optimizer's state copies everything about six times
+before training goes on: here each rank copies its own part once, and the thread gathers it over a
+process group of its own.
 """
 
 from __future__ import annotations
@@ -36,27 +38,41 @@ KEYS = ("param", "exp_avg", "exp_avg_sq")
 
 
 class _Pieces(dict):
-    """A tensor per parameter, addressed as the engine addresses its one flat tensor: ``pieces[start:end]``."""
+    """A tensor per parameter, addressed as the engine addresses its one flat tensor:
+    ``pieces[start:end]``."""
 
     def __getitem__(self, place: slice) -> torch.Tensor:
         return super().__getitem__(place.start)
 
 
 class Gatherer:
-    """Gives the engine a distributed optimizer's state without its copies; ``gather`` fills it in, from any thread.
+    """Gives the engine a distributed optimizer's state without its copies; ``gather`` fills it in,
+    from any thread.
 
-    Made once per run by every rank (it makes process groups). With one data-parallel rank there is nothing to gather.
+    Made once per run by every rank (it makes process groups). With one data-parallel rank there is
+    nothing to gather.
     """
 
     def __init__(self, optimizer) -> None:
-        self.parts = [part for part in optimizer.chained_optimizers if hasattr(part, "get_parameter_state_dp_zero")]
+        self.parts = [
+            part
+            for part in optimizer.chained_optimizers
+            if hasattr(part, "get_parameter_state_dp_zero")
+        ]
         for part in self.parts:
-            part.get_parameter_state_dp_zero = partial(self._state, part, part.get_parameter_state_dp_zero)
-        mine = {tuple(dist.get_process_group_ranks(part.data_parallel_group)) for part in self.parts}
+            part.get_parameter_state_dp_zero = partial(
+                self._state, part, part.get_parameter_state_dp_zero
+            )
+        mine = {
+            tuple(dist.get_process_group_ranks(part.data_parallel_group)) for part in self.parts
+        }
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, sorted(mine))
-        self.groups = {ranks: new_gloo_group(list(ranks))
-                       for ranks in sorted({r for some in everyone for r in some}) if len(ranks) > 1}
+        self.groups = {
+            ranks: new_gloo_group(list(ranks))
+            for ranks in sorted({r for some in everyone for r in some})
+            if len(ranks) > 1
+        }
         self._whole: dict[tuple, torch.Tensor] = {}
         self._own: dict[tuple, torch.Tensor] = {}
         self._jobs: list[tuple] = []
@@ -68,7 +84,8 @@ class Gatherer:
         self.pending.clear()
 
     def _state(self, part, engine, *, empty_data: bool = False, **options) -> dict[Any, Any]:
-        """In place of ``DistributedOptimizer.get_parameter_state_dp_zero``: {buffer: {dtype: {key: pieces}}}."""
+        """In place of ``DistributedOptimizer.get_parameter_state_dp_zero``: {buffer: {dtype: {key:
+        pieces}}}."""
         if empty_data:
             return engine(empty_data=True, **options)
         ranks = tuple(dist.get_process_group_ranks(part.data_parallel_group))
@@ -83,12 +100,21 @@ class Gatherer:
                         pieces[key][start] = tensors[key].detach().view(-1)
             else:
                 for at, ranges in enumerate(buckets):
-                    self._copy_shard(part, ranks, (id(part), number, at), buffer, buffer.buckets[at], ranges, pieces)
+                    self._copy_shard(
+                        part,
+                        ranks,
+                        (id(part), number, at),
+                        buffer,
+                        buffer.buckets[at],
+                        ranges,
+                        pieces,
+                    )
             state[number] = {dtype: {**pieces, "numel_unpadded": buffer.numel_unpadded}}
         return state
 
     def _copy_shard(self, part, ranks: tuple, name: tuple, buffer, bucket, ranges, pieces) -> None:
-        """Copy this rank's shard of one bucket, and note how all shards make whole parameters on the first rank."""
+        """Copy this rank's shard of one bucket, and note how all shards make whole parameters on
+        the first rank."""
         length = bucket.grad_data.numel() // len(ranks)
         if name not in self._own:
             self._own[name] = torch.zeros(len(KEYS), length)
@@ -118,15 +144,23 @@ class Gatherer:
                 length = own.shape[1]
                 for whole, offset in targets:
                     for r, shard in enumerate(shards):
-                        low, high = max(offset, r * length), min(offset + whole.shape[1], (r + 1) * length)
+                        low, high = (
+                            max(offset, r * length),
+                            min(offset + whole.shape[1], (r + 1) * length),
+                        )
                         if low < high:
-                            whole[:, low - offset : high - offset] = shard[:, low - r * length : high - r * length]
+                            whole[:, low - offset : high - offset] = shard[
+                                :, low - r * length : high - r * length
+                            ]
 
 
 class SnapshotWriter(FileSystemWriterAsync):
-    """This rank's shard file: items are copied when the plan is made and written by ``write``, from any thread."""
+    """This rank's shard file: items are copied when the plan is made and written by ``write``, from
+    any thread."""
 
-    def __init__(self, folder: Path, buffers: dict[tuple, torch.Tensor], gatherer: Gatherer) -> None:
+    def __init__(
+        self, folder: Path, buffers: dict[tuple, torch.Tensor], gatherer: Gatherer
+    ) -> None:
         super().__init__(str(folder), thread_count=1)
         self.buffers, self.gatherer = buffers, gatherer
         self.folder = folder
@@ -139,12 +173,16 @@ class SnapshotWriter(FileSystemWriterAsync):
         return plan
 
     def prepare_write_data(self, plan, planner) -> None:
-        """Called by the engine's planning, on the training thread: what takes time here is what training waits for."""
+        """Called by the engine's planning, on the training thread: what takes time here is what
+        training waits for."""
         self.name = f"{plan.storage_data.prefix}0.distcp"
         copies: dict[tuple, torch.Tensor] = {}
         for item in plan.items:
             data = planner.resolve_data(item)
-            if isinstance(data, torch.Tensor) and data.untyped_storage().data_ptr() not in self.gatherer.pending:
+            if (
+                isinstance(data, torch.Tensor)
+                and data.untyped_storage().data_ptr() not in self.gatherer.pending
+            ):
                 # In fp32 the optimizer's main parameters are the model's own: one copy serves both.
                 source = (data.data_ptr(), data.dtype, tuple(data.shape), data.stride())
                 if source not in copies:
@@ -161,33 +199,55 @@ class SnapshotWriter(FileSystemWriterAsync):
         return self.buffers[key].copy_(data, non_blocking=True)
 
     def write(self) -> None:
-        """Write and flush this rank's file, and take its checksum. Raises OSError or torch's RuntimeError."""
+        """Write and flush this rank's file, and take its checksum. Raises OSError or torch's
+        RuntimeError."""
         self.gatherer.gather()
         if not self.items:
             return
         path = self.folder / self.name
         with open(path, "wb") as stream:
             for item, data in self.items:
-                if isinstance(data, torch.Tensor) and data.untyped_storage().nbytes() != data.nbytes:
+                if (
+                    isinstance(data, torch.Tensor)
+                    and data.untyped_storage().nbytes() != data.nbytes
+                ):
                     data = data.clone()  # a view would be saved with all of its storage
-                self.results.append(_write_item(self.transforms, stream, data, item, self.name,
-                                                serialization_format=SerializationFormat.TORCH_SAVE))
+                self.results.append(
+                    _write_item(
+                        self.transforms,
+                        stream,
+                        data,
+                        item,
+                        self.name,
+                        serialization_format=SerializationFormat.TORCH_SAVE,
+                    )
+                )
             stream.flush()
             os.fsync(stream.fileno())
         self.files[self.name] = fingerprint(path)
 
 
 class Snapshot:
-    """One checkpoint on its way to disk. Making it is collective and takes the copies; ``thread`` then writes."""
+    """One checkpoint on its way to disk. Making it is collective and takes the copies; ``thread``
+    then writes."""
 
-    def __init__(self, content: ShardedStateDict, folder: Path, buffers: dict[tuple, torch.Tensor],
-                 gatherer: Gatherer, *, validate: bool) -> None:
+    def __init__(
+        self,
+        content: ShardedStateDict,
+        folder: Path,
+        buffers: dict[tuple, torch.Tensor],
+        gatherer: Gatherer,
+        *,
+        validate: bool,
+    ) -> None:
         sharded, self.common = save_preprocess(content, validate)
         sharded, *_ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
         self.writer = SnapshotWriter(folder, buffers, gatherer)
         planned, *_ = save_state_dict_async_plan(
-            mcore_to_pyt_state_dict(sharded, False), self.writer,
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False))
+            mcore_to_pyt_state_dict(sharded, False),
+            self.writer,
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
         self.metadata = planned[1]
         self.error: str | None = None
         self.seconds = 0.0

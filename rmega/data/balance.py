@@ -1,4 +1,5 @@
-"""Comparisons dealt out to ranks and micro-batches so that what is computed, tokens and attention, is even."""
+"""Comparisons dealt out to ranks and micro-batches so that what is computed, tokens and attention,
+is even."""
 
 from __future__ import annotations
 
@@ -8,10 +9,12 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CostModel:
-    """Relative cost of a comparison: ``linear`` per computed token and ``quadratic`` per attended query-key pair.
+    """Relative cost of a comparison: ``linear`` per computed token and ``quadratic`` per attended
+    query-key pair.
 
-    Forward multiply-adds per token of one layer: h (a + 2 g) d for the query-key-value projection, h a d for the
-    output projection, 3 h f for the gated MLP; per attended pair 2 a d (scores and values).
+    Forward multiply-adds per token of one layer: h (a + 2 g) d for the query-key-value projection,
+    h a d for the output projection, 3 h f for the gated MLP; per attended pair 2 a d (scores and
+    values).
     """
 
     linear: float = 1.0
@@ -23,8 +26,10 @@ class CostModel:
         g = geometry
         qkv = g.hidden_size * (g.num_attention_heads + 2 * g.num_query_groups) * g.head_dim
         proj = g.hidden_size * g.num_attention_heads * g.head_dim
-        return cls(linear=float(qkv + proj + 3 * g.hidden_size * g.ffn_hidden_size),
-                   quadratic=2.0 * g.num_attention_heads * g.head_dim)
+        return cls(
+            linear=float(qkv + proj + 3 * g.hidden_size * g.ffn_hidden_size),
+            quadratic=2.0 * g.num_attention_heads * g.head_dim,
+        )
 
     def __call__(self, prefix: int, suffixes: Sequence[int]) -> float:
         tokens = prefix + sum(suffixes)
@@ -32,16 +37,25 @@ class CostModel:
         return self.linear * tokens + self.quadratic * pairs
 
 
-def balanced_bins(tokens: Sequence[int], costs: Sequence[float], *, num_ranks: int, capacity: int,
-                  multiple: int = 1) -> list[list[list[int]]]:
-    """Deal comparisons out to ``num_ranks`` ranks in micro-batches of at most ``capacity`` tokens, evenly in cost.
+def balanced_bins(
+    tokens: Sequence[int],
+    costs: Sequence[float],
+    *,
+    num_ranks: int,
+    capacity: int,
+    multiple: int = 1,
+) -> list[list[list[int]]]:
+    """Deal comparisons out to ``num_ranks`` ranks in micro-batches of at most ``capacity`` tokens,
+    evenly in cost.
 
-    Returns ``bins[rank][microbatch]`` = indices into ``tokens``. Every rank gets the same number of micro-batches (a
-    multiple of ``multiple``, as interleaved pipelines ask for); one may be empty when there are fewer comparisons
-    than bins. A comparison of more than ``capacity`` tokens has a bin to itself. Deterministic.
+    Returns ``bins[rank][microbatch]`` = indices into ``tokens``. Every rank gets the same number of
+    micro-batches (a multiple of ``multiple``, as interleaved pipelines ask for); one may be empty
+    when there are fewer comparisons than bins. A comparison of more than ``capacity`` tokens has a
+    bin to itself. Deterministic.
 
-    First the ranks are filled longest first and then improved by moves and swaps until the dearest rank cannot be
-    made cheaper; then each rank's share is cut into micro-batches, again longest first.
+    First the ranks are filled longest first and then improved by moves and swaps until the dearest
+    rank cannot be made cheaper; then each rank's share is cut into micro-batches, again longest
+    first.
     """
     assert num_ranks >= 1 and capacity >= 1 and multiple >= 1
     order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
@@ -61,8 +75,11 @@ def balanced_bins(tokens: Sequence[int], costs: Sequence[float], *, num_ranks: i
             return shares
 
 
-def _improve(ranks: list[list[int]], load: list[float], costs: Sequence[float], rounds: int = 200) -> None:
-    """Lower the dearest rank's load by the best single move or swap with any other rank, until none helps."""
+def _improve(
+    ranks: list[list[int]], load: list[float], costs: Sequence[float], rounds: int = 200
+) -> None:
+    """Lower the dearest rank's load by the best single move or swap with any other rank, until none
+    helps."""
     if len(ranks) == 1:
         return
     for _ in range(rounds):
@@ -93,9 +110,11 @@ def _improve(ranks: list[list[int]], load: list[float], costs: Sequence[float], 
             load[top] += costs[j]
 
 
-def _cut(share: list[int], tokens: Sequence[int], costs: Sequence[float], capacity: int,
-         at_least: int) -> list[list[int]]:
-    """Cut one rank's share into at least ``at_least`` bins within capacity, the fewest that work, even in cost."""
+def _cut(
+    share: list[int], tokens: Sequence[int], costs: Sequence[float], capacity: int, at_least: int
+) -> list[list[int]]:
+    """Cut one rank's share into at least ``at_least`` bins within capacity, the fewest that work,
+    even in cost."""
     share = sorted(share, key=lambda i: (-tokens[i], i))
     count = max(at_least, -(-sum(min(tokens[i], capacity) for i in share) // capacity), 1)
     while True:

@@ -1,7 +1,7 @@
 """From stored comparisons to packs: the order of an epoch, global batches, this rank's packs.
 
-Which comparisons a step sees is a function of (seed, epoch, step) alone (law 5); how they are cut into micro-batches
-and over data-parallel ranks is decided afterwards, by cost.
+Which comparisons a step sees is a function of (seed, epoch, step) alone (law 5); how they are cut
+into micro-batches and over data-parallel ranks is decided afterwards, by cost.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from rmega.data.packing import PackedBatch, pack
 
 
 def epoch_order(num_comparisons: int, *, seed: int, epoch: int) -> np.ndarray:
-    """The order in which epoch ``epoch`` visits the comparisons: int64 [num_comparisons], by its arguments alone."""
+    """The order in which epoch ``epoch`` visits the comparisons: int64 [num_comparisons], by its
+    arguments alone."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_comparisons)
 
 
 class Mixture:
-    """Several datasets as one: dataset i is visited ``weights[i]`` times per epoch (0.5: half of it, the other half in
-    the next epoch). It has the vectorised accessors of a single dataset, and the order of an epoch.
+    """Several datasets as one: dataset i is visited ``weights[i]`` times per epoch (0.5: half of
+    it, the other half in the next epoch). It has the vectorised accessors of a single dataset,
+    and the order of an epoch.
     """
 
     def __init__(self, datasets: Sequence, weights: Sequence[float], *, seed: int) -> None:
@@ -36,7 +38,9 @@ class Mixture:
         else:
             starts = np.cumsum([0, *(len(d.sequence_lengths) for d in datasets)])
             self.document_indices = np.concatenate(
-                [d.document_indices[:-1] + s for d, s in zip(datasets, starts, strict=False)] + [starts[-1:]])
+                [d.document_indices[:-1] + s for d, s in zip(datasets, starts, strict=False)]
+                + [starts[-1:]]
+            )
             self.sequence_lengths = np.concatenate([d.sequence_lengths for d in datasets])
 
     @classmethod
@@ -50,7 +54,9 @@ class Mixture:
             try:
                 weights.append(float(weight) if equals else 1.0)
             except ValueError:
-                raise ValueError(f"--data-path {text}: {weight} is not a number (WEIGHT=PREFIX)") from None
+                raise ValueError(
+                    f"--data-path {text}: {weight} is not a number (WEIGHT=PREFIX)"
+                ) from None
             if not weights[-1] > 0:
                 raise ValueError(f"--data-path {text}: the weight must be greater than 0")
             datasets.append(open_preferences(prefix if equals else text))
@@ -58,9 +64,12 @@ class Mixture:
 
     @property
     def identity(self) -> list[list]:
-        """What the order of an epoch depends on beside the seed: weight and checksum of each dataset, in order."""
-        return [[weight, dataset.manifest.get("checksums", {}).get(".bin")]
-                for weight, dataset in zip(self.weights, self.datasets, strict=True)]
+        """What the order of an epoch depends on beside the seed: weight and checksum of each
+        dataset, in order."""
+        return [
+            [weight, dataset.manifest.get("checksums", {}).get(".bin")]
+            for weight, dataset in zip(self.weights, self.datasets, strict=True)
+        ]
 
     def __len__(self) -> int:
         """Comparisons of one epoch."""
@@ -73,12 +82,15 @@ class Mixture:
         """Numbers of the comparisons that epoch ``epoch`` visits, in order: int64 [len(self)]."""
         if self.weights == [1.0]:
             return epoch_order(len(self), seed=self.seed, epoch=epoch)
-        numbers = np.concatenate([first + self._visits(i, epoch) for i, first in enumerate(self._firsts[:-1])])
+        numbers = np.concatenate(
+            [first + self._visits(i, epoch) for i, first in enumerate(self._firsts[:-1])]
+        )
         return numbers[epoch_order(len(self), seed=self.seed, epoch=epoch)]
 
     def _visits(self, i: int, epoch: int) -> np.ndarray:
-        """What dataset i gives to an epoch: the next part of an endless row of its own shuffled passes, so that every
-        comparison is visited equally often, to within one, after any number of epochs."""
+        """What dataset i gives to an epoch: the next part of an endless row of its own shuffled
+        passes, so that every comparison is visited equally often, to within one, after any
+        number of epochs."""
         size, share = len(self.datasets[i]), self._share(i)
         start = epoch * share
         passes = range(start // size, (start + share - 1) // size + 1)
@@ -92,11 +104,24 @@ class Mixture:
 
 
 class Batcher:
-    """The packs of any step for any data-parallel rank, without state: position is a count of consumed comparisons."""
+    """The packs of any step for any data-parallel rank, without state: position is a count of
+    consumed comparisons."""
 
-    def __init__(self, dataset, *, global_batch_size: int, max_tokens: int, seed: int, cost: CostModel | None = None,
-                 num_ranks: int = 1, rank: int = 0, share_prefix: bool = True, token_multiple: int = 1,
-                 microbatch_multiple: int = 1, max_consumed: int | None = None) -> None:
+    def __init__(
+        self,
+        dataset,
+        *,
+        global_batch_size: int,
+        max_tokens: int,
+        seed: int,
+        cost: CostModel | None = None,
+        num_ranks: int = 1,
+        rank: int = 0,
+        share_prefix: bool = True,
+        token_multiple: int = 1,
+        microbatch_multiple: int = 1,
+        max_consumed: int | None = None,
+    ) -> None:
         self.dataset = dataset
         self.global_batch_size = global_batch_size
         self.max_tokens = max_tokens
@@ -112,14 +137,25 @@ class Batcher:
 
     def over(self, dataset) -> Batcher:
         """The same cutting into packs for another dataset, from its beginning to its end."""
-        return Batcher(dataset, global_batch_size=self.global_batch_size, max_tokens=self.max_tokens, seed=self.seed,
-                       cost=self.cost, num_ranks=self.num_ranks, rank=self.rank, share_prefix=self.share_prefix,
-                       token_multiple=self.token_multiple, microbatch_multiple=self.microbatch_multiple)
+        return Batcher(
+            dataset,
+            global_batch_size=self.global_batch_size,
+            max_tokens=self.max_tokens,
+            seed=self.seed,
+            cost=self.cost,
+            num_ranks=self.num_ranks,
+            rank=self.rank,
+            share_prefix=self.share_prefix,
+            token_multiple=self.token_multiple,
+            microbatch_multiple=self.microbatch_multiple,
+        )
 
     def documents(self, consumed: int) -> np.ndarray:
-        """The comparisons of the step that starts after ``consumed`` of them: int64 [<= global_batch_size].
+        """The comparisons of the step that starts after ``consumed`` of them: int64 [<=
+        global_batch_size].
 
-        A batch may span two epochs; only ``max_consumed`` (the end of the run) can make one shorter.
+        A batch may span two epochs; only ``max_consumed`` (the end of the run) can make one
+        shorter.
         """
         size, count = len(self.dataset), self.global_batch_size
         if self.max_consumed is not None:
@@ -129,7 +165,10 @@ class Batcher:
             epoch, offset = divmod(consumed, size)
             if self._epoch is None or self._epoch[0] != epoch:
                 order = getattr(self.dataset, "order", None)
-                self._epoch = (epoch, order(epoch) if order else epoch_order(size, seed=self.seed, epoch=epoch))
+                self._epoch = (
+                    epoch,
+                    order(epoch) if order else epoch_order(size, seed=self.seed, epoch=epoch),
+                )
             part = self._epoch[1][offset : offset + count]
             out.append(part)
             consumed += len(part)
@@ -144,8 +183,13 @@ class Batcher:
             costs = [self.cost(p, s) for p, s in lengths]
         else:
             costs = [self.cost(0, [p + x for x in s]) for p, s in lengths]
-        bins = balanced_bins(tokens, costs, num_ranks=self.num_ranks, capacity=self.max_tokens,
-                             multiple=self.microbatch_multiple)
+        bins = balanced_bins(
+            tokens,
+            costs,
+            num_ranks=self.num_ranks,
+            capacity=self.max_tokens,
+            multiple=self.microbatch_multiple,
+        )
         return [[[int(documents[i]) for i in b] for b in rank] for rank in bins]
 
     def lengths(self, document: int) -> tuple[int, list[int]]:
@@ -160,15 +204,24 @@ class Batcher:
 
     def pack(self, documents: Sequence[int]) -> PackedBatch:
         """The comparisons with these numbers as one pack."""
-        # Each document is one prefix and its responses, so responses before document d = sequences before it - d.
+        # Each document is one prefix and its responses, so responses before document d = sequences
+        # before it - d.
         firsts = [int(self.dataset.document_indices[d]) - d for d in documents]
-        return pack([self.dataset.get(d) for d in documents], documents=documents, responses=firsts,
-                    share_prefix=self.share_prefix, multiple=self.token_multiple)
+        return pack(
+            [self.dataset.get(d) for d in documents],
+            documents=documents,
+            responses=firsts,
+            share_prefix=self.share_prefix,
+            multiple=self.token_multiple,
+        )
 
     def sweep(self) -> Iterator[list[PackedBatch]]:
-        """This rank's packs of every comparison once, in stored order, a global batch at a time (for evaluation)."""
+        """This rank's packs of every comparison once, in stored order, a global batch at a time
+        (for evaluation)."""
         for start in range(0, len(self.dataset), self.global_batch_size):
-            yield self.packs(np.arange(start, min(start + self.global_batch_size, len(self.dataset))))
+            yield self.packs(
+                np.arange(start, min(start + self.global_batch_size, len(self.dataset)))
+            )
 
     @cached_property
     def num_responses(self) -> int:

@@ -1,16 +1,17 @@
 """Comparisons on disk: write, open, verify, merge.
 
-``PREFIX.bin`` and ``PREFIX.idx`` are megatron-core's ``IndexedDataset`` (int32): a document is a comparison, its
-sequences are ``[prefix, suffix_1 .. suffix_K]``, best response first. Beside them: ``PREFIX.scores.npy`` (float32 per
-sequence; the prefix's entry is 1 if the scores are ratings, so that their differences are margins, else 0),
-``PREFIX.sources.npy`` (uint16 per document) and ``PREFIX.json``, the manifest, which is written last: without it there
-is no dataset.
+``PREFIX.bin`` and ``PREFIX.idx`` are megatron-core's ``IndexedDataset`` (int32): a document is a
+comparison, its sequences are ``[prefix, suffix_1 .. suffix_K]``, best response first. Beside them:
+``PREFIX.scores.npy`` (float32 per sequence; the prefix's entry is 1 if the scores are ratings, so
+that their differences are margins, else 0), ``PREFIX.sources.npy`` (uint16 per document) and
+``PREFIX.json``, the manifest, which is written last: without it there is no dataset.
 
-The files are read with numpy alone, through memory maps, and written with vectorised numpy: ``IndexedDataset`` reads
-the same files (a test holds both to it), but its builder keeps a Python integer per sequence, and importing it costs
-three seconds and torch in every worker and small tool.
+The files are read with numpy alone, through memory maps, and written with vectorised numpy:
+``IndexedDataset`` reads the same files (a test holds both to it), but its builder keeps a Python
+integer per sequence, and importing it costs three seconds and torch in every worker and small tool.
 
-Shapes: N comparisons (documents), S sequences (S = N + all responses), K responses of one comparison.
+Shapes: N comparisons (documents), S sequences (S = N + all responses), K responses of one
+comparison.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, doc
 
 @dataclass(frozen=True)
 class StoredComparison:
-    """One comparison as token ids. ``prefix + suffix`` of each response ends with the reward token."""
+    """One comparison as token ids. ``prefix + suffix`` of each response ends with the reward
+    token."""
 
     prefix: np.ndarray
     """int32 [P], the longest common prefix of the responses' conversations; may be empty."""
@@ -52,11 +54,20 @@ class StoredComparison:
 
 
 class PreferenceDataset:
-    """A dataset of comparisons, memory-mapped: opening it costs the same for any size. See `open_preferences`."""
+    """A dataset of comparisons, memory-mapped: opening it costs the same for any size. See
+    `open_preferences`."""
 
-    def __init__(self, prefix: str, manifest: dict[str, Any], tokens: np.ndarray, sequence_lengths: np.ndarray,
-                 sequence_pointers: np.ndarray, document_indices: np.ndarray, scores: np.ndarray,
-                 source_ids: np.ndarray) -> None:
+    def __init__(
+        self,
+        prefix: str,
+        manifest: dict[str, Any],
+        tokens: np.ndarray,
+        sequence_lengths: np.ndarray,
+        sequence_pointers: np.ndarray,
+        document_indices: np.ndarray,
+        scores: np.ndarray,
+        source_ids: np.ndarray,
+    ) -> None:
         self.prefix = prefix
         self.manifest = manifest
         self.sequence_lengths = sequence_lengths
@@ -90,15 +101,24 @@ class PreferenceDataset:
     def get(self, index: int) -> StoredComparison:
         """The comparison at ``index``; its arrays are read-only views of the file."""
         if not 0 <= index < len(self):
-            raise IndexError(f"{self.prefix}: comparison {index} is out of range: the set has {len(self)} comparisons, "
-                             f"0 to {len(self) - 1}")
+            raise IndexError(
+                f"{self.prefix}: comparison {index} is out of range: the set has {len(self)}"
+                f" comparisons, 0 to {len(self) - 1}"
+            )
         first, end = int(self.document_indices[index]), int(self.document_indices[index + 1])
         starts = self.sequence_pointers[first:end] // 4
         lengths = self.sequence_lengths[first:end]
-        parts = [self.tokens[s:s + n] for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
+        parts = [
+            self.tokens[s : s + n] for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)
+        ]
         scores = np.asarray(self.scores[first:end])
-        return StoredComparison(prefix=parts[0], suffixes=parts[1:], scores=scores[1:], graded=bool(scores[0]),
-                                source=self.sources[int(self.source_ids[index])])
+        return StoredComparison(
+            prefix=parts[0],
+            suffixes=parts[1:],
+            scores=scores[1:],
+            graded=bool(scores[0]),
+            source=self.sources[int(self.source_ids[index])],
+        )
 
     __getitem__ = get
 
@@ -109,21 +129,30 @@ def exists(prefix: str | Path) -> bool:
 
 
 def read_manifest(prefix: str | Path) -> dict[str, Any]:
-    """The manifest of the dataset at ``prefix``; ValueError if there is none or it is of another format."""
+    """The manifest of the dataset at ``prefix``; ValueError if there is none or it is of another
+    format."""
     path = f"{prefix}{MANIFEST_SUFFIX}"
     try:
         with open(path, encoding="utf-8") as stream:
             manifest = json.load(stream)
     except FileNotFoundError:
-        raise ValueError(f"{prefix}: no preference dataset here ({path} is missing); "
-                         "make one with tools/preprocess_pref.py") from None
+        raise ValueError(
+            f"{prefix}: no preference dataset here ({path} is missing); "
+            "make one with tools/preprocess_pref.py"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not a manifest of a preference dataset ({error})") from None
-    if not isinstance(manifest, dict) or "format_version" not in manifest or "sources" not in manifest:
+    if (
+        not isinstance(manifest, dict)
+        or "format_version" not in manifest
+        or "sources" not in manifest
+    ):
         raise ValueError(f"{path}: not a manifest of a preference dataset")
     if manifest["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"{path}: format version {manifest['format_version']}, this program reads {FORMAT_VERSION}; "
-                         "run tools/preprocess_pref.py again")
+        raise ValueError(
+            f"{path}: format version {manifest['format_version']}, this program reads"
+            f" {FORMAT_VERSION}; run tools/preprocess_pref.py again"
+        )
     return manifest
 
 
@@ -136,15 +165,21 @@ def open_preferences(prefix: str | Path) -> PreferenceDataset:
     manifest = read_manifest(prefix)
     for suffix in DATA_SUFFIXES:
         if not os.path.exists(prefix + suffix):
-            raise ValueError(f"{prefix}{suffix}: missing, though {prefix}{MANIFEST_SUFFIX} is there")
+            raise ValueError(
+                f"{prefix}{suffix}: missing, though {prefix}{MANIFEST_SUFFIX} is there"
+            )
     lengths, pointers, documents = _open_index(f"{prefix}.idx")
     tokens = _memmap(f"{prefix}.bin", np.int32, 0, None)
     scores = _open_npy(f"{prefix}.scores.npy", np.float32, len(lengths))
     source_ids = _open_npy(f"{prefix}.sources.npy", np.uint16, len(documents) - 1)
     end = int(pointers[-1]) // 4 + int(lengths[-1]) if len(lengths) else 0
     if end > len(tokens):
-        raise ValueError(f"{prefix}.bin: holds {len(tokens)} tokens, its index needs {end}: cut short")
-    return PreferenceDataset(prefix, manifest, tokens, lengths, pointers, documents, scores, source_ids)
+        raise ValueError(
+            f"{prefix}.bin: holds {len(tokens)} tokens, its index needs {end}: cut short"
+        )
+    return PreferenceDataset(
+        prefix, manifest, tokens, lengths, pointers, documents, scores, source_ids
+    )
 
 
 def _memmap(path: str, dtype: Any, offset: int, count: int | None) -> np.ndarray:
@@ -158,7 +193,8 @@ def _memmap(path: str, dtype: Any, offset: int, count: int | None) -> np.ndarray
 
 
 def _open_index(path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lengths int32 [S], byte pointers int64 [S], document indices int64 [N + 1] of a Megatron index file."""
+    """Lengths int32 [S], byte pointers int64 [S], document indices int64 [N + 1] of a Megatron
+    index file."""
     size = os.path.getsize(path)
     with open(path, "rb") as stream:
         head = stream.read(_HEADER.size)
@@ -166,7 +202,9 @@ def _open_index(path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         raise ValueError(f"{path}: not a Megatron index file")
     _, version, code, sequences, documents = _HEADER.unpack(head)
     if version != 1 or code != _INT32_CODE or documents < 1:
-        raise ValueError(f"{path}: a Megatron index of version {version}, type {code}; expected 1, {_INT32_CODE}")
+        raise ValueError(
+            f"{path}: a Megatron index of version {version}, type {code}; expected 1, {_INT32_CODE}"
+        )
     need = _HEADER.size + 12 * sequences + 8 * documents
     if size < need:
         raise ValueError(f"{path}: {size} bytes, its header needs {need}: cut short")
@@ -175,7 +213,9 @@ def _open_index(path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     pointers = np.frombuffer(buffer, np.int64, sequences, _HEADER.size + 4 * sequences)
     indices = np.frombuffer(buffer, np.int64, documents, _HEADER.size + 12 * sequences)
     if int(indices[-1]) != sequences:
-        raise ValueError(f"{path}: documents end at sequence {int(indices[-1])} of {sequences}: damaged")
+        raise ValueError(
+            f"{path}: documents end at sequence {int(indices[-1])} of {sequences}: damaged"
+        )
     return lengths, pointers, indices
 
 
@@ -185,7 +225,9 @@ def _open_npy(path: str, dtype: Any, count: int) -> np.ndarray:
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path}: {error}") from None
     if array.dtype != dtype or array.shape != (count,):
-        raise ValueError(f"{path}: {array.dtype} {list(array.shape)}, expected {np.dtype(dtype)} [{count}]")
+        raise ValueError(
+            f"{path}: {array.dtype} {list(array.shape)}, expected {np.dtype(dtype)} [{count}]"
+        )
     return array
 
 
@@ -207,39 +249,67 @@ class PreferenceWriter:
     def add(self, comparison: StoredComparison, source_id: int) -> None:
         """Append one comparison."""
         parts = [comparison.prefix, *comparison.suffixes]
-        assert len(comparison.scores) == len(comparison.suffixes) and all(len(s) for s in comparison.suffixes)
+        assert len(comparison.scores) == len(comparison.suffixes) and all(
+            len(s) for s in comparison.suffixes
+        )
         self.add_tokens(np.concatenate(parts))
-        self.add_documents(np.array([len(p) for p in parts]), np.array([float(comparison.graded), *comparison.scores]),
-                           np.array([len(parts)]), np.array([source_id]))
+        self.add_documents(
+            np.array([len(p) for p in parts]),
+            np.array([float(comparison.graded), *comparison.scores]),
+            np.array([len(parts)]),
+            np.array([source_id]),
+        )
 
     def add_tokens(self, tokens: np.ndarray) -> None:
         """Append ids of whole comparisons, which `add_documents` then describes."""
         self._bin.write(np.ascontiguousarray(tokens, np.int32).data)
 
-    def add_documents(self, lengths: np.ndarray, scores: np.ndarray, num_sequences: np.ndarray,
-                      source_ids: np.ndarray) -> None:
-        """Describe comparisons: per sequence its length and score, per document its sequences and source."""
-        assert len(lengths) == len(scores) == num_sequences.sum() and len(num_sequences) == len(source_ids)
+    def add_documents(
+        self,
+        lengths: np.ndarray,
+        scores: np.ndarray,
+        num_sequences: np.ndarray,
+        source_ids: np.ndarray,
+    ) -> None:
+        """Describe comparisons: per sequence its length and score, per document its sequences and
+        source."""
+        assert len(lengths) == len(scores) == num_sequences.sum() and len(num_sequences) == len(
+            source_ids
+        )
         self._lengths.append(np.asarray(lengths, np.int32))
         self._scores.append(np.asarray(scores, np.float32))
         self._num_sequences.append(np.asarray(num_sequences, np.int64))
         self._source_ids.append(np.asarray(source_ids, np.uint16))
 
     def seal(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Write everything under temporary names; returns the manifest, with counts and checksums added."""
+        """Write everything under temporary names; returns the manifest, with counts and checksums
+        added."""
         self._bin.close()
         prefix = self.prefix
         lengths = _concatenate(self._lengths, np.int32)
-        assert os.path.getsize(f"{prefix}.bin.tmp") == 4 * int(lengths.sum(dtype=np.int64)), "tokens without document"
-        num_sequences, scores = _concatenate(self._num_sequences, np.int64), _concatenate(self._scores, np.float32)
+        assert os.path.getsize(f"{prefix}.bin.tmp") == 4 * int(lengths.sum(dtype=np.int64)), (
+            "tokens without document"
+        )
+        num_sequences, scores = (
+            _concatenate(self._num_sequences, np.int64),
+            _concatenate(self._scores, np.float32),
+        )
         write_index(f"{prefix}.idx.tmp", lengths, num_sequences)
         _save_npy(f"{prefix}.scores.npy.tmp", scores)
         _save_npy(f"{prefix}.sources.npy.tmp", _concatenate(self._source_ids, np.uint16))
         indices = np.concatenate([[0], np.cumsum(num_sequences)])
-        counts = {"num_comparisons": len(num_sequences), "num_responses": len(lengths) - len(num_sequences),
-                  "num_pairs": int(count_pairs(indices, scores).sum()), "num_tokens": int(lengths.sum(dtype=np.int64))}
-        manifest = {"format_version": FORMAT_VERSION, **counts, **manifest,
-                    "checksums": {suffix: checksum(f"{prefix}{suffix}.tmp") for suffix in DATA_SUFFIXES}}
+        counts = {
+            "num_comparisons": len(num_sequences),
+            "num_responses": len(lengths) - len(num_sequences),
+            "num_pairs": int(count_pairs(indices, scores).sum()),
+            "num_tokens": int(lengths.sum(dtype=np.int64)),
+        }
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            **counts,
+            **manifest,
+            "checksums": {suffix: checksum(f"{prefix}{suffix}.tmp") for suffix in DATA_SUFFIXES},
+        }
         with open(f"{prefix}{MANIFEST_SUFFIX}.tmp", "w", encoding="utf-8") as stream:
             json.dump(manifest, stream, ensure_ascii=False, indent=1)
             stream.write("\n")
@@ -283,7 +353,8 @@ def _save_npy(path: str, array: np.ndarray) -> None:
 
 
 def write_index(path: str, lengths: np.ndarray, num_sequences: np.ndarray) -> None:
-    """Write a Megatron index of int32 sequences of ``lengths`` [S], ``num_sequences`` [N] of them per document."""
+    """Write a Megatron index of int32 sequences of ``lengths`` [S], ``num_sequences`` [N] of them
+    per document."""
     lengths = np.ascontiguousarray(lengths, np.int32)
     pointers = np.zeros(len(lengths), np.int64)
     np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
@@ -297,7 +368,8 @@ def write_index(path: str, lengths: np.ndarray, num_sequences: np.ndarray) -> No
 
 
 def count_pairs(document_indices: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """int64 [N]: pairs of responses with different scores of each comparison. ``scores`` [S] as stored."""
+    """int64 [N]: pairs of responses with different scores of each comparison. ``scores`` [S] as
+    stored."""
     document_indices, scores = np.asarray(document_indices), np.asarray(scores)
     responses = np.diff(document_indices) - 1
     pairs = np.zeros(len(responses), np.int64)
@@ -308,4 +380,3 @@ def count_pairs(document_indices: np.ndarray, scores: np.ndarray) -> np.ndarray:
                 first = document_indices[which] + 1
                 pairs[which] += scores[first + i] != scores[first + j]
     return pairs
-

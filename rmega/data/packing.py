@@ -16,9 +16,10 @@ import torch
 class Segments:
     """Who attends to whom in a pack: s segments, int32 CPU tensors of shape [s].
 
-    Query rows ``q_start .. q_start + q_len`` of a segment see the key rows ``prefix_start .. + prefix_len`` in full and
-    ``k_start .. + k_len`` causally, aligned bottom right (query i sees own keys j <= i + k_len - q_len).
-    ``cache`` is room for what an attention backend prepares once per pack.
+    Query rows ``q_start .. q_start + q_len`` of a segment see the key rows ``prefix_start .. +
+    prefix_len`` in full and ``k_start .. + k_len`` causally, aligned bottom right (query i sees own
+    keys j <= i + k_len - q_len). ``cache`` is room for what an attention backend prepares once per
+    pack.
     """
 
     q_start: torch.Tensor
@@ -37,12 +38,13 @@ class Segments:
 class PackedBatch:
     """Some comparisons as one sequence without padding between them.
 
-    tokens, position_ids: [1, t] int64. segments: every token as query. pooled_segments: the n pooled tokens as
-    queries (for the last layer). pooled: [n] int64, the row of each response's last token. chosen, rejected: [m]
-    int64 into the n responses. margin, weight: [m] float32. documents: [c] numbers of the comparisons in the dataset;
-    responses: [n] number of each response in the dataset's list of all responses (for evaluation).
-    real_tokens: tokens that a padding-free trainer without prefix sharing would compute; t of this pack is less by
-    what was shared and more by ``padding`` (rounding for sequence parallelism).
+    tokens, position_ids: [1, t] int64. segments: every token as query. pooled_segments: the n
+    pooled tokens as queries (for the last layer). pooled: [n] int64, the row of each response's
+    last token. chosen, rejected: [m] int64 into the n responses. margin, weight: [m] float32.
+    documents: [c] numbers of the comparisons in the dataset; responses: [n] number of each response
+    in the dataset's list of all responses (for evaluation). real_tokens: tokens that a padding-free
+    trainer without prefix sharing would compute; t of this pack is less by what was shared and more
+    by ``padding`` (rounding for sequence parallelism).
     """
 
     tokens: torch.Tensor
@@ -65,11 +67,15 @@ class PackedBatch:
         return self.tokens.shape[1]
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch with the tensors that the model reads on ``device`` (segments stay on the CPU)."""
+        """The same batch with the tensors that the model reads on ``device`` (segments stay on the
+        CPU)."""
         if device.type == "cpu":
             return self
-        moved = {f.name: value.to(device, non_blocking=True) for f in dataclasses.fields(self)
-                 if isinstance(value := getattr(self, f.name), torch.Tensor)}
+        moved = {
+            f.name: value.to(device, non_blocking=True)
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), torch.Tensor)
+        }
         return dataclasses.replace(self, **moved)
 
 
@@ -103,7 +109,9 @@ class _Builder:
         self.pooled_segments.append((len(self.pooled), 1, start, length, prefix_start, prefix_len))
         self.pooled.append(start + length - 1)
 
-    def responses(self, prefix: np.ndarray, suffixes: Sequence[np.ndarray], share_prefix: bool) -> None:
+    def responses(
+        self, prefix: np.ndarray, suffixes: Sequence[np.ndarray], share_prefix: bool
+    ) -> None:
         if share_prefix:
             prefix_start = self.rows(prefix, 0)
             self.segment(prefix_start, len(prefix))
@@ -124,14 +132,22 @@ def response_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
     return [(i, j) for i in range(len(scores)) for j in range(len(scores)) if scores[i] > scores[j]]
 
 
-def pack(comparisons: Sequence, *, documents: Sequence[int] | None = None, responses: Sequence[int] | None = None,
-         share_prefix: bool = True, multiple: int = 1, pad_id: int = 0) -> PackedBatch:
-    """Build one ``PackedBatch`` from objects with ``prefix``, ``suffixes``, ``scores`` and ``graded``.
+def pack(
+    comparisons: Sequence,
+    *,
+    documents: Sequence[int] | None = None,
+    responses: Sequence[int] | None = None,
+    share_prefix: bool = True,
+    multiple: int = 1,
+    pad_id: int = 0,
+) -> PackedBatch:
+    """Build one ``PackedBatch`` from objects with ``prefix``, ``suffixes``, ``scores`` and
+    ``graded``.
 
-    ``responses`` holds the number of each comparison's first response in the dataset's list of all responses. The
-    tokens are rounded up to a ``multiple`` (sequence parallelism asks for the tensor-parallel size) by tokens that
-    attend only to themselves. Without comparisons the pack is one padding token and no pairs, so that a rank with
-    nothing to do still takes part in the step.
+    ``responses`` holds the number of each comparison's first response in the dataset's list of all
+    responses. The tokens are rounded up to a ``multiple`` (sequence parallelism asks for the
+    tensor-parallel size) by tokens that attend only to themselves. Without comparisons the pack is
+    one padding token and no pairs, so that a rank with nothing to do still takes part in the step.
     """
     build = _Builder()
     chosen: list[int] = []
@@ -146,7 +162,11 @@ def pack(comparisons: Sequence, *, documents: Sequence[int] | None = None, respo
         for better, worse in response_pairs(comparison.scores):
             chosen.append(first + better)
             rejected.append(first + worse)
-            margin.append(float(comparison.scores[better] - comparison.scores[worse]) if comparison.graded else 0.0)
+            margin.append(
+                float(comparison.scores[better] - comparison.scores[worse])
+                if comparison.graded
+                else 0.0
+            )
         base = responses[c] if responses is not None else first
         numbers.extend(range(base, base + len(comparison.suffixes)))
     padding = -build.num_tokens % multiple if build.num_tokens else multiple
@@ -160,7 +180,9 @@ def pack(comparisons: Sequence, *, documents: Sequence[int] | None = None, respo
         tokens=torch.from_numpy(np.concatenate(build.tokens))[None],
         position_ids=torch.from_numpy(np.concatenate(build.positions))[None],
         segments=Segments(*(_int32(list(column)) for column in zip(*build.segments, strict=True))),
-        pooled_segments=Segments(*(_int32(list(column)) for column in zip(*build.pooled_segments, strict=True))),
+        pooled_segments=Segments(
+            *(_int32(list(column)) for column in zip(*build.pooled_segments, strict=True))
+        ),
         pooled=torch.tensor(build.pooled, dtype=torch.int64),
         chosen=torch.tensor(chosen, dtype=torch.int64),
         rejected=torch.tensor(rejected, dtype=torch.int64),

@@ -1,4 +1,5 @@
-"""What is in a dataset: counts, lengths, savings, how far a mere heuristic gets, the decoded comparisons.
+"""What is in a dataset: counts, lengths, savings, how far a mere heuristic gets, the decoded
+comparisons.
 
 Vectorised over memory maps: ten million comparisons need no Python object each.
 
@@ -38,11 +39,14 @@ def lengths_of(dataset: PreferenceDataset) -> Lengths:
     is_prefix[indices[:-1]] = True
     prefix, suffix = dataset.sequence_lengths[is_prefix], dataset.sequence_lengths[~is_prefix]
     num_responses = np.diff(indices) - 1
-    return Lengths(prefix, suffix, np.repeat(prefix, num_responses).astype(np.int64) + suffix, num_responses)
+    return Lengths(
+        prefix, suffix, np.repeat(prefix, num_responses).astype(np.int64) + suffix, num_responses
+    )
 
 
 def pairs(dataset: PreferenceDataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(comparison, better sequence, worse sequence), int64 [m] each, block by block; then all M pairs were there."""
+    """(comparison, better sequence, worse sequence), int64 [m] each, block by block; then all M
+    pairs were there."""
     indices, scores = np.asarray(dataset.document_indices), np.asarray(dataset.scores)
     num_responses = np.diff(indices) - 1
     for k in np.unique(num_responses).tolist():
@@ -63,8 +67,13 @@ def _spread(values: np.ndarray) -> dict[str, float]:
     if not len(values):
         return {}
     p5, median, p95 = np.percentile(values, (5, 50, 95))
-    return {"mean": float(values.mean()), "p5": float(p5), "median": float(median), "p95": float(p95),
-            "max": float(values.max())}
+    return {
+        "mean": float(values.mean()),
+        "p5": float(p5),
+        "median": float(median),
+        "p95": float(p95),
+        "max": float(values.max()),
+    }
 
 
 def summarise(dataset: PreferenceDataset) -> dict[str, Any]:
@@ -73,28 +82,49 @@ def summarise(dataset: PreferenceDataset) -> dict[str, Any]:
     graded = np.asarray(dataset.scores)[np.asarray(dataset.document_indices[:-1])] > 0
     wins = num_pairs = margin_sum = 0.0
     for which, better, worse in pairs(dataset):
-        difference = dataset.sequence_lengths[better].astype(np.int64) - dataset.sequence_lengths[worse]
+        difference = (
+            dataset.sequence_lengths[better].astype(np.int64) - dataset.sequence_lengths[worse]
+        )
         wins += float((difference > 0).sum() + 0.5 * (difference == 0).sum())
         num_pairs += len(which)
-        margin_sum += float(((dataset.scores[better] - dataset.scores[worse]) * graded[which]).sum())
+        margin_sum += float(
+            ((dataset.scores[better] - dataset.scores[worse]) * graded[which]).sum()
+        )
     possible = int((lengths.num_responses * (lengths.num_responses - 1) // 2).sum())
     first_suffix = np.cumsum(lengths.num_responses) - lengths.num_responses
-    tokens = lengths.prefix + (np.add.reduceat(lengths.suffix, first_suffix, dtype=np.int64) if len(dataset) else 0)
+    tokens = lengths.prefix + (
+        np.add.reduceat(lengths.suffix, first_suffix, dtype=np.int64) if len(dataset) else 0
+    )
     by_source = np.bincount(dataset.source_ids, minlength=len(dataset.sources))
-    tokens_by_source = np.bincount(dataset.source_ids, weights=tokens, minlength=len(dataset.sources))
+    tokens_by_source = np.bincount(
+        dataset.source_ids, weights=tokens, minlength=len(dataset.sources)
+    )
     stored, apart = int(tokens.sum()), int(lengths.conversation.sum())
     position = manifest.get("position_heuristic") or {}
     k_values, k_counts = np.unique(lengths.num_responses, return_counts=True)
     return {
-        "comparisons": len(dataset), "responses": len(lengths.suffix), "pairs": int(num_pairs),
-        "tied_pairs": possible - int(num_pairs), "graded_comparisons": int(graded.sum()),
+        "comparisons": len(dataset),
+        "responses": len(lengths.suffix),
+        "pairs": int(num_pairs),
+        "tied_pairs": possible - int(num_pairs),
+        "graded_comparisons": int(graded.sum()),
         "mean_margin": margin_sum / num_pairs if num_pairs else None,
-        "responses_per_comparison": {str(k): int(n) for k, n in zip(k_values, k_counts, strict=True)},
-        "prefix_tokens": _spread(lengths.prefix), "suffix_tokens": _spread(lengths.suffix),
+        "responses_per_comparison": {
+            str(k): int(n) for k, n in zip(k_values, k_counts, strict=True)
+        },
+        "prefix_tokens": _spread(lengths.prefix),
+        "suffix_tokens": _spread(lengths.suffix),
         "conversation_tokens": _spread(lengths.conversation),
-        "tokens": {"stored": stored, "without_sharing": apart, "padded_in_fours": _padded(lengths, 4)},
-        "sources": {name: {"comparisons": int(n), "tokens": int(t)}
-                    for name, n, t in zip(dataset.sources, by_source, tokens_by_source, strict=True) if n},
+        "tokens": {
+            "stored": stored,
+            "without_sharing": apart,
+            "padded_in_fours": _padded(lengths, 4),
+        },
+        "sources": {
+            name: {"comparisons": int(n), "tokens": int(t)}
+            for name, n, t in zip(dataset.sources, by_source, tokens_by_source, strict=True)
+            if n
+        },
         "length_heuristic": _share(wins, num_pairs),
         "position_heuristic": _share(position.get("first_wins", 0), position.get("pairs", 0)),
         "scripts": manifest.get("scripts", {}),
@@ -102,61 +132,102 @@ def summarise(dataset: PreferenceDataset) -> dict[str, Any]:
 
 
 def _padded(lengths: Lengths, size: int) -> int:
-    """Tokens if ``size`` comparisons at a time are padded to their longest conversation, as plain trainers do."""
+    """Tokens if ``size`` comparisons at a time are padded to their longest conversation, as plain
+    trainers do."""
     ends = np.cumsum(lengths.num_responses)
     if not len(ends):
         return 0
     longest = np.maximum.reduceat(lengths.conversation, ends - lengths.num_responses)
     starts = np.arange(0, len(longest), size)
-    return int((np.maximum.reduceat(longest, starts) * np.add.reduceat(lengths.num_responses, starts)).sum())
+    return int(
+        (
+            np.maximum.reduceat(longest, starts) * np.add.reduceat(lengths.num_responses, starts)
+        ).sum()
+    )
 
 
 def describe(summary: dict[str, Any]) -> list[str]:
     """The summary as lines of text."""
+
     def spread(name: str) -> str:
         s = summary[name]
-        return (f"mean {s['mean']:,.0f}   5 % {s['p5']:,.0f}   median {s['median']:,.0f}   95 % {s['p95']:,.0f}   "
-                f"longest {s['max']:,.0f}") if s else "-"
+        return (
+            f"mean {s['mean']:,.0f}   5 % {s['p5']:,.0f}   median {s['median']:,.0f}   95 %"
+            f" {s['p95']:,.0f}   longest {s['max']:,.0f}"
+            if s
+            else "-"
+        )
 
     def heuristic(name: str, none: str) -> str:
         s = summary[name]
         if not s["pairs"]:
             return none
-        return f"{s['accuracy']:.3f} [{s['interval'][0]:.3f}, {s['interval'][1]:.3f}] of {s['pairs']:,} pairs"
+        return (
+            f"{s['accuracy']:.3f} [{s['interval'][0]:.3f}, {s['interval'][1]:.3f}] of"
+            f" {s['pairs']:,} pairs"
+        )
 
     tokens, num = summary["tokens"], max(1, summary["comparisons"])
     responses = ", ".join(f"{n:,} with {k}" for k, n in summary["responses_per_comparison"].items())
-    margin = f", mean margin {summary['mean_margin']:.3g} over all pairs" if summary["graded_comparisons"] else ""
+    margin = (
+        f", mean margin {summary['mean_margin']:.3g} over all pairs"
+        if summary["graded_comparisons"]
+        else ""
+    )
     saved = 1 - tokens["stored"] / tokens["without_sharing"] if tokens["without_sharing"] else 0.0
     lines = [
         f"comparisons          {summary['comparisons']:,} (responses: {responses})",
-        f"pairs                {summary['pairs']:,}; {summary['tied_pairs']:,} tied pairs give none",
+        (
+            f"pairs                {summary['pairs']:,}; {summary['tied_pairs']:,} tied pairs give"
+            " none"
+        ),
         f"rated                {summary['graded_comparisons']:,} comparisons have ratings{margin}",
         f"prefix tokens        {spread('prefix_tokens')}",
         f"suffix tokens        {spread('suffix_tokens')}",
         f"conversation tokens  {spread('conversation_tokens')}",
-        f"tokens               {tokens['stored']:,} stored, {tokens['without_sharing']:,} without the shared prefix "
-        f"({saved:.1%} saved), {tokens['padded_in_fours']:,} padded in fours",
-        f"    per comparison   {tokens['stored'] / num:,.0f} stored, {tokens['without_sharing'] / num:,.0f} "
-        f"without the shared prefix, {tokens['padded_in_fours'] / num:,.0f} padded in fours",
+        (
+            f"tokens               {tokens['stored']:,} stored, {tokens['without_sharing']:,}"
+            f" without the shared prefix ({saved:.1%} saved), {tokens['padded_in_fours']:,} padded"
+            " in fours"
+        ),
+        (
+            f"    per comparison   {tokens['stored'] / num:,.0f} stored,"
+            f" {tokens['without_sharing'] / num:,.0f} without the shared prefix,"
+            f" {tokens['padded_in_fours'] / num:,.0f} padded in fours"
+        ),
         f"longer response wins {heuristic('length_heuristic', '-')}",
-        f"first response wins  {heuristic('position_heuristic', '- (the order in the rows is the label itself)')}",
-        "scripts              " + (", ".join(f"{k} {v:,}" for k, v in summary["scripts"].items()) or "-"),
+        (
+            "first response wins "
+            f" {heuristic('position_heuristic', '- (the order in the rows is the label itself)')}"
+        ),
+        "scripts              "
+        + (", ".join(f"{k} {v:,}" for k, v in summary["scripts"].items()) or "-"),
     ]
     total = max(1, tokens["stored"])
     for name, s in sorted(summary["sources"].items(), key=lambda item: -item[1]["tokens"])[:40]:
         share = s["tokens"] / total
-        lines.append(f"source {name}: {s['comparisons']:,} comparisons, {s['tokens']:,} tokens ({share:.1%})")
+        lines.append(
+            f"source {name}: {s['comparisons']:,} comparisons, {s['tokens']:,} tokens ({share:.1%})"
+        )
     if len(summary["sources"]) > 40:
         lines.append(f"... and {len(summary['sources']) - 40} more sources")
     return lines
 
 
-_COLOURS = {"prefix": "\x1b[2m", "good": "\x1b[32m", "bad": "\x1b[31m", "special": "\x1b[35m", "end": "\x1b[0m"}
+_COLOURS = {
+    "prefix": "\x1b[2m",
+    "good": "\x1b[32m",
+    "bad": "\x1b[31m",
+    "special": "\x1b[35m",
+    "end": "\x1b[0m",
+}
 
 
-def show(dataset: PreferenceDataset, index: int, tokenizer: Any, *, colour: bool = False) -> list[str]:
-    """Comparison ``index`` as text, prefix and suffixes apart; IndexError as ValueError for the user."""
+def show(
+    dataset: PreferenceDataset, index: int, tokenizer: Any, *, colour: bool = False
+) -> list[str]:
+    """Comparison ``index`` as text, prefix and suffixes apart; IndexError as ValueError for the
+    user."""
     try:
         item = dataset.get(index)
     except IndexError as error:
@@ -166,12 +237,23 @@ def show(dataset: PreferenceDataset, index: int, tokenizer: Any, *, colour: bool
         return f"{_COLOURS[name]}{text}{_COLOURS['end']}" if colour else text
 
     def text_of(ids: np.ndarray) -> str:
-        return tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return tokenizer.decode(
+            ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
-    lines = [f"comparison {index} of {dataset.prefix}: source {item.source}, {len(item.suffixes)} responses, "
-             f"{'rated' if item.graded else 'ranked'}",
-             paint(f"-- prefix, {len(item.prefix)} tokens", "special"), paint(text_of(item.prefix), "prefix")]
-    for number, (suffix, score) in enumerate(zip(item.suffixes, item.scores.tolist(), strict=True), 1):
-        lines.append(paint(f"-- response {number}, score {score:g}, {len(suffix)} tokens", "special"))
+    lines = [
+        (
+            f"comparison {index} of {dataset.prefix}: source {item.source}, {len(item.suffixes)}"
+            f" responses, {'rated' if item.graded else 'ranked'}"
+        ),
+        paint(f"-- prefix, {len(item.prefix)} tokens", "special"),
+        paint(text_of(item.prefix), "prefix"),
+    ]
+    for number, (suffix, score) in enumerate(
+        zip(item.suffixes, item.scores.tolist(), strict=True), 1
+    ):
+        lines.append(
+            paint(f"-- response {number}, score {score:g}, {len(suffix)} tokens", "special")
+        )
         lines.append(paint(text_of(suffix), "good" if score == item.scores[0] else "bad"))
     return lines

@@ -1,4 +1,5 @@
-"""The evaluations that a run leaves behind: RUN/evaluations/NAME/step_0000010.json, one file each (no torch).
+"""The evaluations that a run leaves behind: RUN/evaluations/NAME/step_0000010.json, one file each
+(no torch).
 
 A file is what tools/evaluate.py --json writes, with one set and the "step" beside it. Written by
 ``rmega.evaluation.in_training``, read here.
@@ -20,10 +21,12 @@ LONGEST_NAME = 120
 
 
 def folder_names(names: Iterable[str]) -> dict[str, str]:
-    """Name of each validation set -> name of its folder, which is the set's own wherever that is a plain file name.
+    """Name of each validation set -> name of its folder, which is the set's own wherever that is a
+    plain file name.
 
-    Other characters are written as in a URL (%2F). A very long name, and one that differs from another by upper and
-    lower case alone (one file to some file systems), ends with a checksum behind "~", which no plain name holds.
+    Other characters are written as in a URL (%2F). A very long name, and one that differs from
+    another by upper and lower case alone (one file to some file systems), ends with a checksum
+    behind "~", which no plain name holds.
     """
     names = list(names)
     out = {}
@@ -48,7 +51,8 @@ def _step_of(path: Path) -> int:
 
 
 def drop_after(run: str | Path, step: int | None) -> None:
-    """Remove the evaluations of later steps (all, for None) and what a write that was cut short has left. OSError."""
+    """Remove the evaluations of later steps (all, for None) and what a write that was cut short has
+    left. OSError."""
     for path in list(Path(run, FOLDER).glob("*/step_*.json*")):
         if path.suffix == ".partial" or step is None or _step_of(path) > step:
             path.unlink()
@@ -62,22 +66,26 @@ def read_evaluations(run: str | Path) -> dict[str, dict[int, dict[str, Any]]]:
     {} for a run that wrote none. ValueError names a file that is none of ours.
     """
     out: dict[str, dict[int, dict[str, Any]]] = {}
-    for path in sorted(Path(run, FOLDER).glob("*/step_*.json"), key=lambda p: (p.parent.name, _step_of(p))):
+    for path in sorted(
+        Path(run, FOLDER).glob("*/step_*.json"), key=lambda p: (p.parent.name, _step_of(p))
+    ):
         try:
             whole = json.loads(path.read_text(encoding="utf-8"))
             version, step, sets = whole["format_version"], int(whole["step"]), dict(whole["sets"])
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}: not an evaluation of a run") from None
         if version != FORMAT_VERSION:
-            raise ValueError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}")
+            raise ValueError(
+                f"{path}: format version {version}, this program reads {FORMAT_VERSION}"
+            )
         for name, judgement in sets.items():
             out.setdefault(name, {})[step] = judgement
     return out
 
 
 def eval_rows(run: Path | str) -> list[dict[str, Any]]:
-    """The evaluations in a run's metrics.jsonl, as they were written; none without that file. The line that a killed
-    run was writing is left out."""
+    """The evaluations in a run's metrics.jsonl, as they were written; none without that file. The
+    line that a killed run was writing is left out."""
     path, rows = Path(run) / "metrics.jsonl", []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError):

@@ -1,4 +1,5 @@
-"""What a training does with the judgement of a validation set: its lines in the log, its file in the run folder."""
+"""What a training does with the judgement of a validation set: its lines in the log, its file in
+the run folder."""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from rmega.distributed import log, rank
-from rmega.evaluation.files import FOLDER, FORMAT_VERSION, drop_after, folder_names, read_evaluations, step_file
+from rmega.evaluation.files import (
+    FOLDER,
+    FORMAT_VERSION,
+    drop_after,
+    folder_names,
+    read_evaluations,
+    step_file,
+)
 from rmega.evaluation.probes import NUM_PROBED
 from rmega.evaluation.results import to_json
 from rmega.evaluation.table import MARKS
@@ -21,11 +29,14 @@ from rmega.io import write_durably
 class Evaluations:
     """The evaluations of a run. Every rank has one; rank 0 alone speaks and writes.
 
-    sets: name -> open dataset. probes: --eval-probes. run: the run folder, None without --save. A resumed run
-    (``resumed_at``: the step it goes on from) loses the files of later steps, a run from scratch all of them.
+    sets: name -> open dataset. probes: --eval-probes. run: the run folder, None without --save. A
+    resumed run (``resumed_at``: the step it goes on from) loses the files of later steps, a run
+    from scratch all of them.
     """
 
-    def __init__(self, run: str | None, sets: Mapping[str, Any], *, probes: str, resumed_at: int | None) -> None:
+    def __init__(
+        self, run: str | None, sets: Mapping[str, Any], *, probes: str, resumed_at: int | None
+    ) -> None:
         self.run, self.sets, self.probes = run, sets, probes
         self._folders = folder_names(sets)
         self._biased = dict.fromkeys(sets, False)
@@ -44,8 +55,9 @@ class Evaluations:
         return min(NUM_PROBED, len(self.sets[name])) if wanted else 0
 
     def note(self, name: str, step: int, judgement: dict[str, Any], *, last: bool) -> None:
-        """Say what is to be said of a judgement, and keep it: at the last evaluation of the run its whole verdict,
-        before that only a strong length bias that the evaluation before did not show."""
+        """Say what is to be said of a judgement, and keep it: at the last evaluation of the run its
+        whole verdict, before that only a strong length bias that the evaluation before did not
+        show."""
         bias = _length_bias(judgement)
         for sentence in judgement["verdict"] if last else [] if self._biased[name] else bias:
             mark = f"[{MARKS[sentence['level']]}]"
@@ -57,8 +69,12 @@ class Evaluations:
     def _write(self, name: str, step: int, judgement: dict[str, Any]) -> None:
         assert self.run is not None
         path = step_file(Path(self.run, FOLDER, self._folders[name]), step)
-        whole = {"format_version": FORMAT_VERSION, "subject": self.run, "step": step,
-                 "sets": {name: {**judgement, **_origin(self.sets[name])}}}
+        whole = {
+            "format_version": FORMAT_VERSION,
+            "subject": self.run,
+            "step": step,
+            "sets": {name: {**judgement, **_origin(self.sets[name])}},
+        }
         partial = path.with_name(f"{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,13 +91,18 @@ def _length_bias(judgement: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _origin(dataset: Any) -> dict[str, Any]:
-    """Of which files a dataset was made, as tools/evaluate.py says it. What was left out of one that was split is not
-    known for its parts."""
+    """Of which files a dataset was made, as tools/evaluate.py says it. What was left out of one
+    that was split is not known for its parts."""
     manifest = dataset.manifest
     parts = manifest.get("input", {}).get("merged") or [manifest.get("input", {})]
-    schemas = dict.fromkeys(str(file.get("schema", "")) for part in parts for file in part.get("files", ()))
+    schemas = dict.fromkeys(
+        str(file.get("schema", "")) for part in parts for file in part.get("files", ())
+    )
     left: Counter[str] = Counter()
     for part in parts:
         left.update(part.get("rejected", {}))
-    return {"data": dataset.prefix, "schema": ", ".join(schemas),
-            "left_out": {} if manifest.get("split") else dict(left)}
+    return {
+        "data": dataset.prefix,
+        "schema": ", ".join(schemas),
+        "left_out": {} if manifest.get("split") else dict(left),
+    }

@@ -1,6 +1,8 @@
-"""What a model must do on inputs whose answer is known: a few comparisons scored again in another form.
+"""What a model must do on inputs whose answer is known: a few comparisons scored again in another
+form.
 
-Here as text, for tools/evaluate.py; ``rmega.evaluation.token_probes`` does the same to token ids, for a training.
+Here as text, for tools/evaluate.py; ``rmega.evaluation.token_probes`` does the same to token ids,
+for a training.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ Score = Callable[[list[Comparison]], list[list[float]]]
 
 
 def pick(items: Sequence[T], count: int) -> list[T]:
-    """``count`` comparisons spread evenly over the set (all, where it has no more); no randomness."""
+    """``count`` comparisons spread evenly over the set (all, where it has no more); no
+    randomness."""
     if len(items) <= count:
         return list(items)
     return [items[i] for i in np.linspace(0, len(items) - 1, count).astype(int)]
@@ -58,20 +61,26 @@ def swap_probe(items: Sequence[Judged], score: Score) -> dict[str, Any]:
 
 
 def prompt_probe(items: Sequence[Judged], score: Score) -> dict[str, Any]:
-    """Every response blanked, and each comparison's responses under the prompt of the next one, as ``prompt_numbers``
-    (the latter is a response-only baseline in the words the model knows)."""
+    """Every response blanked, and each comparison's responses under the prompt of the next one, as
+    ``prompt_numbers`` (the latter is a response-only baseline in the words the model knows)."""
     blank = score([_blanked(item.comparison) for item in items])
     prompts = [item.comparison.prompt for item in items]
-    shifted = score([replace(item.comparison, prompt=prompts[(i + 1) % len(items)]) for i, item in enumerate(items)])
+    shifted = score(
+        [
+            replace(item.comparison, prompt=prompts[(i + 1) % len(items)])
+            for i, item in enumerate(items)
+        ]
+    )
     return prompt_numbers(items, blank, shifted)
 
 
 def swap_numbers(items: Sequence[Judged], again: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """What ``again``, the rewards [k] of each item's responses in reverse order, says: every reward must stay what it
-    was.
+    """What ``again``, the rewards [k] of each item's responses in reverse order, says: every reward
+    must stay what it was.
 
-    {"num_comparisons", "max_difference" of a reward, "changed_share" of comparisons whose ranking changed,
-    "rescored_accuracy": with the labels reversed too, so one minus the accuracy if all is well}.
+    {"num_comparisons", "max_difference" of a reward, "changed_share" of comparisons whose ranking
+    changed, "rescored_accuracy": with the labels reversed too, so one minus the accuracy if all is
+    well}.
     """
     changed, largest, turned, tolerance = 0, 0.0, [], noise(items)
     for item, rewards in zip(items, again, strict=True):
@@ -79,31 +88,45 @@ def swap_numbers(items: Sequence[Judged], again: Sequence[Sequence[float]]) -> d
         largest = max(largest, float(np.abs(values - item.rewards).max()))
         # two rewards that are equal but for rounding may fall either way
         contradicts = _signs(values) * _signs(item.rewards) < 0
-        moved = np.abs((values[:, None] - values) - (item.rewards[:, None] - item.rewards)) > tolerance
+        moved = (
+            np.abs((values[:, None] - values) - (item.rewards[:, None] - item.rewards)) > tolerance
+        )
         changed += bool((contradicts & moved).any())
         turned.append(_with(item, rewards=values, scores=-item.scores))
-    return {"num_comparisons": len(items), "max_difference": largest, "changed_share": changed / len(items),
-            "rescored_accuracy": _mean_correct(turned)}
+    return {
+        "num_comparisons": len(items),
+        "max_difference": largest,
+        "changed_share": changed / len(items),
+        "rescored_accuracy": _mean_correct(turned),
+    }
 
 
-def prompt_numbers(items: Sequence[Judged], blank: Sequence[Sequence[float]], shifted: Sequence[Sequence[float]]
-                   ) -> dict[str, Any]:
-    """What the rewards [k] of each item with every response blanked say (all pairs must tie, so the accuracy must be a
-    half), and those of its responses under another prompt.
+def prompt_numbers(
+    items: Sequence[Judged], blank: Sequence[Sequence[float]], shifted: Sequence[Sequence[float]]
+) -> dict[str, Any]:
+    """What the rewards [k] of each item with every response blanked say (all pairs must tie, so the
+    accuracy must be a half), and those of its responses under another prompt.
 
-    {"num_comparisons", "blank_accuracy", "shuffled_accuracy", "own_accuracy" on the same comparisons}.
+    {"num_comparisons", "blank_accuracy", "shuffled_accuracy", "own_accuracy" on the same
+    comparisons}.
     """
     tolerance = noise(items)
-    return {"num_comparisons": len(items),
-            "blank_accuracy": _mean_correct([_with(i, rewards=_settled(r, tolerance)) for i, r in
-                                             zip(items, blank, strict=True)]),
-            "shuffled_accuracy": _mean_correct([_with(i, rewards=np.asarray(r)) for i, r in
-                                                zip(items, shifted, strict=True)]),
-            "own_accuracy": _mean_correct(items)}
+    return {
+        "num_comparisons": len(items),
+        "blank_accuracy": _mean_correct(
+            [_with(i, rewards=_settled(r, tolerance)) for i, r in zip(items, blank, strict=True)]
+        ),
+        "shuffled_accuracy": _mean_correct(
+            [_with(i, rewards=np.asarray(r)) for i, r in zip(items, shifted, strict=True)]
+        ),
+        "own_accuracy": _mean_correct(items),
+    }
 
 
 def _with(item: Judged, *, rewards: np.ndarray, scores: np.ndarray | None = None) -> Judged:
-    return replace(item, rewards=rewards.astype(np.float64), scores=item.scores if scores is None else scores)
+    return replace(
+        item, rewards=rewards.astype(np.float64), scores=item.scores if scores is None else scores
+    )
 
 
 def _signs(x: np.ndarray) -> np.ndarray:

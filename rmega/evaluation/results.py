@@ -1,7 +1,8 @@
-"""Rewards of comparisons -> one judgement: every number of the report, and a verdict in plain words.
+"""Rewards of comparisons -> one judgement: every number of the report, and a verdict in plain
+words.
 
-A judgement is a dict of plain values (``to_json`` writes it), so that the table, the page and a training log read the
-same thing. numpy only.
+A judgement is a dict of plain values (``to_json`` writes it), so that the table, the page and a
+training log read the same thing. numpy only.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ class Judged:
     """The text, for the worst mistakes; a training log does without."""
     id: str = ""
     benchmark: str = ""
-    """"rm-bench" (three chosen, then three rejected responses, each concise, detailed, detailed with markdown),
-    "reward-bench-2" (its subset in ``source``, its id in ``id``), or ""."""
+    """"rm-bench" (three chosen, then three rejected responses, each concise, detailed, detailed
+    with markdown), "reward-bench-2" (its subset in ``source``, its id in ``id``), or ""."""
 
 
 @dataclass(slots=True)
 class Pairs:
-    """All ordered pairs of a set of comparisons, as arrays [n]. ``comparison`` is the index of the ``Judged``."""
+    """All ordered pairs of a set of comparisons, as arrays [n]. ``comparison`` is the index of the
+    ``Judged``."""
 
     comparison: np.ndarray
     chosen_reward: np.ndarray
@@ -65,24 +67,45 @@ class Pairs:
 
 
 def pairs_of(items: Sequence[Judged]) -> Pairs:
-    """Every pair of responses whose scores differ, the better one first. Equal scores give no pair."""
+    """Every pair of responses whose scores differ, the better one first. Equal scores give no
+    pair."""
     rows: list[tuple[float, ...]] = []
     for number, item in enumerate(items):
         k = len(item.scores)
         for i in range(k):
             for j in range(k):
                 if item.scores[i] > item.scores[j]:
-                    rows.append((number, item.rewards[i], item.rewards[j], item.lengths[i], item.lengths[j],
-                                 item.scores[i] - item.scores[j] if item.graded else math.nan, i, j))
+                    rows.append(
+                        (
+                            number,
+                            item.rewards[i],
+                            item.rewards[j],
+                            item.lengths[i],
+                            item.lengths[j],
+                            item.scores[i] - item.scores[j] if item.graded else math.nan,
+                            i,
+                            j,
+                        )
+                    )
     columns = np.array(rows, dtype=np.float64).reshape(-1, 8).T
-    return Pairs(columns[0].astype(np.int64), *columns[1:6], columns[6].astype(np.int64), columns[7].astype(np.int64))
+    return Pairs(
+        columns[0].astype(np.int64),
+        *columns[1:6],
+        columns[6].astype(np.int64),
+        columns[7].astype(np.int64),
+    )
 
 
-def judge(items: Sequence[Judged], *, length_unit: str = "characters",
-          probes: dict[str, dict[str, Any]] | None = None) -> dict[str, Any]:
+def judge(
+    items: Sequence[Judged],
+    *,
+    length_unit: str = "characters",
+    probes: dict[str, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Everything about one set of comparisons. ``length_unit`` is a word for the reader.
 
-    probes: {"swap": ``probes.swap_probe``, "prompt": ``probes.prompt_probe``} where a model was at hand.
+    probes: {"swap": ``probes.swap_probe``, "prompt": ``probes.prompt_probe``} where a model was at
+    hand.
 
     Raises ValueError where a reward is not finite: a mean over the rest would hide it.
     """
@@ -94,7 +117,10 @@ def judge(items: Sequence[Judged], *, length_unit: str = "characters",
     length = metrics.length_report(d, pairs.chosen_length, pairs.rejected_length)
     rewards = [item.rewards for item in items]
     if items:
-        flat = np.concatenate(rewards), np.concatenate([item.lengths for item in items]).astype(np.float64)
+        flat = (
+            np.concatenate(rewards),
+            np.concatenate([item.lengths for item in items]).astype(np.float64),
+        )
         length |= {"pearson": metrics.pearson(*flat), "spearman": metrics.spearman(*flat)}
     sources = np.array([items[i].source or "(none)" for i in pairs.comparison], dtype=str)
     many = [item for item in items if len(item.scores) > 2]
@@ -110,11 +136,19 @@ def judge(items: Sequence[Judged], *, length_unit: str = "characters",
         "by_source": metrics.accuracy_by_group(d, sources, pairs.comparison),
         "by_margin": metrics.accuracy_by_margin(d, pairs.margin, pairs.comparison),
         "swap": {"accuracy": swapped["accuracy"], **(probes or {}).get("swap", {})},
-        "prompt": {"share_of_variance": metrics.prompt_share(rewards), **(probes or {}).get("prompt", {})},
-        "ranked": metrics.ranked_report([i.rewards for i in many], [i.scores for i in many]) if many else None,
+        "prompt": {
+            "share_of_variance": metrics.prompt_share(rewards),
+            **(probes or {}).get("prompt", {}),
+        },
+        "ranked": (
+            metrics.ranked_report([i.rewards for i in many], [i.scores for i in many])
+            if many
+            else None
+        ),
         "reward_bench": reward_bench_report(d, sources),
         "reward_bench_2": reward_bench_2_report(
-            *_columns(items, "reward-bench-2", "rewards", "scores", "source", "id")),
+            *_columns(items, "reward-bench-2", "rewards", "scores", "source", "id")
+        ),
         "rm_bench": rm_bench_report(*_columns(items, "rm-bench", "rewards", "source")),
     }
     out["verdict"] = verdict(out)
@@ -123,23 +157,31 @@ def judge(items: Sequence[Judged], *, length_unit: str = "characters",
 
 def _columns(items: Sequence[Judged], benchmark: str, *names: str) -> list[list[Any]]:
     """These fields of the rows of one benchmark, a list each."""
-    return [[getattr(item, name) for item in items if item.benchmark == benchmark] for name in names]
+    return [
+        [getattr(item, name) for item in items if item.benchmark == benchmark] for name in names
+    ]
 
 
 def stored_items(dataset: Any, rewards: np.ndarray) -> list[Judged]:
     """An open preference dataset and a model's rewards as what ``judge`` reads. No text is needed.
 
-    dataset: ``rmega.data.indexed.PreferenceDataset``. rewards: float [responses], all responses of all comparisons in
-    the dataset's order. Lengths are tokens of the responses.
+    dataset: ``rmega.data.indexed.PreferenceDataset``. rewards: float [responses], all responses of
+    all comparisons in the dataset's order. Lengths are tokens of the responses.
     """
     items, first = [], 0
     for i in range(len(dataset)):
         stored = dataset.get(i)
         k = len(stored.suffixes)
-        items.append(Judged(rewards=np.asarray(rewards[first:first + k], dtype=np.float64),
-                            scores=np.asarray(stored.scores, dtype=np.float64), graded=bool(stored.graded),
-                            lengths=np.array([len(s) for s in stored.suffixes]), source=stored.source,
-                            where=f"comparison {i}"))
+        items.append(
+            Judged(
+                rewards=np.asarray(rewards[first : first + k], dtype=np.float64),
+                scores=np.asarray(stored.scores, dtype=np.float64),
+                graded=bool(stored.graded),
+                lengths=np.array([len(s) for s in stored.suffixes]),
+                source=stored.source,
+                where=f"comparison {i}",
+            )
+        )
         first += k
     if first != len(rewards):
         raise ValueError(f"{len(rewards)} rewards for {first} responses")
@@ -149,18 +191,37 @@ def stored_items(dataset: Any, rewards: np.ndarray) -> list[Judged]:
 def flat_summary(judgement: dict[str, Any]) -> dict[str, float | int | None]:
     """The few numbers of a judgement that a training log keeps, flat; NaN becomes None.
 
-    Where there are several sources (at most ``MAX_LOGGED_SOURCES``), also each one's accuracy, as "accuracy/SOURCE";
-    of a training's judgement also the mean and the spread of all rewards.
+    Where there are several sources (at most ``MAX_LOGGED_SOURCES``), also each one's accuracy, as
+    "accuracy/SOURCE"; of a training's judgement also the mean and the spread of all rewards.
     """
     length, calibration = judgement["length"], judgement["calibration"]
-    flat = {key: judgement[key] for key in ("accuracy", "accuracy_low", "accuracy_high", "num_pairs", "num_ties",
-                                            "mean_margin", "chosen_score_mean", "rejected_score_mean")}
-    flat |= {"ece": calibration["ece"], "brier": calibration["brier"], "log_loss": calibration["log_loss"],
-             "temperature": calibration["temperature"], "length_gap": length["gap"],
-             "length_spearman": length["spearman_within"], "always_longer": length["always_longer"],
-             "length_controlled_accuracy": length["controlled_accuracy"]}
+    flat = {
+        key: judgement[key]
+        for key in (
+            "accuracy",
+            "accuracy_low",
+            "accuracy_high",
+            "num_pairs",
+            "num_ties",
+            "mean_margin",
+            "chosen_score_mean",
+            "rejected_score_mean",
+        )
+    }
+    flat |= {
+        "ece": calibration["ece"],
+        "brier": calibration["brier"],
+        "log_loss": calibration["log_loss"],
+        "temperature": calibration["temperature"],
+        "length_gap": length["gap"],
+        "length_spearman": length["spearman_within"],
+        "always_longer": length["always_longer"],
+        "length_controlled_accuracy": length["controlled_accuracy"],
+    }
     if 1 < len(judgement["by_source"]) <= MAX_LOGGED_SOURCES:
-        flat |= {f"accuracy/{name}": row["accuracy"] for name, row in judgement["by_source"].items()}
+        flat |= {
+            f"accuracy/{name}": row["accuracy"] for name, row in judgement["by_source"].items()
+        }
     flat |= {key: judgement[key] for key in ("reward_mean", "reward_std") if key in judgement}
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in flat.items()}
 
@@ -171,16 +232,21 @@ FEW = 20  # pairs on one side below which a difference of accuracies is not wort
 
 
 def length_flag(length: dict[str, Any]) -> str:
-    """"none", "mild", "strong", or "unknown" (fewer than ``FEW`` pairs on a side and no clear correlation).
+    """ "none", "mild", "strong", or "unknown" (fewer than ``FEW`` pairs on a side and no clear
+     correlation).
 
-    Strong: accuracy differs by 0.3 or more between pairs whose chosen is the longer and those whose chosen is the
-    shorter, or the reward differences follow the length differences (Spearman 0.7). Mild: by 0.1 or more. The 95 %
-    interval of the difference must exclude 0. The correlation needs ``FEW`` pairs of unequal length, and once more from
-    pairs counted in one direction only, whose 95 % interval must exclude 0.5: of pairs that all have the longer
-    response chosen, any accurate model shows the former.
+    Strong: accuracy differs by 0.3 or more between pairs whose chosen is the longer and those whose
+    chosen is the shorter, or the reward differences follow the length differences (Spearman 0.7).
+    Mild: by 0.1 or more. The 95 % interval of the difference must exclude 0. The correlation needs
+    ``FEW`` pairs of unequal length, and once more from pairs counted in one direction only, whose
+    95 % interval must exclude 0.5: of pairs that all have the longer response chosen, any accurate
+    model shows the former.
     """
-    if (abs(length["spearman_within"]) >= 0.7 and _num_unequal(length) >= FEW
-            and (length["spearman_pairs_low"] > 0.5 or length["spearman_pairs_high"] < -0.5)):
+    if (
+        abs(length["spearman_within"]) >= 0.7
+        and _num_unequal(length) >= FEW
+        and (length["spearman_pairs_low"] > 0.5 or length["spearman_pairs_high"] < -0.5)
+    ):
         return "strong"
     if min(length["chosen_longer"]["num_pairs"], length["chosen_shorter"]["num_pairs"]) < FEW:
         return "unknown"
@@ -199,28 +265,39 @@ def percent(x: float | None, digits: int = 1) -> str:
 
 
 def verdict(j: dict[str, Any]) -> list[dict[str, str]]:
-    """Plain sentences: [{"about", "level": "good" | "warn" | "bad" | "note", "text"}], most important first."""
+    """Plain sentences: [{"about", "level": "good" | "warn" | "bad" | "note", "text"}], most
+    important first."""
     if not j["num_pairs"]:
-        return [{"about": "accuracy", "level": "bad", "text": "No pair to judge: no two responses of one prompt "
-                                                              "have different scores."}]
+        return [
+            {
+                "about": "accuracy",
+                "level": "bad",
+                "text": "No pair to judge: no two responses of one prompt have different scores.",
+            }
+        ]
     return [_accuracy_verdict(j), _length_verdict(j), _calibration_verdict(j), *_other_verdicts(j)]
 
 
 def _accuracy_verdict(j: dict[str, Any]) -> dict[str, str]:
     low, high, n = j["accuracy_low"], j["accuracy_high"], j["num_pairs"]
-    text = (f"The chosen response gets the higher reward in {percent(j['accuracy'])} of {n:,} pairs "
-            f"(95 % interval {100 * low:.1f} to {percent(high)}).")
+    text = (
+        f"The chosen response gets the higher reward in {percent(j['accuracy'])} of {n:,} pairs "
+        f"(95 % interval {100 * low:.1f} to {percent(high)})."
+    )
     longer = j["length"]["always_longer"]
     rule, best = ("longer", longer) if longer >= 0.5 else ("shorter", 1 - longer)
     if high < 0.5:
-        level, more = "bad", "That is worse than a coin: the rewards point the wrong way on this data."
+        level, more = (
+            "bad",
+            "That is worse than a coin: the rewards point the wrong way on this data.",
+        )
     elif low <= 0.5:
         level, more = "bad", "That cannot be told from a coin."
         if n < 100:
             level, more = "warn", "Too few pairs to tell it from a coin."
     elif low <= best:
         level = "warn"
-        more = f"The rule \"the {rule} response wins\" gets {percent(best)} without reading a word."
+        more = f'The rule "the {rule} response wins" gets {percent(best)} without reading a word.'
     else:
         level, more = "good", f"The best rule that reads length alone gets {percent(best)}."
     return {"about": "accuracy", "level": level, "text": f"{text} {more}"}
@@ -229,42 +306,77 @@ def _accuracy_verdict(j: dict[str, Any]) -> dict[str, str]:
 def _length_verdict(j: dict[str, Any]) -> dict[str, str]:
     length, flag = j["length"], length_flag(j["length"])
     longer, shorter = length["chosen_longer"], length["chosen_shorter"]
-    sides = [f"{percent(side['accuracy'])} where {{}} is the {word} one"
-             for side, word in ((longer, "longer"), (shorter, "shorter")) if side["num_pairs"]]
-    numbers = (f"accuracy is {' and '.join(sides).format('the chosen response', 'it')}; always taking the longer "
-               f"would give {percent(length['always_longer'])}; at equal length the accuracy would be about "
-               f"{percent(length['controlled_accuracy'])}")
+    sides = [
+        f"{percent(side['accuracy'])} where {{}} is the {word} one"
+        for side, word in ((longer, "longer"), (shorter, "shorter"))
+        if side["num_pairs"]
+    ]
+    numbers = (
+        f"accuracy is {' and '.join(sides).format('the chosen response', 'it')}; always taking the"
+        f" longer would give {percent(length['always_longer'])}; at equal length the accuracy would"
+        f" be about {percent(length['controlled_accuracy'])}"
+    )
     if flag == "unknown":
         few = min(longer["num_pairs"], shorter["num_pairs"])
         side = "shorter" if shorter["num_pairs"] == few else "longer"
-        return {"about": "length", "level": "note",
-                "text": f"Length bias cannot be judged: the chosen response is the {side} one in "
-                        f"{f'only {few:,} pair' if few else 'no pair'}{'s' if few > 1 else ''}."}
+        return {
+            "about": "length",
+            "level": "note",
+            "text": (
+                f"Length bias cannot be judged: the chosen response is the {side} one in "
+                f"{f'only {few:,} pair' if few else 'no pair'}{'s' if few > 1 else ''}."
+            ),
+        }
     if flag == "none":
         # a wide difference of few pairs is no proof, of neither
-        word = "No length bias to speak of" if abs(length["gap"]) < 0.1 else \
-            "No length bias beyond what chance explains (few pairs)"
-        return {"about": "length", "level": "good" if abs(length["gap"]) < 0.1 else "note",
-                "text": f"{word}: {numbers}."}
+        word = (
+            "No length bias to speak of"
+            if abs(length["gap"]) < 0.1
+            else "No length bias beyond what chance explains (few pairs)"
+        )
+        return {
+            "about": "length",
+            "level": "good" if abs(length["gap"]) < 0.1 else "note",
+            "text": f"{word}: {numbers}.",
+        }
     strong = flag == "strong"
     leans = length["gap"] if not math.isnan(length["gap"]) else length["spearman_within"]
-    return {"about": "length", "level": "bad" if strong else "warn",
-            "text": f"{'Strong length' if strong else 'Some length'} bias, towards "
-                    f"{'longer' if leans > 0 else 'shorter'} responses: {numbers}."}
+    return {
+        "about": "length",
+        "level": "bad" if strong else "warn",
+        "text": (
+            f"{'Strong length' if strong else 'Some length'} bias, towards "
+            f"{'longer' if leans > 0 else 'shorter'} responses: {numbers}."
+        ),
+    }
 
 
 def _calibration_verdict(j: dict[str, Any]) -> dict[str, str]:
     c = j["calibration"]
     t, head = c["temperature"], f"expected calibration error {c['ece']:.3f}"
     if t is None:
-        why = {"no signal": "the margins carry no usable confidence (on average the rejected response scores at least "
-                            "as high)", "no errors": "no error to calibrate against"}[c["reason"]]
-        return {"about": "calibration", "level": "warn" if c["reason"] == "no signal" else "note",
-                "text": f"Calibration cannot be fitted: {why}; {head}."}
-    fitted = f"dividing rewards by {t:.3g} would fit best, calibration error then {c['ece_scaled']:.3f}"
+        why = {
+            "no signal": (
+                "the margins carry no usable confidence (on average the rejected response scores at"
+                " least as high)"
+            ),
+            "no errors": "no error to calibrate against",
+        }[c["reason"]]
+        return {
+            "about": "calibration",
+            "level": "warn" if c["reason"] == "no signal" else "note",
+            "text": f"Calibration cannot be fitted: {why}; {head}.",
+        }
+    fitted = (
+        f"dividing rewards by {t:.3g} would fit best, calibration error then {c['ece_scaled']:.3f}"
+    )
     sure = c["low"] <= 1 <= (c["high"] or math.inf)
     if sure or 0.8 <= t <= 1.25 or c["ece"] <= 0.03:
-        return {"about": "calibration", "level": "good", "text": f"Well calibrated: {head}; {fitted}."}
+        return {
+            "about": "calibration",
+            "level": "good",
+            "text": f"Well calibrated: {head}; {fitted}.",
+        }
     word = "Overconfident" if t > 1 else "Underconfident"
     return {"about": "calibration", "level": "warn", "text": f"{word}: {head}; {fitted}."}
 
@@ -272,39 +384,84 @@ def _calibration_verdict(j: dict[str, Any]) -> dict[str, str]:
 def _other_verdicts(j: dict[str, Any]) -> list[dict[str, str]]:
     out = []
     if j["num_ties"] > 0.01 * j["num_pairs"]:
-        out.append({"about": "ties", "level": "warn", "text": f"{j['num_ties']:,} of {j['num_pairs']:,} pairs have "
-                    "equal rewards; each counts as half right. Rewards stored with few digits do that."})
+        out.append(
+            {
+                "about": "ties",
+                "level": "warn",
+                "text": (
+                    f"{j['num_ties']:,} of {j['num_pairs']:,} pairs have equal rewards; each counts"
+                    " as half right. Rewards stored with few digits do that."
+                ),
+            }
+        )
     if j["prompt"]["share_of_variance"] > 0.95:
-        out.append({"about": "prompt", "level": "warn", "text": f"{percent(j['prompt']['share_of_variance'])} of the "
-                    "reward's variance lies between prompts: the response itself moves the reward little."})
+        out.append(
+            {
+                "about": "prompt",
+                "level": "warn",
+                "text": (
+                    f"{percent(j['prompt']['share_of_variance'])} of the reward's variance lies"
+                    " between prompts: the response itself moves the reward little."
+                ),
+            }
+        )
     swap = j["swap"]
     if abs(swap["accuracy"] + j["accuracy"] - 1) > 1e-9:
-        out.append({"about": "swap", "level": "bad", "text": "Accuracy and accuracy with chosen and rejected swapped "
-                    "do not add up to one: the metric is broken."})
+        out.append(
+            {
+                "about": "swap",
+                "level": "bad",
+                "text": (
+                    "Accuracy and accuracy with chosen and rejected swapped "
+                    "do not add up to one: the metric is broken."
+                ),
+            }
+        )
     if "changed_share" in swap:
         good = swap["changed_share"] <= 0.005
-        text = (f"Scored again with the responses in reverse order, {percent(swap['changed_share'])} of "
-                f"{swap['num_comparisons']:,} comparisons changed their order "
-                f"(largest difference of a reward {swap['max_difference']:.2g}).")
+        text = (
+            f"Scored again with the responses in reverse order, {percent(swap['changed_share'])} of"
+            f" {swap['num_comparisons']:,} comparisons changed their order (largest difference of a"
+            f" reward {swap['max_difference']:.2g})."
+        )
         out.append({"about": "swap", "level": "good" if good else "bad", "text": text})
     prompt = j["prompt"]
     if "blank_accuracy" in prompt:
         good = abs(prompt["blank_accuracy"] - 0.5) < 1e-9
-        out.append({"about": "prompt only", "level": "good" if good else "bad",
-                    "text": f"With every response blanked the accuracy is {percent(prompt['blank_accuracy'])} "
-                            + ("(all ties), as it must be." if good else "and must be 50 %: something other than the "
-                               "response decides.")})
+        out.append(
+            {
+                "about": "prompt only",
+                "level": "good" if good else "bad",
+                "text": (
+                    "With every response blanked the accuracy is"
+                    f" {percent(prompt['blank_accuracy'])} "
+                    + (
+                        "(all ties), as it must be."
+                        if good
+                        else "and must be 50 %: something other than the response decides."
+                    )
+                ),
+            }
+        )
     if "shuffled_accuracy" in prompt:
-        out.append({"about": "wrong prompt", "level": "note",
-                    "text": f"With each pair of responses put under another pair's prompt the accuracy is "
-                            f"{percent(prompt['shuffled_accuracy'])} (own prompt: {percent(prompt['own_accuracy'])} "
-                            f"on the same {prompt['num_comparisons']:,} comparisons); the closer, the less the prompt "
-                            "matters to the model."})
+        out.append(
+            {
+                "about": "wrong prompt",
+                "level": "note",
+                "text": (
+                    "With each pair of responses put under another pair's prompt the accuracy is"
+                    f" {percent(prompt['shuffled_accuracy'])} (own prompt:"
+                    f" {percent(prompt['own_accuracy'])} on the same {prompt['num_comparisons']:,}"
+                    " comparisons); the closer, the less the prompt matters to the model."
+                ),
+            }
+        )
     return out
 
 
 def worst_mistakes(items: Sequence[Judged], count: int = NUM_WORST) -> list[dict[str, Any]]:
-    """The pairs the model got most wrong, by d, at most one per comparison; plain values and the text if known."""
+    """The pairs the model got most wrong, by d, at most one per comparison; plain values and the
+    text if known."""
     pairs = pairs_of(items)
     d = pairs.d
     out, seen = [], set()
@@ -317,14 +474,19 @@ def worst_mistakes(items: Sequence[Judged], count: int = NUM_WORST) -> list[dict
         seen.add(number)
         item, c, r = items[number], int(pairs.chosen[n]), int(pairs.rejected[n])
         comparison = item.comparison
-        out.append({
-            "where": item.where, "source": item.source,
-            "chosen_reward": float(item.rewards[c]), "rejected_reward": float(item.rewards[r]),
-            "chosen_length": int(item.lengths[c]), "rejected_length": int(item.lengths[r]),
-            "prompt": comparison.prompt if comparison else [],
-            "chosen": comparison.responses[c] if comparison else [],
-            "rejected": comparison.responses[r] if comparison else [],
-        })
+        out.append(
+            {
+                "where": item.where,
+                "source": item.source,
+                "chosen_reward": float(item.rewards[c]),
+                "rejected_reward": float(item.rewards[r]),
+                "chosen_length": int(item.lengths[c]),
+                "rejected_length": int(item.lengths[r]),
+                "prompt": comparison.prompt if comparison else [],
+                "chosen": comparison.responses[c] if comparison else [],
+                "rejected": comparison.responses[r] if comparison else [],
+            }
+        )
     return out
 
 

@@ -25,7 +25,8 @@ SAMPLE_ROWS = 50
 
 @dataclass(slots=True)
 class EvalRow:
-    """One row of a data file; ``comparison`` is None where it cannot be judged (then ``reason`` says why)."""
+    """One row of a data file; ``comparison`` is None where it cannot be judged (then ``reason``
+    says why)."""
 
     comparison: Comparison | None
     id: str | None
@@ -65,13 +66,18 @@ class EvalSet:
         return text
 
     def reasons(self) -> list[str]:
-        """"3 fewer than two responses" for each reason for which rows were left out."""
+        """ "3 fewer than two responses" for each reason for which rows were left out."""
         missing = Counter(row.missing for row in self.rows if row.missing)
-        return [f"{n:,} {left_out(REASONS[r], r, missing)}" for r, n in sorted(self.left_out.items())]
+        return [
+            f"{n:,} {left_out(REASONS[r], r, missing)}" for r, n in sorted(self.left_out.items())
+        ]
 
 
-def read_eval_set(source: sources.Input, format_name: str = "auto", limit: int | None = None) -> EvalSet:
-    """All rows of one input (the first ``limit``). ValueError where no schema fits or no row can be judged."""
+def read_eval_set(
+    source: sources.Input, format_name: str = "auto", limit: int | None = None
+) -> EvalSet:
+    """All rows of one input (the first ``limit``). ValueError where no schema fits or no row can be
+    judged."""
     schema: Schema | None = None if format_name == "auto" else schema_named(format_name)
     chunks: Iterable[sources.Chunk] = sources.read_chunks(source, 0)
     if schema is None:
@@ -85,8 +91,10 @@ def read_eval_set(source: sources.Input, format_name: str = "auto", limit: int |
         schema = recognise(sample[:SAMPLE_ROWS])
         if schema is None:
             first = sample[0] if sample else {}
-            raise ValueError(f"--data {source.name}: no schema fits its columns ({columns_of(first)}); "
-                             f"{what_is_missing(first)}. --format names a schema")
+            raise ValueError(
+                f"--data {source.name}: no schema fits its columns ({columns_of(first)}); "
+                f"{what_is_missing(first)}. --format names a schema"
+            )
         chunks = chain(kept, chunks)
     if schema.groups_by:
         chunks = sources.group_rows(chunks, schema.groups_by)
@@ -106,7 +114,9 @@ def _checked(out: EvalSet) -> EvalSet:
     return out
 
 
-def _eval_row(row: dict[str, Any] | Rejected, schema: Schema, source: sources.Input, number: int) -> EvalRow:
+def _eval_row(
+    row: dict[str, Any] | Rejected, schema: Schema, source: sources.Input, number: int
+) -> EvalRow:
     where = f"{source.name}:{number}"
     if isinstance(row, Rejected):
         return EvalRow(None, None, where, row.reason)
@@ -116,9 +126,20 @@ def _eval_row(row: dict[str, Any] | Rejected, schema: Schema, source: sources.In
     try:
         comparison = schema.convert(row)
     except Rejected as rejected:
-        return EvalRow(None, id_, where, rejected.reason, rejected.detail if rejected.reason == "missing_field" else "")
+        return EvalRow(
+            None,
+            id_,
+            where,
+            rejected.reason,
+            rejected.detail if rejected.reason == "missing_field" else "",
+        )
     comparison.source = source_of(first, source.label)
-    return EvalRow(comparison, id_, where, benchmark=benchmark_of(row) if schema.name == "many-against-many" else "")
+    return EvalRow(
+        comparison,
+        id_,
+        where,
+        benchmark=benchmark_of(row) if schema.name == "many-against-many" else "",
+    )
 
 
 def response_text(messages: Sequence[Message]) -> str:
@@ -126,24 +147,40 @@ def response_text(messages: Sequence[Message]) -> str:
     return "\n".join(str(m.get("content", "")) for m in messages)
 
 
-def judged(row: EvalRow, rewards: Sequence[float] | np.ndarray, length: Callable[[str], int]) -> Judged:
+def judged(
+    row: EvalRow, rewards: Sequence[float] | np.ndarray, length: Callable[[str], int]
+) -> Judged:
     """A row and its rewards [k], in the order of ``row.comparison.responses``."""
     comparison = row.comparison
     assert comparison is not None
     values = np.asarray(rewards, dtype=np.float64)
     if values.shape != (len(comparison.responses),):
-        raise ValueError(f"{row.where}: {values.size} rewards for {len(comparison.responses)} responses")
+        raise ValueError(
+            f"{row.where}: {values.size} rewards for {len(comparison.responses)} responses"
+        )
     lengths = np.array([length(response_text(r)) for r in comparison.responses])
-    return Judged(rewards=values, scores=np.array(comparison.scores), graded=comparison.graded, lengths=lengths,
-                  source=comparison.source, where=row.where if row.id is None else f"{row.where} (id {row.id})",
-                  comparison=comparison, benchmark=row.benchmark, id=row.id or "")
+    return Judged(
+        rewards=values,
+        scores=np.array(comparison.scores),
+        graded=comparison.graded,
+        lengths=lengths,
+        source=comparison.source,
+        where=row.where if row.id is None else f"{row.where} (id {row.id})",
+        comparison=comparison,
+        benchmark=row.benchmark,
+        id=row.id or "",
+    )
 
 
 def rewards_in_order(row: EvalRow, given: ScoreRow) -> np.ndarray:
-    """Scores in the order of the data row -> in the order of ``row.comparison.responses`` (best first)."""
+    """Scores in the order of the data row -> in the order of ``row.comparison.responses`` (best
+    first)."""
     comparison = row.comparison
     assert comparison is not None
     k = len(comparison.responses)
     if given.scores.size != k:
-        raise ValueError(f"--scores {given.where}: {given.scores.size} scores for the {k} responses of {row.where}")
+        raise ValueError(
+            f"--scores {given.where}: {given.scores.size} scores for the {k} responses of"
+            f" {row.where}"
+        )
     return given.scores if comparison.positions is None else given.scores[comparison.positions]

@@ -2,15 +2,17 @@
 
 Accepted, also with .gz:
 
-- JSONL, or a JSON list, one row per row of the data:
-  {"scores": [1.3, -0.2]}, in the order in which the data row writes its responses (chosen before rejected), or
-  {"chosen": 1.3, "rejected": -0.2}; a number or a list of numbers each, as in RM-Bench's and RewardBench 2's results.
-  An "id" is optional.
-- JSON with columns: {"scores_chosen": [...], "scores_rejected": [...], "id": [...]}, RewardBench's published results;
-  {"scores": [[..], ..], "id": [...], "model": ...}, RewardBench 2's.
-- CSV, TSV or spaced text with a number per response; a first line of names ("chosen,rejected", "id,chosen,rejected").
+- JSONL, or a JSON list, one row per row of the data: {"scores": [1.3, -0.2]}, in the order in which
+  the data row writes its responses (chosen before rejected), or {"chosen": 1.3, "rejected": -0.2};
+  a number or a list of numbers each, as in RM-Bench's and RewardBench 2's results. An "id" is
+  optional.
+- JSON with columns: {"scores_chosen": [...], "scores_rejected": [...], "id": [...]}, RewardBench's
+  published results; {"scores": [[..], ..], "id": [...], "model": ...}, RewardBench 2's.
+- CSV, TSV or spaced text with a number per response; a first line of names ("chosen,rejected",
+  "id,chosen,rejected").
 
-Where every row of both files has an id, rows are matched by it; else by their order, and the counts must agree.
+Where every row of both files has an id, rows are matched by it; else by their order, and the counts
+must agree.
 """
 
 from __future__ import annotations
@@ -27,16 +29,24 @@ from typing import Any
 import numpy as np
 
 LISTS = ("scores", "rewards")
-PAIRS = (("chosen", "rejected"), ("scores_chosen", "scores_rejected"), ("score_chosen", "score_rejected"),
-         ("chosen_score", "rejected_score"), ("chosen_scores", "rejected_scores"),
-         ("chosen_reward", "rejected_reward"), ("chosen_rewards", "rejected_rewards"),
-         ("reward_chosen", "reward_rejected"), ("rewards_chosen", "rewards_rejected"))
-ACCEPTED = "\"scores\": [..] or a pair of columns such as chosen, rejected (numbers)"
+PAIRS = (
+    ("chosen", "rejected"),
+    ("scores_chosen", "scores_rejected"),
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_scores", "rejected_scores"),
+    ("chosen_reward", "rejected_reward"),
+    ("chosen_rewards", "rejected_rewards"),
+    ("reward_chosen", "reward_rejected"),
+    ("rewards_chosen", "rewards_rejected"),
+)
+ACCEPTED = '"scores": [..] or a pair of columns such as chosen, rejected (numbers)'
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreRow:
-    """Scores [k] of one row in the order the data row writes its responses; where = "FILE:LINE" for errors."""
+    """Scores [k] of one row in the order the data row writes its responses; where = "FILE:LINE" for
+    errors."""
 
     scores: np.ndarray
     id: str | None
@@ -58,7 +68,11 @@ def read_scores(path: str | Path) -> list[ScoreRow]:
         return _read_table(text, path)
     whole = _json(text)
     if isinstance(whole, dict):
-        whole = whole.get("results") if isinstance(whole.get("results"), dict) and not _is_columns(whole) else whole
+        whole = (
+            whole.get("results")
+            if isinstance(whole.get("results"), dict) and not _is_columns(whole)
+            else whole
+        )
         if _is_columns(whole):
             return _read_columns(whole, path)
     if isinstance(whole, list) and whole and isinstance(whole[0], (dict, list)):
@@ -81,7 +95,8 @@ def _json(text: str) -> Any:
 
 
 def _numbers(value: Any, where: str) -> list[float]:
-    """A number, a list of numbers, or a list of one-element lists (models whose head gives [[x]])."""
+    """A number, a list of numbers, or a list of one-element lists (models whose head gives
+    [[x]])."""
     values = value if isinstance(value, list) else [value]
     values = [v[0] if isinstance(v, list) and len(v) == 1 else v for v in values]
     for v in values:
@@ -108,7 +123,10 @@ def _row(value: Any, where: str) -> ScoreRow:
         if pair == ("chosen", "rejected") and not isinstance(value["chosen"], (int, float)):
             pair = _find_pair({k: v for k, v in value.items() if k not in pair}) or pair
         if pair is None:
-            raise ValueError(f"--scores {where}: no scores; expected {ACCEPTED}, found {', '.join(list(value)[:8])}")
+            raise ValueError(
+                f"--scores {where}: no scores; expected {ACCEPTED}, found"
+                f" {', '.join(list(value)[:8])}"
+            )
         numbers = _numbers(value[pair[0]], where) + _numbers(value[pair[1]], where)
     id_ = value.get("id")
     return ScoreRow(np.array(numbers), None if id_ is None else str(id_), where)
@@ -119,13 +137,25 @@ def _is_columns(value: Any) -> bool:
         return False
     named = not value.keys().isdisjoint(("model", "subset")) or isinstance(value.get("id"), list)
     lists = next((value[n] for n in LISTS if isinstance(value.get(n), list)), [])
-    if lists and all(isinstance(v, list) for v in lists) and (named or all(len(v) > 1 for v in lists)):
+    if (
+        lists
+        and all(isinstance(v, list) for v in lists)
+        and (named or all(len(v) > 1 for v in lists))
+    ):
         return True
     pair = _find_pair(value)
-    # one JSONL row of lists is not columns: columns are longer than a row has responses, or have ids beside them
-    return pair is not None and isinstance(value[pair[0]], list) and (
-        isinstance(value.get("id"), list) or isinstance(value.get("subset"), list) or "model" in value
-        or len(value[pair[0]]) > 16)
+    # one JSONL row of lists is not columns: columns are longer than a row has responses, or have
+    # ids beside them
+    return (
+        pair is not None
+        and isinstance(value[pair[0]], list)
+        and (
+            isinstance(value.get("id"), list)
+            or isinstance(value.get("subset"), list)
+            or "model" in value
+            or len(value[pair[0]]) > 16
+        )
+    )
 
 
 def _read_columns(columns: dict[str, Any], path: Path) -> list[ScoreRow]:
@@ -134,23 +164,38 @@ def _read_columns(columns: dict[str, Any], path: Path) -> list[ScoreRow]:
         values = next(columns[n] for n in LISTS if isinstance(columns.get(n), list))
         ids = columns.get("id") if isinstance(columns.get("id"), list) else [None] * len(values)
         if len(values) != len(ids):
-            raise ValueError(f"--scores {path}: columns of different lengths: {len(values)} scores, {len(ids)} id")
-        return [_row({"scores": v, "id": i}, f"{path}: row {n}")
-                for n, (v, i) in enumerate(zip(values, ids, strict=True), 1)]
+            raise ValueError(
+                f"--scores {path}: columns of different lengths: {len(values)} scores,"
+                f" {len(ids)} id"
+            )
+        return [
+            _row({"scores": v, "id": i}, f"{path}: row {n}")
+            for n, (v, i) in enumerate(zip(values, ids, strict=True), 1)
+        ]
     chosen, rejected = columns[names[0]], columns[names[1]]
     ids = columns.get("id") if isinstance(columns.get("id"), list) else [None] * len(chosen)
     if not len(chosen) == len(rejected) == len(ids):
-        raise ValueError(f"--scores {path}: columns of different lengths: {len(chosen)} {names[0]}, "
-                         f"{len(rejected)} {names[1]}, {len(ids)} id")
-    return [_row({"chosen": c, "rejected": r, "id": i}, f"{path}: row {n}")
-            for n, (c, r, i) in enumerate(zip(chosen, rejected, ids, strict=True), 1)]
+        raise ValueError(
+            f"--scores {path}: columns of different lengths: {len(chosen)} {names[0]}, "
+            f"{len(rejected)} {names[1]}, {len(ids)} id"
+        )
+    return [
+        _row({"chosen": c, "rejected": r, "id": i}, f"{path}: row {n}")
+        for n, (c, r, i) in enumerate(zip(chosen, rejected, ids, strict=True), 1)
+    ]
 
 
 def _read_table(text: str, path: Path) -> list[ScoreRow]:
-    lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip() and not line.startswith("#")]
+    lines = [
+        (n, line)
+        for n, line in enumerate(text.splitlines(), 1)
+        if line.strip() and not line.startswith("#")
+    ]
     first = lines[0][1]
     cut = next((c for c in ",\t;" if c in first), None)
-    table = [(n, next(csv.reader([line], delimiter=cut)) if cut else line.split()) for n, line in lines]
+    table = [
+        (n, next(csv.reader([line], delimiter=cut)) if cut else line.split()) for n, line in lines
+    ]
     names: list[str] | None = None
     if not any(_is_number(cell) for cell in table[0][1]):
         names = [cell.strip().lower() for cell in table.pop(0)[1]]
@@ -160,7 +205,10 @@ def _read_table(text: str, path: Path) -> list[ScoreRow]:
         cells = [cell.strip() for cell in cells]
         if names:
             if len(cells) != len(names):
-                raise ValueError(f"--scores {where}: {len(cells)} cells, but {len(names)} names in the first line")
+                raise ValueError(
+                    f"--scores {where}: {len(cells)} cells, but {len(names)} names in the first"
+                    " line"
+                )
             named = dict(zip(names, cells, strict=True))
             id_, pair = named.get("id"), _find_pair(named)
             cells = [named[p] for p in pair] if pair else [c for n, c in named.items() if n != "id"]
@@ -179,21 +227,32 @@ def _is_number(cell: str) -> bool:
 
 
 def match_scores(rows: Sequence[ScoreRow], ids: Sequence[str | None], data: str) -> list[ScoreRow]:
-    """One score row per data row, in data order. ids: of every data row (None where it has none); data: its name.
+    """One score row per data row, in data order. ids: of every data row (None where it has none);
+    data: its name.
 
-    By id where every row on both sides has one and none repeats; else by order. ValueError says what is missing.
+    By id where every row on both sides has one and none repeats; else by order. ValueError says
+    what is missing.
     """
     given = [row.id for row in rows]
-    if None not in given and None not in ids and len(set(given)) == len(given) and len(set(ids)) == len(ids):
+    if (
+        None not in given
+        and None not in ids
+        and len(set(given)) == len(given)
+        and len(set(ids)) == len(ids)
+    ):
         table = {row.id: row for row in rows}
         missing = [i for i in ids if i not in table]
         if missing:
-            raise ValueError(f"--scores {rows[0].where}: no scores for {len(missing)} of {len(ids)} rows of {data}, "
-                             f"the first: id {missing[0]!r}")
+            raise ValueError(
+                f"--scores {rows[0].where}: no scores for {len(missing)} of {len(ids)} rows of"
+                f" {data}, the first: id {missing[0]!r}"
+            )
         return [table[i] for i in ids]
     if len(rows) != len(ids):
-        raise ValueError(f"--scores {rows[0].where}: {len(rows)} rows of scores for {len(ids)} rows of {data} "
-                         "(rows are matched by order unless both files have a unique id in every row)")
+        raise ValueError(
+            f"--scores {rows[0].where}: {len(rows)} rows of scores for {len(ids)} rows of {data} "
+            "(rows are matched by order unless both files have a unique id in every row)"
+        )
     for row, id_ in zip(rows, ids, strict=True):
         if row.id is not None and id_ is not None and row.id != id_:
             raise ValueError(f"--scores {row.where}: id {row.id!r} stands where {data} has {id_!r}")

@@ -1,4 +1,5 @@
-"""From a run to a Hugging Face folder that is proven: the steps in order, and what happens when one fails."""
+"""From a run to a Hugging Face folder that is proven: the steps in order, and what happens when one
+fails."""
 
 from __future__ import annotations
 
@@ -32,63 +33,100 @@ def say(text: str = "") -> None:
 
 
 def find_checkpoint(run: Path, iteration: str) -> Path:
-    """The folder of one checkpoint of a run: ``latest``, ``best`` or a number; ``run`` may be that folder itself."""
+    """The folder of one checkpoint of a run: ``latest``, ``best`` or a number; ``run`` may be that
+    folder itself."""
     if (run / run_folder.INFO).is_file():
         if iteration != "latest":
-            raise ValueError(f"--iteration {iteration}: {run} is a single checkpoint; give --load the run folder")
+            raise ValueError(
+                f"--iteration {iteration}: {run} is a single checkpoint; give --load the run folder"
+            )
         return run
     if not run.is_dir():
         raise ValueError(f"--load {run}: no such folder")
     found = run_folder.list_iterations(run)
     if not found:
-        raise ValueError(f"--load {run}: no checkpoint in it (folders iter_NNNNNNN with {run_folder.INFO})")
+        raise ValueError(
+            f"--load {run}: no checkpoint in it (folders iter_NNNNNNN with {run_folder.INFO})"
+        )
     if iteration == "latest":
         return run_folder.iteration_dir(run, run_folder.latest_iteration(run))
     if iteration == "best":
         best = run_folder.read_info(run_folder.iteration_dir(run, found[-1])).get("best")
         if not best:
-            raise ValueError(f"--iteration best: {run} was trained without a held-out set (--valid-data-path)")
+            raise ValueError(
+                f"--iteration best: {run} was trained without a held-out set (--valid-data-path)"
+            )
         if best[1] not in found:
-            raise ValueError(f"--iteration best: the best evaluation was at step {best[1]}, where no checkpoint was "
-                             f"kept (there are {', '.join(map(str, found))}); save at each evaluation to have it")
+            raise ValueError(
+                f"--iteration best: the best evaluation was at step {best[1]}, where no checkpoint"
+                f" was kept (there are {', '.join(map(str, found))}); save at each evaluation to"
+                " have it"
+            )
         return run_folder.iteration_dir(run, best[1])
     if not iteration.isdigit() or int(iteration) not in found:
-        raise ValueError(f"--iteration {iteration}: not among the checkpoints of {run} ({', '.join(map(str, found))})")
+        raise ValueError(
+            f"--iteration {iteration}: not among the checkpoints of {run}"
+            f" ({', '.join(map(str, found))})"
+        )
     return run_folder.iteration_dir(run, int(iteration))
 
 
 def planned_steps(info: dict[str, Any]) -> int | None:
     """Steps of the whole run that a checkpoint belongs to; None where it does not say."""
     known = {field.name for field in dataclasses.fields(TrainArgs)}
-    plan = TrainArgs(**{k: v for k, v in info.get("config", {}).get("train", {}).items() if k in known})
+    plan = TrainArgs(
+        **{k: v for k, v in info.get("config", {}).get("train", {}).items() if k in known}
+    )
     if plan.train_steps is None and (plan.train_epochs is None or "num_comparisons" not in info):
         return None
     return plan.total_steps(info.get("num_comparisons", 0))[0]
 
 
-def convert(*, run: Path, output: Path, iteration: str = "latest", dtype: str = "auto", family: str = "auto",
-            max_shard_size: str = "5GB", force: bool = False, proof: bool = True, write: bool = True) -> int:
-    """Export one checkpoint of ``run`` to ``output`` and prove it. Returns 0, or 1 if the proof failed.
+def convert(
+    *,
+    run: Path,
+    output: Path,
+    iteration: str = "latest",
+    dtype: str = "auto",
+    family: str = "auto",
+    max_shard_size: str = "5GB",
+    force: bool = False,
+    proof: bool = True,
+    write: bool = True,
+) -> int:
+    """Export one checkpoint of ``run`` to ``output`` and prove it. Returns 0, or 1 if the proof
+    failed.
 
-    The folder appears whole or not at all. It holds a file UNVERIFIED from its first moment until its rewards have
-    been confirmed. Raises ValueError or OSError, with nothing written, on anything that stands in the way.
+    The folder appears whole or not at all. It holds a file UNVERIFIED from its first moment until
+    its rewards have been confirmed. Raises ValueError or OSError, with nothing written, on anything
+    that stands in the way.
     """
     shard_bytes = parse_size(max_shard_size)
     folder = find_checkpoint(run, iteration)
     info = run_folder.read_info(folder)
     if problem := run_folder.damage(folder, checksums=False):
-        raise ValueError(f"--load {folder}: damaged ({problem}); another checkpoint can be named by --iteration")
+        raise ValueError(
+            f"--load {folder}: damaged ({problem}); another checkpoint can be named by --iteration"
+        )
     trained = Geometry.from_dict(info["geometry"])
     if (planned := planned_steps(info)) and info["iteration"] < planned:
-        say(f"note: {folder} is step {info['iteration']:,} of the {planned:,} that the run is planned for")
+        say(
+            f"note: {folder} is step {info['iteration']:,} of the {planned:,} that the run is"
+            " planned for"
+        )
     if write:
-        geometry = dataclasses.replace(trained, family=trained.family if family == "auto" else family)
+        geometry = dataclasses.replace(
+            trained, family=trained.family if family == "auto" else family
+        )
         dtype = info.get("dtype", "float32") if dtype == "auto" else dtype
         _check_output(output, force)
         _write(folder, info, output, geometry, dtype, shard_bytes)
         if not proof:
-            mark_unverified(output, "The rewards of this folder have not been compared with those of the training "
-                                    "(--no-proof). Prove it with: tools/convert_to_hf.py --only-proof")
+            mark_unverified(
+                output,
+                "The rewards of this folder have not been compared with those of the training "
+                "(--no-proof). Prove it with: tools/convert_to_hf.py --only-proof",
+            )
             say(f"not proven (--no-proof): {output / UNVERIFIED}")
             _show_usage(output)
             return 0
@@ -107,35 +145,70 @@ def _check_output(output: Path, force: bool) -> None:
     if not force:
         raise ValueError(f"--output {output}: exists already; --force replaces it")
     if not (output / "config.json").is_file():
-        raise ValueError(f"--output {output}: --force replaces only a model folder, and this holds no config.json")
+        raise ValueError(
+            f"--output {output}: --force replaces only a model folder, and this holds no"
+            " config.json"
+        )
 
 
-def _write(folder: Path, info: dict[str, Any], output: Path, geometry: Geometry, dtype: str, shard_bytes: int) -> None:
+def _write(
+    folder: Path,
+    info: dict[str, Any],
+    output: Path,
+    geometry: Geometry,
+    dtype: str,
+    shard_bytes: int,
+) -> None:
     started = time.perf_counter()
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        mark_unverified(partial, "The rewards of this folder have not been compared with those of the training yet.")
+        mark_unverified(
+            partial,
+            "The rewards of this folder have not been compared with those of the training yet.",
+        )
         example = write_tokenizer(folder / "hf", partial, info)
         if example is None:
-            say(f"{folder}/hf holds no tokenizer: put the one of the training into the output folder yourself")
+            say(
+                f"{folder}/hf holds no tokenizer: put the one of the training into the output"
+                " folder yourself"
+            )
         elif example["pad_token_id"] != info["pad_token_id"]:
-            say(f"pad token: {example['pad_token']} (id {example['pad_token_id']}), because id {info['pad_token_id']} "
-                "occurs in texts, where transformers 4 would read the reward before it")
+            say(
+                f"pad token: {example['pad_token']} (id {example['pad_token_id']}), because id"
+                f" {info['pad_token_id']} occurs in texts, where transformers 4 would read the"
+                " reward before it"
+            )
             info = {**info, "pad_token_id": example["pad_token_id"]}
         elif info["pad_token_id"] in example["token_ids"] and geometry.family == "llama":
-            say(f"warning: pad token {example['pad_token']} (id {info['pad_token_id']}) occurs in texts and the "
-                "tokenizer has no free one: transformers 4 would read rewards too early (5 does not; nor does --format "
-                "internlm2)")
+            say(
+                f"warning: pad token {example['pad_token']} (id {info['pad_token_id']}) occurs in"
+                " texts and the tokenizer has no free one: transformers 4 would read rewards too"
+                " early (5 does not; nor does --format internlm2)"
+            )
         write_config(partial, geometry, info, dtype)
         source = CheckpointTensors(folder)
         bar = Progress("writing", len(BACKBONES[geometry.family].weight_table(geometry)))
-        writer = export_weights(source, geometry, partial, dtype=dtype, max_shard_bytes=shard_bytes,
-                                progress=bar.advance)
+        writer = export_weights(
+            source,
+            geometry,
+            partial,
+            dtype=dtype,
+            max_shard_bytes=shard_bytes,
+            progress=bar.advance,
+        )
         bar.clear()
-        recipe = write_recipe(partial, info=info, geometry=geometry, dtype=dtype, source=folder.name, example=example,
-                              evaluation=evaluations(folder.parent, info["iteration"]), proof=None)
+        recipe = write_recipe(
+            partial,
+            info=info,
+            geometry=geometry,
+            dtype=dtype,
+            source=folder.name,
+            example=example,
+            evaluation=evaluations(folder.parent, info["iteration"]),
+            proof=None,
+        )
         for file in sorted((folder / "hf").glob("LICENSE*")):
             shutil.copyfile(file, partial / file.name)
         write_card(partial, recipe, folder / "hf")
@@ -146,8 +219,11 @@ def _write(folder: Path, info: dict[str, Any], output: Path, geometry: Geometry,
         shutil.rmtree(partial, ignore_errors=True)
         raise
     seconds = time.perf_counter() - started
-    say(f"wrote {output}: {recipe['architecture']}, {dtype}, {writer.total_size / 1e9:.2f} GB in {len(writer.files)} "
-        f"file{'s' if len(writer.files) > 1 else ''}, {seconds:.1f} s, from {folder}")
+    say(
+        f"wrote {output}: {recipe['architecture']}, {dtype}, {writer.total_size / 1e9:.2f} GB in"
+        f" {len(writer.files)} file{'s' if len(writer.files) > 1 else ''}, {seconds:.1f} s, from"
+        f" {folder}"
+    )
 
 
 def _written_geometry(output: Path, trained: Geometry) -> tuple[Geometry, str]:
@@ -156,7 +232,9 @@ def _written_geometry(output: Path, trained: Geometry) -> tuple[Geometry, str]:
 
     geometry, config = read_geometry(output)
     if config.get("dtype") not in DTYPES:
-        raise ValueError(f"{output}/config.json: dtype={config.get('dtype')!r} is none of {', '.join(DTYPES)}")
+        raise ValueError(
+            f"{output}/config.json: dtype={config.get('dtype')!r} is none of {', '.join(DTYPES)}"
+        )
     wanted = dataclasses.replace(trained, family=geometry.family, has_reward_head=True)
     if geometry != wanted:
         raise ValueError(f"{output}/config.json: describes another model than the checkpoint")
@@ -172,19 +250,34 @@ def _prove(folder: Path, info: dict[str, Any], output: Path, geometry: Geometry,
     recipe_path = output / RECIPE
     recipe = json.loads(recipe_path.read_text(encoding="utf-8")) if recipe_path.is_file() else {}
     example = recipe.get("example")
-    proof = prove(folder, info, output, geometry, dtype, example=(example or {}).get("token_ids"), say=say)
+    proof = prove(
+        folder, info, output, geometry, dtype, example=(example or {}).get("token_ids"), say=say
+    )
     if example:
         example["reward"] = proof.example_reward
-    recipe = write_recipe(output, info=info, geometry=geometry, dtype=dtype, source=folder.name, example=example,
-                          evaluation=evaluations(folder.parent, info["iteration"]), proof=dataclasses.asdict(proof))
+    recipe = write_recipe(
+        output,
+        info=info,
+        geometry=geometry,
+        dtype=dtype,
+        source=folder.name,
+        example=example,
+        evaluation=evaluations(folder.parent, info["iteration"]),
+        proof=dataclasses.asdict(proof),
+    )
     write_card(output, recipe, folder / "hf")
     say(f"proof: {proof.weights}")
     kept = kept_comparisons(proof.comparisons, proof.held_out)
-    say(f"proof: {proof.responses} responses of {kept}: largest difference "
-        f"{proof.largest_difference:.3g} on rewards up to {proof.largest_reward:.3g} = {proof.relative_difference:.2g} "
-        f"relative, tolerance {proof.tolerance:.0e}")
+    say(
+        f"proof: {proof.responses} responses of {kept}: largest difference"
+        f" {proof.largest_difference:.3g} on rewards up to {proof.largest_reward:.3g} ="
+        f" {proof.relative_difference:.2g} relative, tolerance {proof.tolerance:.0e}"
+    )
     if proof.rounding_effect:
-        say(f"proof: rounding the weights to {dtype} moves a reward by {proof.rounding_effect:.3g} at most")
+        say(
+            f"proof: rounding the weights to {dtype} moves a reward by {proof.rounding_effect:.3g}"
+            " at most"
+        )
     if not proof.passed:
         mark_unverified(output, proof.why)
         say(f"NOT PROVEN: {proof.why} The folder is marked: {output / UNVERIFIED}")

@@ -1,7 +1,9 @@
-"""Proof of an export: every written value is the checkpoint's, and plain transformers gives the training's rewards.
+"""Proof of an export: every written value is the checkpoint's, and plain transformers gives the
+training's rewards.
 
-Both sides compute in fp32 on the same rounded weights, so that one tolerance serves every dtype: what remains is
-summation order. What rounding the weights itself does to the rewards is measured apart.
+Both sides compute in fp32 on the same rounded weights, so that one tolerance serves every dtype:
+what remains is summation order. What rounding the weights itself does to the rewards is measured
+apart.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from rmega.models.geometry import Geometry
 from rmega.models.hf import HfFolder, source_names
 
 TOLERANCE = 1e-4
-"""Largest difference of a reward that is accepted, relative to the largest reward among the comparisons."""
-
+"""Largest difference of a reward that is accepted, relative to the largest reward among the
+comparisons."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -49,8 +51,11 @@ class Proof:
     """Reward of the recipe's example, by the training path with the written weights."""
 
 
-def compare_weights(source: CheckpointTensors, folder: Path, geometry: Geometry, dtype: str) -> tuple[str, bool]:
-    """Read the written files again, one tensor at a time: (a sentence, whether every value is the checkpoint's)."""
+def compare_weights(
+    source: CheckpointTensors, folder: Path, geometry: Geometry, dtype: str
+) -> tuple[str, bool]:
+    """Read the written files again, one tensor at a time: (a sentence, whether every value is the
+    checkpoint's)."""
     kind = DTYPES[dtype][0]
     bits = {2: torch.int16, 4: torch.int32}[kind.itemsize]
     table, compared = BACKBONES[geometry.family].weight_table(geometry), 0
@@ -60,8 +65,10 @@ def compare_weights(source: CheckpointTensors, folder: Path, geometry: Geometry,
             for first, rows in source.rows(rule):
                 for offset, part in rule.overlaps(first, first + len(rows)):
                     theirs = written.read(names[part.name], part.start, part.stop)
-                    ours = rows[offset:offset + part.stop - part.start].to(kind)
-                    if theirs.dtype != kind or not torch.equal(ours.view(bits), theirs.contiguous().view(bits)):
+                    ours = rows[offset : offset + part.stop - part.start].to(kind)
+                    if theirs.dtype != kind or not torch.equal(
+                        ours.view(bits), theirs.contiguous().view(bits)
+                    ):
                         file = written.files[names[part.name]]
                         return f"{part.name} in {file} is not what the checkpoint holds.", False
                     compared += ours.numel()
@@ -70,12 +77,15 @@ def compare_weights(source: CheckpointTensors, folder: Path, geometry: Geometry,
 
 
 @torch.no_grad()
-def training_rewards(checkpoint_folder: Path, items: Sequence[Sequence[Sequence[int]]],
-                     dtypes: Sequence[str]) -> list[torch.Tensor]:
-    """fp32 rewards [n] by the training's own model on one process, with the weights rounded to each of ``dtypes``.
+def training_rewards(
+    checkpoint_folder: Path, items: Sequence[Sequence[Sequence[int]]], dtypes: Sequence[str]
+) -> list[torch.Tensor]:
+    """fp32 rewards [n] by the training's own model on one process, with the weights rounded to each
+    of ``dtypes``.
 
-    An item holds the token ids of the responses to one prompt; items are packed with a shared prefix, as in training.
-    ``dtypes`` go from the widest to the narrowest, because weights are rounded in place.
+    An item holds the token ids of the responses to one prompt; items are packed with a shared
+    prefix, as in training. ``dtypes`` go from the widest to the narrowest, because weights are
+    rounded in place.
     """
     import torch.distributed as dist
 
@@ -90,7 +100,11 @@ def training_rewards(checkpoint_folder: Path, items: Sequence[Sequence[Sequence[
         for dtype in dtypes:
             for parameter in scorer.model.parameters():
                 parameter.copy_(parameter.to(DTYPES[dtype][0]))
-            results.append(torch.tensor([reward for rewards in scorer.score_tokens(items) for reward in rewards]))
+            results.append(
+                torch.tensor(
+                    [reward for rewards in scorer.score_tokens(items) for reward in rewards]
+                )
+            )
         return results
     finally:
         if mine:
@@ -98,8 +112,15 @@ def training_rewards(checkpoint_folder: Path, items: Sequence[Sequence[Sequence[
 
 
 @torch.no_grad()
-def transformers_rewards(folder: Path, geometry: Geometry, sequences: Sequence[Sequence[int]], pad_token_id: int, *,
-                         batch_size: int = 8, left_padding: bool = False) -> torch.Tensor:
+def transformers_rewards(
+    folder: Path,
+    geometry: Geometry,
+    sequences: Sequence[Sequence[int]],
+    pad_token_id: int,
+    *,
+    batch_size: int = 8,
+    left_padding: bool = False,
+) -> torch.Tensor:
     """fp32 rewards [n] by plain transformers from a written folder, in padded batches."""
     import transformers
 
@@ -120,20 +141,34 @@ def transformers_rewards(folder: Path, geometry: Geometry, sequences: Sequence[S
     model.to(device)
     rewards = []
     for start in range(0, len(sequences), batch_size):
-        batch = sequences[start:start + batch_size]
+        batch = sequences[start : start + batch_size]
         longest = max(map(len, batch))
         tokens = torch.full((len(batch), longest), pad_token_id)
         mask = torch.zeros_like(tokens)
         for row, ids in enumerate(batch):
             place = slice(longest - len(ids), longest) if left_padding else slice(0, len(ids))
             tokens[row, place], mask[row, place] = torch.tensor(ids), 1
-        rewards.append(model(input_ids=tokens.to(device), attention_mask=mask.to(device)).logits[:, 0].float().cpu())
+        rewards.append(
+            model(input_ids=tokens.to(device), attention_mask=mask.to(device))
+            .logits[:, 0]
+            .float()
+            .cpu()
+        )
     return torch.cat(rewards) if rewards else torch.zeros(0)
 
 
-def prove(checkpoint_folder: Path, info: dict[str, Any], folder: Path, geometry: Geometry, dtype: str, *,
-          example: Sequence[int] | None = None, say: Callable[[str], None] = lambda text: None) -> Proof:
-    """Hold a written folder against its checkpoint. ``geometry`` is that of the folder (its family may be another).
+def prove(
+    checkpoint_folder: Path,
+    info: dict[str, Any],
+    folder: Path,
+    geometry: Geometry,
+    dtype: str,
+    *,
+    example: Sequence[int] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Proof:
+    """Hold a written folder against its checkpoint. ``geometry`` is that of the folder (its family
+    may be another).
 
     ``example``: ids of one more sequence, whose reward is reported.
     """
@@ -141,7 +176,10 @@ def prove(checkpoint_folder: Path, info: dict[str, Any], folder: Path, geometry:
 
     source = CheckpointTensors(checkpoint_folder)
     kept = info.get("proof") or ()
-    items = [[[*comparison["prefix"], *suffix] for suffix in comparison["suffixes"]] for comparison in kept]
+    items = [
+        [[*comparison["prefix"], *suffix] for suffix in comparison["suffixes"]]
+        for comparison in kept
+    ]
     items += [[list(example)]] if example else []
     sequences = [sequence for item in items for sequence in item]
     say("comparing every written value with the checkpoint")
@@ -152,7 +190,9 @@ def prove(checkpoint_folder: Path, info: dict[str, Any], folder: Path, geometry:
     say(f"scoring them by transformers {transformers.__version__} from {folder}")
     largest, scale = torch.zeros(()), rounded.abs().amax() if sequences else torch.zeros(())
     for left in (False, True):
-        theirs = transformers_rewards(folder, geometry, sequences, info["pad_token_id"], left_padding=left)
+        theirs = transformers_rewards(
+            folder, geometry, sequences, info["pad_token_id"], left_padding=left
+        )
         if sequences:
             largest = torch.maximum(largest, (theirs - rounded).abs().max())  # keeps nan
     relative = (largest / scale if scale > 0 else largest).item()
@@ -162,11 +202,22 @@ def prove(checkpoint_folder: Path, info: dict[str, Any], folder: Path, geometry:
     if not relative <= TOLERANCE:
         why.append(f"Rewards differ by {relative:.3g} relative, more than {TOLERANCE:.0e}.")
     if len(kept) < MIN_COMPARISONS:
-        why.append(f"The checkpoint holds {len(kept)} comparisons for a proof; at least {MIN_COMPARISONS} are needed "
-                   "(--num-proof-comparisons of the training).")
-    return Proof(passed=not why, comparisons=len(kept), held_out=sum(x.get("held_out", True) for x in kept),
-                 responses=len(sequences), largest_difference=largest.item(),
-                 largest_reward=scale.item(), relative_difference=relative, tolerance=TOLERANCE,
-                 rounding_effect=(exact - rounded).abs().max().item() if sequences else 0.0, weights=sentence,
-                 transformers=transformers.__version__, why=" ".join(why),
-                 example_reward=rounded[-1].item() if example else None)
+        why.append(
+            f"The checkpoint holds {len(kept)} comparisons for a proof; at least {MIN_COMPARISONS}"
+            " are needed (--num-proof-comparisons of the training)."
+        )
+    return Proof(
+        passed=not why,
+        comparisons=len(kept),
+        held_out=sum(x.get("held_out", True) for x in kept),
+        responses=len(sequences),
+        largest_difference=largest.item(),
+        largest_reward=scale.item(),
+        relative_difference=relative,
+        tolerance=TOLERANCE,
+        rounding_effect=(exact - rounded).abs().max().item() if sequences else 0.0,
+        weights=sentence,
+        transformers=transformers.__version__,
+        why=" ".join(why),
+        example_reward=rounded[-1].item() if example else None,
+    )

@@ -1,7 +1,8 @@
-"""A checkpoint's weights as safetensors in Hugging Face names, streamed: one process, no model, one tensor at a time.
+"""A checkpoint's weights as safetensors in Hugging Face names, streamed: one process, no model, one
+tensor at a time.
 
-The file of every output tensor and its place in it are known from the geometry before anything is read, so each piece
-of a checkpoint goes straight to where it belongs, whatever layout wrote it.
+The file of every output tensor and its place in it are known from the geometry before anything is
+read, so each piece of a checkpoint goes straight to where it belongs, whatever layout wrote it.
 """
 
 from __future__ import annotations
@@ -21,21 +22,32 @@ from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
 from rmega.models.weights import WeightRule, hf_shapes
 
-DTYPES = {"float32": (torch.float32, "F32"), "float16": (torch.float16, "F16"), "bfloat16": (torch.bfloat16, "BF16")}
+DTYPES = {
+    "float32": (torch.float32, "F32"),
+    "float16": (torch.float16, "F16"),
+    "bfloat16": (torch.bfloat16, "BF16"),
+}
 CAST_BYTES = 32 * 2**20  # rows are cast to the output's dtype in blocks of at most this size
 
 
 def parse_size(text: str, *, flag: str = "--max-shard-size") -> int:
     """``5GB`` (10^9), ``500MB``, ``2GiB`` or a plain number of bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    size = (
+        int(
+            float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
+        )
+        if match
+        else 0
+    )
     if size <= 0:
         raise ValueError(f"{flag} {text}: a size such as 5GB or 500MB was expected")
     return size
 
 
 class CheckpointTensors:
-    """The global tensors of one checkpoint folder (torch distributed checkpoint), read piece by piece."""
+    """The global tensors of one checkpoint folder (torch distributed checkpoint), read piece by
+    piece."""
 
     def __init__(self, folder: Path | str) -> None:
         from torch.distributed.checkpoint import FileSystemReader
@@ -46,9 +58,14 @@ class CheckpointTensors:
         try:
             metadata = self._reader.read_metadata()
         except Exception as error:  # a missing file, a truncated pickle, a class of another release
-            raise ValueError(f"{self.folder}/.metadata: not a readable checkpoint: {one_line(error)}") from None
-        self._tensors = {name: entry for name, entry in metadata.state_dict_metadata.items()
-                         if isinstance(entry, TensorStorageMetadata)}
+            raise ValueError(
+                f"{self.folder}/.metadata: not a readable checkpoint: {one_line(error)}"
+            ) from None
+        self._tensors = {
+            name: entry
+            for name, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
         self._pieces: dict[str, list[tuple[tuple[int, ...], Any]]] = {}
         for index, place in metadata.storage_data.items():
             if index.fqn in self._tensors:
@@ -62,7 +79,8 @@ class CheckpointTensors:
         return tuple(self._tensors[name].size)
 
     def pieces(self, name: str) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
-        """(offset of its first element, piece) for each stored piece; together they are the whole tensor.
+        """(offset of its first element, piece) for each stored piece; together they are the whole
+        tensor.
 
         Raises ValueError if pieces are missing or a file is broken.
         """
@@ -78,47 +96,80 @@ class CheckpointTensors:
                 raise ValueError(f"{path}: broken at {name}: {one_line(error)}") from None
             offset = offset or (0,) * len(shape)
             if piece.dim() != len(shape):
-                raise ValueError(f"{path}: {name} has {piece.dim()} dimensions, its metadata says {len(shape)}")
+                raise ValueError(
+                    f"{path}: {name} has {piece.dim()} dimensions, its metadata says {len(shape)}"
+                )
             found += piece.numel()
             yield offset, piece
             del piece
         if found != torch.Size(shape).numel():
-            raise ValueError(f"{self.folder}: {name} is not complete ({found} of {torch.Size(shape).numel()} values)")
+            raise ValueError(
+                f"{self.folder}: {name} is not complete ({found} of {torch.Size(shape).numel()}"
+                " values)"
+            )
 
     def _map(self, file: BinaryIO, place: Any) -> torch.Tensor:
-        """A stored piece as a view of the file, so that its bytes are copied once, to where they are written."""
+        """A stored piece as a view of the file, so that its bytes are copied once, to where they
+        are written."""
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         size = os.fstat(file.fileno()).st_size
         if place.offset + place.length > size:
             raise ValueError(f"the file ends after {size:,} bytes")
         with FakeTensorMode():  # reads the shape and says where the values are, but not the values
-            shell = torch.load(self._reader._slice_file(file, place), map_location="cpu", weights_only=True)
+            shell = torch.load(
+                self._reader._slice_file(file, place), map_location="cpu", weights_only=True
+            )
         offset = getattr(shell.untyped_storage(), "_checkpoint_offset", None)
-        if offset is None or not shell.is_contiguous() or shell.storage_offset() or not shell.numel():
+        if (
+            offset is None
+            or not shell.is_contiguous()
+            or shell.storage_offset()
+            or not shell.numel()
+        ):
             file.seek(0)
-            return torch.load(self._reader._slice_file(file, place), map_location="cpu", weights_only=True)
+            return torch.load(
+                self._reader._slice_file(file, place), map_location="cpu", weights_only=True
+            )
         first = place.offset + offset
         page = first - first % mmap.ALLOCATIONGRANULARITY
-        view = mmap.mmap(file.fileno(), first - page + shell.numel() * shell.element_size(), offset=page,
-                         flags=mmap.MAP_PRIVATE)
-        return torch.frombuffer(view, dtype=shell.dtype, count=shell.numel(), offset=first - page).view(shell.shape)
+        view = mmap.mmap(
+            file.fileno(),
+            first - page + shell.numel() * shell.element_size(),
+            offset=page,
+            flags=mmap.MAP_PRIVATE,
+        )
+        return torch.frombuffer(
+            view, dtype=shell.dtype, count=shell.numel(), offset=first - page
+        ).view(shell.shape)
 
     def rows(self, rule: WeightRule) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, rows [n, ...] with all their columns) of the tensor of ``rule``, without the engine's padding.
+        """(first row, rows [n, ...] with all their columns) of the tensor of ``rule``, without the
+        engine's padding.
 
         Raises ValueError if the tensor is absent, too small, or if its padding is not zero.
         """
         if rule.name not in self:
             raise ValueError(f"{self.folder}: {rule.name} is not in the checkpoint")
         stored = self.shape(rule.name)
-        grown = [dim for dim, (have, want) in enumerate(zip(stored, rule.shape, strict=False)) if have != want]
+        grown = [
+            dim
+            for dim, (have, want) in enumerate(zip(stored, rule.shape, strict=False))
+            if have != want
+        ]
         if len(stored) != len(rule.shape) or any(
-                stored[dim] < rule.shape[dim] or dim != rule.shard_dim or rule.shard_blocks > 1 for dim in grown):
-            raise ValueError(f"{self.folder}: {rule.name} has shape {stored}, the geometry asks for {rule.shape}")
+            stored[dim] < rule.shape[dim] or dim != rule.shard_dim or rule.shard_blocks > 1
+            for dim in grown
+        ):
+            raise ValueError(
+                f"{self.folder}: {rule.name} has shape {stored}, the geometry asks for {rule.shape}"
+            )
         joined = None
         for offset, piece in self.pieces(rule.name):
-            keep = tuple(slice(0, max(0, want - start)) for start, want in zip(offset, rule.shape, strict=True))
+            keep = tuple(
+                slice(0, max(0, want - start))
+                for start, want in zip(offset, rule.shape, strict=True)
+            )
             kept = piece[keep]
             if grown and torch.count_nonzero(piece) != torch.count_nonzero(kept):
                 raise ValueError(f"{self.folder}: {rule.name} is not zero where it was padded")
@@ -129,7 +180,9 @@ class CheckpointTensors:
             if joined is None:
                 joined = torch.empty(rule.shape, dtype=piece.dtype)
             if kept.numel():
-                joined[offset[0]:offset[0] + kept.shape[0], offset[1]:offset[1] + kept.shape[1]] = kept
+                joined[
+                    offset[0] : offset[0] + kept.shape[0], offset[1] : offset[1] + kept.shape[1]
+                ] = kept
         if joined is not None:
             yield 0, joined
 
@@ -137,11 +190,14 @@ class CheckpointTensors:
 class SafetensorsWriter:
     """Safetensors files of known content, filled in any order by rows.
 
-    ``shapes``: name -> shape, in the order of the files. A file is closed by size: no file exceeds ``max_shard_bytes``
-    unless a single tensor does. The space is taken at once, so a disk that is too small is found before any work.
+    ``shapes``: name -> shape, in the order of the files. A file is closed by size: no file exceeds
+    ``max_shard_bytes`` unless a single tensor does. The space is taken at once, so a disk that is
+    too small is found before any work.
     """
 
-    def __init__(self, folder: Path, shapes: dict[str, tuple[int, ...]], dtype: str, max_shard_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, shapes: dict[str, tuple[int, ...]], dtype: str, max_shard_bytes: int
+    ) -> None:
         self.folder, self.dtype = folder, DTYPES[dtype][0]
         self._place: dict[str, tuple[int, int]] = {}  # name -> (file, byte offset)
         self._row_bytes: dict[str, int] = {}
@@ -157,15 +213,22 @@ class SafetensorsWriter:
             shards[-1].append(name)
             filled += size[name]
         count = len(shards)
-        self.files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
-                      for i in range(count)]
+        self.files = [
+            f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
+            for i in range(count)
+        ]
         self._handles: list[int] = []
         for file, names in zip(self.files, shards, strict=True):
-            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers 4 asks for it
+            header: dict[str, Any] = {
+                "__metadata__": {"format": "pt"}
+            }  # transformers 4 asks for it
             at = 0
             for name in names:
-                header[name] = {"dtype": DTYPES[dtype][1], "shape": list(shapes[name]),
-                                "data_offsets": [at, at + size[name]]}
+                header[name] = {
+                    "dtype": DTYPES[dtype][1],
+                    "shape": list(shapes[name]),
+                    "data_offsets": [at, at + size[name]],
+                }
                 at += size[name]
             text = json.dumps(header, separators=(",", ":")).encode()
             text += b" " * (-len(text) % 8)
@@ -174,23 +237,36 @@ class SafetensorsWriter:
             os.posix_fallocate(handle, 0, 8 + len(text) + at)
             os.pwrite(handle, len(text).to_bytes(8, "little") + text, 0)
             for name in names:
-                self._place[name] = (len(self._handles) - 1, 8 + len(text) + header[name]["data_offsets"][0])
+                self._place[name] = (
+                    len(self._handles) - 1,
+                    8 + len(text) + header[name]["data_offsets"][0],
+                )
                 self._row_bytes[name] = size[name] // shapes[name][0]
         self.total_size = sum(size.values())
         if count > 1:
             weight_map = {name: self.files[self._place[name][0]] for name in shapes}
             (folder / "model.safetensors.index.json").write_text(
-                json.dumps({"metadata": {"total_size": self.total_size}, "weight_map": weight_map}, indent=1))
+                json.dumps(
+                    {"metadata": {"total_size": self.total_size}, "weight_map": weight_map},
+                    indent=1,
+                )
+            )
 
     def write(self, name: str, row: int, rows: torch.Tensor) -> None:
         """Put ``rows`` at ``row`` of a tensor, cast to the dtype of the files."""
         file, start = self._place[name]
         step = max(1, CAST_BYTES // max(1, self._row_bytes[name]))
         for i in range(0, len(rows), step):
-            block = rows[i:i + step]
+            block = rows[i : i + step]
             cast = block.to(self.dtype).contiguous()
-            if self.dtype == torch.float16 and bool(cast.isinf().any()) and bool(block.isfinite().all()):
-                raise ValueError(f"--dtype float16: {name} has values beyond its range; use bfloat16")
+            if (
+                self.dtype == torch.float16
+                and bool(cast.isinf().any())
+                and bool(block.isfinite().all())
+            ):
+                raise ValueError(
+                    f"--dtype float16: {name} has values beyond its range; use bfloat16"
+                )
             data = memoryview(cast.view(-1).view(torch.uint8).numpy())
             at = start + (row + i) * self._row_bytes[name]
             while data:
@@ -209,12 +285,19 @@ class SafetensorsWriter:
         assert not short, f"rows missing or written twice: {short}"
 
 
-def export_weights(source: CheckpointTensors, geometry: Geometry, folder: Path, *, dtype: str, max_shard_bytes: int,
-                   progress: Callable[[int], None] | None = None) -> SafetensorsWriter:
+def export_weights(
+    source: CheckpointTensors,
+    geometry: Geometry,
+    folder: Path,
+    *,
+    dtype: str,
+    max_shard_bytes: int,
+    progress: Callable[[int], None] | None = None,
+) -> SafetensorsWriter:
     """Write all weights of a checkpoint into ``folder`` under the names of ``geometry.family``.
 
-    Holds at most one stored piece, the tensor that it belongs to where columns were cut over ranks, and a block of
-    ``CAST_BYTES``. ``progress`` is called with 1 per tensor of the weight table.
+    Holds at most one stored piece, the tensor that it belongs to where columns were cut over ranks,
+    and a block of ``CAST_BYTES``. ``progress`` is called with 1 per tensor of the weight table.
     """
     table = BACKBONES[geometry.family].weight_table(geometry)
     writer = SafetensorsWriter(folder, hf_shapes(table), dtype, max_shard_bytes)
@@ -222,7 +305,9 @@ def export_weights(source: CheckpointTensors, geometry: Geometry, folder: Path, 
         for rule in table:
             for first, rows in source.rows(rule):
                 for offset, part in rule.overlaps(first, first + len(rows)):
-                    writer.write(part.name, part.start, rows[offset:offset + part.stop - part.start])
+                    writer.write(
+                        part.name, part.start, rows[offset : offset + part.stop - part.start]
+                    )
                 del rows
             if progress:
                 progress(1)

@@ -1,10 +1,11 @@
 """The one place that lets megatron-core run without CUDA.
 
-megatron-core 0.16 names the device "cuda" and asks ``torch.cuda`` for the current device, streams and random states.
-``install`` gives the modules under ``megatron.core`` (and no others) a ``torch`` whose ``cuda`` is the CPU. Nothing
-outside megatron-core sees a difference: the methods of ``Tensor`` that cannot be replaced per module look at their
-caller first. ``installed`` lists what was replaced, and a test holds that list, so that a new release of the engine
-fails loudly instead of half working.
+megatron-core 0.16 names the device "cuda" and asks ``torch.cuda`` for the current device, streams
+and random states. ``install`` gives the modules under ``megatron.core`` (and no others) a ``torch``
+whose ``cuda`` is the CPU. Nothing outside megatron-core sees a difference: the methods of
+``Tensor`` that cannot be replaced per module look at their caller first. ``installed`` lists what
+was replaced, and a test holds that list, so that a new release of the engine fails loudly instead
+of half working.
 """
 
 from __future__ import annotations
@@ -27,11 +28,22 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.
 NORM_ROW = 4096  # values whose squares are added up in one go
 
 # Functions of torch that take a device; megatron-core passes "cuda" to them.
-FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "ones_like", "rand", "randn", "tensor", "zeros",
-             "zeros_like")
+FACTORIES = (
+    "arange",
+    "empty",
+    "empty_like",
+    "full",
+    "ones",
+    "ones_like",
+    "rand",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
 
-# Every module of the engine that a run reaches; those that are imported only inside functions are listed so that
-# they are here before the replacement, not after.
+# Every module of the engine that a run reaches; those that are imported only inside functions are
+# listed so that they are here before the replacement, not after.
 ENGINE_MODULES = (
     "megatron.core",
     "megatron.core.dist_checkpointing",
@@ -72,7 +84,8 @@ def _on_cpu(factory):
 
 
 def _namespace(module: types.ModuleType, **overrides) -> types.ModuleType:
-    """A module that answers like ``module`` except for the overrides, at the speed of an ordinary attribute."""
+    """A module that answers like ``module`` except for the overrides, at the speed of an ordinary
+    attribute."""
     namespace = types.ModuleType(module.__name__)
     namespace.__dict__.update(module.__dict__)
     namespace.__dict__.update(overrides)
@@ -94,13 +107,17 @@ class _Stream:
 
 
 def _norm(tensor: torch.Tensor, *args, **kwargs):
-    """``torch.norm``, which on a CPU adds up fp32 values so that the norm of 28 million of them (the gradient of an
-    embedding) is off by 1e-3: more than layouts may differ by, and clipping scales with it. Row by row it is not."""
+    """``torch.norm``, which on a CPU adds up fp32 values so that the norm of 28 million of them
+    (the gradient of an embedding) is off by 1e-3: more than layouts may differ by, and clipping
+    scales with it. Row by row it is not.
+    """
     if args or kwargs or tensor.dtype is not torch.float32 or tensor.numel() <= NORM_ROW:
         return torch.norm(tensor, *args, **kwargs)
     flat = tensor.reshape(-1)
     end = flat.numel() // NORM_ROW * NORM_ROW
-    return torch.norm(torch.cat([torch.norm(flat[:end].view(-1, NORM_ROW), dim=1), torch.norm(flat[end:])[None]]))
+    return torch.norm(
+        torch.cat([torch.norm(flat[:end].view(-1, NORM_ROW), dim=1), torch.norm(flat[end:])[None]])
+    )
 
 
 def _cpu_torch() -> types.ModuleType:
@@ -119,7 +136,9 @@ def _cpu_torch() -> types.ModuleType:
         set_device=lambda *a: None,
         synchronize=lambda *a: None,
     )
-    return _namespace(torch, cuda=cuda, norm=_norm, **{name: _on_cpu(getattr(torch, name)) for name in FACTORIES})
+    return _namespace(
+        torch, cuda=cuda, norm=_norm, **{name: _on_cpu(getattr(torch, name)) for name in FACTORIES}
+    )
 
 
 def _called_by_engine() -> bool:
@@ -143,7 +162,8 @@ def _patch_tensor() -> None:
 
 
 def install() -> None:
-    """Make megatron-core use the CPU. Call before models, wrappers or optimizers are built; harmless when repeated."""
+    """Make megatron-core use the CPU. Call before models, wrappers or optimizers are built;
+    harmless when repeated."""
     for name in ENGINE_MODULES:
         importlib.import_module(name)
     if not _replaced:
@@ -158,12 +178,15 @@ def install() -> None:
             _replaced[name] = module
 
 
-def replace_products(layers: types.ModuleType, product: Callable, product_of_gradient: Callable) -> None:
-    """Let the half-precision products in megatron-core's ``layers`` be made by ``product(x, weight)`` = x weight^T and
-    ``product_of_gradient(grad, weight)`` = grad weight; harmless when repeated.
+def replace_products(
+    layers: types.ModuleType, product: Callable, product_of_gradient: Callable
+) -> None:
+    """Let the half-precision products in megatron-core's ``layers`` be made by ``product(x,
+    weight)`` = x weight^T and ``product_of_gradient(grad, weight)`` = grad weight; harmless when
+    repeated.
 
-    Their forward calls ``torch.matmul`` of the substitute. Their backward calls the tensor's own method, which can only
-    be replaced for all tensors; it asks who calls.
+    Their forward calls ``torch.matmul`` of the substitute. Their backward calls the tensor's own
+    method, which can only be replaced for all tensors; it asks who calls.
     """
     substitute = _replaced["torch"]
     if substitute.matmul is not torch.matmul:
@@ -171,7 +194,9 @@ def replace_products(layers: types.ModuleType, product: Callable, product_of_gra
     tensor_matmul = torch.Tensor.matmul
 
     def matmul(x, other, **kwargs):
-        if not kwargs and other.dim() == 2 and other.stride(0) == 1 and x.dtype in HALF:  # weight.t()
+        if (
+            not kwargs and other.dim() == 2 and other.stride(0) == 1 and x.dtype in HALF
+        ):  # weight.t()
             return product(x, other.t())
         return torch.matmul(x, other, **kwargs)
 
@@ -186,16 +211,22 @@ def replace_products(layers: types.ModuleType, product: Callable, product_of_gra
 def keep_memory() -> None:
     """Let the allocator keep what was freed, in large pages.
 
-    By default glibc returns every large block to the kernel and asks for it again, so each activation of each step is
-    paid for in page faults and zeroed pages; that can cost as much as the arithmetic. A run's memory then stays at its
-    peak. Does nothing on other C libraries. (torch reads THP_MEM_ALLOC_ENABLE at its first large allocation.)
+    By default glibc returns every large block to the kernel and asks for it again, so each
+    activation of each step is paid for in page faults and zeroed pages; that can cost as much as
+    the arithmetic. A run's memory then stays at its peak. Does nothing on other C libraries. (torch
+    reads THP_MEM_ALLOC_ENABLE at its first large allocation.)
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 * 2**20), (M_ARENA_MAX, 1)):
+    for option, value in (
+        (M_MMAP_MAX, 0),
+        (M_TRIM_THRESHOLD, 2**31 - 1),
+        (M_TOP_PAD, 64 * 2**20),
+        (M_ARENA_MAX, 1),
+    ):
         mallopt(option, value)
 
 

@@ -12,10 +12,14 @@ from rmega import ops
 from rmega.megatron import cpu
 
 
-def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
-    """main_grad [n, k] fp32 += grad_output [t, n]^T inputs [t, k], without a gradient tensor in between if it can be.
+def wgrad_gemm_accum_fp32(
+    inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor
+) -> None:
+    """main_grad [n, k] fp32 += grad_output [t, n]^T inputs [t, k], without a gradient tensor in
+    between if it can be.
 
-    What apex's ``fused_weight_gradient_mlp_cuda`` does, in the signature under which megatron-core calls it.
+    What apex's ``fused_weight_gradient_mlp_cuda`` does, in the signature under which megatron-core
+    calls it.
     """
     if inputs.is_cuda and inputs.dtype != main_grad.dtype:
         torch.addmm(main_grad, grad_output.t(), inputs, out_dtype=main_grad.dtype, out=main_grad)
@@ -24,17 +28,20 @@ def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_output: torch.Tensor, main_
 
 
 def fuse_weight_gradients(device: torch.device, dtype: torch.dtype) -> bool:
-    """Let the engine add weight gradients to its fp32 buffers inside the matrix product; True where that works.
+    """Let the engine add weight gradients to its fp32 buffers inside the matrix product; True where
+    that works.
 
-    apex's kernel is used where it is installed. On CUDA torch's own needs products with an output dtype of their own,
-    which is tried on small tensors first.
+    apex's kernel is used where it is installed. On CUDA torch's own needs products with an output
+    dtype of their own, which is tried on small tensors first.
     """
-    if layers._grad_accum_fusion_available and not isinstance(layers.fused_weight_gradient_mlp_cuda,
-                                                              types.SimpleNamespace):
+    if layers._grad_accum_fusion_available and not isinstance(
+        layers.fused_weight_gradient_mlp_cuda, types.SimpleNamespace
+    ):
         return device.type == "cuda"
     if device.type == "cpu" and dtype is not torch.float32:
         if ops.best_products(device, dtype) == "torch":
-            return False  # the product must be made in half precision and added, which the engine does by itself
+            # the product must be made in half precision and added, which the engine does by itself
+            return False
         cpu.replace_products(layers, ops.linear, ops.linear_grad_input)
     if device.type == "cuda":
         x, g = (torch.ones(16, 16, device=device, dtype=dtype) for _ in range(2))
@@ -45,14 +52,16 @@ def fuse_weight_gradients(device: torch.device, dtype: torch.dtype) -> bool:
             return False
         if not torch.equal(total, torch.full_like(total, 17.0)):
             return False
-    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=wgrad_gemm_accum_fp32)
+    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(
+        wgrad_gemm_accum_fp32=wgrad_gemm_accum_fp32
+    )
     layers._grad_accum_fusion_available = True
     return True
 
 
 def skip_single_rank_collectives(wrapped) -> None:
-    """With one data-parallel rank, reducing gradients and gathering parameters copies each buffer onto itself: leave
-    it out."""
+    """With one data-parallel rank, reducing gradients and gathering parameters copies each buffer
+    onto itself: leave it out."""
     if parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1:
         return
     for chunk in wrapped:

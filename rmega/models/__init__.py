@@ -1,4 +1,5 @@
-"""Backbones: for each family, what differs between it and the others, which is geometry and weight names only."""
+"""Backbones: for each family, what differs between it and the others, which is geometry and weight
+names only."""
 
 from rmega.models import internlm2, llama
 

@@ -1,10 +1,13 @@
-"""Packed attention in which the responses to one prompt share the prompt's keys: forward and backward.
+"""Packed attention in which the responses to one prompt share the prompt's keys: forward and
+backward.
 
-Shape letters: t tokens (rows) of the pack, tq query rows (tq = t, or one row per response in a pruned layer), s
-segments, a query heads, g key/value groups (a = r * g, query head i reads group i // r), d head dimension.
+Shape letters: t tokens (rows) of the pack, tq query rows (tq = t, or one row per response in a
+pruned layer), s segments, a query heads, g key/value groups (a = r * g, query head i reads group i
+// r), d head dimension.
 
-A segment is a run of query rows. Each of its queries sees the whole prefix (if any) and, causally aligned bottom right,
-the segment's own keys: query i of q_len sees own keys j <= i + k_len - q_len. Rows that no segment covers give zeros.
+A segment is a run of query rows. Each of its queries sees the whole prefix (if any) and, causally
+aligned bottom right, the segment's own keys: query i of q_len sees own keys j <= i + k_len - q_len.
+Rows that no segment covers give zeros.
 """
 
 from __future__ import annotations
@@ -28,17 +31,20 @@ def packed_attention(
 ) -> Tensor:
     """softmax(scale * q k^T) v within each segment and its prefix.
 
-    q is [tq, a, d]; k and v are [t, g, d], all of one dtype and already rotated. Returns [tq, a * d].
-    ``backend`` auto: CUDA tensors -> cuda, fp64 -> reference, other CPU tensors -> cpu. A named backend that cannot
-    run on these tensors raises ValueError.
+    q is [tq, a, d]; k and v are [t, g, d], all of one dtype and already rotated. Returns [tq, a *
+    d]. ``backend`` auto: CUDA tensors -> cuda, fp64 -> reference, other CPU tensors -> cpu. A named
+    backend that cannot run on these tensors raises ValueError.
     """
     backend = choose_backend(q, backend)
-    run = {"cuda": _cuda_attention, "cpu": _cpu_attention, "reference": packed_attention_ref}[backend]
+    run = {"cuda": _cuda_attention, "cpu": _cpu_attention, "reference": packed_attention_ref}[
+        backend
+    ]
     return run(q, k, v, segments, scale)
 
 
 def choose_backend(q: Tensor, backend: str = "auto") -> str:
-    """The backend that runs for a query tensor such as q: "cuda", "cpu" or "reference". Raises as packed_attention."""
+    """The backend that runs for a query tensor such as q: "cuda", "cpu" or "reference". Raises as
+    packed_attention."""
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
     obstacle = _cuda_obstacle(q)
@@ -60,9 +66,15 @@ def _cuda_obstacle(q: Tensor) -> str:
     if not q.is_cuda:
         return f"the tensors are on {q.device}"
     if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"varlen attention takes bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
+        return (
+            "varlen attention takes bfloat16 and float16, not"
+            f" {str(q.dtype).removeprefix('torch.')}"
+        )
     if varlen_function() is None:
-        return f"torch {torch.__version__} has no varlen attention (2.10 or later has) and flash_attn is not installed"
+        return (
+            f"torch {torch.__version__} has no varlen attention (2.10 or later has) and flash_attn"
+            " is not installed"
+        )
     return ""
 
 
@@ -71,8 +83,11 @@ def _say_once(message: str) -> None:
     log(message)
 
 
-def packed_attention_ref(q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scale: float) -> Tensor:
-    """The definition, one dense softmax per segment in plain torch: any device and dtype, slow. As packed_attention."""
+def packed_attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scale: float
+) -> Tensor:
+    """The definition, one dense softmax per segment in plain torch: any device and dtype, slow. As
+    packed_attention."""
     tq, a, d = q.shape
     r = a // k.shape[1]
     out = q.new_zeros(tq, a, d)
@@ -84,7 +99,9 @@ def packed_attention_ref(q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike
             ]
         )
         queries = slice(s.q_start, s.q_start + s.q_len)
-        scores = torch.einsum("qad,kad->aqk", q[queries], k[rows].repeat_interleave(r, dim=1)) * scale
+        scores = (
+            torch.einsum("qad,kad->aqk", q[queries], k[rows].repeat_interleave(r, dim=1)) * scale
+        )
         visible = torch.ones(s.q_len, len(rows), dtype=torch.bool, device=q.device)
         visible = visible.tril(diagonal=len(rows) - s.q_len)
         weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
@@ -95,12 +112,17 @@ def packed_attention_ref(q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike
 # --------------------------------------------------------------------------------------------------------------- cpu
 
 
-def packed_attention_flash(q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scale: float) -> Tensor:
-    """As packed_attention, on ATen's flash kernel for CPUs: slower than the native kernel, but always there."""
+def packed_attention_flash(
+    q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scale: float
+) -> Tensor:
+    """As packed_attention, on ATen's flash kernel for CPUs: slower than the native kernel, but
+    always there."""
     return _FlashParts.apply(q, k, v, attention_parts(segments), scale).flatten(1)
 
 
-def packed_attention_native(q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scale: float) -> Tensor:
+def packed_attention_native(
+    q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scale: float
+) -> Tensor:
     """As packed_attention, on the kernel in csrc/cpu/packed_attention.cpp: CPU, fp32 and bf16."""
     if "table" not in segments.cache:
         columns = [getattr(segments, name) for name in Segment._fields]
@@ -117,18 +139,23 @@ def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scal
 
 
 def _native_obstacle(dtype: torch.dtype) -> str:
-    if ops.active_implementation("cpu") == "reference" or not hasattr(torch.ops.rmega, "packed_attention"):
+    if ops.active_implementation("cpu") == "reference" or not hasattr(
+        torch.ops.rmega, "packed_attention"
+    ):
         return "the native kernel is not built or not wanted"
     return "" if dtype in (torch.float32, torch.bfloat16) else f"the native kernel takes no {dtype}"
 
 
 def active_kernel(device: torch.device, dtype: torch.dtype) -> str:
-    """What ``packed_attention`` runs for tensors of this device and dtype, in a word or two for the log."""
+    """What ``packed_attention`` runs for tensors of this device and dtype, in a word or two for the
+    log."""
     backend = choose_backend(torch.empty(0, device=device, dtype=dtype))
     if backend == "cpu":
         return "flash (ATen)" if _native_obstacle(dtype) else "native"
     if backend == "cuda":
-        from_torch = hasattr(torch.nn, "attention") and importlib.util.find_spec("torch.nn.attention.varlen")
+        from_torch = hasattr(torch.nn, "attention") and importlib.util.find_spec(
+            "torch.nn.attention.varlen"
+        )
         return "varlen (torch)" if from_torch else "varlen (flash_attn)"
     return "plain torch (slow)"
 
@@ -142,32 +169,50 @@ def _native_setup(ctx, inputs, output) -> None:
 def _native_backward(ctx, grad: Tensor | None, _: Tensor | None):
     if grad is None:
         return None, None, None, None, None
-    return (*torch.ops.rmega.packed_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None, None)
+    return (
+        *torch.ops.rmega.packed_attention_backward(grad, *ctx.saved_tensors, ctx.scale),
+        None,
+        None,
+    )
 
 
-if hasattr(torch.ops.rmega, "packed_attention"):  # defined by rmega._C, which rmega.ops has loaded if it is built
+if hasattr(
+    torch.ops.rmega, "packed_attention"
+):  # defined by rmega._C, which rmega.ops has loaded if it is built
     torch.library.register_fake(
         "rmega::packed_attention",
-        lambda q, k, v, table, scale: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)),
+        lambda q, k, v, table, scale: (
+            q.new_empty(q.shape),
+            q.new_empty(q.shape[:2], dtype=torch.float32),
+        ),
     )
     torch.library.register_fake(
         "rmega::packed_attention_backward",
-        lambda grad, q, k, v, out, lse, table, scale: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+        lambda grad, q, k, v, out, lse, table, scale: tuple(
+            x.new_empty(x.shape) for x in (q, k, v)
+        ),
     )
-    torch.library.register_autograd("rmega::packed_attention", _native_backward, setup_context=_native_setup)
+    torch.library.register_autograd(
+        "rmega::packed_attention", _native_backward, setup_context=_native_setup
+    )
 
 
 class _FlashParts(torch.autograd.Function):
     """ATen's CPU flash kernel on each part, merged by log-sum-exp.
 
-    The backward kernel rebuilds a part's weights as exp(scores - lse). Given the lse and the output of the whole row,
-    not of the part, those are the row's true weights, so the gradients of the parts just add up.
+    The backward kernel rebuilds a part's weights as exp(scores - lse). Given the lse and the output
+    of the whole row, not of the part, those are the row's true weights, so the gradients of the
+    parts just add up.
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, parts: list[Part], scale: float) -> Tensor:
         out = q.new_zeros(q.shape)
-        lse = q.new_full(q.shape[:2], float("-inf"), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+        lse = q.new_full(
+            q.shape[:2],
+            float("-inf"),
+            dtype=torch.float64 if q.dtype == torch.float64 else torch.float32,
+        )
         for p in parts:
             rows = slice(p.q_start, p.q_start + p.q_len)
             part_out, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -195,16 +240,18 @@ class _FlashParts(torch.autograd.Function):
         grad = grad.contiguous()
         grad_q, grad_k, grad_v = (x.new_zeros(x.shape) for x in (q, k, v))
         for p in ctx.parts:
-            part_q, part_k, part_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                _heads(grad, p.q_start, p.q_len),
-                _heads(q, p.q_start, p.q_len),
-                _heads(k, p.k_start, p.k_len),
-                _heads(v, p.k_start, p.k_len),
-                _heads(out, p.q_start, p.q_len),
-                lse[None, p.q_start : p.q_start + p.q_len].transpose(1, 2),
-                0.0,
-                p.causal,
-                scale=ctx.scale,
+            part_q, part_k, part_v = (
+                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    _heads(grad, p.q_start, p.q_len),
+                    _heads(q, p.q_start, p.q_len),
+                    _heads(k, p.k_start, p.k_len),
+                    _heads(v, p.k_start, p.k_len),
+                    _heads(out, p.q_start, p.q_len),
+                    lse[None, p.q_start : p.q_start + p.q_len].transpose(1, 2),
+                    0.0,
+                    p.causal,
+                    scale=ctx.scale,
+                )
             )
             grad_q[p.q_start : p.q_start + p.q_len] += part_q[0].transpose(0, 1)
             grad_k[p.k_start : p.k_start + p.k_len] += part_k[0].transpose(0, 1)
@@ -217,5 +264,7 @@ def _heads(x: Tensor, start: int, length: int) -> Tensor:
     return x.narrow(0, start, length).transpose(0, 1).unsqueeze(0)
 
 
-def _cuda_attention(q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scale: float) -> Tensor:
+def _cuda_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scale: float
+) -> Tensor:
     return packed_attention_varlen(q, k, v, segments, scale, varlen_function())

@@ -1,7 +1,7 @@
 """The shape of a backbone, read from a Hugging Face ``config.json`` and nothing else.
 
-Shape letters used here and in the weight tables: V vocabulary, h hidden size, f MLP width, L layers,
-a query heads, g key/value groups, d head dimension.
+Shape letters used here and in the weight tables: V vocabulary, h hidden size, f MLP width, L
+layers, a query heads, g key/value groups, d head dimension.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are stretched; the field names are those of ``rope_parameters`` in transformers."""
+    """How rotary frequencies are stretched; the field names are those of ``rope_parameters`` in
+    transformers."""
 
     rope_type: str = "default"  # default | linear | dynamic | llama3
     factor: float = 1.0
@@ -26,8 +27,9 @@ class RopeScaling:
 class Geometry:
     """Everything about a backbone that decides shapes or arithmetic.
 
-    ``family`` is the key into ``rmega.models.BACKBONES``. ``has_reward_head`` says whether the folder that it was
-    read from already is a reward model, so that its head is loaded instead of a new one made.
+    ``family`` is the key into ``rmega.models.BACKBONES``. ``has_reward_head`` says whether the
+    folder that it was read from already is a reward model, so that its head is loaded instead of a
+    new one made.
     """
 
     family: str  # "internlm2" | "llama"

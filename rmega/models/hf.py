@@ -1,6 +1,8 @@
-"""The walker over a weight table, inwards: a Hugging Face folder into the parameters of this rank's stage.
+"""The walker over a weight table, inwards: a Hugging Face folder into the parameters of this rank's
+stage.
 
-Each rank reads its own slices and nothing else, straight from the files, so a load needs no memory beside the model.
+Each rank reads its own slices and nothing else, straight from the files, so a load needs no memory
+beside the model.
 """
 
 from __future__ import annotations
@@ -21,22 +23,28 @@ from rmega.models.hf_config import read_config
 from rmega.models.weights import WeightRule, hf_shapes
 
 REWARD_HEAD = "reward_head.weight"
-# Mapped pages count as memory of the process until the file is closed: reopen after this many bytes.
+# Mapped pages count as memory of the process until the file is closed: reopen after this many
+# bytes.
 REOPEN_BYTES = 128 * 2**20
 
 
 def read_geometry(folder: Path | str) -> tuple[Geometry, dict[str, Any]]:
-    """(geometry, ``config.json`` as a dict) of a model folder of any known family; ValueError on anything else."""
+    """(geometry, ``config.json`` as a dict) of a model folder of any known family; ValueError on
+    anything else."""
     config = read_config(folder)
     family = config.get("model_type")
     if family not in BACKBONES:
-        raise ValueError(f"{config['_path']}: model_type={family!r} is not supported (only {', '.join(BACKBONES)})")
+        raise ValueError(
+            f"{config['_path']}: model_type={family!r} is not supported (only"
+            f" {', '.join(BACKBONES)})"
+        )
     geometry = BACKBONES[family].read_geometry(config)
     return geometry, {key: value for key, value in config.items() if key != "_path"}
 
 
 class HfFolder:
-    """The tensors of a model folder, read by slice: safetensors, else ``.bin`` (weights only), single or sharded."""
+    """The tensors of a model folder, read by slice: safetensors, else ``.bin`` (weights only),
+    single or sharded."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -47,25 +55,37 @@ class HfFolder:
     def __enter__(self) -> HfFolder:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._open = None
 
     def _index(self) -> dict[str, str]:
         """Tensor name -> file name."""
         for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-            single, index = self.folder / f"{stem}.{suffix}", self.folder / f"{stem}.{suffix}.index.json"
+            single, index = (
+                self.folder / f"{stem}.{suffix}",
+                self.folder / f"{stem}.{suffix}.index.json",
+            )
             if index.is_file():
                 try:
                     files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
                 except (ValueError, KeyError, TypeError):
                     raise ValueError(f"{index}: no weight_map in it") from None
-                if missing := sorted({f for f in files.values() if not (self.folder / f).is_file()}):
+                if missing := sorted(
+                    {f for f in files.values() if not (self.folder / f).is_file()}
+                ):
                     raise ValueError(f"{index}: names {missing[0]}, which is not in the folder")
                 return files
             if single.is_file():
                 return {name: single.name for name in self._names(single)}
-        raise ValueError(f"{self.folder}: no weights (model.safetensors, pytorch_model.bin, or one of their indices)")
+        raise ValueError(
+            f"{self.folder}: no weights (model.safetensors, pytorch_model.bin, or one of their"
+            " indices)"
+        )
 
     def _names(self, path: Path) -> list[str]:
         handle = self._load(path)
@@ -95,16 +115,25 @@ class HfFolder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         handle = self._handle(name)
-        return tuple(handle[name].shape if isinstance(handle, dict) else handle.get_slice(name).get_shape())
+        return tuple(
+            handle[name].shape if isinstance(handle, dict) else handle.get_slice(name).get_shape()
+        )
 
-    def read(self, name: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> torch.Tensor:
-        """Rows ``start`` to ``stop`` (and only these columns) of a tensor, in the dtype of the file."""
+    def read(
+        self, name: str, start: int, stop: int, columns: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        """Rows ``start`` to ``stop`` (and only these columns) of a tensor, in the dtype of the
+        file."""
         handle = self._handle(name)
         source = handle[name] if isinstance(handle, dict) else handle.get_slice(name)
-        rows = source[start:stop] if columns is None else source[start:stop, columns[0]:columns[1]]
+        rows = (
+            source[start:stop] if columns is None else source[start:stop, columns[0] : columns[1]]
+        )
         if not rows.dtype.is_floating_point or rows.dtype.itemsize < 2:
-            raise ValueError(f"{self.folder / self.files[name]}: {name} is {rows.dtype}: quantised weights cannot be "
-                             "trained")
+            raise ValueError(
+                f"{self.folder / self.files[name]}: {name} is {rows.dtype}: quantised weights"
+                " cannot be trained"
+            )
         self._bytes_read += rows.numel() * rows.element_size()
         return rows
 
@@ -112,8 +141,9 @@ class HfFolder:
 def source_names(files: Iterable[str], geometry: Geometry, folder: Path | str) -> dict[str, str]:
     """Table name -> name in this folder, for every tensor of the weight table that the folder has.
 
-    A bare backbone has no ``model.`` in front of its names, and a tied folder may have kept only the output matrix. A
-    tensor that the table does not know, such as a bias, is refused: leaving it out would change the model silently.
+    A bare backbone has no ``model.`` in front of its names, and a tied folder may have kept only
+    the output matrix. A tensor that the table does not know, such as a bias, is refused: leaving it
+    out would change the model silently.
     """
     backbone, names = BACKBONES[geometry.family], set(files)
     table = hf_shapes(backbone.weight_table(geometry))
@@ -122,45 +152,71 @@ def source_names(files: Iterable[str], geometry: Geometry, folder: Path | str) -
     embedding = next(iter(table))
     if found[embedding] not in names and geometry.tie_word_embeddings:
         found[embedding] = backbone.EMBEDDING_ALIAS
-    if missing := [name for name, theirs in found.items() if theirs not in names and name != backbone.HEAD]:
+    if missing := [
+        name for name, theirs in found.items() if theirs not in names and name != backbone.HEAD
+    ]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{folder}: {found[missing[0]]}{more} not found in the weights; config.json does not describe "
-                         "them")
+        raise ValueError(
+            f"{folder}: {found[missing[0]]}{more} not found in the weights; config.json does not"
+            " describe them"
+        )
     if found[backbone.HEAD] not in names:
         if geometry.has_reward_head:
-            raise ValueError(f"{folder}: config.json says it is a reward model, but {backbone.HEAD} is not among its "
-                             "weights")
+            raise ValueError(
+                f"{folder}: config.json says it is a reward model, but {backbone.HEAD} is not among"
+                " its weights"
+            )
         del found[backbone.HEAD]
     ignored = {*backbone.IGNORED, *(name for name in names if name.endswith("rotary_emb.inv_freq"))}
     if unknown := sorted(names - set(found.values()) - ignored):
-        what = "biases are not supported" if unknown[0].endswith(".bias") else "it is not part of this architecture"
+        what = (
+            "biases are not supported"
+            if unknown[0].endswith(".bias")
+            else "it is not part of this architecture"
+        )
         raise ValueError(f"{folder}: tensor {unknown[0]} cannot be honoured: {what}")
     return found
 
 
 def rule_name(parameter: str, layer_numbers: dict[int, int]) -> str:
-    """The global rmega tensor of a parameter of one stage; ``layer_numbers``: place in the stage -> global index.
+    """The global rmega tensor of a parameter of one stage; ``layer_numbers``: place in the stage ->
+    global index.
 
-    Wrappers put ``module.`` in front; Transformer Engine keeps a norm's weight inside the linear layer after it.
+    Wrappers put ``module.`` in front; Transformer Engine keeps a norm's weight inside the linear
+    layer after it.
     """
     name = re.sub(r"^(module\.)+", "", parameter)
-    name = re.sub(r"^decoder\.layers\.(\d+)\.", lambda m: f"decoder.layers.{layer_numbers[int(m[1])]}.", name)
-    return (name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
-            .replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"))
+    name = re.sub(
+        r"^decoder\.layers\.(\d+)\.", lambda m: f"decoder.layers.{layer_numbers[int(m[1])]}.", name
+    )
+    return name.replace(
+        "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"
+    ).replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
 
 
 @torch.no_grad()
-def load_hf(model: torch.nn.Module, folder: Path | str, geometry: Geometry, *, tp_rank: int | None = None,
-            tp_size: int | None = None, head_init: str = "zero", head_std: float | None = None,
-            head_seed: int = 0) -> str:
-    """Fill every parameter of this stage from a model folder; returns where the reward head comes from.
+def load_hf(
+    model: torch.nn.Module,
+    folder: Path | str,
+    geometry: Geometry,
+    *,
+    tp_rank: int | None = None,
+    tp_size: int | None = None,
+    head_init: str = "zero",
+    head_std: float | None = None,
+    head_seed: int = 0,
+) -> str:
+    """Fill every parameter of this stage from a model folder; returns where the reward head comes
+    from.
 
-    The model's parameters may be of any float dtype and on any device. ``tp_rank`` and ``tp_size`` default to those of
-    megatron-core's process groups. The answer, such as ``"new head (zero)"`` or ``"head from model.safetensors"``, is
-    the same on every rank, whether or not its stage holds the head. A new head is ``zero`` or ``normal`` with standard
-    deviation ``head_std`` (default 1 / sqrt(h + 1)), drawn from ``head_seed`` alone, so that replicas agree.
+    The model's parameters may be of any float dtype and on any device. ``tp_rank`` and ``tp_size``
+    default to those of megatron-core's process groups. The answer, such as ``"new head (zero)"`` or
+    ``"head from model.safetensors"``, is the same on every rank, whether or not its stage holds the
+    head. A new head is ``zero`` or ``normal`` with standard deviation ``head_std`` (default 1 /
+    sqrt(h + 1)), drawn from ``head_seed`` alone, so that replicas agree.
 
-    Raises ValueError naming folder and tensor if the folder lacks a tensor, has another shape, or has one too many.
+    Raises ValueError naming folder and tensor if the folder lacks a tensor, has another shape, or
+    has one too many.
     """
     if tp_rank is None or tp_size is None:
         from megatron.core import parallel_state
@@ -189,7 +245,8 @@ def load_hf(model: torch.nn.Module, folder: Path | str, geometry: Geometry, *, t
 
 
 def init_head(weight: torch.Tensor, init: str, std: float | None, seed: int) -> None:
-    """A new reward head [1, h]: ``zero``, or ``normal`` with ``std`` (default 1 / sqrt(h + 1)) from ``seed``."""
+    """A new reward head [1, h]: ``zero``, or ``normal`` with ``std`` (default 1 / sqrt(h + 1)) from
+    ``seed``."""
     if init not in ("zero", "normal"):
         raise ValueError(f"--head-init {init}: zero or normal was expected")
     if init == "zero":
@@ -200,9 +257,17 @@ def init_head(weight: torch.Tensor, init: str, std: float | None, seed: int) -> 
     weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float32) * std)
 
 
-def fill(parameter: torch.Tensor, rule: WeightRule, source: HfFolder, names: dict[str, str],
-         shapes: dict[str, tuple[int, ...]], tp_rank: int, tp_size: int) -> None:
-    """Copy this rank's part of one global tensor into ``parameter``; what the engine padded becomes zero."""
+def fill(
+    parameter: torch.Tensor,
+    rule: WeightRule,
+    source: HfFolder,
+    names: dict[str, str],
+    shapes: dict[str, tuple[int, ...]],
+    tp_rank: int,
+    tp_size: int,
+) -> None:
+    """Copy this rank's part of one global tensor into ``parameter``; what the engine padded becomes
+    zero."""
     expected = rule.local_shape(tp_size)
     assert len(expected) == parameter.dim() and all(
         have == want or (have > want and dim == rule.shard_dim and rule.shard_blocks == 1)
@@ -219,9 +284,11 @@ def fill(parameter: torch.Tensor, rule: WeightRule, source: HfFolder, names: dic
         for offset, part in rule.overlaps(start, stop):
             theirs = names[part.name]
             if source.shape(theirs) != shapes[part.name]:
-                raise ValueError(f"{source.folder / source.files[theirs]}: {theirs} has shape {source.shape(theirs)}, "
-                                 f"config.json asks for {shapes[part.name]}")
+                raise ValueError(
+                    f"{source.folder / source.files[theirs]}: {theirs} has shape"
+                    f" {source.shape(theirs)}, config.json asks for {shapes[part.name]}"
+                )
             rows = source.read(theirs, part.start, part.stop, columns)
-            target = parameter[at + offset:at + offset + len(rows)]
-            (target if target.dim() == 1 else target[:, :rows.shape[1]]).copy_(rows)
+            target = parameter[at + offset : at + offset + len(rows)]
+            (target if target.dim() == 1 else target[:, : rows.shape[1]]).copy_(rows)
         at += stop - start

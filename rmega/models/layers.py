@@ -1,7 +1,8 @@
-"""The layers of a reward model as specifications for megatron-core, and the last layer that computes pooled rows only.
+"""The layers of a reward model as specifications for megatron-core, and the last layer that
+computes pooled rows only.
 
-Shape letters: t tokens, n pooled tokens, h hidden, a query heads and g key/value groups of this tensor rank, r = a / g,
-d head dimension, tp tensor-parallel size.
+Shape letters: t tokens, n pooled tokens, h hidden, a query heads and g key/value groups of this
+tensor rank, r = a / g, d head dimension, tp tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
@@ -37,7 +41,8 @@ from rmega.models.attention import packed_attention
 
 @dataclasses.dataclass
 class PackedRewardParams(PackedSeqParams):
-    """What every layer knows of a pack; megatron-core hands it through to the core attention unchanged.
+    """What every layer knows of a pack; megatron-core hands it through to the core attention
+    unchanged.
 
     cos, sin: [t, d/2]. pooled: [n] rows whose hidden state becomes a reward.
     """
@@ -53,14 +58,26 @@ class PackedRewardParams(PackedSeqParams):
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm with fp32 statistics. Under sequence parallelism its gradient is summed over tensor ranks,
-    unless it sees the same rows on all of them (``replicated``)."""
+    """Root-mean-square norm with fp32 statistics. Under sequence parallelism its gradient is summed
+    over tensor ranks, unless it sees the same rows on all of them (``replicated``)."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, replicated: bool = False,
-                 **_: object) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        replicated: bool = False,
+        **_: object,
+    ) -> None:
         super().__init__()
-        device = "cpu" if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        device = (
+            "cpu"
+            if config.use_cpu_initialization
+            else torch.device("cuda", torch.cuda.current_device())
+        )
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=device)
+        )
         self.weight.sequence_parallel = config.sequence_parallel and not replicated
         self.eps = eps
 
@@ -79,26 +96,44 @@ class SwiGLU(MegatronModule):
 
 
 class PackedCoreAttention(torch.nn.Module):
-    """Rotation and attention over a pack: query [t, a, d], key and value [t, g, d] -> [t, a * d]."""
+    """Rotation and attention over a pack: query [t, a, d], key and value [t, g, d] -> [t, a *
+    d]."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType,
-                 attention_type: str, **_: object) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        **_: object,
+    ) -> None:
         super().__init__()
         self.scale = config.softmax_scale or config.kv_channels**-0.5
 
-    def forward(self, query, key, value, attention_mask=None, *, packed_seq_params: PackedRewardParams,
-                attn_mask_type=None, attention_bias=None):
+    def forward(
+        self,
+        query,
+        key,
+        value,
+        attention_mask=None,
+        *,
+        packed_seq_params: PackedRewardParams,
+        attn_mask_type=None,
+        attention_bias=None,
+    ):
         pack = packed_seq_params
         query, key = ops.rope(query, pack.cos, pack.sin), ops.rope(key, pack.cos, pack.sin)
         return packed_attention(query, key, value, pack.segments, self.scale)
 
 
 class PooledLastLayer(TransformerLayer):
-    """A decoder layer whose output is only the pooled rows: hidden [t(/tp), 1, h] -> [n, 1, h], the same on all ranks.
+    """A decoder layer whose output is only the pooled rows: hidden [t(/tp), 1, h] -> [n, 1, h], the
+    same on all ranks.
 
-    Keys and values are computed for every token; query, attention, projection and MLP for pooled tokens only, which is
-    all that a reward reads. Under sequence parallelism the pooled rows of the residual stream are exchanged, never the
-    whole sequence, and what follows runs on replicated rows, hence with ``sequence_parallel`` off inside.
+    Keys and values are computed for every token; query, attention, projection and MLP for pooled
+    tokens only, which is all that a reward reads. Under sequence parallelism the pooled rows of the
+    residual stream are exchanged, never the whole sequence, and what follows runs on replicated
+    rows, hence with ``sequence_parallel`` off inside.
     """
 
     def __init__(self, config: TransformerConfig, *args, **kwargs) -> None:
@@ -108,7 +143,9 @@ class PooledLastLayer(TransformerLayer):
         self.shards_sequence = config.sequence_parallel
         self.input_layernorm.weight.sequence_parallel = config.sequence_parallel
 
-    def forward(self, hidden_states: torch.Tensor, *, packed_seq_params: PackedRewardParams, **_: object):
+    def forward(
+        self, hidden_states: torch.Tensor, *, packed_seq_params: PackedRewardParams, **_: object
+    ):
         pack, attention = packed_seq_params, self.self_attention
         x = self.input_layernorm(hidden_states)
         if self.shards_sequence:
@@ -120,28 +157,46 @@ class PooledLastLayer(TransformerLayer):
         r = attention.num_attention_heads_per_partition // g
         d = attention.hidden_size_per_attention_head
         weight = attention.linear_qkv.weight.view(g, r + 2, d, -1)
-        query = _product(ops.gather_last_token(x, pack.pooled), weight[:, :r].reshape(g * r * d, -1))
-        key, value = _product(x, weight[:, r:].transpose(0, 1).reshape(2 * g * d, -1)).view(-1, 2, g, d).unbind(1)
+        query = _product(
+            ops.gather_last_token(x, pack.pooled), weight[:, :r].reshape(g * r * d, -1)
+        )
+        key, value = (
+            _product(x, weight[:, r:].transpose(0, 1).reshape(2 * g * d, -1))
+            .view(-1, 2, g, d)
+            .unbind(1)
+        )
         query = ops.rope(query.view(-1, g * r, d), pack.cos[pack.pooled], pack.sin[pack.pooled])
-        out = packed_attention(query, ops.rope(key, pack.cos, pack.sin), value, pack.pooled_segments,
-                               attention.core_attention.scale)
+        out = packed_attention(
+            query,
+            ops.rope(key, pack.cos, pack.sin),
+            value,
+            pack.pooled_segments,
+            attention.core_attention.scale,
+        )
         out, _ = attention.linear_proj(out[:, None])
         hidden = pool_rows(hidden_states, pack.pooled, self.shards_sequence) + out
         return self._forward_mlp(hidden), None
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [t, k] times weight [n, k] transposed, by the function behind the engine's linear layers, so that in half
-    precision on a CPU it is made as theirs are (``fusion.py``)."""
+    """x [t, k] times weight [n, k] transposed, by the function behind the engine's linear layers,
+    so that in half precision on a CPU it is made as theirs are (``fusion.py``)."""
     return linear_with_grad_accumulation_and_async_allreduce(
-        x, weight, None, gradient_accumulation_fusion=False, allreduce_dgrad=False, sequence_parallel=False)
+        x,
+        weight,
+        None,
+        gradient_accumulation_fusion=False,
+        allreduce_dgrad=False,
+        sequence_parallel=False,
+    )
 
 
 def pool_rows(hidden: torch.Tensor, pooled: torch.Tensor, shards_sequence: bool) -> torch.Tensor:
     """Rows ``pooled`` [n] of the whole sequence -> [n, 1, h] on every tensor rank.
 
-    ``hidden`` is [t, 1, h], or this rank's shard [t/tp, 1, h] under sequence parallelism; then each rank puts in the
-    rows that it holds and their sum is taken, whose backward hands each rank the gradient of its own rows.
+    ``hidden`` is [t, 1, h], or this rank's shard [t/tp, 1, h] under sequence parallelism; then each
+    rank puts in the rows that it holds and their sum is taken, whose backward hands each rank the
+    gradient of its own rows.
     """
     hidden = hidden.squeeze(1)
     if not shards_sequence:
@@ -150,15 +205,21 @@ def pool_rows(hidden: torch.Tensor, pooled: torch.Tensor, shards_sequence: bool)
 
     local = pooled - get_tensor_model_parallel_rank() * hidden.shape[0]
     mine = (local >= 0) & (local < hidden.shape[0])
-    rows = ops.gather_last_token(hidden, local.clamp(0, hidden.shape[0] - 1)) * mine[:, None].to(hidden.dtype)
+    rows = ops.gather_last_token(hidden, local.clamp(0, hidden.shape[0] - 1)) * mine[:, None].to(
+        hidden.dtype
+    )
     return reduce_from_tensor_model_parallel_region(rows)[:, None]
 
 
 def layer_spec(module: type = TransformerLayer, *, transformer_engine: bool = False) -> ModuleSpec:
-    """One decoder layer. ``transformer_engine`` takes its linear layers from Transformer Engine, the rest is ours."""
+    """One decoder layer. ``transformer_engine`` takes its linear layers from Transformer Engine,
+    the rest is ours."""
     column, row = ColumnParallelLinear, RowParallelLinear
     if transformer_engine:
-        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+        from megatron.core.extensions.transformer_engine import (
+            TEColumnParallelLinear,
+            TERowParallelLinear,
+        )
 
         column, row = TEColumnParallelLinear, TERowParallelLinear
     return ModuleSpec(
@@ -168,26 +229,42 @@ def layer_spec(module: type = TransformerLayer, *, transformer_engine: bool = Fa
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(linear_qkv=column, core_attention=PackedCoreAttention,
-                                                   linear_proj=row, q_layernorm=IdentityOp, k_layernorm=IdentityOp),
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=column,
+                    core_attention=PackedCoreAttention,
+                    linear_proj=row,
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row,
-                                                                activation_func=SwiGLU)),
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=SwiGLU),
+            ),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def block_spec(config: TransformerConfig, *, post_process: bool, prune_last_layer: bool, vp_stage: int | None = None,
-               transformer_engine: bool = False) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage; on the last stage the last of them is pruned unless switched off."""
+def block_spec(
+    config: TransformerConfig,
+    *,
+    post_process: bool,
+    prune_last_layer: bool,
+    vp_stage: int | None = None,
+    transformer_engine: bool = False,
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage; on the last stage the last of them is pruned unless
+    switched off."""
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     layers = [layer_spec(transformer_engine=transformer_engine)] * count
     prune = post_process and prune_last_layer
     if prune:
-        # The pruned layer slices the fused query-key-value weight, which is a plain linear layer in either case.
+        # The pruned layer slices the fused query-key-value weight, which is a plain linear layer in
+        # either case.
         layers = [*layers[:-1], layer_spec(PooledLastLayer)]
-    return TransformerBlockSubmodules(layer_specs=layers,
-                                      layer_norm=ModuleSpec(module=RMSNorm, params={"replicated": prune}))
+    return TransformerBlockSubmodules(
+        layer_specs=layers, layer_norm=ModuleSpec(module=RMSNorm, params={"replicated": prune})
+    )

@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -33,30 +37,52 @@ def check_divides(geometry: Geometry, *, tp: int, pad_attention_heads: bool = Fa
         raise ValueError(
             f"--tp {tp} does not divide the model's {geometry.num_query_groups} key/value heads "
             f"({geometry.num_attention_heads} query heads); --pad-attention-heads adds "
-            f"{added} group{'s' * (added != 1)} of zero heads, which is exact")
+            f"{added} group{'s' * (added != 1)} of zero heads, which is exact"
+        )
     if geometry.ffn_hidden_size % tp:
-        raise ValueError(f"--tp {tp} does not divide the model's MLP width {geometry.ffn_hidden_size}")
+        raise ValueError(
+            f"--tp {tp} does not divide the model's MLP width {geometry.ffn_hidden_size}"
+        )
     if geometry.hidden_size % tp:
-        raise ValueError(f"--tp {tp} does not divide the model's hidden size {geometry.hidden_size}")
+        raise ValueError(
+            f"--tp {tp} does not divide the model's hidden size {geometry.hidden_size}"
+        )
 
 
-def transformer_config(geometry: Geometry, *, tp: int = 1, pp: int = 1, vpp: int | None = None, sp: bool = False,
-                       dtype: torch.dtype = torch.float32, pad_attention_heads: bool = False,
-                       recompute: str = "none", first_stage_layers: int | None = None,
-                       last_stage_layers: int | None = None, deterministic: bool = True, on_cpu: bool = True,
-                       fp8_format: str = "none", fp8_recipe: str = "tensorwise",
-                       prune_last_layer: bool = True) -> TransformerConfig:
-    """megatron-core's configuration of a backbone in a layout. Raises ValueError where they do not fit."""
+def transformer_config(
+    geometry: Geometry,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    vpp: int | None = None,
+    sp: bool = False,
+    dtype: torch.dtype = torch.float32,
+    pad_attention_heads: bool = False,
+    recompute: str = "none",
+    first_stage_layers: int | None = None,
+    last_stage_layers: int | None = None,
+    deterministic: bool = True,
+    on_cpu: bool = True,
+    fp8_format: str = "none",
+    fp8_recipe: str = "tensorwise",
+    prune_last_layer: bool = True,
+) -> TransformerConfig:
+    """megatron-core's configuration of a backbone in a layout. Raises ValueError where they do not
+    fit."""
     check_divides(geometry, tp=tp, pad_attention_heads=pad_attention_heads)
     groups = padded_groups(geometry, tp)
     heads = groups * (geometry.num_attention_heads // geometry.num_query_groups)
     pipeline = {}
     if pp > 1:
-        # With two stages, previous and next rank are the same process and batched sends of an interleaved schedule
-        # cross: gradients would be wrong without a word.
-        pipeline = dict(overlap_p2p_comm=bool(vpp), batch_p2p_comm=not vpp, pipeline_dtype=dtype,
-                        num_layers_in_first_pipeline_stage=first_stage_layers,
-                        num_layers_in_last_pipeline_stage=last_stage_layers)
+        # With two stages, previous and next rank are the same process and batched sends of an
+        # interleaved schedule cross: gradients would be wrong without a word.
+        pipeline = dict(
+            overlap_p2p_comm=bool(vpp),
+            batch_p2p_comm=not vpp,
+            pipeline_dtype=dtype,
+            num_layers_in_first_pipeline_stage=first_stage_layers,
+            num_layers_in_last_pipeline_stage=last_stage_layers,
+        )
         _check_stages(geometry, pp=pp, vpp=vpp, first=first_stage_layers, last=last_stage_layers)
     return TransformerConfig(
         num_layers=geometry.num_layers,
@@ -84,7 +110,8 @@ def transformer_config(geometry: Geometry, *, tp: int = 1, pp: int = 1, vpp: int
         virtual_pipeline_model_parallel_size=vpp,
         sequence_parallel=sp and tp > 1,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # asked for with variable lengths, in dense models too
+        # asked for with variable lengths, in dense models too
+        moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,  # must be set before the data-parallel wrapper is built
         gradient_accumulation_fusion=False,
         deterministic_mode=deterministic and on_cpu,
@@ -101,7 +128,9 @@ def transformer_config(geometry: Geometry, *, tp: int = 1, pp: int = 1, vpp: int
     )
 
 
-def _check_stages(geometry: Geometry, *, pp: int, vpp: int | None, first: int | None, last: int | None) -> None:
+def _check_stages(
+    geometry: Geometry, *, pp: int, vpp: int | None, first: int | None, last: int | None
+) -> None:
     layers, stages = geometry.num_layers, pp
     for given in (first, last):
         if given is not None:
@@ -109,23 +138,34 @@ def _check_stages(geometry: Geometry, *, pp: int, vpp: int | None, first: int | 
     chunks = vpp or 1
     if stages and (layers <= 0 or layers % (stages * chunks)):
         raise ValueError(
-            f"--pp {pp}{f' --vpp {vpp}' if vpp else ''} does not divide the model's {geometry.num_layers} layers"
-            f"{' that are left for the middle stages' if (first or last) else ''}: {layers} layers over {stages} "
-            f"stages{f' of {chunks} chunks' if vpp else ''} "
-            f"(--num-layers-in-first-pipeline-stage and --num-layers-in-last-pipeline-stage make stages uneven)")
+            f"--pp {pp}{f' --vpp {vpp}' if vpp else ''} does not divide the model's"
+            f" {geometry.num_layers}"
+            f" layers{' that are left for the middle stages' if (first or last) else ''}: {layers}"
+            f" layers over {stages} stages{f' of {chunks} chunks' if vpp else ''}"
+            " (--num-layers-in-first-pipeline-stage and --num-layers-in-last-pipeline-stage make"
+            " stages uneven)"
+        )
 
 
 class RewardModel(MegatronModule):
     """What one pipeline stage (or one virtual chunk of it) holds.
 
-    Composed of megatron-core's embedding and block; not a ``GPTModel``, which would carry a language-model head into
-    checkpoints and stages. ``forward`` takes a ``PackedBatch`` and returns rewards [n] in fp32 on the last stage,
-    hidden states elsewhere.
+    Composed of megatron-core's embedding and block; not a ``GPTModel``, which would carry a
+    language-model head into checkpoints and stages. ``forward`` takes a ``PackedBatch`` and returns
+    rewards [n] in fp32 on the last stage, hidden states elsewhere.
     """
 
-    def __init__(self, config: TransformerConfig, geometry: Geometry, *, pre_process: bool = True,
-                 post_process: bool = True, vp_stage: int | None = None, prune_last_layer: bool = True,
-                 transformer_engine: bool = False) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        geometry: Geometry,
+        *,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        prune_last_layer: bool = True,
+        transformer_engine: bool = False,
+    ) -> None:
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder  # asked for by the schedules
         self.geometry = geometry
@@ -138,25 +178,43 @@ class RewardModel(MegatronModule):
         if pre_process:
             tp = config.tensor_model_parallel_size
             self.embedding = LanguageModelEmbedding(
-                config, vocab_size=-(-geometry.vocab_size // tp) * tp,
-                max_sequence_length=geometry.max_position_embeddings, position_embedding_type="rope")
+                config,
+                vocab_size=-(-geometry.vocab_size // tp) * tp,
+                max_sequence_length=geometry.max_position_embeddings,
+                position_embedding_type="rope",
+            )
         self.decoder = TransformerBlock(
             config,
-            block_spec(config, post_process=post_process, prune_last_layer=prune_last_layer, vp_stage=vp_stage,
-                       transformer_engine=transformer_engine),
-            pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+            block_spec(
+                config,
+                post_process=post_process,
+                prune_last_layer=prune_last_layer,
+                vp_stage=vp_stage,
+                transformer_engine=transformer_engine,
+            ),
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
         if post_process:
-            self.reward_head = torch.nn.Linear(config.hidden_size, 1, bias=False, dtype=torch.float32)
+            self.reward_head = torch.nn.Linear(
+                config.hidden_size, 1, bias=False, dtype=torch.float32
+            )
             torch.nn.init.zeros_(self.reward_head.weight)
 
         _mark_shards(self)
 
     def set_input_tensor(self, input_tensor: list[torch.Tensor]) -> None:
         """Called by the pipeline schedule with what the previous stage sent."""
-        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+        self.decoder.set_input_tensor(
+            input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        )
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
-        """megatron-core's; weights of padded heads may be longer or shorter in a checkpoint of another layout."""
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ):
+        """megatron-core's; weights of padded heads may be longer or shorter in a checkpoint of
+        another layout."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         for name, value in state.items():
             if name.endswith(("linear_qkv.weight", "linear_proj.weight")):
@@ -166,26 +224,35 @@ class RewardModel(MegatronModule):
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """[n] fp32 rewards on the last stage, else hidden states [t(/tp), 1, h]."""
         cos, sin = rotary_tables(batch.position_ids, self.speeds, self.config.params_dtype)
-        pack = PackedRewardParams(segments=batch.segments, pooled_segments=batch.pooled_segments, pooled=batch.pooled,
-                                  cos=cos, sin=sin)
+        pack = PackedRewardParams(
+            segments=batch.segments,
+            pooled_segments=batch.pooled_segments,
+            pooled=batch.pooled,
+            cos=cos,
+            sin=sin,
+        )
         hidden = self.embedding(batch.tokens, batch.position_ids) if self.pre_process else None
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=pack)
         if not self.post_process:
             return hidden
         if not self.prune_last_layer:
             hidden = pool_rows(hidden, batch.pooled, self.config.sequence_parallel)
-        # Head and loss are fp32 in every precision: a bf16 reward of 4.03 and one of 4.04 are the same number.
+        # Head and loss are fp32 in every precision: a bf16 reward of 4.03 and one of 4.04 are the
+        # same number.
         return F.linear(hidden.squeeze(1).float(), self.reward_head.weight).squeeze(1)
 
 
 def _mark_shards(model: torch.nn.Module) -> None:
     """Say of each weight how tensor parallelism cuts it.
 
-    megatron-core does this while it initialises weights, which is skipped here because they are read from a folder;
-    unmarked, they would count on tensor rank 0 only and the gradient norm would be too small.
+    megatron-core does this while it initialises weights, which is skipped here because they are
+    read from a folder; unmarked, they would count on tensor rank 0 only and the gradient norm would
+    be too small.
     """
     for module in model.modules():
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
-            set_tensor_model_parallel_attributes(module.weight, True, 0, getattr(module, "stride", 1) or 1)
+            set_tensor_model_parallel_attributes(
+                module.weight, True, 0, getattr(module, "stride", 1) or 1
+            )
         elif isinstance(module, RowParallelLinear):
             set_tensor_model_parallel_attributes(module.weight, True, 1, 1)

@@ -1,6 +1,8 @@
-"""Packed attention on CUDA: varlen attention of torch or flash-attn over keys that are gathered per segment.
+"""Packed attention on CUDA: varlen attention of torch or flash-attn over keys that are gathered per
+segment.
 
-Shape letters: t tokens, tq query rows, s segments, a query heads, g key/value groups, d head dimension.
+Shape letters: t tokens, tq query rows, s segments, a query heads, g key/value groups, d head
+dimension.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ from torch import Tensor
 from rmega import ops
 from rmega.models.segments import SegmentsLike, segment_list
 
-# (q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale) -> causal attention of each sequence, aligned bottom right
+# (q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale) -> causal attention of each sequence,
+# aligned bottom right
 Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float], Tensor]
 
 
 class VarlenPlan(NamedTuple):
-    """What varlen attention needs of a pack, made once; tensors are int32 on the device of the queries."""
+    """What varlen attention needs of a pack, made once; tensors are int32 on the device of the
+    queries."""
 
     cu_seqlens_q: Tensor  # [s + 1]
     cu_seqlens_k: Tensor  # [s + 1]
@@ -32,7 +36,9 @@ class VarlenPlan(NamedTuple):
     max_k: int
     num_queries: int
     num_keys: int
-    gather: tuple[Tensor, Tensor, Tensor, Tensor] | None  # None: the keys already lie one segment after the other
+    gather: (
+        tuple[Tensor, Tensor, Tensor, Tensor] | None
+    )  # None: the keys already lie one segment after the other
 
 
 def varlen_plan(segments: SegmentsLike, device: torch.device) -> VarlenPlan:
@@ -43,8 +49,12 @@ def varlen_plan(segments: SegmentsLike, device: torch.device) -> VarlenPlan:
         q_ends = list(itertools.accumulate((s.q_len for s in rows), initial=0))
         k_ends = list(itertools.accumulate((s.prefix_len + s.k_len for s in rows), initial=0))
         if any(s.q_start != end for s, end in zip(rows, q_ends, strict=False)):
-            raise ValueError("varlen attention needs segments in the order of their query rows, without gaps")
-        in_place = all(s.prefix_len == 0 and s.k_start == end for s, end in zip(rows, k_ends, strict=False))
+            raise ValueError(
+                "varlen attention needs segments in the order of their query rows, without gaps"
+            )
+        in_place = all(
+            s.prefix_len == 0 and s.k_start == end for s, end in zip(rows, k_ends, strict=False)
+        )
         names = ("prefix_start", "prefix_len", "k_start", "k_len")
         columns = [torch.tensor(q_ends, dtype=torch.int32), torch.tensor(k_ends, dtype=torch.int32)]
         columns += [] if in_place else [getattr(segments, name).int() for name in names]
@@ -52,7 +62,8 @@ def varlen_plan(segments: SegmentsLike, device: torch.device) -> VarlenPlan:
             columns = [column.pin_memory().to(device, non_blocking=True) for column in columns]
         segments.cache[key] = VarlenPlan(
             *columns[:2],
-            # Some releases fold query groups into rows when the longest query is 1: a path made for decoding.
+            # Some releases fold query groups into rows when the longest query is 1: a path made for
+            # decoding.
             max_q=max([2, *(s.q_len for s in rows)]),
             max_k=max([0, *(s.prefix_len + s.k_len for s in rows)]),
             num_queries=q_ends[-1],
@@ -65,20 +76,24 @@ def varlen_plan(segments: SegmentsLike, device: torch.device) -> VarlenPlan:
 def packed_attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scale: float, varlen: Varlen
 ) -> Tensor:
-    """As packed_attention, by one varlen call over keys that are gathered per segment (prefix, then own)."""
+    """As packed_attention, by one varlen call over keys that are gathered per segment (prefix, then
+    own)."""
     plan = varlen_plan(segments, q.device)
     if plan.gather is None:
         k, v = _first_rows(k, plan.num_keys), _first_rows(v, plan.num_keys)
     else:
         k, v = (ops.gather_prefix_kv(x, *plan.gather, plan.num_keys) for x in (k, v))
     cu_q, cu_k = plan.cu_seqlens_q, plan.cu_seqlens_k
-    out = varlen(_first_rows(q, plan.num_queries), k, v, cu_q, cu_k, plan.max_q, plan.max_k, scale).flatten(1)
+    out = varlen(
+        _first_rows(q, plan.num_queries), k, v, cu_q, cu_k, plan.max_q, plan.max_k, scale
+    ).flatten(1)
     uncovered = q.shape[0] - plan.num_queries
     return F.pad(out, (0, 0, 0, uncovered)) if uncovered else out
 
 
 def _first_rows(x: Tensor, count: int) -> Tensor:
-    """x[:count]; x itself where that is all of it: the backward of a slice is a copy, and padding by nothing is too."""
+    """x[:count]; x itself where that is all of it: the backward of a slice is a copy, and padding
+    by nothing is too."""
     return x if x.shape[0] == count else x[:count]
 
 
@@ -100,10 +115,11 @@ def varlen_function() -> Varlen | None:
 
 
 def adapt_varlen(function: Callable) -> Varlen:
-    """A varlen function of any supported release, called in one way. The releases name causality differently:
+    """A varlen function of any supported release, called in one way. The releases name causality
+    differently:
 
-    torch 2.10 ``is_causal``, torch 2.11 and later ``window_size=(-1, 0)``, flash_attn ``causal``; torch 2.12 and later
-    want ``enable_gqa`` said.
+    torch 2.10 ``is_causal``, torch 2.11 and later ``window_size=(-1, 0)``, flash_attn ``causal``;
+    torch 2.12 and later want ``enable_gqa`` said.
     """
     names = inspect.signature(function).parameters
     if "is_causal" in names:

@@ -1,7 +1,8 @@
 """The work folder of a preprocessing run, and its end: from the pieces to the dataset.
 
-``PREFIX.partial`` holds everything converted so far in plain growing files and a journal with a line per chunk. A run
-that was killed leaves it; ``--resume`` cuts the files back to the last whole journal line and goes on from there.
+``PREFIX.partial`` holds everything converted so far in plain growing files and a journal with a
+line per chunk. A run that was killed leaves it; ``--resume`` cuts the files back to the last whole
+journal line and goes on from there.
 """
 
 from __future__ import annotations
@@ -33,8 +34,15 @@ MAX_SOURCES = 4096
 class WorkFolder:
     """Grows by a chunk at a time; see the head of this file."""
 
-    def __init__(self, prefix: str, identity: dict[str, Any], inputs: Sequence[Input], *, resume: bool,
-                 force: bool) -> None:
+    def __init__(
+        self,
+        prefix: str,
+        identity: dict[str, Any],
+        inputs: Sequence[Input],
+        *,
+        resume: bool,
+        force: bool,
+    ) -> None:
         """``identity``: what a resumed run must share with the interrupted one, by flag."""
         self.prefix, self.inputs = prefix, inputs
         self.folder = Path(f"{prefix}.partial")
@@ -54,8 +62,10 @@ class WorkFolder:
             self._check_identity(entries[0], identity)
             sizes = self._take_up(entries)
         elif len(entries) > 1 and not force:
-            raise ValueError(f"--output-prefix {prefix}: {self.folder} holds an interrupted run "
-                             f"({entries[-1]['rows']:,} rows); --resume goes on with it, --force starts afresh")
+            raise ValueError(
+                f"--output-prefix {prefix}: {self.folder} holds an interrupted run "
+                f"({entries[-1]['rows']:,} rows); --resume goes on with it, --force starts afresh"
+            )
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
@@ -82,13 +92,19 @@ class WorkFolder:
     def _check_identity(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         for flag, value in new.items():
             if old.get(flag) != value:
-                raise ValueError(f"--resume: {flag} differs from the interrupted run's ({old.get(flag)} then, {value} "
-                                 "now); run it as before, or start afresh with --force")
+                raise ValueError(
+                    f"--resume: {flag} differs from the interrupted run's ({old.get(flag)} then,"
+                    f" {value} now); run it as before, or start afresh with --force"
+                )
 
     def _take_up(self, entries: list[dict[str, Any]]) -> dict[str, int]:
-        while len(entries) > 1 and any(self._path(n).stat().st_size < entries[-1]["sizes"][n] for n in _FILES):
+        while len(entries) > 1 and any(
+            self._path(n).stat().st_size < entries[-1]["sizes"][n] for n in _FILES
+        ):
             entries.pop()  # the machine went down before everything reached the disk
-        self._path("journal").write_text("".join(json.dumps(e) + "\n" for e in entries), encoding="utf-8")
+        self._path("journal").write_text(
+            "".join(json.dumps(e) + "\n" for e in entries), encoding="utf-8"
+        )
         for entry in entries[1:]:
             self.source_names += entry["new_sources"]
             self.first_fault = self.first_fault or entry["first_fault"]
@@ -97,7 +113,11 @@ class WorkFolder:
         if self.num_chunks == 0:
             return dict.fromkeys(_FILES, 0)
         last = entries[-1]
-        self.num_rows, self.rejected, self.notes = last["rows"], Counter(last["rejected"]), Counter(last["notes"])
+        self.num_rows, self.rejected, self.notes = (
+            last["rows"],
+            Counter(last["rejected"]),
+            Counter(last["notes"]),
+        )
         self.missing = Counter(last.get("missing", {}))
         return last["sizes"]
 
@@ -110,25 +130,42 @@ class WorkFolder:
                 self._names[name] = len(self.source_names)
                 self.source_names.append(name)
         if len(documents):
-            documents["source"] = np.array([self._names[n] for n in result.source_names])[documents["source"]]
+            documents["source"] = np.array([self._names[n] for n in result.source_names])[
+                documents["source"]
+            ]
         source = self.inputs[chunk.input_index]
         for line, reason, detail, _ in result.rejected:
             self.rejected[reason] += 1
             if reason == "missing_field":
                 self.missing[re.sub(r"\[\d+\]", "[...]", detail)] += 1
             if not self.first_fault and reason not in NOT_FAULTS:
-                self.first_fault = f"{source.name}:{line}: {REASONS[reason]}{f' ({detail})' if detail else ''}"
+                self.first_fault = (
+                    f"{source.name}:{line}: {REASONS[reason]}{f' ({detail})' if detail else ''}"
+                )
         self.notes += result.notes
         self.num_rows += result.num_rows
         self.num_chunks += 1
-        rejected = "".join(json.dumps([chunk.input_index, *entry]) + "\n" for entry in result.rejected).encode()
-        for name, data in (("tokens", result.tokens), ("lengths", result.lengths), ("scores", result.scores),
-                           ("documents", documents.tobytes()), ("rejected", rejected)):
+        rejected = "".join(
+            json.dumps([chunk.input_index, *entry]) + "\n" for entry in result.rejected
+        ).encode()
+        for name, data in (
+            ("tokens", result.tokens),
+            ("lengths", result.lengths),
+            ("scores", result.scores),
+            ("documents", documents.tobytes()),
+            ("rejected", rejected),
+        ):
             self._streams[name].write(data)
             self._streams[name].flush()
-        entry = {"rows": self.num_rows, "sizes": {n: s.tell() for n, s in self._streams.items()},
-                 "rejected": self.rejected, "missing": self.missing, "notes": self.notes,
-                 "new_sources": self.source_names[known:], "first_fault": self.first_fault}
+        entry = {
+            "rows": self.num_rows,
+            "sizes": {n: s.tell() for n, s in self._streams.items()},
+            "rejected": self.rejected,
+            "missing": self.missing,
+            "notes": self.notes,
+            "new_sources": self.source_names[known:],
+            "first_fault": self.first_fault,
+        }
         self._journal.write(json.dumps(entry) + "\n")
         self._journal.flush()
 
@@ -139,18 +176,35 @@ class WorkFolder:
         if self.num_rows < at_least or num <= max_rejected * self.num_rows:
             return
         path = self.write_rejected([])
-        counts = ", ".join(f"{n} {r}" for r, n in sorted(faults.items(), key=lambda item: (-item[1], item[0])))
-        raise ValueError(f"{self.first_fault}; {num} of {self.num_rows} rows are faulty ({counts}), more than "
-                         f"--max-rejected {max_rejected:g}; all of them are listed in {path}")
+        counts = ", ".join(
+            f"{n} {r}" for r, n in sorted(faults.items(), key=lambda item: (-item[1], item[0]))
+        )
+        raise ValueError(
+            f"{self.first_fault}; {num} of {self.num_rows} rows are faulty ({counts}), more than "
+            f"--max-rejected {max_rejected:g}; all of them are listed in {path}"
+        )
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """tokens int32, lengths int32 [S], scores float32 [S], documents `checks.DOCUMENT` [N], from the files."""
-        types = {"tokens": np.int32, "lengths": np.int32, "scores": np.float32, "documents": dedup.DOCUMENT}
-        return {name: np.memmap(self._path(name), dtype, "r").view(np.ndarray)
-                if self._path(name).stat().st_size else np.zeros(0, dtype) for name, dtype in types.items()}
+        """tokens int32, lengths int32 [S], scores float32 [S], documents `checks.DOCUMENT` [N],
+        from the files."""
+        types = {
+            "tokens": np.int32,
+            "lengths": np.int32,
+            "scores": np.float32,
+            "documents": dedup.DOCUMENT,
+        }
+        return {
+            name: (
+                np.memmap(self._path(name), dtype, "r").view(np.ndarray)
+                if self._path(name).stat().st_size
+                else np.zeros(0, dtype)
+            )
+            for name, dtype in types.items()
+        }
 
     def write_rejected(self, further: list[tuple[int, int, str, str]]) -> str | None:
-        """Write PREFIX.rejected.jsonl in the order of the input; ``further`` is (input, line, reason, detail).
+        """Write PREFIX.rejected.jsonl in the order of the input; ``further`` is (input, line,
+        reason, detail).
 
         Returns its path; None, and no such file any more, if nothing was rejected.
         """
@@ -162,12 +216,24 @@ class WorkFolder:
         with open(f"{path}.tmp", "w", encoding="utf-8") as out:
             for index, line, reason, detail, text in self._merged(further):
                 source = self.inputs[index]
-                out.write(json.dumps({"file": source.name, source.unit: line, "reason": reason, "detail": detail,
-                                      "text": text}) + "\n")
+                out.write(
+                    json.dumps(
+                        {
+                            "file": source.name,
+                            source.unit: line,
+                            "reason": reason,
+                            "detail": detail,
+                            "text": text,
+                        }
+                    )
+                    + "\n"
+                )
         os.replace(f"{path}.tmp", path)
         return path
 
-    def _merged(self, further: list[tuple[int, int, str, str]]) -> Iterator[tuple[int, int, str, str, str]]:
+    def _merged(
+        self, further: list[tuple[int, int, str, str]]
+    ) -> Iterator[tuple[int, int, str, str, str]]:
         later = 0
         with open(self._path("rejected"), encoding="utf-8") as stream:
             for text in stream:
@@ -190,9 +256,16 @@ class WorkFolder:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def select(work: WorkFolder, documents: np.ndarray, *, duplicates: str, held_out: np.ndarray | None,
-           holdout_action: str) -> tuple[np.ndarray, list[tuple[int, int, str, str]], dict[str, int]]:
-    """(kept [N] bool, further rejected rows, overlap with the held-out set). Counts into ``work.rejected``."""
+def select(
+    work: WorkFolder,
+    documents: np.ndarray,
+    *,
+    duplicates: str,
+    held_out: np.ndarray | None,
+    holdout_action: str,
+) -> tuple[np.ndarray, list[tuple[int, int, str, str]], dict[str, int]]:
+    """(kept [N] bool, further rejected rows, overlap with the held-out set). Counts into
+    ``work.rejected``."""
     keep = np.ones(len(documents), bool)
     further: list[tuple[int, int, str, str]] = []
     overlap: dict[str, int] = {}
@@ -203,9 +276,14 @@ def select(work: WorkFolder, documents: np.ndarray, *, duplicates: str, held_out
         if mask.any():
             work.rejected[reason] += int(mask.sum())
             rows = documents[mask]
-            further.extend((int(f), int(n), reason, "") for f, n in zip(rows["file"], rows["line"], strict=True))
+            further.extend(
+                (int(f), int(n), reason, "")
+                for f, n in zip(rows["file"], rows["line"], strict=True)
+            )
             if not work.first_fault and reason not in NOT_FAULTS:
-                work.first_fault = f"{work.inputs[further[-1][0]].name}:{further[-1][1]}: {REASONS[reason]}"
+                work.first_fault = (
+                    f"{work.inputs[further[-1][0]].name}:{further[-1][1]}: {REASONS[reason]}"
+                )
 
     if duplicates == "drop":
         repeated, contradictory = dedup.find_duplicates(documents)
@@ -213,29 +291,48 @@ def select(work: WorkFolder, documents: np.ndarray, *, duplicates: str, held_out
         leave_out(contradictory, "contradiction")
     if held_out is not None:
         inside = np.isin(documents["prompt"], held_out)
-        overlap = {"prompts": len(np.unique(documents["prompt"][inside & keep])),
-                   "comparisons": int((inside & keep).sum()), "held_out_prompts": len(held_out)}
+        overlap = {
+            "prompts": len(np.unique(documents["prompt"][inside & keep])),
+            "comparisons": int((inside & keep).sum()),
+            "held_out_prompts": len(held_out),
+        }
         if holdout_action == "drop":
             leave_out(inside, "holdout")
     return keep, further, overlap
 
 
-def finish(work: WorkFolder, *, outputs: Sequence[str], settings: dict[str, Any], schemas: Sequence[str],
-           duplicates: str, held_out: np.ndarray | None, holdout_action: str, valid_fraction: float, split_seed: int,
-           max_rejected: float) -> list[dict[str, Any]]:
-    """Check the whole, write the dataset(s) at ``outputs`` (training, then validation), remove the folder.
+def finish(
+    work: WorkFolder,
+    *,
+    outputs: Sequence[str],
+    settings: dict[str, Any],
+    schemas: Sequence[str],
+    duplicates: str,
+    held_out: np.ndarray | None,
+    holdout_action: str,
+    valid_fraction: float,
+    split_seed: int,
+    max_rejected: float,
+) -> list[dict[str, Any]]:
+    """Check the whole, write the dataset(s) at ``outputs`` (training, then validation), remove the
+    folder.
 
     ``settings`` is the tokenizer's part of the manifest. Returns the manifests.
     """
     arrays = work.arrays()
     documents = arrays["documents"]
-    keep, further, overlap = select(work, documents, duplicates=duplicates, held_out=held_out,
-                                    holdout_action=holdout_action)
+    keep, further, overlap = select(
+        work, documents, duplicates=duplicates, held_out=held_out, holdout_action=holdout_action
+    )
     work.check_faults(max_rejected)
-    assert int(keep.sum()) + sum(work.rejected.values()) == work.num_rows, "a row is neither kept nor rejected"
+    assert int(keep.sum()) + sum(work.rejected.values()) == work.num_rows, (
+        "a row is neither kept nor rejected"
+    )
     if not keep.any():
         path = work.write_rejected(further)
-        raise ValueError(f"--input: no comparison is left of {work.num_rows} rows; why is in {path}")
+        raise ValueError(
+            f"--input: no comparison is left of {work.num_rows} rows; why is in {path}"
+        )
     valid = np.zeros(len(documents), bool)
     if valid_fraction:
         valid = dedup.split_by_prompt(documents, keep, valid_fraction, split_seed)
@@ -243,27 +340,49 @@ def finish(work: WorkFolder, *, outputs: Sequence[str], settings: dict[str, Any]
     times = dedup.draw_by_weight(documents, weights[documents["file"]])
     names, source_ids = _source_table(work, documents)
     work.write_rejected(further)
-    run = {"rows": work.num_rows, "rejected": dict(sorted(work.rejected.items())),
-           "missing": dict(sorted(work.missing.items())),
-           "notes": dict(sorted(work.notes.items())),
-           "files": [{"name": s.name, "schema": schema, "weight": s.weight, "sha256": work.hashes.get(s.name),
-                      "split": s.split, "revision": s.revision}
-                     for s, schema in zip(work.inputs, schemas, strict=True)]}
+    run = {
+        "rows": work.num_rows,
+        "rejected": dict(sorted(work.rejected.items())),
+        "missing": dict(sorted(work.missing.items())),
+        "notes": dict(sorted(work.notes.items())),
+        "files": [
+            {
+                "name": s.name,
+                "schema": schema,
+                "weight": s.weight,
+                "sha256": work.hashes.get(s.name),
+                "split": s.split,
+                "revision": s.revision,
+            }
+            for s, schema in zip(work.inputs, schemas, strict=True)
+        ],
+    }
     manifests, writers = [], []
     split = {"valid_fraction": valid_fraction, "seed": split_seed}
     try:
-        for part, output, mask in zip(("train", "valid"), outputs, (keep & ~valid, keep & valid), strict=False):
+        for part, output, mask in zip(
+            ("train", "valid"), outputs, (keep & ~valid, keep & valid), strict=False
+        ):
             chosen = np.repeat(np.flatnonzero(mask), times[mask])
             if not len(chosen):
                 raise ValueError(f"--weights: nothing is left for {output}")
             writer = PreferenceWriter(output)
             writers.append(writer)
             _copy(arrays, chosen, source_ids, writer)
-            manifests.append(writer.seal({
-                "rmega": rmega.__version__, **settings, **_heuristics(documents[chosen]),
-                "sources": names, "input": run,
-                "split": {"part": part, **split} if valid_fraction else None,
-                "left_out_by_weight": int((times[mask] == 0).sum()), "holdout": overlap or None}))
+            manifests.append(
+                writer.seal(
+                    {
+                        "rmega": rmega.__version__,
+                        **settings,
+                        **_heuristics(documents[chosen]),
+                        "sources": names,
+                        "input": run,
+                        "split": {"part": part, **split} if valid_fraction else None,
+                        "left_out_by_weight": int((times[mask] == 0).sum()),
+                        "holdout": overlap or None,
+                    }
+                )
+            )
         for writer in reversed(writers):
             writer.publish()
     except BaseException:
@@ -275,12 +394,15 @@ def finish(work: WorkFolder, *, outputs: Sequence[str], settings: dict[str, Any]
 
 
 def _source_table(work: WorkFolder, documents: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Names of sources, and uint16 [N]. A source column with a value per row gives way to the files' names."""
+    """Names of sources, and uint16 [N]. A source column with a value per row gives way to the
+    files' names."""
     if len(work.source_names) <= MAX_SOURCES:
         return work.source_names, documents["source"].astype(np.uint16)
     labels = sorted({s.label for s in work.inputs})
     of_input = np.array([labels.index(s.label) for s in work.inputs], np.uint16)
-    work.notes[f"more than {MAX_SOURCES} names in the source column: the files' names stand instead"] += 1
+    work.notes[
+        f"more than {MAX_SOURCES} names in the source column: the files' names stand instead"
+    ] += 1
     return labels, of_input[documents["file"]]
 
 
@@ -290,23 +412,38 @@ def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.repeat(starts - offsets, counts) + np.arange(int(counts.sum()))
 
 
-def _copy(arrays: dict[str, np.ndarray], chosen: np.ndarray, source_ids: np.ndarray, writer: PreferenceWriter) -> None:
+def _copy(
+    arrays: dict[str, np.ndarray],
+    chosen: np.ndarray,
+    source_ids: np.ndarray,
+    writer: PreferenceWriter,
+) -> None:
     """Write the documents with these numbers [n]; runs of neighbours are copied in one piece."""
     documents = arrays["documents"]
     num_sequences = documents["num_sequences"].astype(np.int64)
-    sequence_ends, token_ends = np.cumsum(num_sequences), np.cumsum(documents["num_tokens"].astype(np.int64))
+    sequence_ends, token_ends = (
+        np.cumsum(num_sequences),
+        np.cumsum(documents["num_tokens"].astype(np.int64)),
+    )
     borders = np.concatenate([[0], np.flatnonzero(np.diff(chosen) != 1) + 1, [len(chosen)]])
     first, last = chosen[borders[:-1]], chosen[borders[1:] - 1]
     starts = token_ends[first] - documents["num_tokens"][first].astype(np.int64)
     for start, end in zip(starts.tolist(), token_ends[last].tolist(), strict=True):
         writer.add_tokens(arrays["tokens"][start:end])
     rows = _ranges((sequence_ends - num_sequences)[chosen], num_sequences[chosen])
-    writer.add_documents(arrays["lengths"][rows], arrays["scores"][rows], num_sequences[chosen], source_ids[chosen])
+    writer.add_documents(
+        arrays["lengths"][rows], arrays["scores"][rows], num_sequences[chosen], source_ids[chosen]
+    )
 
 
 def _heuristics(chosen: np.ndarray) -> dict[str, Any]:
-    """What only the rows knew: how often the first response of a row is the better one, and the scripts."""
+    """What only the rows knew: how often the first response of a row is the better one, and the
+    scripts."""
     scripts = np.bincount(chosen["script"], minlength=len(dedup.SCRIPTS))
-    return {"position_heuristic": {"first_wins": int(chosen["first_wins"].sum()),
-                                   "pairs": int(chosen["first_pairs"].sum())},
-            "scripts": {name: int(n) for name, n in zip(dedup.SCRIPTS, scripts, strict=True) if n}}
+    return {
+        "position_heuristic": {
+            "first_wins": int(chosen["first_wins"].sum()),
+            "pairs": int(chosen["first_pairs"].sum()),
+        },
+        "scripts": {name: int(n) for name, n in zip(dedup.SCRIPTS, scripts, strict=True) if n},
+    }

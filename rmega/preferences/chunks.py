@@ -1,4 +1,5 @@
-"""A chunk, the piece of an input that one worker takes at a time; and how an error of another library is quoted."""
+"""A chunk, the piece of an input that one worker takes at a time; and how an error of another
+library is quoted."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ Item = tuple[int, "dict[str, Any] | Rejected", str]
 
 @dataclass
 class Chunk:
-    """A piece of an input: ``payload`` is bytes of whole lines, a pyarrow batch, or a list of items."""
+    """A piece of an input: ``payload`` is bytes of whole lines, a pyarrow batch, or a list of
+    items."""
 
     input_index: int
     first: int
@@ -27,4 +29,3 @@ class Chunk:
     """Bytes of text, roughly, for the rate."""
     position: int = 0
     """Bytes of the file read so far, for the progress."""
-

@@ -19,31 +19,48 @@ NEEDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "hh": _PAIR,
     "alpaca": (("instruction",), ("chosen", "output"), ("rejected", "output")),
     "many-against-many": (("prompt", "question"), *_PAIR),
-    "helpsteer-preference": (("prompt", "context"), ("response_1", "response1"), ("response_2", "response2"),
-                             ("preference_strength", "overall_preference")),
+    "helpsteer-preference": (
+        ("prompt", "context"),
+        ("response_1", "response1"),
+        ("response_2", "response2"),
+        ("preference_strength", "overall_preference"),
+    ),
     "pku-saferlhf": (("prompt",), ("response_0",), ("response_1",), ("better_response_id",)),
     "arena": (("conversation_a",), ("conversation_b",), ("winner",)),
     "helpsteer": (("prompt",), ("response",), ("helpfulness",)),
-    "ranked": (("prompt", "instruction", "question", "context", "conversations"), RESPONSE_LISTS,
-               ("scores", "ratings", "ranks", "rank")),
+    "ranked": (
+        ("prompt", "instruction", "question", "context", "conversations"),
+        RESPONSE_LISTS,
+        ("scores", "ratings", "ranks", "rank"),
+    ),
     "strings-with-prompt": _PAIR,
 }
-"""Columns without which a row is none of the schema; of several in one place any. The plainest schema comes first."""
+"""Columns without which a row is none of the schema; of several in one place any. The plainest
+schema comes first."""
 
-_TWINS = {"chosen": "rejected", "rejected": "chosen", "conversation_a": "conversation_b",
-          "conversation_b": "conversation_a"}
+_TWINS = {
+    "chosen": "rejected",
+    "rejected": "chosen",
+    "conversation_a": "conversation_b",
+    "conversation_b": "conversation_a",
+}
 _OTHERS: dict[str, Any] = {"responses": [{"score": 1}], "scores": [1]}
 
 
 def nearest(row: Row) -> tuple[Schema, list[str]] | None:
-    """The schema of whose columns the row lacks least, and those columns; None if it has none of any."""
+    """The schema of whose columns the row lacks least, and those columns; None if it has none of
+    any."""
     best: tuple[tuple[bool, bool, float], Schema, list[str]] | None = None
     for name, needs in NEEDS.items():
         missing = [options for options in needs if all(row.get(n) is None for n in options)]
         if len(missing) == len(needs):
             continue
-        # Several schemas want the same columns: that one counts which the row would be with the missing ones.
-        filled = {**row, **{o[0]: row.get(_TWINS.get(o[0], ""), _OTHERS.get(o[0], "text")) for o in missing}}
+        # Several schemas want the same columns: that one counts which the row would be with the
+        # missing ones.
+        filled = {
+            **row,
+            **{o[0]: row.get(_TWINS.get(o[0], ""), _OTHERS.get(o[0], "text")) for o in missing},
+        }
         schema = schema_named(name)
         rank = not missing, schema.fits(filled), 1 - len(missing) / len(needs)
         if best is None or rank > best[0]:
@@ -83,4 +100,8 @@ def most_common(counts: Mapping[str, int]) -> str:
 
 def left_out(reason_text: str, reason: str, details: Mapping[str, Any]) -> str:
     """The words for a reason, with the columns where a column is what is missing."""
-    return f"{reason_text}: {most_common(details)}" if reason == "missing_field" and details else reason_text
+    return (
+        f"{reason_text}: {most_common(details)}"
+        if reason == "missing_field" and details
+        else reason_text
+    )

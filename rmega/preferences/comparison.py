@@ -1,7 +1,9 @@
-"""What a comparison is, and the pieces every schema is made of: messages, ratings, splitting off the prompt.
+"""What a comparison is, and the pieces every schema is made of: messages, ratings, splitting off
+the prompt.
 
-The schemas themselves are in schemas.py. A row that cannot become a comparison raises `Rejected`, with a reason from
-`REASONS` and a detail for the person who mends the data; it is counted and written out, never dropped silently.
+The schemas themselves are in schemas.py. A row that cannot become a comparison raises `Rejected`,
+with a reason from `REASONS` and a detail for the person who mends the data; it is counted and
+written out, never dropped silently.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Message = dict[str, Any]
-"""``role`` and ``content`` (text); further keys such as ``tool_calls`` go to the chat template as they are."""
+"""``role`` and ``content`` (text); further keys such as ``tool_calls`` go to the chat template as
+they are."""
 
 REASONS = {
     "not_utf8": "bytes or text that is not UTF-8",
@@ -40,16 +43,29 @@ REASONS = {
     "skipped_by_map": "the --map function returned None",
     "holdout": "its prompt is in a --holdout file",
 }
-NOT_FAULTS = frozenset({"tie", "duplicate", "overlong", "identical_after_cut", "skipped_by_map", "holdout"})
-"""Reasons that are a property or a wish, not a defect of the file: they do not count towards --max-rejected."""
+NOT_FAULTS = frozenset(
+    {"tie", "duplicate", "overlong", "identical_after_cut", "skipped_by_map", "holdout"}
+)
+"""Reasons that are a property or a wish, not a defect of the file: they do not count towards
+--max-rejected."""
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
-_ROLE_NAMES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
-               "model": "assistant", "ai": "assistant", "observation": "tool", "function_call": "assistant"}
+_ROLE_NAMES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+    "observation": "tool",
+    "function_call": "assistant",
+}
 
 
 class Rejected(Exception):
-    """A row that is left out. ``reason`` is a key of `REASONS`, ``detail`` says what and where in the row."""
+    """A row that is left out. ``reason`` is a key of `REASONS`, ``detail`` says what and where in
+    the row."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         assert reason in REASONS, reason
@@ -70,27 +86,42 @@ class Comparison:
     scores: list[float]
     """One per response, falling; equal scores are ties."""
     graded: bool = False
-    """Scores are real ratings, so that their differences are margins; else only their order counts."""
+    """Scores are real ratings, so that their differences are margins; else only their order
+    counts."""
     source: str = ""
     tools: list[Any] | None = None
     """Tool descriptions for the chat template."""
     positions: list[int] | None = None
-    """Where each response stood in the row, if the row's order says nothing of the preference; else None."""
+    """Where each response stood in the row, if the row's order says nothing of the preference; else
+    None."""
     notes: list[str] = field(default_factory=list)
     """What was changed or noticed on the way; counted and reported."""
 
 
-def make_comparison(prompt: list[Message], responses: Sequence[list[Message]], scores: Sequence[float], *,
-                    graded: bool, ordered: bool = True, tools: list[Any] | None = None,
-                    notes: Sequence[str] = ()) -> Comparison:
-    """Check and sort: best response first, stable. ``ordered`` False: the row's order was free of the preference."""
+def make_comparison(
+    prompt: list[Message],
+    responses: Sequence[list[Message]],
+    scores: Sequence[float],
+    *,
+    graded: bool,
+    ordered: bool = True,
+    tools: list[Any] | None = None,
+    notes: Sequence[str] = (),
+) -> Comparison:
+    """Check and sort: best response first, stable. ``ordered`` False: the row's order was free of
+    the preference."""
     if len(responses) < 2:
-        raise Rejected("too_few_responses", f"{len(responses)} response{'s' * (len(responses) != 1)}")
+        raise Rejected(
+            "too_few_responses", f"{len(responses)} response{'s' * (len(responses) != 1)}"
+        )
     for number, response in enumerate(responses, 1):
         if not response or response[-1]["role"] != "assistant":
             raise Rejected("no_reply", f"response {number}")
         if response[0]["role"] not in ("assistant", "tool", "function", "ipython"):
-            raise Rejected("prompts_differ", f"response {number} begins with a turn of the {response[0]['role']}")
+            raise Rejected(
+                "prompts_differ",
+                f"response {number} begins with a turn of the {response[0]['role']}",
+            )
         if not _has_text(response[-1]):
             raise Rejected("empty_response", f"response {number}")
     if not any(_has_text(m) for m in prompt):
@@ -106,8 +137,15 @@ def make_comparison(prompt: list[Message], responses: Sequence[list[Message]], s
     notes = list(notes)
     if not all(_has_text(m) for m in prompt):
         notes.append("an empty turn in the prompt")
-    return Comparison(prompt=prompt, responses=[responses[i] for i in order], scores=[float(scores[i]) for i in order],
-                      graded=graded, tools=tools, positions=None if ordered else order, notes=notes)
+    return Comparison(
+        prompt=prompt,
+        responses=[responses[i] for i in order],
+        scores=[float(scores[i]) for i in order],
+        graded=graded,
+        tools=tools,
+        positions=None if ordered else order,
+        notes=notes,
+    )
 
 
 def _check_repeated(responses: Sequence[list[Message]], scores: Sequence[float]) -> None:
@@ -123,6 +161,7 @@ def _has_text(message: Message) -> bool:
 
 
 # ---- messages
+
 
 def field_of(row: dict[str, Any], *names: str) -> Any:
     """The first of the columns that is there and not null."""
@@ -145,7 +184,8 @@ def as_text(value: Any, name: str) -> str:
 
 
 def as_message(value: Any, name: str) -> Message:
-    """A message from ``{role, content}`` or sharegpt's ``{from, value}``; null keys (parquet fills them) go away."""
+    """A message from ``{role, content}`` or sharegpt's ``{from, value}``; null keys (parquet fills
+    them) go away."""
     if not isinstance(value, dict):
         raise Rejected("wrong_type", f"{name} is {type(value).__name__}, not a message")
     role = value.get("role", value.get("from"))
@@ -161,8 +201,11 @@ def as_message(value: Any, name: str) -> Message:
         raise Rejected("missing_field", f"{name}: content")
     message: Message = {"role": role, "content": as_text(content, name)}
     if len(value) > 2:
-        extra = {k: v for k, v in value.items()
-                 if k in ("tool_calls", "tool_call_id", "name", "reasoning_content") and v is not None}
+        extra = {
+            k: v
+            for k, v in value.items()
+            if k in ("tool_calls", "tool_call_id", "name", "reasoning_content") and v is not None
+        }
         message.update(extra)
     return message
 
@@ -174,7 +217,9 @@ def as_messages(value: Any, name: str) -> list[Message]:
     if not isinstance(value, list):
         raise Rejected("wrong_type", f"{name} is {type(value).__name__}, not a list of messages")
     if not value:
-        raise Rejected("empty_response" if name != "prompt" else "empty_prompt", f"{name} is an empty list")
+        raise Rejected(
+            "empty_response" if name != "prompt" else "empty_prompt", f"{name} is an empty list"
+        )
     return [as_message(v, f"{name}[{i}]") for i, v in enumerate(value)]
 
 
@@ -192,8 +237,11 @@ def assistant(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
-def split_prompt(conversations: Sequence[list[Message]]) -> tuple[list[Message], list[list[Message]]]:
-    """Whole conversations -> (the messages they share, the rest of each). At least one message is left to each."""
+def split_prompt(
+    conversations: Sequence[list[Message]],
+) -> tuple[list[Message], list[list[Message]]]:
+    """Whole conversations -> (the messages they share, the rest of each). At least one message is
+    left to each."""
     shortest = min(len(c) for c in conversations)
     shared, first = 0, conversations[0]
     while shared < shortest - 1 and all(c[shared] == first[shared] for c in conversations):
@@ -202,9 +250,14 @@ def split_prompt(conversations: Sequence[list[Message]]) -> tuple[list[Message],
 
 
 def with_system(row: dict[str, Any], prompt: list[Message]) -> list[Message]:
-    """Put the row's ``system`` (or ``system_prompt``) column first, unless the prompt has a system turn."""
+    """Put the row's ``system`` (or ``system_prompt``) column first, unless the prompt has a system
+    turn."""
     system = row.get("system") or row.get("system_prompt")
-    if isinstance(system, str) and system.strip() and not (prompt and prompt[0]["role"] == "system"):
+    if (
+        isinstance(system, str)
+        and system.strip()
+        and not (prompt and prompt[0]["role"] == "system")
+    ):
         return [{"role": "system", "content": system}, *prompt]
     return prompt
 
@@ -218,15 +271,21 @@ def parse_hh(text: str, name: str) -> list[Message]:
     parts = _HH_TURN.split(text)
     if parts[0].strip() or len(parts) < 3:
         raise Rejected("wrong_type", f"{name} does not begin with Human: or Assistant:")
-    return [{"role": _HH_ROLES[role], "content": content.strip()}
-            for role, content in zip(parts[1::2], parts[2::2], strict=True)]
+    return [
+        {"role": _HH_ROLES[role], "content": content.strip()}
+        for role, content in zip(parts[1::2], parts[2::2], strict=True)
+    ]
 
 
 # ---- ratings
 
-_RATING_COLUMNS = (("chosen-rating", "rejected-rating"), ("chosen_rating", "rejected_rating"),
-                   ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"),
-                   ("rating_chosen", "rating_rejected"))
+_RATING_COLUMNS = (
+    ("chosen-rating", "rejected-rating"),
+    ("chosen_rating", "rejected_rating"),
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("rating_chosen", "rating_rejected"),
+)
 
 
 def as_number(value: Any) -> float | None:
@@ -248,17 +307,26 @@ def as_number(value: Any) -> float | None:
 def ratings_of(row: dict[str, Any]) -> tuple[list[float], bool, list[str]]:
     """Scores of (chosen, rejected), whether they are ratings, and notes.
 
-    Ratings that do not put chosen above rejected leave the label as it is: ranks instead of ratings, and a note.
+    Ratings that do not put chosen above rejected leave the label as it is: ranks instead of
+    ratings, and a note.
     """
     for chosen, rejected in _RATING_COLUMNS:
         pair = as_number(row.get(chosen)), as_number(row.get(rejected))
         if pair[0] is not None and pair[1] is not None:
             if pair[0] > pair[1]:
                 return [pair[0], pair[1]], True, []
-            return [1.0, 0.0], False, ["ratings that do not agree with the label: the label counts, without margin"]
+            return (
+                [1.0, 0.0],
+                False,
+                ["ratings that do not agree with the label: the label counts, without margin"],
+            )
     margin = as_number(row.get("margin"))
     if margin is not None:
         if margin > 0:
             return [margin, 0.0], True, []
-        return [1.0, 0.0], False, ["a margin that is not positive: the label counts, without margin"]
+        return (
+            [1.0, 0.0],
+            False,
+            ["a margin that is not positive: the label counts, without margin"],
+        )
     return [1.0, 0.0], False, []

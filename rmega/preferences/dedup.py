@@ -1,7 +1,8 @@
-"""What is decided over all comparisons at once: duplicates, contradictions, overlap with a held-out set, the split.
+"""What is decided over all comparisons at once: duplicates, contradictions, overlap with a held-out
+set, the split.
 
-Works on a table with one row of numbers per comparison, so that ten million comparisons need neither ten million Python
-objects nor their text.
+Works on a table with one row of numbers per comparison, so that ten million comparisons need
+neither ten million Python objects nor their text.
 """
 
 from __future__ import annotations
@@ -15,21 +16,57 @@ import numpy as np
 
 from rmega.preferences.comparison import Comparison, Message
 
-DOCUMENT = np.dtype([("file", "<u4"), ("line", "<u8"), ("num_sequences", "<u4"), ("num_tokens", "<u8"),
-                     ("source", "<u4"), ("prompt", "<u8"), ("opening", "<u8"), ("responses", "<u8"), ("order", "<u8"),
-                     ("first_wins", "<u4"), ("first_pairs", "<u4"), ("script", "u1")])
-"""One comparison: where it came from, its size, 64-bit hashes of its texts, the position heuristic, its script."""
+DOCUMENT = np.dtype(
+    [
+        ("file", "<u4"),
+        ("line", "<u8"),
+        ("num_sequences", "<u4"),
+        ("num_tokens", "<u8"),
+        ("source", "<u4"),
+        ("prompt", "<u8"),
+        ("opening", "<u8"),
+        ("responses", "<u8"),
+        ("order", "<u8"),
+        ("first_wins", "<u4"),
+        ("first_pairs", "<u4"),
+        ("script", "u1"),
+    ]
+)
+"""One comparison: where it came from, its size, 64-bit hashes of its texts, the position heuristic,
+its script."""
 
-SCRIPTS = ("Latin", "Han", "Kana", "Hangul", "Cyrillic", "Arabic", "Devanagari", "Greek", "Hebrew", "Thai", "other")
-_SCRIPT_RANGES = ("A-Za-z\u00c0-\u024f\u1e00-\u1eff", "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff", "\u3040-\u30ff",
-                  "\u1100-\u11ff\uac00-\ud7af", "\u0400-\u052f", "\u0600-\u06ff\u0750-\u077f", "\u0900-\u097f",
-                  "\u0370-\u03ff", "\u0590-\u05ff", "\u0e00-\u0e7f")
+SCRIPTS = (
+    "Latin",
+    "Han",
+    "Kana",
+    "Hangul",
+    "Cyrillic",
+    "Arabic",
+    "Devanagari",
+    "Greek",
+    "Hebrew",
+    "Thai",
+    "other",
+)
+_SCRIPT_RANGES = (
+    "A-Za-z\u00c0-\u024f\u1e00-\u1eff",
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff",
+    "\u3040-\u30ff",
+    "\u1100-\u11ff\uac00-\ud7af",
+    "\u0400-\u052f",
+    "\u0600-\u06ff\u0750-\u077f",
+    "\u0900-\u097f",
+    "\u0370-\u03ff",
+    "\u0590-\u05ff",
+    "\u0e00-\u0e7f",
+)
 _SCRIPT_RUNS = [re.compile(f"[{r}]+") for r in _SCRIPT_RANGES]
 _NOT_ASCII = re.compile("[^\x00-\x7f]+")
 _KANA = SCRIPTS.index("Kana")
 _MASK = (1 << 64) - 1
 RANK_FACTORS = [pow(0x9E3779B97F4A7C15, r + 1, 1 << 64) for r in range(64)]
-"""Odd numbers: the sum of responses' hashes times their rank's factor names the set of responses and its order."""
+"""Odd numbers: the sum of responses' hashes times their rank's factor names the set of responses
+and its order."""
 
 
 def hash_messages(messages: Iterable[Message]) -> int:
@@ -38,28 +75,48 @@ def hash_messages(messages: Iterable[Message]) -> int:
     for message in messages:
         parts += (message["role"], message["content"].strip())
         if len(message) > 2:
-            parts.append(repr(sorted((k, repr(v)) for k, v in message.items() if k not in ("role", "content"))))
-    return int.from_bytes(blake2b("\0".join(parts).encode("utf-8"), digest_size=8).digest(), "little")
+            parts.append(
+                repr(
+                    sorted((k, repr(v)) for k, v in message.items() if k not in ("role", "content"))
+                )
+            )
+    return int.from_bytes(
+        blake2b("\0".join(parts).encode("utf-8"), digest_size=8).digest(), "little"
+    )
 
 
-def document_row(comparison: Comparison, file: int, line: int, num_tokens: int, source: int) -> tuple[Any, ...]:
+def document_row(
+    comparison: Comparison, file: int, line: int, num_tokens: int, source: int
+) -> tuple[Any, ...]:
     """The comparison's row of the table (`DOCUMENT`)."""
     prompt, scores = comparison.prompt, comparison.scores
     prompt_hash = hash_messages(prompt)
     opening = prompt_hash
     if len(prompt) > 1:
         first_user = next((i for i, m in enumerate(prompt) if m["role"] == "user"), len(prompt) - 1)
-        opening = hash_messages([m for m in prompt[:first_user + 1] if m["role"] != "system"])
+        opening = hash_messages([m for m in prompt[: first_user + 1] if m["role"] != "system"])
     responses = [hash_messages(r) for r in comparison.responses]
     ranks = [sum(other > score for other in scores) for score in scores]
     wins, pairs = position_counts(comparison)
-    return (file, line, len(responses) + 1, num_tokens, source, prompt_hash, opening, sum(responses) & _MASK,
-            sum(h * RANK_FACTORS[r % 64] for h, r in zip(responses, ranks, strict=True)) & _MASK, wins, pairs,
-            script_of(comparison))
+    return (
+        file,
+        line,
+        len(responses) + 1,
+        num_tokens,
+        source,
+        prompt_hash,
+        opening,
+        sum(responses) & _MASK,
+        sum(h * RANK_FACTORS[r % 64] for h, r in zip(responses, ranks, strict=True)) & _MASK,
+        wins,
+        pairs,
+        script_of(comparison),
+    )
 
 
 def position_counts(comparison: Comparison) -> tuple[int, int]:
-    """(pairs whose better response stood first in the row, all pairs); (0, 0) where the row's order is the label."""
+    """(pairs whose better response stood first in the row, all pairs); (0, 0) where the row's order
+    is the label."""
     positions, scores = comparison.positions, comparison.scores
     if positions is None:
         return 0, 0
@@ -73,7 +130,8 @@ def position_counts(comparison: Comparison) -> tuple[int, int]:
 
 
 def script_of(comparison: Comparison) -> int:
-    """Index into `SCRIPTS`: the script most letters of the last question and the first response are written in."""
+    """Index into `SCRIPTS`: the script most letters of the last question and the first response are
+    written in."""
     text = comparison.prompt[-1]["content"][:1000] + comparison.responses[0][-1]["content"][:1000]
     if text.isascii():
         return 0
@@ -90,8 +148,8 @@ def script_of(comparison: Comparison) -> int:
 def find_duplicates(documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(duplicate of an earlier one [N] bool, part of a contradiction [N] bool).
 
-    Two comparisons of the same responses to the same prompt are duplicates if they prefer alike. If some of them prefer
-    otherwise, all of them contradict each other: none can be told to be right.
+    Two comparisons of the same responses to the same prompt are duplicates if they prefer alike. If
+    some of them prefer otherwise, all of them contradict each other: none can be told to be right.
     """
     num = len(documents)
     duplicate, contradiction = np.zeros(num, bool), np.zeros(num, bool)
@@ -109,16 +167,22 @@ def find_duplicates(documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return duplicate & ~contradiction, contradiction
 
 
-def split_by_prompt(documents: np.ndarray, keep: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """True [N] for the validation side: about ``fraction`` of the kept comparisons, whole groups of one opening.
+def split_by_prompt(
+    documents: np.ndarray, keep: np.ndarray, fraction: float, seed: int
+) -> np.ndarray:
+    """True [N] for the validation side: about ``fraction`` of the kept comparisons, whole groups of
+    one opening.
 
-    A group is all comparisons with the same first question (without the system prompt), so that neither a prompt nor
-    the earlier turns of a dialogue sit on both sides.
+    A group is all comparisons with the same first question (without the system prompt), so that
+    neither a prompt nor the earlier turns of a dialogue sit on both sides.
     """
     openings = documents["opening"][keep]
     unique, inverse, counts = np.unique(openings, return_inverse=True, return_counts=True)
     if len(unique) < 2:
-        raise ValueError("--valid-fraction: all comparisons begin with the same question: no split by prompt exists")
+        raise ValueError(
+            "--valid-fraction: all comparisons begin with the same question: no split by prompt"
+            " exists"
+        )
     rank = np.random.Generator(np.random.Philox(key=seed)).permutation(len(unique))
     before = np.concatenate([[0], np.cumsum(counts[rank])[:-1]])
     wanted = max(1.0, fraction * len(openings))
@@ -132,7 +196,8 @@ def split_by_prompt(documents: np.ndarray, keep: np.ndarray, fraction: float, se
 
 
 def draw_by_weight(documents: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """How often each comparison is written, int64 [N]; the fraction of ``weights`` [N] is drawn by the texts' hash."""
+    """How often each comparison is written, int64 [N]; the fraction of ``weights`` [N] is drawn by
+    the texts' hash."""
     whole = np.floor(weights)
     mixed = (documents["prompt"] ^ documents["order"]) * np.uint64(0x9E3779B97F4A7C15)
     drawn = (mixed >> np.uint64(11)).astype(np.float64) / float(1 << 53)

@@ -1,8 +1,10 @@
-"""From raw preference data to a dataset on disk: read, convert, tokenize in all cores, check, write.
+"""From raw preference data to a dataset on disk: read, convert, tokenize in all cores, check,
+write.
 
-Chunks go to worker processes and come back in order; what comes back is appended to a work folder, ``PREFIX.partial``,
-with a journal line per chunk, so that an interrupted run can go on. When all chunks are there, the checks over the
-whole set run and the dataset is put in place. Nothing of the output depends on the number of workers.
+Chunks go to worker processes and come back in order; what comes back is appended to a work folder,
+``PREFIX.partial``, with a journal line per chunk, so that an interrupted run can go on. When all
+chunks are there, the checks over the whole set run and the dataset is put in place. Nothing of the
+output depends on the number of workers.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ class PreprocessArgs:
     """Turn preference data of any common schema into a dataset that rmega trains on."""
 
     input: list[str]
-    """Files (.jsonl .json .csv .tsv .parquet .arrow, also .gz .zst), globs, folders, or hub data sets
-    (org/name[:config], modelscope:org/name)."""
+    """Files (.jsonl .json .csv .tsv .parquet .arrow, also .gz .zst), globs, folders, or hub data
+    sets (org/name[:config], modelscope:org/name)."""
     tokenizer: str
     """Folder or hub name of the tokenizer (usually the model's folder)."""
     output_prefix: str
@@ -50,19 +52,22 @@ class PreprocessArgs:
     chat_template: str | None = None
     """File or text of a chat template, in place of the tokenizer's own."""
     overlong: str = "left-prompt"
-    """For conversations over --max-length. left-prompt: leave out the oldest turns of the prompt (the system prompt
-    stays), then the beginning of the last question, then the end of the response (the prompt keeps half of the room);
-    right: cut the end; drop: leave the row out; error: stop."""
+    """For conversations over --max-length. left-prompt: leave out the oldest turns of the prompt
+    (the system prompt stays), then the beginning of the last question, then the end of the
+    response (the prompt keeps half of the room); right: cut the end; drop: leave the row out;
+    error: stop."""
     format: str = "auto"
     """Name of the schema, if it is not recognised rightly (an unknown name prints all names)."""
     map: str | None = None
-    """FILE.py:FUNCTION, called with each row: gives a row of a known schema, a Comparison, or None to leave it out."""
+    """FILE.py:FUNCTION, called with each row: gives a row of a known schema, a Comparison, or None
+    to leave it out."""
     split: str | None = None
     """Split of hub data sets and of folders with several (default of hubs: train)."""
     revision: str | None = None
     """Revision of hub data sets."""
     weights: Annotated[list[float], NONE] = field(default_factory=list)
-    """One per --input: how often its comparisons are written; 0.5 writes half of them, drawn by a hash."""
+    """One per --input: how often its comparisons are written; 0.5 writes half of them, drawn by a
+    hash."""
     duplicates: str = "drop"
     """drop leaves out repeated and contradictory comparisons, keep keeps them."""
     holdout: Annotated[list[str], NONE] = field(default_factory=list)
@@ -86,31 +91,54 @@ class PreprocessArgs:
 
 
 def preprocess(args: PreprocessArgs) -> dict[str, Any]:
-    """Run it all; the manifest of what was written (the training side's). ValueError for what the user can mend."""
+    """Run it all; the manifest of what was written (the training side's). ValueError for what the
+    user can mend."""
     _check(args)
     prefix = args.output_prefix
     outputs = [prefix] + ([f"{prefix}.valid"] if args.valid_fraction else [])
     for output in outputs:
         if exists(output) and not args.force:
-            raise ValueError(f"--output-prefix {prefix}: a dataset is there already ({output}.*); --force replaces it")
-    inputs = sources.resolve(args.input, split=args.split, revision=args.revision, weights=args.weights or None)
-    holdout = sources.resolve(args.holdout, split=args.split, flag="--holdout") if args.holdout else []
-    tokenizer = PairTokenizer.load(args.tokenizer, reward_token=args.reward_token, chat_template=args.chat_template,
-                                   max_length=args.max_length, overlong=args.overlong,
-                                   trust_remote_code=args.trust_remote_code)
+            raise ValueError(
+                f"--output-prefix {prefix}: a dataset is there already ({output}.*); --force"
+                " replaces it"
+            )
+    inputs = sources.resolve(
+        args.input, split=args.split, revision=args.revision, weights=args.weights or None
+    )
+    holdout = (
+        sources.resolve(args.holdout, split=args.split, flag="--holdout") if args.holdout else []
+    )
+    tokenizer = PairTokenizer.load(
+        args.tokenizer,
+        reward_token=args.reward_token,
+        chat_template=args.chat_template,
+        max_length=args.max_length,
+        overlong=args.overlong,
+        trust_remote_code=args.trust_remote_code,
+    )
     for message in tokenizer.messages:
         say(f"note: {message}")
     plans = [plan_input(source, args.format, args.map, "--input") for source in inputs]
     converter = Converter(tokenizer, plans, args.map)
     _announce(plans, tokenizer, converter)
-    work = WorkFolder(prefix, _identity(args, inputs, tokenizer), inputs, resume=args.resume, force=args.force)
+    work = WorkFolder(
+        prefix, _identity(args, inputs, tokenizer), inputs, resume=args.resume, force=args.force
+    )
     try:
         _convert_all(converter, plans, work, args)
         held_out = _prompts_of(holdout) if holdout else None
-        manifests = finish(work, outputs=outputs, settings=tokenizer.manifest(), duplicates=args.duplicates,
-                           schemas=[p.schema.name if p.schema else str(args.map) for p in plans], held_out=held_out,
-                           holdout_action=args.holdout_action, valid_fraction=args.valid_fraction,
-                           split_seed=args.split_seed, max_rejected=args.max_rejected)
+        manifests = finish(
+            work,
+            outputs=outputs,
+            settings=tokenizer.manifest(),
+            duplicates=args.duplicates,
+            schemas=[p.schema.name if p.schema else str(args.map) for p in plans],
+            held_out=held_out,
+            holdout_action=args.holdout_action,
+            valid_fraction=args.valid_fraction,
+            split_seed=args.split_seed,
+            max_rejected=args.max_rejected,
+        )
     except ValueError:
         work.remove()
         raise
@@ -130,15 +158,22 @@ def _report(manifests: list[dict[str, Any]], outputs: list[str]) -> None:
     for note, num in sorted(run["notes"].items(), key=lambda item: (-item[1], item[0])):
         say(f"note: {num:,} x {note}")
     if run["notes"].get(BROKEN_UP, 0) * 2 > run["rows"]:
-        say("warning: most rows hold special-token text: a chat template seems to have been applied to them already. "
-            "Better give the messages themselves (--format chatml reads <|im_start|> turns; --map for others)")
+        say(
+            "warning: most rows hold special-token text: a chat template seems to have been applied"
+            " to them already. Better give the messages themselves (--format chatml reads"
+            " <|im_start|> turns; --map for others)"
+        )
     overlap = manifests[0]["holdout"]
     if overlap:
-        say(f"held-out data: {overlap['prompts']:,} of its {overlap['held_out_prompts']:,} prompts also occur here, in "
-            f"{overlap['comparisons']:,} comparisons")
+        say(
+            f"held-out data: {overlap['prompts']:,} of its {overlap['held_out_prompts']:,} prompts"
+            f" also occur here, in {overlap['comparisons']:,} comparisons"
+        )
     for manifest, output in zip(manifests, outputs, strict=True):
-        say(f"{output}: {manifest['num_comparisons']:,} comparisons, {manifest['num_pairs']:,} pairs, "
-            f"{manifest['num_tokens']:,} tokens")
+        say(
+            f"{output}: {manifest['num_comparisons']:,} comparisons, {manifest['num_pairs']:,}"
+            f" pairs, {manifest['num_tokens']:,} tokens"
+        )
 
 
 def say(line: str) -> None:
@@ -154,26 +189,39 @@ def _check(args: PreprocessArgs) -> None:
         raise ValueError(f"--max-rejected {args.max_rejected}: must lie from 0 to 1")
     if args.workers < 0:
         raise ValueError(f"--workers {args.workers}: must not be negative")
-    for flag, value, known in (("--duplicates", args.duplicates, ("drop", "keep")),
-                               ("--holdout-action", args.holdout_action, ("report", "drop"))):
+    for flag, value, known in (
+        ("--duplicates", args.duplicates, ("drop", "keep")),
+        ("--holdout-action", args.holdout_action, ("report", "drop")),
+    ):
         if value not in known:
             raise ValueError(f"{flag} {value}: unknown; known are {', '.join(known)}")
     if args.format != "auto":
         schema_named(args.format)
 
 
-def _identity(args: PreprocessArgs, inputs: list[sources.Input], tokenizer: PairTokenizer) -> dict[str, Any]:
+def _identity(
+    args: PreprocessArgs, inputs: list[sources.Input], tokenizer: PairTokenizer
+) -> dict[str, Any]:
     """What must be the same for --resume to make sense."""
-    return {"--input": [s.identity() for s in inputs], "--tokenizer": tokenizer.fingerprint,
-            "--chat-template": tokenizer.template_hash, "--reward-token": tokenizer.reward_token_id,
-            "--max-length": args.max_length, "--overlong": args.overlong, "--format": args.format, "--map": args.map}
+    return {
+        "--input": [s.identity() for s in inputs],
+        "--tokenizer": tokenizer.fingerprint,
+        "--chat-template": tokenizer.template_hash,
+        "--reward-token": tokenizer.reward_token_id,
+        "--max-length": args.max_length,
+        "--overlong": args.overlong,
+        "--format": args.format,
+        "--map": args.map,
+    }
 
 
 def _announce(plans: list[Plan], tokenizer: PairTokenizer, converter: Converter) -> None:
     """Say what was recognised, with an example, before the work starts."""
     token = tokenizer.tokenizer.convert_ids_to_tokens(tokenizer.reward_token_id)
-    say(f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} ids; reward token {token} "
-        f"({tokenizer.reward_token_id}), pad id {tokenizer.pad_token_id}")
+    say(
+        f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} ids; reward token {token} "
+        f"({tokenizer.reward_token_id}), pad id {tokenizer.pad_token_id}"
+    )
     shown: set[str] = set()
     for plan in plans:
         name = plan.schema.name if plan.schema else "--map"
@@ -216,7 +264,11 @@ def _work(chunk: sources.Chunk) -> ChunkResult:
 
 def _all_chunks(plans: list[Plan], hashes: dict[str, str]) -> Iterator[sources.Chunk]:
     for index, plan in enumerate(plans):
-        chunks = plan.stream if plan.stream is not None else sources.read_chunks(plan.source, index, hashes)
+        chunks = (
+            plan.stream
+            if plan.stream is not None
+            else sources.read_chunks(plan.source, index, hashes)
+        )
         if plan.schema is not None and plan.schema.groups_by:
             chunks = sources.group_rows(chunks, plan.schema.groups_by)
         for chunk in chunks:
@@ -224,7 +276,9 @@ def _all_chunks(plans: list[Plan], hashes: dict[str, str]) -> Iterator[sources.C
             yield chunk
 
 
-def _convert_all(converter: Converter, plans: list[Plan], work: WorkFolder, args: PreprocessArgs) -> None:
+def _convert_all(
+    converter: Converter, plans: list[Plan], work: WorkFolder, args: PreprocessArgs
+) -> None:
     workers = args.workers or _num_cores()
     done = work.num_chunks
     if done:
@@ -238,11 +292,18 @@ def _convert_all(converter: Converter, plans: list[Plan], work: WorkFolder, args
             before.append(before[-1] + plan.source.num_bytes)
         for chunk, result in _results(converter, (c for _, c in chunks), workers):
             work.append(chunk, result)
-            bar.update(min(before[chunk.input_index] + chunk.position, total) - bar.n if total else chunk.num_bytes)
+            bar.update(
+                min(before[chunk.input_index] + chunk.position, total) - bar.n
+                if total
+                else chunk.num_bytes
+            )
             size += chunk.num_bytes
             elapsed = max(time.monotonic() - start, 1e-3)
-            bar.set_postfix_str(f"{work.num_rows:,} rows, {(work.num_rows - rows_before) / elapsed:,.0f} rows/s, "
-                                f"{size / elapsed / 1e6:.1f} MB/s of text", refresh=False)
+            bar.set_postfix_str(
+                f"{work.num_rows:,} rows, {(work.num_rows - rows_before) / elapsed:,.0f} rows/s, "
+                f"{size / elapsed / 1e6:.1f} MB/s of text",
+                refresh=False,
+            )
             work.check_faults(args.max_rejected, at_least=2000)
     if work.num_rows == 0:
         raise ValueError(f"--input {plans[0].source.name}: no rows")
@@ -253,15 +314,18 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _results(converter: Converter, chunks: Iterator[sources.Chunk],
-             workers: int) -> Iterator[tuple[sources.Chunk, ChunkResult]]:
+def _results(
+    converter: Converter, chunks: Iterator[sources.Chunk], workers: int
+) -> Iterator[tuple[sources.Chunk, ChunkResult]]:
     """Results in the order of the chunks."""
     if workers == 1:
         for chunk in chunks:
             yield chunk, converter.convert(chunk)
         return
     method = "fork" if sys.platform == "linux" else "spawn"
-    with ProcessPoolExecutor(workers, multiprocessing.get_context(method), _start_worker, (converter,)) as pool:
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context(method), _start_worker, (converter,)
+    ) as pool:
         waiting: deque[tuple[sources.Chunk, Future[ChunkResult]]] = deque()
         try:
             for chunk in chunks:
@@ -273,7 +337,9 @@ def _results(converter: Converter, chunks: Iterator[sources.Chunk],
                 first, future = waiting.popleft()
                 yield first, future.result()
         except BrokenProcessPool:
-            raise OSError("a worker process died (out of memory?); go on with --resume, or fewer --workers") from None
+            raise OSError(
+                "a worker process died (out of memory?); go on with --resume, or fewer --workers"
+            ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -282,8 +348,15 @@ def _progress(total: int) -> Any:
     from tqdm import tqdm
 
     quiet = not sys.stderr.isatty()
-    return tqdm(total=total or None, unit="B", unit_scale=True, mininterval=10 if quiet else 0.2, desc="tokenize",
-                file=sys.stderr, dynamic_ncols=True)
+    return tqdm(
+        total=total or None,
+        unit="B",
+        unit_scale=True,
+        mininterval=10 if quiet else 0.2,
+        desc="tokenize",
+        file=sys.stderr,
+        dynamic_ncols=True,
+    )
 
 
 def _prompts_of(holdout: list[sources.Input]) -> np.ndarray:

@@ -1,7 +1,9 @@
-"""Where rows come from: local files of any common kind, folders, globs, the hubs; read in chunks, never whole.
+"""Where rows come from: local files of any common kind, folders, globs, the hubs; read in chunks,
+never whole.
 
-A chunk is what one worker takes at a time. Its borders depend on the input alone, so the output does not depend on the
-number of workers. Decoding a chunk into rows is the worker's work (`decode`); cutting it is the reader's.
+A chunk is what one worker takes at a time. Its borders depend on the input alone, so the output
+does not depend on the number of workers. Decoding a chunk into rows is the worker's work
+(`decode`); cutting it is the reader's.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ class HashingFile(io.RawIOBase):
 
 
 def read_chunks(source: Input, index: int, hashes: dict[str, str] | None = None) -> Iterator[Chunk]:
-    """The chunks of one input. ``hashes`` gets the sha256 of the file once it was read to its end."""
+    """The chunks of one input. ``hashes`` gets the sha256 of the file once it was read to its
+    end."""
     if source.kind == "hub":
         yield from _hub_chunks(source, index)
     elif source.kind == "modelscope":
@@ -87,8 +90,10 @@ def _stream_chunks(source: Input, index: int, raw: HashingFile, buffered: Any) -
         while buffered.read(1 << 20):  # what a reader leaves behind counts for the hash
             pass
     except (EOFError, zlib.error, gzip.BadGzipFile, OSError) as error:
-        raise ValueError(f"{source.name}: {source.compression or 'the file'} cannot be read on after {source.unit} "
-                         f"{last} ({one_line(error)}): cut short or damaged") from None
+        raise ValueError(
+            f"{source.name}: {source.compression or 'the file'} cannot be read on after"
+            f" {source.unit} {last} ({one_line(error)}): cut short or damaged"
+        ) from None
 
 
 def _line_chunks(source: Input, index: int, stream: Any) -> Iterator[Chunk]:
@@ -128,7 +133,11 @@ def _json_chunks(source: Input, index: int, stream: Any) -> Iterator[Chunk]:
         line = getattr(error, "lineno", 0)
         raise ValueError(f"{source.name}:{line}: broken JSON ({one_line(error)})") from None
     if isinstance(value, dict):
-        lists = [v for v in value.values() if isinstance(v, list) and v and all(isinstance(r, dict) for r in v)]
+        lists = [
+            v
+            for v in value.values()
+            if isinstance(v, list) and v and all(isinstance(r, dict) for r in v)
+        ]
         known = {"chosen", "rejected", "responses", "conversations", "answers", "prompt"}
         value = lists[0] if len(lists) == 1 and known.isdisjoint(value) else [value]
     if not isinstance(value, list) or not value:
@@ -146,8 +155,13 @@ def _is_json_object(text: str) -> bool:
 def _item_chunks(index: int, rows: list[Any], row_bytes: int) -> Iterator[Chunk]:
     step = max(1, min(CHUNK_ROWS, CHUNK_BYTES // max(1, row_bytes)))
     for start in range(0, len(rows), step):
-        part = rows[start:start + step]
-        yield Chunk(index, start + 1, [_as_item(start + 1 + i, r) for i, r in enumerate(part)], row_bytes * len(part))
+        part = rows[start : start + step]
+        yield Chunk(
+            index,
+            start + 1,
+            [_as_item(start + 1 + i, r) for i, r in enumerate(part)],
+            row_bytes * len(part),
+        )
 
 
 def _as_item(number: int, row: Any) -> Item:
@@ -161,7 +175,12 @@ def _as_item(number: int, row: Any) -> Item:
 def _deeper_than(value: Any, limit: int) -> bool:
     level = [value]
     for _ in range(limit):
-        level = [v for x in level if isinstance(x, (dict, list)) for v in (x.values() if isinstance(x, dict) else x)]
+        level = [
+            v
+            for x in level
+            if isinstance(x, (dict, list))
+            for v in (x.values() if isinstance(x, dict) else x)
+        ]
         if not level:
             return False
     return True
@@ -174,22 +193,33 @@ def _hub_chunks(source: Input, index: int) -> Iterator[Chunk]:
     split = source.split or "train"
     try:
         with one_line_for_retries():
-            rows = load_dataset(name, config or None, split=split, revision=source.revision, streaming=True)
+            rows = load_dataset(
+                name, config or None, split=split, revision=source.revision, streaming=True
+            )
         yield from _dict_chunks(index, iter(rows))
     except Exception as error:  # the hub's client raises many kinds
-        raise ValueError(f"{source.name}: no such file here, and as the name of a hub data set (split {split}) it "
-                         f"cannot be read ({one_line(error)})") from None
+        raise ValueError(
+            f"{source.name}: no such file here, and as the name of a hub data set (split {split})"
+            f" it cannot be read ({one_line(error)})"
+        ) from None
 
 
 def _modelscope_chunks(source: Input, index: int) -> Iterator[Chunk]:
     try:
         from modelscope.msdatasets import MsDataset
     except ImportError:
-        raise ValueError(f"modelscope:{source.name}: needs the package modelscope (pip install modelscope)") from None
+        raise ValueError(
+            f"modelscope:{source.name}: needs the package modelscope (pip install modelscope)"
+        ) from None
     name, _, config = source.name.partition(":")
     try:
-        rows = MsDataset.load(name, subset_name=config or None, split=source.split or "train",
-                              version=source.revision or "master", use_streaming=True)
+        rows = MsDataset.load(
+            name,
+            subset_name=config or None,
+            split=source.split or "train",
+            version=source.revision or "master",
+            use_streaming=True,
+        )
         yield from _dict_chunks(index, iter(rows))
     except Exception as error:
         raise ValueError(f"modelscope:{source.name}: cannot be read ({one_line(error)})") from None
@@ -207,6 +237,7 @@ def _dict_chunks(index: int, rows: Iterator[dict[str, Any]]) -> Iterator[Chunk]:
 
 
 # ---- decoding
+
 
 def decode(chunk: Chunk) -> Iterator[Item]:
     """The rows of a chunk. Blank lines are no rows."""
@@ -237,7 +268,8 @@ def _decode_line(number: int, line: bytes) -> Item:
 
 
 def group_rows(chunks: Iterator[Chunk], column: str) -> Iterator[Chunk]:
-    """Chunks whose items are ``{"rows": [...]}``: adjacent rows with the same value in ``column``."""
+    """Chunks whose items are ``{"rows": [...]}``: adjacent rows with the same value in
+    ``column``."""
     group: list[dict[str, Any]] = []
     first = 0
     last: Chunk | None = None

@@ -48,13 +48,16 @@ def csv_chunks(source: Input, index: int, stream: Any) -> Iterator[Chunk]:
 def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any] | Rejected:
     if len(cells) != len(header):
         return Rejected("broken_row", f"{len(cells)} cells, the header has {len(header)}")
-    if any("\udc80" <= c <= "\udcff" for cell in cells for c in (cell if not cell.isascii() else "")):
+    if any(
+        "\udc80" <= c <= "\udcff" for cell in cells for c in (cell if not cell.isascii() else "")
+    ):
         return Rejected("not_utf8")
     return {name: _csv_cell(name, cell) for name, cell in zip(header, cells, strict=True)}
 
 
 def _csv_cell(name: str, cell: str) -> Any:
-    """Text, null for nothing, or the list that a JSON (or Python) text of messages, responses or scores stands for."""
+    """Text, null for nothing, or the list that a JSON (or Python) text of messages, responses or
+    scores stands for."""
     if not cell:
         return None
     if cell[0] not in "[{":
@@ -65,7 +68,10 @@ def _csv_cell(name: str, cell: str) -> Any:
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
         listed = isinstance(value, list) and value
-        if listed and (isinstance(value[0], dict) or name not in ("prompt", "chosen", "rejected", "instruction")):
+        if listed and (
+            isinstance(value[0], dict)
+            or name not in ("prompt", "chosen", "rejected", "instruction")
+        ):
             return value
         return value if isinstance(value, dict) and ("role" in value or "from" in value) else cell
     return cell
@@ -78,15 +84,19 @@ def arrow_chunks(source: Input, index: int) -> Iterator[Chunk]:
     row = 1
     try:
         for batch, total in _arrow_batches(source):
-            batch.validate(full=True)  # damaged offsets would otherwise be followed out of the buffer
+            batch.validate(
+                full=True
+            )  # damaged offsets would otherwise be followed out of the buffer
             for start in range(0, batch.num_rows, CHUNK_ROWS):
                 part = batch.slice(start, CHUNK_ROWS)
                 done = (row - 1 + part.num_rows) / total if total else 0.0
                 yield Chunk(index, row, part, part.nbytes, int(source.num_bytes * done))
                 row += part.num_rows
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{source.name}: cannot be read as {source.kind} after row {row - 1} "
-                         f"({one_line(error)})") from None
+        raise ValueError(
+            f"{source.name}: cannot be read as {source.kind} after row {row - 1} "
+            f"({one_line(error)})"
+        ) from None
     if row == 1:
         raise ValueError(f"{source.name}: no rows")
 

@@ -75,8 +75,11 @@ class Converter:
                 row, schema = mapped, recognise([mapped])
                 source = source_of(row, source)
                 if schema is None:
-                    raise Rejected("map_failed", f"returned columns of no known schema: {columns_of(mapped)}; "
-                                                 f"{what_is_missing(mapped)}")
+                    raise Rejected(
+                        "map_failed",
+                        f"returned columns of no known schema: {columns_of(mapped)}; "
+                        f"{what_is_missing(mapped)}",
+                    )
             assert schema is not None
             comparison = schema.convert(row)
             comparison.source = source
@@ -93,7 +96,9 @@ class Converter:
         if mapped is None:
             raise Rejected("skipped_by_map")
         if not isinstance(mapped, (dict, Comparison)):
-            raise Rejected("map_failed", f"returned {type(mapped).__name__}, not a dict or a Comparison")
+            raise Rejected(
+                "map_failed", f"returned {type(mapped).__name__}, not a dict or a Comparison"
+            )
         return mapped
 
     def convert(self, chunk: sources.Chunk) -> ChunkResult:
@@ -113,8 +118,15 @@ class Converter:
                 encoded = self.tokenizer.encode_comparison(comparison)
                 parts = [encoded.prefix, *encoded.suffixes]
                 part_lengths = [len(p) for p in parts]
-                documents.append(dedup.document_row(comparison, chunk.input_index, line, sum(part_lengths),
-                                                     names.setdefault(comparison.source, len(names))))
+                documents.append(
+                    dedup.document_row(
+                        comparison,
+                        chunk.input_index,
+                        line,
+                        sum(part_lengths),
+                        names.setdefault(comparison.source, len(names)),
+                    )
+                )
             except Rejected as why:
                 if not raw and not isinstance(row, Rejected):
                     raw = _as_raw(row)
@@ -148,14 +160,18 @@ def load_map(spec: str) -> Callable[[dict[str, Any]], Any]:
     """The function FILE.py:FUNCTION of ``--map``."""
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py") or not os.path.isfile(path):
-        raise ValueError(f"--map {spec}: expected FILE.py:FUNCTION, and {path or spec} is no such file")
+        raise ValueError(
+            f"--map {spec}: expected FILE.py:FUNCTION, and {path or spec} is no such file"
+        )
     module_spec = importlib.util.spec_from_file_location("rmega_user_map", path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
-        raise ValueError(f"--map {path}: cannot be loaded ({type(error).__name__}: {error})") from None
+        raise ValueError(
+            f"--map {path}: cannot be loaded ({type(error).__name__}: {error})"
+        ) from None
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"--map {spec}: {path} has no function {name}")
@@ -163,7 +179,8 @@ def load_map(spec: str) -> Callable[[dict[str, Any]], Any]:
 
 
 def plan_input(source: sources.Input, format_name: str, map_spec: str | None, flag: str) -> Plan:
-    """Look at the first rows of an input and recognise their schema; ValueError if there is none."""
+    """Look at the first rows of an input and recognise their schema; ValueError if there is
+    none."""
     chunks = sources.read_chunks(source, 0)
     head: list[sources.Chunk] = []
     rows: list[dict[str, Any]] = []
@@ -174,15 +191,22 @@ def plan_input(source: sources.Input, format_name: str, map_spec: str | None, fl
             break
     sample = rows[:SAMPLE_ROWS]
     if not sample:
-        number, why, _ = next((item for chunk in head for item in sources.decode(chunk)), (0, None, ""))
+        number, why, _ = next(
+            (item for chunk in head for item in sources.decode(chunk)), (0, None, "")
+        )
         if why is None:
             raise ValueError(f"{flag} {source.name}: no rows")
-        raise ValueError(f"{flag} {source.name}:{number}: {why}; no row of its beginning can be read")
+        raise ValueError(
+            f"{flag} {source.name}:{number}: {why}; no row of its beginning can be read"
+        )
     stream = chain(head, chunks) if source.kind in ("hub", "modelscope") else None
     if map_spec is not None:
         return Plan(source, None, sample, stream)
     schema = recognise(sample) if format_name == "auto" else schema_named(format_name)
     if schema is None:
-        raise ValueError(f"{flag} {source.name}: no known schema has the columns {columns_of(sample[0])}; "
-                         f"{what_is_missing(sample[0])}. --format names a schema, --map brings other rows into one")
+        raise ValueError(
+            f"{flag} {source.name}: no known schema has the columns {columns_of(sample[0])};"
+            f" {what_is_missing(sample[0])}. --format names a schema, --map brings other rows"
+            " into one"
+        )
     return Plan(source, schema, sample, stream)

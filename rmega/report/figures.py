@@ -1,4 +1,5 @@
-"""matplotlib figures as inline SVG: one style, colours that are told apart with any colour vision (Okabe and Ito)."""
+"""matplotlib figures as inline SVG: one style, colours that are told apart with any colour vision
+(Okabe and Ito)."""
 
 from __future__ import annotations
 
@@ -14,23 +15,38 @@ BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#aa4499", 
 SMALL, WIDE = (5.2, 3.3), (10.6, 3.3)
 
 _STYLE = {
-    "svg.fonttype": "none",  # text stays text: small, selectable, and the browser has the glyphs of any script
-    "font.family": "sans-serif", "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold",
-    "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.color": "#e5e8ec", "axes.axisbelow": True, "axes.edgecolor": "#8a94a0", "legend.frameon": False,
+    "svg.fonttype": (
+        "none"
+    ),  # text stays text: small, selectable, and the browser has the glyphs of any script
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e5e8ec",
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#8a94a0",
+    "legend.frameon": False,
     "text.parse_math": False,  # names of sources may hold a dollar sign
-    "figure.facecolor": "white", "savefig.facecolor": "white",
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
 }
 
 
 def require_matplotlib(flag: str) -> None:
     """ValueError naming the extra where matplotlib is missing."""
     if find_spec("matplotlib") is None:
-        raise ValueError(f"{flag} needs matplotlib, which is not installed (pip install 'rmega[plots]')")
+        raise ValueError(
+            f"{flag} needs matplotlib, which is not installed (pip install 'rmega[plots]')"
+        )
 
 
 class Drawing:
-    """A figure while it is drawn; ``svg`` holds the markup once the ``with`` block of ``drawing`` is left."""
+    """A figure while it is drawn; ``svg`` holds the markup once the ``with`` block of ``drawing``
+    is left."""
 
     def __init__(self, figure: Any, axes: Any) -> None:
         self.figure, self.axes, self.svg = figure, axes, ""
@@ -65,12 +81,17 @@ def drawing(title: str, size: tuple[float, float] = SMALL, **subplots: Any) -> I
 
 
 def _inline(svg: str, salt: str) -> str:
-    """Markup for the middle of a page: no XML head, and ids that do not meet those of the next figure."""
-    svg = svg[svg.index("<svg"):]
+    """Markup for the middle of a page: no XML head, and ids that do not meet those of the next
+    figure."""
+    svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{salt}-\1"', svg)
     svg = re.sub(r'(xlink:href|href)="#([^"]+)"', rf'\1="#{salt}-\2"', svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{salt}-\1)", svg)
     # width and height come from the page; the view box keeps the shape
-    return re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1),
-                  count=1)
+    return re.sub(
+        r'(<svg[^>]*?) height="[^"]*"',
+        r"\1",
+        re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1),
+        count=1,
+    )

@@ -1,4 +1,5 @@
-"""The validation sets on the page of a run: the last judgement of each, and what changed over the steps."""
+"""The validation sets on the page of a run: the last judgement of each, and what changed over the
+steps."""
 
 from __future__ import annotations
 
@@ -14,14 +15,17 @@ Judgement = dict[str, Any]
 
 
 def sections(evaluations: Mapping[str, Mapping[int, Judgement]], order: Iterable[str] = ()) -> str:
-    """A section for each set of ``rmega.evaluation.files.read_evaluations``, those of ``order`` first; "" for none."""
+    """A section for each set of ``rmega.evaluation.files.read_evaluations``, those of ``order``
+    first; "" for none."""
     names = [n for n in order if n in evaluations]
     names += [n for n in evaluations if n not in names]
     if not names:
         return ""
     out = []
     if len(names) > 1:
-        links = "".join(f'<a href="#held-out-{i}">{page.escape(n)}</a>' for i, n in enumerate(names))
+        links = "".join(
+            f'<a href="#held-out-{i}">{page.escape(n)}</a>' for i, n in enumerate(names)
+        )
         out.append(f"<nav>{links}</nav>\n")
     out += [_section(i, name, evaluations[name]) for i, name in enumerate(names)]
     last = evaluations[names[0]]
@@ -30,29 +34,48 @@ def sections(evaluations: Mapping[str, Mapping[int, Judgement]], order: Iterable
 
 def _section(i: int, name: str, steps: Mapping[int, Judgement]) -> str:
     j, prefix = steps[max(steps)], f"held-out {i} "
-    sub = (f"{j['num_comparisons']:,} comparisons, {j['num_pairs']:,} pairs of {j['data']}; judged after step "
-           f"{max(steps):,}")
-    out = [f'<h2 id="held-out-{i}">Held out: {page.escape(name)}</h2>\n<p class="sub">{page.escape(sub)}</p>\n',
-           page.verdicts(j["verdict"])]
+    sub = (
+        f"{j['num_comparisons']:,} comparisons, {j['num_pairs']:,} pairs of {j['data']}; judged"
+        f" after step {max(steps):,}"
+    )
+    out = [
+        (
+            f'<h2 id="held-out-{i}">Held out: {page.escape(name)}</h2>\n<p'
+            f' class="sub">{page.escape(sub)}</p>\n'
+        ),
+        page.verdicts(j["verdict"]),
+    ]
     if j["num_pairs"]:
         out += [panels.tiles(j), page.figures(_figures(prefix, j, steps)), panels.tables(j)]
     return "".join(out)
 
 
 def _figures(prefix: str, j: Judgement, steps: Mapping[int, Judgement]) -> list[str]:
-    return [panels.reliability_figure(prefix, j["calibration"]), _length_figure(prefix, j),
-            panels.margin_figure(prefix, j), *_curves(prefix, steps), panels.sources_figure(prefix, j)]
+    return [
+        panels.reliability_figure(prefix, j["calibration"]),
+        _length_figure(prefix, j),
+        panels.margin_figure(prefix, j),
+        *_curves(prefix, steps),
+        panels.sources_figure(prefix, j),
+    ]
 
 
 def _length_figure(prefix: str, j: Judgement) -> str:
     length = j["length"]
     rule = max(length["always_longer"], 1 - length["always_longer"])
     return panels.bars_figure(
-        prefix, "Accuracy by which is the longer",
-        {"chosen is the shorter": length["chosen_shorter"], "all": j, "chosen is the longer": length["chosen_longer"]},
+        prefix,
+        "Accuracy by which is the longer",
+        {
+            "chosen is the shorter": length["chosen_shorter"],
+            "all": j,
+            "chosen is the longer": length["chosen_longer"],
+        },
         f"length in {j['length_unit']}",
-        f"Level: length plays no part. Rising to the right: longer wins, right or wrong. The best rule that reads "
-        f"length alone gets {percent(rule)}. Grey numbers are pairs, bars 95 % intervals.")
+        "Level: length plays no part. Rising to the right: longer wins, right or wrong. The best"
+        f" rule that reads length alone gets {percent(rule)}. Grey numbers are pairs, bars 95 %"
+        " intervals.",
+    )
 
 
 def _curves(prefix: str, steps: Mapping[int, Judgement]) -> list[str]:
@@ -70,26 +93,45 @@ def _curves(prefix: str, steps: Mapping[int, Judgement]) -> list[str]:
         with drawing(f"{prefix}Length gap") as fig:
             ax = fig.axes
             ax.set_title("Length gap over the steps")
-            ax.fill_between(known, column("length", "gap_low"), column("length", "gap_high"), color=BLUE, alpha=0.13,
-                            linewidth=0)
+            ax.fill_between(
+                known,
+                column("length", "gap_low"),
+                column("length", "gap_high"),
+                color=BLUE,
+                alpha=0.13,
+                linewidth=0,
+            )
             ax.plot(known, gap, "o-", color=BLUE, markersize=5)
             ax.axhline(0, color=GREY, linestyle=":")
             ax.set_xlabel("step")
             ax.set_ylabel("difference of accuracies")
-        out.append(page.figure(fig.svg, "Accuracy where the chosen response is the longer one minus accuracy where it "
-                                        "is the shorter one, with its 95 % interval; dotted: no length bias."))
+        out.append(
+            page.figure(
+                fig.svg,
+                "Accuracy where the chosen response is the longer one minus accuracy where it "
+                "is the shorter one, with its 95 % interval; dotted: no length bias.",
+            )
+        )
     with drawing(f"{prefix}Calibration") as fig:
         ax = fig.axes
         ax.set_title("Calibration error over the steps")
-        ax.plot(known, column("calibration", "ece"), "o-", color=BLUE, markersize=5, label="as it is")
+        ax.plot(
+            known, column("calibration", "ece"), "o-", color=BLUE, markersize=5, label="as it is"
+        )
         scaled = column("calibration", "ece_scaled")
         if not all(map(math.isnan, scaled)):
-            ax.plot(known, scaled, "s--", color=ORANGE, markersize=5, label="with the best temperature")
+            ax.plot(
+                known, scaled, "s--", color=ORANGE, markersize=5, label="with the best temperature"
+            )
         ax.set_ylim(bottom=0)
         ax.set_xlabel("step")
         ax.set_ylabel("ECE")
         ax.legend()
-    out.append(page.figure(fig.svg, "Expected calibration error: how far being sure and being right lie apart."))
+    out.append(
+        page.figure(
+            fig.svg, "Expected calibration error: how far being sure and being right lie apart."
+        )
+    )
     return out
 
 

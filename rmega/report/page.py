@@ -1,4 +1,5 @@
-"""The HTML shell of a report and its parts. Every text that comes from outside goes through ``escape``."""
+"""The HTML shell of a report and its parts. Every text that comes from outside goes through
+``escape``."""
 
 from __future__ import annotations
 
@@ -59,12 +60,20 @@ summary .gist { color: #4b5563; }
 @media print { details { break-inside: avoid; } }
 """
 
-_WORDS = {"good": "\u2713 Good", "warn": "! Look at this", "bad": "\u2717 Problem", "note": "\u2013 Note"}
+_WORDS = {
+    "good": "\u2713 Good",
+    "warn": "! Look at this",
+    "bad": "\u2717 Problem",
+    "note": "\u2013 Note",
+}
 
 
 def escape(text: Any) -> str:
-    """Text that is safe between tags and in quoted attributes; control characters become visible."""
-    shown = "".join(c if c in "\n\t" or c.isprintable() or ord(c) > 159 else "\ufffd" for c in str(text))
+    """Text that is safe between tags and in quoted attributes; control characters become
+    visible."""
+    shown = "".join(
+        c if c in "\n\t" or c.isprintable() or ord(c) > 159 else "\ufffd" for c in str(text)
+    )
     # a lone surrogate cannot be written as UTF-8
     return html.escape(shown.encode("utf-8", "replace").decode("utf-8"), quote=True)
 
@@ -76,30 +85,51 @@ def _kept(text: str) -> str:
 
 def verdicts(rows: Sequence[dict[str, str]]) -> str:
     """Boxes of a verdict; the level is a word and a mark, not a colour alone."""
-    return "".join(f'<div class="verdict {v["level"]}"><b>{_WORDS[v["level"]]}<br>'
-                   f'<span class="sub">{escape(v["about"])}</span></b><span>{_kept(v["text"])}</span></div>\n'
-                   for v in rows)
+    return "".join(
+        f'<div class="verdict {v["level"]}"><b>{_WORDS[v["level"]]}<br>'
+        f'<span class="sub">{escape(v["about"])}</span></b><span>{_kept(v["text"])}</span></div>\n'
+        for v in rows
+    )
 
 
 def tiles(rows: Sequence[tuple[str, str, str]]) -> str:
     """Key numbers: (name, value, a few more words)."""
-    return '<div class="tiles">' + "".join(
-        f'<div class="tile"><div class="name">{escape(n)}</div><div class="value">{escape(v)}</div>'
-        f'<div class="more">{escape(m)}</div></div>' for n, v, m in rows) + "</div>\n"
+    return (
+        '<div class="tiles">'
+        + "".join(
+            f'<div class="tile"><div class="name">{escape(n)}</div><div'
+            f' class="value">{escape(v)}</div><div class="more">{escape(m)}</div></div>'
+            for n, v, m in rows
+        )
+        + "</div>\n"
+    )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table; the first column is text, the others are numbers already written out."""
+
     def cells(row: Sequence[Any], tag: str) -> str:
-        return "<tr>" + "".join(f'<{tag}{"" if i == 0 else " class=num"}>{escape(c)}</{tag}>'
-                                for i, c in enumerate(row)) + "</tr>\n"
-    return f'<div class="scroll"><table>{cells(head, "th")}{"".join(cells(r, "td") for r in rows)}</table></div>\n'
+        return (
+            "<tr>"
+            + "".join(
+                f"<{tag}{'' if i == 0 else ' class=num'}>{escape(c)}</{tag}>"
+                for i, c in enumerate(row)
+            )
+            + "</tr>\n"
+        )
+
+    return (
+        "<div"
+        f' class="scroll"><table>{cells(head, "th")}{"".join(cells(r, "td") for r in rows)}</table></div>\n'
+    )
 
 
 def figure(svg: str, caption: str, *, wide: bool = False) -> str:
     """A plot with its caption, which is also what a screen reader says."""
-    return (f'<figure{" class=wide" if wide else ""} role="img" aria-label="{escape(caption)}">{svg}'
-            f"<figcaption>{escape(caption)}</figcaption></figure>\n")
+    return (
+        f'<figure{" class=wide" if wide else ""} role="img" aria-label="{escape(caption)}">{svg}'
+        f"<figcaption>{escape(caption)}</figcaption></figure>\n"
+    )
 
 
 def figures(parts: Sequence[str]) -> str:
@@ -108,12 +138,16 @@ def figures(parts: Sequence[str]) -> str:
 
 
 def write_page(path: Path, title: str, body: str) -> Path:
-    """Write one self-contained page; under a temporary name first, so that a page is whole or not there."""
+    """Write one self-contained page; under a temporary name first, so that a page is whole or not
+    there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    page = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
-            f"<style>{_STYLE}</style></head>\n<body>\n{body}</body></html>\n")
+    page = (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width,'
+        f' initial-scale=1">\n<title>{escape(title)}</title>\n'
+        f"<style>{_STYLE}</style></head>\n<body>\n{body}</body></html>\n"
+    )
     part = path.with_name(path.name + ".part")
     part.write_text(page, encoding="utf-8")
     part.replace(path)

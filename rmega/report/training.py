@@ -1,5 +1,7 @@
-"""The page of a training run, from its metrics.jsonl: verdict, curves, evaluations with intervals, settings; and the
-last judgement of each validation set, from its folder ``evaluations`` (``rmega.report.held_out``)."""
+"""The page of a training run, from its metrics.jsonl: verdict, curves, evaluations with intervals,
+settings; and the last judgement of each validation set, from its folder ``evaluations``
+(``rmega.report.held_out``).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,16 @@ from rmega.evaluation.files import read_evaluations
 from rmega.evaluation.results import percent
 from rmega.evaluation.table import number
 from rmega.report import held_out, page
-from rmega.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, WIDE, drawing, require_matplotlib
+from rmega.report.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    WIDE,
+    drawing,
+    require_matplotlib,
+)
 
 Row = dict[str, Any]
 
@@ -24,8 +35,9 @@ Row = dict[str, Any]
 def read_metrics(run: str | Path) -> tuple[list[Row], list[Row]]:
     """Rows of RUN/metrics.jsonl: (training, evaluation), each in the order of steps.
 
-    A step that was written again after a resume counts once, as it was written last. A line cut short at the very end
-    (the run was stopped while writing, or still writes) is left out; anything else broken is a ValueError.
+    A step that was written again after a resume counts once, as it was written last. A line cut
+    short at the very end (the run was stopped while writing, or still writes) is left out; anything
+    else broken is a ValueError.
     """
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
@@ -54,7 +66,10 @@ def read_metrics(run: str | Path) -> tuple[list[Row], list[Row]]:
 
 def column(rows: Sequence[Row], *names: str) -> np.ndarray:
     """A column [rows] as floats, NaN where a row has none of the names."""
-    values = [next((row[n] for n in names if isinstance(row.get(n), (int, float))), math.nan) for row in rows]
+    values = [
+        next((row[n] for n in names if isinstance(row.get(n), (int, float))), math.nan)
+        for row in rows
+    ]
     return np.array(values, dtype=np.float64)
 
 
@@ -67,7 +82,10 @@ def smoothed(y: np.ndarray, window: int) -> np.ndarray:
     """Running mean over the last ``window`` values, NaN left out. [n] -> [n]"""
     known = ~np.isnan(y)
     total, count = np.cumsum(np.where(known, y, 0.0)), np.cumsum(known)
-    total[window:], count[window:] = total[window:] - total[:-window], count[window:] - count[:-window]
+    total[window:], count[window:] = (
+        total[window:] - total[:-window],
+        count[window:] - count[:-window],
+    )
     return np.where(count > 0, total / np.maximum(count, 1), math.nan)
 
 
@@ -75,25 +93,33 @@ def running_median(y: np.ndarray, window: int) -> np.ndarray:
     """Median of the last ``window`` values, NaN left out. [n] -> [n]"""
     out = np.full(y.shape, math.nan)
     for i in range(y.size):
-        part = y[max(0, i - window + 1):i + 1]
+        part = y[max(0, i - window + 1) : i + 1]
         part = part[~np.isnan(part)]
         out[i] = np.median(part) if part.size else math.nan
     return out
 
 
 def write_run_report(run: str | Path, out: str | Path | None = None) -> Path:
-    """RUN/report.html (or ``out``) from RUN/metrics.jsonl, config.json and evaluations. Returns the path."""
+    """RUN/report.html (or ``out``) from RUN/metrics.jsonl, config.json and evaluations. Returns the
+    path."""
     require_matplotlib("report_run.py")
     run = Path(run)
     train, evals = read_metrics(run)
     config = _config(run)
     name = str(run)
-    body = [f"<h1>Training run {page.escape(name)}</h1>\n",
-            *(f'<p class="sub">{page.escape(line)}</p>\n' for line in head(train, config)),
-            page.verdicts(run_verdict(train, evals, config)), _tiles(train, evals),
-            page.figures(_figures(train, evals)), _eval_table(evals),
-            held_out.sections(read_evaluations(run), dict.fromkeys(row["name"] for row in evals)), _settings(config)]
-    return page.write_page(Path(out) if out else run / "report.html", f"Training run {name}", "".join(body))
+    body = [
+        f"<h1>Training run {page.escape(name)}</h1>\n",
+        *(f'<p class="sub">{page.escape(line)}</p>\n' for line in head(train, config)),
+        page.verdicts(run_verdict(train, evals, config)),
+        _tiles(train, evals),
+        page.figures(_figures(train, evals)),
+        _eval_table(evals),
+        held_out.sections(read_evaluations(run), dict.fromkeys(row["name"] for row in evals)),
+        _settings(config),
+    ]
+    return page.write_page(
+        Path(out) if out else run / "report.html", f"Training run {name}", "".join(body)
+    )
 
 
 def _config(run: Path) -> Row:
@@ -110,7 +136,9 @@ def flat(config: Row, prefix: str = "") -> Row:
     """Nested settings as one level, "train.lr": groups are joined by a dot."""
     out: Row = {}
     for key, value in config.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        out |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        )
     return out
 
 
@@ -127,6 +155,7 @@ def _window(rows: Sequence[Row]) -> int:
 
 # ---------------------------------------------------------------------------------------------- verdict
 
+
 def run_verdict(train: list[Row], evals: list[Row], config: Row) -> list[dict[str, str]]:
     """Plain sentences about a run: [{"about", "level", "text"}]."""
     out = []
@@ -135,68 +164,120 @@ def run_verdict(train: list[Row], evals: list[Row], config: Row) -> list[dict[st
     if train:
         out += [_loss_verdict(train), *_stability_verdicts(train), *_score_verdicts(train, config)]
     if not evals:
-        out.append({"about": "evaluation", "level": "warn", "text": "No evaluation on held-out data: the training "
-                    "accuracy says little (--valid-data-path, --eval-interval)."})
+        out.append(
+            {
+                "about": "evaluation",
+                "level": "warn",
+                "text": (
+                    "No evaluation on held-out data: the training "
+                    "accuracy says little (--valid-data-path, --eval-interval)."
+                ),
+            }
+        )
     return out
 
 
 def _eval_verdict(name: str, rows: list[Row]) -> dict[str, str]:
     last, best = rows[-1], max(rows, key=lambda r: r["accuracy"])
     low, high = last.get("accuracy_low", math.nan), last.get("accuracy_high", math.nan)
-    text = (f"{name}: accuracy {percent(last['accuracy'])} at step {last['step']:,} "
-            f"(95 % interval {100 * low:.1f} to {percent(high)}")
+    text = (
+        f"{name}: accuracy {percent(last['accuracy'])} at step {last['step']:,} "
+        f"(95 % interval {100 * low:.1f} to {percent(high)}"
+    )
     text += f", {last['num_pairs']:,} pairs)." if last.get("num_pairs") else ")."
     if high < 0.5:
         return {"about": "evaluation", "level": "bad", "text": f"{text} Worse than a coin."}
     if low <= 0.5:
-        return {"about": "evaluation", "level": "bad" if len(rows) > 1 else "warn",
-                "text": f"{text} That cannot be told from a coin."}
+        return {
+            "about": "evaluation",
+            "level": "bad" if len(rows) > 1 else "warn",
+            "text": f"{text} That cannot be told from a coin.",
+        }
     if best is not last and best.get("accuracy_low", 0) > high:
-        return {"about": "evaluation", "level": "warn", "text": f"{text} It was better before: "
-                f"{percent(best['accuracy'])} at step {best['step']:,}; use that checkpoint."}
-    where = f"the best was {percent(best['accuracy'])} at step {best['step']:,}, within the interval"
+        return {
+            "about": "evaluation",
+            "level": "warn",
+            "text": (
+                f"{text} It was better before: "
+                f"{percent(best['accuracy'])} at step {best['step']:,}; use that checkpoint."
+            ),
+        }
+    where = (
+        f"the best was {percent(best['accuracy'])} at step {best['step']:,}, within the interval"
+    )
     if best["accuracy"] == last["accuracy"]:
-        where = "the best of the run" + ("" if best is last else f", as it was at step {best['step']:,} already")
+        where = "the best of the run" + (
+            "" if best is last else f", as it was at step {best['step']:,} already"
+        )
     return {"about": "evaluation", "level": "good", "text": f"{text} Better than a coin; {where}."}
 
 
 def _loss_verdict(train: list[Row]) -> dict[str, str]:
     loss, part = column(train, "loss"), max(1, len(train) // 10)
     if np.isnan(loss[-part:]).all():
-        return {"about": "loss", "level": "bad", "text": "The loss is not a number at the end of the run."}
+        return {
+            "about": "loss",
+            "level": "bad",
+            "text": "The loss is not a number at the end of the run.",
+        }
     first, last = mean_of(loss[:part]), mean_of(loss[-part:])
     acc = column(train, "acc")
     tenth = part > 1
-    text = f"Training loss went from {first:.4f} to {last:.4f} " \
-           f"({'means of the first and last tenth' if tenth else 'first and last row'})"
+    text = (
+        f"Training loss went from {first:.4f} to {last:.4f} "
+        f"({'means of the first and last tenth' if tenth else 'first and last row'})"
+    )
     if not np.isnan(acc[-part:]).all():
-        text += f"; training accuracy of the last {'tenth' if tenth else 'row'} {percent(mean_of(acc[-part:]))}"
+        text += (
+            f"; training accuracy of the last {'tenth' if tenth else 'row'}"
+            f" {percent(mean_of(acc[-part:]))}"
+        )
     text += "."
     if len(train) < 20:
         return {"about": "loss", "level": "note", "text": f"{text} Too few rows to judge by."}
-    return {"about": "loss", "level": "good" if last < first else "warn",
-            "text": text if last < first else f"{text} It did not fall."}
+    return {
+        "about": "loss",
+        "level": "good" if last < first else "warn",
+        "text": text if last < first else f"{text} It did not fall.",
+    }
 
 
 def _stability_verdicts(train: list[Row]) -> list[dict[str, str]]:
-    loss, norm, skipped = column(train, "loss"), column(train, "grad_norm"), np.nansum(column(train, "skipped"))
+    loss, norm, skipped = (
+        column(train, "loss"),
+        column(train, "grad_norm"),
+        np.nansum(column(train, "skipped")),
+    )
     broken = int(np.isnan(loss).sum())
     out = []
     if broken or skipped:
-        out.append({"about": "stability", "level": "bad" if broken else "warn",
-                    "text": f"{broken:,} rows without a finite loss, {int(skipped):,} updates skipped."})
+        out.append(
+            {
+                "about": "stability",
+                "level": "bad" if broken else "warn",
+                "text": f"{broken:,} rows without a finite loss, {int(skipped):,} updates skipped.",
+            }
+        )
     known = norm[~np.isnan(norm)]
     if known.size >= 20:
         spikes = int((known > 10 * np.median(known)).sum())
         if spikes:
-            out.append({"about": "stability", "level": "warn" if spikes > 0.01 * known.size else "note",
-                        "text": f"The gradient norm exceeded ten times its median ({np.median(known):.3g}) in "
-                                f"{spikes:,} of {known.size:,} rows; the largest is {known.max():.3g}."})
+            out.append(
+                {
+                    "about": "stability",
+                    "level": "warn" if spikes > 0.01 * known.size else "note",
+                    "text": (
+                        f"The gradient norm exceeded ten times its median ({np.median(known):.3g})"
+                        f" in {spikes:,} of {known.size:,} rows; the largest is {known.max():.3g}."
+                    ),
+                }
+            )
     return out
 
 
 def _score_verdicts(train: list[Row], config: Row) -> list[dict[str, str]]:
-    """Whether chosen and rejected have parted by more than two standard errors over the last rows."""
+    """Whether chosen and rejected have parted by more than two standard errors over the last
+    rows."""
     part = max(1, len(train) // 10)
     chosen, rejected = column(train, "chosen_score_mean"), column(train, "rejected_score_mean")
     c, r = mean_of(chosen[-part:]), mean_of(rejected[-part:])
@@ -206,11 +287,23 @@ def _score_verdicts(train: list[Row], config: Row) -> list[dict[str, str]]:
     if max(abs(c), abs(r)) > 5:
         barrier = _setting(config, "penalty") == "log_barrier"
         more = " The log barrier means to keep rewards within 5." if barrier else ""
-        return [{"about": "rewards", "level": "warn", "text": f"{text} They have drifted far from 0.{more}"}]
-    apart = (chosen - rejected)[-max(part, 5):]
+        return [
+            {
+                "about": "rewards",
+                "level": "warn",
+                "text": f"{text} They have drifted far from 0.{more}",
+            }
+        ]
+    apart = (chosen - rejected)[-max(part, 5) :]
     apart = apart[~np.isnan(apart)]
     if apart.size > 2 and abs(apart.mean()) <= 2 * apart.std(ddof=1) / math.sqrt(apart.size):
-        return [{"about": "rewards", "level": "note", "text": f"{text} The batches differ by more than that."}]
+        return [
+            {
+                "about": "rewards",
+                "level": "note",
+                "text": f"{text} The batches differ by more than that.",
+            }
+        ]
     return [{"about": "rewards", "level": "good" if c > r else "bad", "text": text}]
 
 
@@ -218,16 +311,26 @@ def _tiles(train: list[Row], evals: list[Row]) -> str:
     rows: list[tuple[str, str, str]] = []
     latest = {row["name"]: row for row in evals}
     for name, last in list(latest.items())[:3]:
-        rows.append((f"Accuracy, {name}", percent(last["accuracy"]),
-                     f"95 %: {100 * last.get('accuracy_low', math.nan):.1f} to {percent(last.get('accuracy_high'))}"))
+        rows.append(
+            (
+                f"Accuracy, {name}",
+                percent(last["accuracy"]),
+                (
+                    f"95 %: {100 * last.get('accuracy_low', math.nan):.1f} to"
+                    f" {percent(last.get('accuracy_high'))}"
+                ),
+            )
+        )
     if train:
         part = max(1, len(train) // 10)
         rate, seconds = column(train, "pairs_per_second"), column(train, "time")
         tokens, norm = column(train, "num_tokens"), column(train, "grad_norm")
         loss = number(mean_of(column(train, "loss")[-part:]), 4)
-        rows += [(f"Loss, last {'tenth' if part > 1 else 'row'}", loss, "training"),
-                 ("Pairs per second", _median(rate), f"median; {_median(seconds)} s per step"),
-                 ("Gradient norm", _median(norm), "median")]
+        rows += [
+            (f"Loss, last {'tenth' if part > 1 else 'row'}", loss, "training"),
+            ("Pairs per second", _median(rate), f"median; {_median(seconds)} s per step"),
+            ("Gradient norm", _median(norm), "median"),
+        ]
         if not np.isnan(tokens).all():
             rows.append(("Tokens", f"{np.nansum(tokens):,.0f}", "computed in all rows"))
     return page.tiles(rows)
@@ -239,29 +342,72 @@ def _median(x: np.ndarray) -> str:
 
 # ---------------------------------------------------------------------------------------------- figures
 
+
 def _figures(train: list[Row], evals: list[Row]) -> list[str]:
     out = []
     if evals:
         out.append(_eval_figure(evals))
     if not train:
         return out
-    out += [_curve("Loss", train, [("loss", ("loss",), BLUE)],
-                   "Each logged interval; the bold line is a running mean."),
-            _curve("Training accuracy", train, [("accuracy", ("acc", "accuracy"), GREEN)],
-                   "Share of training pairs ranked right when they were seen; 0.5 is a coin.", line=0.5),
-            _curve("Mean rewards", train, [("chosen", ("chosen_score_mean",), BLUE),
-                                           ("rejected", ("rejected_score_mean",), ORANGE)],
-                   "They should part and stay near 0."),
-            _curve("Learning rate", train, [("learning rate", ("lr",), PURPLE)], "As the schedule gave it.", raw=True),
-            _curve("Gradient norm", train, [("gradient norm", ("grad_norm",), BLUE)],
-                   "Before clipping; spikes point at odd batches or a learning rate that is too high.", log=True),
-            _curve("Throughput", train, [("pairs per second", ("pairs_per_second",), GREEN)],
-                   "Pairs per second; a step down means a slow node, a full disk or another job.", zero=True)]
+    out += [
+        _curve(
+            "Loss",
+            train,
+            [("loss", ("loss",), BLUE)],
+            "Each logged interval; the bold line is a running mean.",
+        ),
+        _curve(
+            "Training accuracy",
+            train,
+            [("accuracy", ("acc", "accuracy"), GREEN)],
+            "Share of training pairs ranked right when they were seen; 0.5 is a coin.",
+            line=0.5,
+        ),
+        _curve(
+            "Mean rewards",
+            train,
+            [
+                ("chosen", ("chosen_score_mean",), BLUE),
+                ("rejected", ("rejected_score_mean",), ORANGE),
+            ],
+            "They should part and stay near 0.",
+        ),
+        _curve(
+            "Learning rate",
+            train,
+            [("learning rate", ("lr",), PURPLE)],
+            "As the schedule gave it.",
+            raw=True,
+        ),
+        _curve(
+            "Gradient norm",
+            train,
+            [("gradient norm", ("grad_norm",), BLUE)],
+            "Before clipping; spikes point at odd batches or a learning rate that is too high.",
+            log=True,
+        ),
+        _curve(
+            "Throughput",
+            train,
+            [("pairs per second", ("pairs_per_second",), GREEN)],
+            "Pairs per second; a step down means a slow node, a full disk or another job.",
+            zero=True,
+        ),
+    ]
     return [svg for svg in out if svg]
 
 
-def _curve(title: str, train: list[Row], series: Sequence[tuple[str, tuple[str, ...], str]], caption: str, *,
-           line: float | None = None, log: bool = False, raw: bool = False, zero: bool = False) -> str:
+def _curve(
+    title: str,
+    train: list[Row],
+    series: Sequence[tuple[str, tuple[str, ...], str]],
+    caption: str,
+    *,
+    line: float | None = None,
+    log: bool = False,
+    raw: bool = False,
+    zero: bool = False,
+) -> str:
     steps = column(train, "step")
     columns = [(label, column(train, *names), color) for label, names, color in series]
     if all(np.isnan(y).all() for _, y, _ in columns):
@@ -275,8 +421,16 @@ def _curve(title: str, train: list[Row], series: Sequence[tuple[str, tuple[str, 
                 ax.plot(steps, y, color=color, alpha=0.25, linewidth=0.8)
             # one spike would lift a running mean for a whole window
             mean = running_median(y, window) if log else smoothed(y, window)
-            ax.plot(steps, mean, color=color, linestyle=style, linewidth=1.8, label=label,
-                    marker="o" if len(train) <= FEW_POINTS else None, markersize=4)
+            ax.plot(
+                steps,
+                mean,
+                color=color,
+                linestyle=style,
+                linewidth=1.8,
+                label=label,
+                marker="o" if len(train) <= FEW_POINTS else None,
+                markersize=4,
+            )
         if line is not None:
             ax.axhline(line, color=GREY, linestyle=":")
         every = np.concatenate([y[~np.isnan(y)] for _, y, _ in columns])
@@ -305,43 +459,87 @@ def _eval_figure(evals: list[Row]) -> str:
             low, high = column(rows, "accuracy_low"), column(rows, "accuracy_high")
             ax.fill_between(steps, low, high, color=color, alpha=0.13, linewidth=0)
             ax.vlines(steps, low, high, color=color, linewidth=1)
-            ax.plot(steps, y, color=color, marker="os^Dv<>P"[i], markersize=5, linewidth=1.8,
-                    label=f"{name}: {percent(y[-1])}")
+            ax.plot(
+                steps,
+                y,
+                color=color,
+                marker="os^Dv<>P"[i],
+                markersize=5,
+                linewidth=1.8,
+                label=f"{name}: {percent(y[-1])}",
+            )
         ax.axhline(0.5, color=GREY, linestyle=":")
         ax.set_xlabel("step")
         ax.set_ylabel("accuracy, 95 % interval")
         ax.legend(loc="best")
     more = f" The first 8 of {len(names)} sets; all are in the table." if len(names) > 8 else ""
-    return page.figure(fig.svg, f"Dotted: a coin. Where intervals overlap, two steps may not differ.{more}", wide=True)
+    return page.figure(
+        fig.svg,
+        f"Dotted: a coin. Where intervals overlap, two steps may not differ.{more}",
+        wide=True,
+    )
 
 
 def _eval_table(evals: list[Row]) -> str:
     if not evals:
         return ""
-    keys = [k for k in ("num_pairs", "ties", "num_ties", "mean_margin", "ece", "temperature", "length_gap",
-                        "length_controlled_accuracy", "reward_mean", "reward_std") if any(k in row for row in evals)]
-    names = {"num_pairs": "pairs", "num_ties": "ties", "mean_margin": "mean margin", "ece": "ECE",
-             "length_gap": "length gap", "length_controlled_accuracy": "at equal length", "reward_mean": "mean reward",
-             "reward_std": "spread of rewards"}
-    rows = [[row["name"], f"{row['step']:,}", percent(row["accuracy"]),
-             f"{100 * row.get('accuracy_low', math.nan):.1f} to {percent(row.get('accuracy_high'))}",
-             *(f"{row[k]:,}" if isinstance(row.get(k), int) else number(row.get(k)) for k in keys)] for row in evals]
-    return "<h2>Evaluations</h2>\n" + page.table(["set", "step", "accuracy", "95 % interval",
-                                                  *(names.get(k, k) for k in keys)], rows)
+    keys = [
+        k
+        for k in (
+            "num_pairs",
+            "ties",
+            "num_ties",
+            "mean_margin",
+            "ece",
+            "temperature",
+            "length_gap",
+            "length_controlled_accuracy",
+            "reward_mean",
+            "reward_std",
+        )
+        if any(k in row for row in evals)
+    ]
+    names = {
+        "num_pairs": "pairs",
+        "num_ties": "ties",
+        "mean_margin": "mean margin",
+        "ece": "ECE",
+        "length_gap": "length gap",
+        "length_controlled_accuracy": "at equal length",
+        "reward_mean": "mean reward",
+        "reward_std": "spread of rewards",
+    }
+    rows = [
+        [
+            row["name"],
+            f"{row['step']:,}",
+            percent(row["accuracy"]),
+            f"{100 * row.get('accuracy_low', math.nan):.1f} to {percent(row.get('accuracy_high'))}",
+            *(f"{row[k]:,}" if isinstance(row.get(k), int) else number(row.get(k)) for k in keys),
+        ]
+        for row in evals
+    ]
+    return "<h2>Evaluations</h2>\n" + page.table(
+        ["set", "step", "accuracy", "95 % interval", *(names.get(k, k) for k in keys)], rows
+    )
 
 
 def _settings(config: Row) -> str:
     if not config:
         return ""
-    rows = [[k, "" if v is None else json.dumps(v) if isinstance(v, (list, bool)) else v]
-            for k, v in flat(config).items()]
-    return (f"<h2>Settings</h2>\n<details><summary>{len(rows)} settings of config.json</summary>"
-            f"{page.table(['setting', 'value'], rows)}</details>\n")
+    rows = [
+        [k, "" if v is None else json.dumps(v) if isinstance(v, (list, bool)) else v]
+        for k, v in flat(config).items()
+    ]
+    return (
+        f"<h2>Settings</h2>\n<details><summary>{len(rows)} settings of config.json</summary>"
+        f"{page.table(['setting', 'value'], rows)}</details>\n"
+    )
 
 
 def head(train: Sequence[dict[str, Any]], config: dict[str, Any]) -> list[str]:
-    """[progress, make], from the training rows in the order of steps and config.json; a line that has nothing to say is
-    left out. A run of an earlier version says less in its files."""
+    """[progress, make], from the training rows in the order of steps and config.json; a line that
+    has nothing to say is left out. A run of an earlier version says less in its files."""
     run, settings = config.get("run", {}), config.get("train", {})
     done: list[str] = []
     if train:
@@ -356,15 +554,21 @@ def head(train: Sequence[dict[str, Any]], config: dict[str, Any]) -> list[str]:
         pairs = sum(row.get("num_pairs") or row.get("num_samples") or 0 for row in train)
         if pairs:
             done.append(f"{pairs:,} pairs seen")
-    made = [str(config.get("model", {}).get("hf_model") or ""), run.get("layout", ""), run.get("precision", "")]
+    made = [
+        str(config.get("model", {}).get("hf_model") or ""),
+        run.get("layout", ""),
+        run.get("precision", ""),
+    ]
     return [line for line in ("; ".join(filter(None, done)), "; ".join(filter(None, made))) if line]
 
 
 def time_taken(train: Sequence[dict[str, Any]]) -> float:
-    """Seconds of the run up to its last row: as the row says, or the sum of its steps (a row has their mean since the
-    row before it)."""
+    """Seconds of the run up to its last row: as the row says, or the sum of its steps (a row has
+    their mean since the row before it)."""
     if said := train[-1].get("train_seconds"):
         return said
     steps = [0, *(row["step"] for row in train)]
-    return sum((row.get("time") or 0.0) * (end - start)
-               for row, start, end in zip(train, steps, steps[1:], strict=False))
+    return sum(
+        (row.get("time") or 0.0) * (end - start)
+        for row, start, end in zip(train, steps, steps[1:], strict=False)
+    )

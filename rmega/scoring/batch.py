@@ -1,7 +1,8 @@
-"""Files of any size -> a line of rewards per row: windows of rows, worker processes, output that can be taken up again.
+"""Files of any size -> a line of rewards per row: windows of rows, worker processes, output that
+can be taken up again.
 
-The input streams through in windows of bounded size. Within a window, conversations with the same beginning are scored
-together wherever they stand; rows leave in the order in which they came.
+The input streams through in windows of bounded size. Within a window, conversations with the same
+beginning are scored together wherever they stand; rows leave in the order in which they came.
 """
 
 from __future__ import annotations
@@ -38,20 +39,25 @@ class RowResult:
 
 @dataclasses.dataclass(slots=True)
 class Window:
-    """Neighbouring rows; ``done`` is the share of the input that has been read at its end, None if unknown."""
+    """Neighbouring rows; ``done`` is the share of the input that has been read at its end, None if
+    unknown."""
 
     rows: list[ScorableRow]
     done: float | None = None
 
 
 def windows(rows: Iterable[tuple[ScorableRow, float | None]], max_tokens: int) -> Iterator[Window]:
-    """Cut a stream of rows by number and by text, so that memory and the time between two writes are bounded."""
+    """Cut a stream of rows by number and by text, so that memory and the time between two writes
+    are bounded."""
     limit = max_tokens * CHARS_PER_TOKEN * PACKS_PER_WINDOW
     window, size = Window([]), 0
     for row, done in rows:
         window.rows.append(row)
         window.done = done
-        size += sum(len(c) if isinstance(c, str) else sum(len(m["content"]) for m in c) for c in row.conversations)
+        size += sum(
+            len(c) if isinstance(c, str) else sum(len(m["content"]) for m in c)
+            for c in row.conversations
+        )
         if len(window.rows) >= WINDOW_ROWS or size >= limit:
             yield window
             window, size = Window([]), 0
@@ -59,8 +65,11 @@ def windows(rows: Iterable[tuple[ScorableRow, float | None]], max_tokens: int) -
         yield window
 
 
-def score_rows(scorer: Any, rows: list[ScorableRow], progress: Callable[[int], None] | None = None) -> list[RowResult]:
-    """Score the rows of a window with a ``rmega.scoring.scorer.Scorer``. What is wrong with a row stands in its result."""
+def score_rows(
+    scorer: Any, rows: list[ScorableRow], progress: Callable[[int], None] | None = None
+) -> list[RowResult]:
+    """Score the rows of a window with a ``rmega.scoring.scorer.Scorer``. What is wrong with a row
+    stands in its result."""
     results, sequences, owners = [], [], []
     for row in rows:
         result = RowResult(error=row.error)
@@ -88,7 +97,10 @@ def score_rows(scorer: Any, rows: list[ScorableRow], progress: Callable[[int], N
 
 # ---- worker processes
 
-def _work(pipe: Any, number: int, threads: int, max_tokens: int, model: str, options: dict[str, Any]) -> None:
+
+def _work(
+    pipe: Any, number: int, threads: int, max_tokens: int, model: str, options: dict[str, Any]
+) -> None:
     """One worker: loads the model, then answers windows until the pipe is closed."""
     import signal
 
@@ -103,7 +115,9 @@ def _work(pipe: Any, number: int, threads: int, max_tokens: int, model: str, opt
 
     try:
         scorer = load_scorer(model, max_tokens=max_tokens, **options)
-        pipe.send(("ready", scorer.describe(), scorer.tokenizer.messages if scorer.tokenizer else []))
+        pipe.send(
+            ("ready", scorer.describe(), scorer.tokenizer.messages if scorer.tokenizer else [])
+        )
         while True:
             pipe.send(("done", score_rows(scorer, pipe.recv())))
     except EOFError:
@@ -113,17 +127,23 @@ def _work(pipe: Any, number: int, threads: int, max_tokens: int, model: str, opt
 
 
 class Workers:
-    """Processes with a model each, to which windows are dealt out. A worker that dies ends the job with an error."""
+    """Processes with a model each, to which windows are dealt out. A worker that dies ends the job
+    with an error."""
 
     def __init__(self, count: int, model: str, *, max_tokens: int, **options: Any) -> None:
         context = multiprocessing.get_context("spawn")
-        threads = max(1, len(os.sched_getaffinity(0)) // count) if hasattr(os, "sched_getaffinity") else 1
+        threads = (
+            max(1, len(os.sched_getaffinity(0)) // count) if hasattr(os, "sched_getaffinity") else 1
+        )
         threads = min(threads, int(os.environ.get("OMP_NUM_THREADS") or threads))
         self._pipes, self._processes = [], []
         for number in range(count):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, number, threads, max_tokens, model, options),
-                                      daemon=True)
+            process = context.Process(
+                target=_work,
+                args=(theirs, number, threads, max_tokens, model, options),
+                daemon=True,
+            )
             process.start()
             theirs.close()
             self._pipes.append(mine)
@@ -134,8 +154,10 @@ class Workers:
     def _died(self, pipe: Any) -> ValueError:
         process = self._processes[self._pipes.index(pipe)]
         process.join(5)
-        return ValueError(f"--workers: worker {self._pipes.index(pipe) + 1} of {len(self._pipes)} ended with exit code "
-                          f"{process.exitcode} (out of memory?)")
+        return ValueError(
+            f"--workers: worker {self._pipes.index(pipe) + 1} of {len(self._pipes)} ended with exit"
+            f" code {process.exitcode} (out of memory?)"
+        )
 
     def _send(self, pipe: Any, rows: list[ScorableRow]) -> None:
         try:
@@ -184,8 +206,10 @@ class Workers:
 
 # ---- output
 
+
 def line_of(row: ScorableRow, result: RowResult, *, best_of: bool = False) -> dict[str, Any]:
-    """The output of a row: index, id if it has one, then reward, or rewards in the row's order, or error."""
+    """The output of a row: index, id if it has one, then reward, or rewards in the row's order, or
+    error."""
     line: dict[str, Any] = {"index": row.index}
     if row.id is not None:
         line["id"] = row.id
@@ -206,7 +230,8 @@ def ranking(rewards: list[float]) -> list[int]:
 
 
 class Output:
-    """A file of lines that has its name only when it is whole; until then it is ``NAME.partial``."""
+    """A file of lines that has its name only when it is whole; until then it is
+    ``NAME.partial``."""
 
     def __init__(self, path: str | None, *, resume: bool = False, force: bool = False) -> None:
         self.path = Path(path) if path is not None else None
@@ -229,10 +254,15 @@ class Output:
         elif force:
             partial.unlink(missing_ok=True)
         elif self.path.exists():
-            raise ValueError(f"--output {path}: exists already; --resume goes on where it ends, --force replaces it")
+            raise ValueError(
+                f"--output {path}: exists already; --resume goes on where it ends, --force"
+                " replaces it"
+            )
         elif partial.exists():
-            raise ValueError(f"--output {path}: {partial} holds an interrupted run; --resume goes on with it, --force "
-                             "starts afresh")
+            raise ValueError(
+                f"--output {path}: {partial} holds an interrupted run; --resume goes on with it,"
+                " --force starts afresh"
+            )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(partial, "a", encoding="utf-8")
 
@@ -246,30 +276,47 @@ class Output:
                     line = None
                 if not raw.endswith(b"\n") or not isinstance(line, dict):
                     if file.read(1):
-                        raise ValueError(f"--resume: {self.partial}:{number + 1} is not a line that this program wrote")
+                        raise ValueError(
+                            f"--resume: {self.partial}:{number + 1} is not a line that this program"
+                            " wrote"
+                        )
                     break  # half-written when the run was interrupted
                 if line.get("index") != number:
-                    raise ValueError(f"--resume: {self.partial}:{number + 1} has index {line.get('index')} instead of "
-                                     f"{number}: not the output of this program")
+                    raise ValueError(
+                        f"--resume: {self.partial}:{number + 1} has index {line.get('index')}"
+                        f" instead of {number}: not the output of this program"
+                    )
                 if "error" not in line:
                     self.last = number, line
                 self.num_rows, end = number + 1, end + len(raw)
         os.truncate(self.partial, end)
 
-    def check(self, row: ScorableRow, result: RowResult, *, best_of: bool, tolerance: float) -> None:
-        """Raise ValueError if the last line that an interrupted run wrote is not what this run would write."""
+    def check(
+        self, row: ScorableRow, result: RowResult, *, best_of: bool, tolerance: float
+    ) -> None:
+        """Raise ValueError if the last line that an interrupted run wrote is not what this run
+        would write."""
         index, old = self.last
         new = line_of(row, result, best_of=best_of)
         where = f"--resume: line {index + 1} of {self.partial}"
         if old.get("id") != new.get("id") or set(old) != set(new):
-            raise ValueError(f"{where} is not of {row.where}: another --input or other options than before")
-        before, now = ([line["reward"]] if "reward" in line else line["rewards"] for line in (old, new))
+            raise ValueError(
+                f"{where} is not of {row.where}: another --input or other options than before"
+            )
+        before, now = (
+            [line["reward"]] if "reward" in line else line["rewards"] for line in (old, new)
+        )
         if len(before) != len(now):
-            raise ValueError(f"{where} has {len(before)} rewards, {row.where} {len(now)} responses: another --input")
+            raise ValueError(
+                f"{where} has {len(before)} rewards, {row.where} {len(now)} responses: another"
+                " --input"
+            )
         for a, b in zip(before, now, strict=True):
             if abs(a - b) > tolerance * max(1.0, abs(a)):
-                raise ValueError(f"{where} has the reward {a:.6g}, this model gives {b:.6g}: another --model, --dtype "
-                                 "or --input than before")
+                raise ValueError(
+                    f"{where} has the reward {a:.6g}, this model gives {b:.6g}: another --model,"
+                    " --dtype or --input than before"
+                )
 
     def write(self, text: str) -> None:
         """Append text and hand it to the system."""
@@ -291,14 +338,16 @@ class Output:
 
 
 class ScoringProgress:
-    """A line that is rewritten on a terminal: rows, rate, share and ETA where the size of the input is known."""
+    """A line that is rewritten on a terminal: rows, rate, share and ETA where the size of the input
+    is known."""
 
     def __init__(self, shown: bool) -> None:
         self.shown = shown and sys.stderr.isatty()
         self.start, self.first = time.monotonic(), None
 
     def show(self, rows: int, responses: int, done: float | None) -> None:
-        """``rows`` and ``responses`` scored by this run; ``done`` the share of the input that is behind."""
+        """``rows`` and ``responses`` scored by this run; ``done`` the share of the input that is
+        behind."""
         if not self.shown:
             return
         elapsed = max(time.monotonic() - self.start, 1e-9)
@@ -309,7 +358,9 @@ class ScoringProgress:
             if self.first is None:  # what --resume skipped took no time
                 self.first = done if rows == 0 else 0.0
             share = (done - self.first) / max(1 - self.first, 1e-9)
-            text += f", {done:.0%}" + (f", eta {duration(elapsed / share * (1 - share))}" if share > 0 else "")
+            text += f", {done:.0%}" + (
+                f", eta {duration(elapsed / share * (1 - share))}" if share > 0 else ""
+            )
         sys.stderr.write(f"\r\x1b[K{text}")
         sys.stderr.flush()
 

@@ -1,7 +1,7 @@
 """One scoring thread behind a queue: requests that arrive together are scored together.
 
-The model is loaded, and every forward pass is run, in that one thread. Sequences wait in the order of their arrival, so
-a small request waits for one pack at most, also behind a large one.
+The model is loaded, and every forward pass is run, in that one thread. Sequences wait in the order
+of their arrival, so a small request waits for one pack at most, also behind a large one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 
 class Job:
-    """The sequences of one request and the future that gets their rewards (a list of floats, in order)."""
+    """The sequences of one request and the future that gets their rewards (a list of floats, in
+    order)."""
 
     def __init__(self, sequences: Sequence[Sequence[int]]) -> None:
         self.rewards: list[float | None] = [None] * len(sequences)
@@ -38,9 +39,11 @@ class Job:
 
 
 class ScoringQueue:
-    """``load`` makes the scorer (``rmega.scoring.scorer.Scorer``) in the scoring thread; ``submit`` may be called by any thread.
+    """``load`` makes the scorer (``rmega.scoring.scorer.Scorer``) in the scoring thread; ``submit``
+    may be called by any thread.
 
-    A batch is what came within ``wait`` seconds after the first sequence, up to ``max_tokens`` tokens.
+    A batch is what came within ``wait`` seconds after the first sequence, up to ``max_tokens``
+    tokens.
     """
 
     def __init__(self, load: Callable[[], Any], *, max_tokens: int, wait: float) -> None:
@@ -58,7 +61,8 @@ class ScoringQueue:
         self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
 
     def start(self, on_failure: Callable[[], None] | None = None) -> None:
-        """Begin to load the model; ``on_failure`` is called (in the scoring thread) if it cannot be loaded."""
+        """Begin to load the model; ``on_failure`` is called (in the scoring thread) if it cannot be
+        loaded."""
         self._on_failure = on_failure
         self._thread.start()
 
@@ -89,7 +93,9 @@ class ScoringQueue:
         """Whole seconds until what waits now should be scored, by the rate so far; at least 1."""
         if not self.num_tokens:
             return 1
-        return max(1, min(600, math.ceil(self.waiting_tokens * self.busy_seconds / self.num_tokens)))
+        return max(
+            1, min(600, math.ceil(self.waiting_tokens * self.busy_seconds / self.num_tokens))
+        )
 
     def close(self) -> None:
         """Score what waits, then end the thread."""
@@ -123,7 +129,9 @@ class ScoringQueue:
                     break
                 self._change.wait(left)
             batch, tokens = [], 0
-            while self._waiting and (not batch or tokens + len(self._waiting[0][2]) <= self._max_tokens):
+            while self._waiting and (
+                not batch or tokens + len(self._waiting[0][2]) <= self._max_tokens
+            ):
                 batch.append(self._waiting.popleft())
                 tokens += len(batch[-1][2])
             self.waiting_tokens -= tokens
@@ -133,7 +141,9 @@ class ScoringQueue:
         start = time.monotonic()
         try:
             rewards = self._scorer.score_sequences([s for _, _, s in batch])
-        except Exception as error:  # out of memory, for example: these requests fail, the server goes on
+        except (
+            Exception
+        ) as error:  # out of memory, for example: these requests fail, the server goes on
             for job in {id(job): job for job, _, _ in batch}.values():
                 job.fail(error)
             return

@@ -1,9 +1,11 @@
-"""Rewards of conversations, from an exported folder or from a run's checkpoint, by the training path.
+"""Rewards of conversations, from an exported folder or from a run's checkpoint, by the training
+path.
 
     scorer = load_scorer("RUN")          # or a Hugging Face reward model
     scorer.score_conversations([[{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]])
 
-Batches are packed without padding and conversations with the same beginning compute it once; neither changes a reward.
+Batches are packed without padding and conversations with the same beginning compute it once;
+neither changes a reward.
 """
 
 from __future__ import annotations
@@ -49,16 +51,27 @@ class TokenRules:
     @classmethod
     def from_manifest(cls, manifest: dict[str, Any]) -> TokenRules:
         """The rules that a dataset's manifest (or an export's recipe) records."""
-        return cls(reward_token=str(manifest["reward_token_id"]), chat_template=manifest.get("chat_template"),
-                   max_length=manifest.get("max_length"), overlong=manifest.get("overlong") or "left-prompt")
+        return cls(
+            reward_token=str(manifest["reward_token_id"]),
+            chat_template=manifest.get("chat_template"),
+            max_length=manifest.get("max_length"),
+            overlong=manifest.get("overlong") or "left-prompt",
+        )
 
 
-def load_scorer(path: str | Path, *, dtype: str = "fp32", max_tokens: int = 8192, rules: TokenRules | None = None,
-                flag: str = "--model") -> Scorer:
-    """A scorer of a Hugging Face reward model (folder or hub name), a run folder, or one checkpoint of a run.
+def load_scorer(
+    path: str | Path,
+    *,
+    dtype: str = "fp32",
+    max_tokens: int = 8192,
+    rules: TokenRules | None = None,
+    flag: str = "--model",
+) -> Scorer:
+    """A scorer of a Hugging Face reward model (folder or hub name), a run folder, or one checkpoint
+    of a run.
 
-    ``dtype`` is fp32, bf16, fp16 or auto. Under torchrun the ranks share the work. Raises ValueError naming ``flag``
-    where there is no reward model.
+    ``dtype`` is fp32, bf16, fp16 or auto. Under torchrun the ranks share the work. Raises
+    ValueError naming ``flag`` where there is no reward model.
     """
     found = run_folder.find(path, flag, "weights from") if Path(path).is_dir() else None
     device = distributed.initialize()
@@ -68,13 +81,20 @@ def load_scorer(path: str | Path, *, dtype: str = "fp32", max_tokens: int = 8192
         geometry = Geometry.from_dict(info["geometry"])
         model = _empty_model(geometry, chosen.dtype, device)
         checkpoint.load(found, wrapped=[model])
-        return Scorer(model, _tokenizer(found / "hf", rules or TokenRules.from_manifest(info["manifest"])), device,
-                      max_tokens=max_tokens, name=str(path))
+        return Scorer(
+            model,
+            _tokenizer(found / "hf", rules or TokenRules.from_manifest(info["manifest"])),
+            device,
+            max_tokens=max_tokens,
+            name=str(path),
+        )
     folder = resolve_model(str(path), flag=flag)
     geometry, config = read_geometry(folder)
     if not geometry.has_reward_head:
-        raise ValueError(f"{flag} {path}: not a reward model ({', '.join(config.get('architectures') or ['?'])}), and "
-                         "not a run with a checkpoint")
+        raise ValueError(
+            f"{flag} {path}: not a reward model"
+            f" ({', '.join(config.get('architectures') or ['?'])}), and not a run with a checkpoint"
+        )
     model = _empty_model(geometry, chosen.dtype, device)
     load_hf(model, folder, geometry)
     if rules is None:
@@ -96,41 +116,68 @@ def _tokenizer(folder: Path, rules: TokenRules) -> PairTokenizer | None:
     """None where the folder has no tokenizer: token ids can still be scored."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return None
-    return PairTokenizer.load(folder, reward_token=rules.reward_token, chat_template=rules.chat_template,
-                              max_length=rules.max_length, overlong=rules.overlong)
+    return PairTokenizer.load(
+        folder,
+        reward_token=rules.reward_token,
+        chat_template=rules.chat_template,
+        max_length=rules.max_length,
+        overlong=rules.overlong,
+    )
 
 
 class Scorer:
     """A reward model with its tokenizer."""
 
-    def __init__(self, model: RewardModel, tokenizer: PairTokenizer | None, device: torch.device, *,
-                 max_tokens: int = 8192, name: str = "") -> None:
-        self.model, self.tokenizer, self.device, self.max_tokens = model, tokenizer, device, max_tokens
+    def __init__(
+        self,
+        model: RewardModel,
+        tokenizer: PairTokenizer | None,
+        device: torch.device,
+        *,
+        max_tokens: int = 8192,
+        name: str = "",
+    ) -> None:
+        self.model, self.tokenizer, self.device, self.max_tokens = (
+            model,
+            tokenizer,
+            device,
+            max_tokens,
+        )
         self.name = name
         self._cost = CostModel.of(model.geometry)
         self._turn_end: str | None = None
 
     # ---- text to tokens
 
-    def encode(self, conversation: Conversation, tools: list[Any] | None = None, notes: list[str] | None = None, *,
-               max_length: int | None = None) -> list[int]:
-        """Ids with the reward token, as in training. ``notes`` is extended by what was changed (such as a cut).
+    def encode(
+        self,
+        conversation: Conversation,
+        tools: list[Any] | None = None,
+        notes: list[str] | None = None,
+        *,
+        max_length: int | None = None,
+    ) -> list[int]:
+        """Ids with the reward token, as in training. ``notes`` is extended by what was changed
+        (such as a cut).
 
-        Text instead of messages is taken as the output of a chat template: no token is added but the reward token, and
-        the white space that the template puts behind the end of a turn (a sampler stops before it). ValueError where
-        there is nothing to score. ``max_length`` stands in for the training's limit of tokens.
+        Text instead of messages is taken as the output of a chat template: no token is added but
+        the reward token, and the white space that the template puts behind the end of a turn (a
+        sampler stops before it). ValueError where there is nothing to score. ``max_length`` stands
+        in for the training's limit of tokens.
         """
         if self.tokenizer is None:
             raise ValueError("the model's folder has no tokenizer, so only token ids can be scored")
         if isinstance(conversation, str):
             return self._encode_text(conversation, notes, max_length)
-        return self.tokenizer.encode_conversation(conversation, tools=tools, notes=notes, max_length=max_length)
+        return self.tokenizer.encode_conversation(
+            conversation, tools=tools, notes=notes, max_length=max_length
+        )
 
     def _encode_text(self, text: str, notes: list[str] | None, max_length: int | None) -> list[int]:
         tokenizer = self.tokenizer
         end = self.turn_end
         if end != end.rstrip() and not text.endswith(end) and text.endswith(end.rstrip()):
-            text += end[len(end.rstrip()):]
+            text += end[len(end.rstrip()) :]
         try:
             ids = list(tokenizer.tokenizer.encode(text, add_special_tokens=False))
         except UnicodeEncodeError:
@@ -143,19 +190,28 @@ class Scorer:
         if limit is not None and len(ids) > limit:
             if tokenizer.overlong in ("drop", "error"):
                 raise ValueError(f"{Rejected('overlong', f'{len(ids)} tokens')}")
-            ids = ids[-limit:] if tokenizer.overlong == "left-prompt" else [*ids[: limit - 1], ids[-1]]
+            ids = (
+                ids[-limit:]
+                if tokenizer.overlong == "left-prompt"
+                else [*ids[: limit - 1], ids[-1]]
+            )
             if notes is not None:
                 notes.append("cut: beginning or end of the text left out")
         return ids
 
     @property
     def turn_end(self) -> str:
-        """What the chat template puts behind the last answer: ``<|im_end|>`` and a new line, for example."""
+        """What the chat template puts behind the last answer: ``<|im_end|>`` and a new line, for
+        example."""
         if self._turn_end is None:
-            probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+            probe = [
+                {"role": "user", "content": "question"},
+                {"role": "assistant", "content": "answer"},
+            ]
             try:
-                text = self.tokenizer.tokenizer.apply_chat_template(probe, chat_template=self.tokenizer.template,
-                                                                    tokenize=False)
+                text = self.tokenizer.tokenizer.apply_chat_template(
+                    probe, chat_template=self.tokenizer.template, tokenize=False
+                )
                 self._turn_end = text.rpartition("answer")[2]
             except Exception:  # a template that refuses the probe: then nothing is known of its end
                 self._turn_end = ""
@@ -164,10 +220,13 @@ class Scorer:
     # ---- tokens to rewards
 
     @torch.no_grad()
-    def score_tokens(self, items: Sequence[Sequence[Sequence[int]]],
-                     progress: Callable[[int], None] | None = None) -> list[list[float]]:
-        """Rewards of token sequences that end with the reward token; the sequences of an item may share a prefix, and
-        equal ones are computed once: their rewards are the same number."""
+    def score_tokens(
+        self,
+        items: Sequence[Sequence[Sequence[int]]],
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[float]]:
+        """Rewards of token sequences that end with the reward token; the sequences of an item may
+        share a prefix, and equal ones are computed once: their rewards are the same number."""
         distinct = [_distinct(item) for item in items]
         parts = [part for own, _ in distinct for part in _parts(own, self.max_tokens)]
         out = torch.zeros(sum(len(s.suffixes) for s in parts), device=self.device)
@@ -176,12 +235,18 @@ class Scorer:
         for start in range(0, len(parts), GROUP):
             group = parts[start : start + GROUP]
             lengths = [(len(s.prefix), [len(x) for x in s.suffixes]) for s in group]
-            bins = balanced_bins([p + sum(x) for p, x in lengths], [self._cost(p, x) for p, x in lengths],
-                                 num_ranks=ranks, capacity=self.max_tokens)[me]
+            bins = balanced_bins(
+                [p + sum(x) for p, x in lengths],
+                [self._cost(p, x) for p, x in lengths],
+                num_ranks=ranks,
+                capacity=self.max_tokens,
+            )[me]
             for numbers in bins:
                 if not numbers:
                     continue
-                batch = pack([group[i] for i in numbers], responses=[int(firsts[start + i]) for i in numbers])
+                batch = pack(
+                    [group[i] for i in numbers], responses=[int(firsts[start + i]) for i in numbers]
+                )
                 out[batch.responses.to(self.device)] = self.model(batch.to(self.device))
             if progress:
                 progress(sum(s.ends_item for s in group))
@@ -191,10 +256,11 @@ class Scorer:
         computed = [[next(rewards) for _ in own] for own, _ in distinct]
         return [[own[i] for i in which] for own, (_, which) in zip(computed, distinct, strict=True)]
 
-    def score_sequences(self, sequences: Sequence[Sequence[int]],
-                        progress: Callable[[int], None] | None = None) -> list[float]:
-        """One reward for each token sequence, in order. Those with the same beginning compute it once, wherever they
-        stand."""
+    def score_sequences(
+        self, sequences: Sequence[Sequence[int]], progress: Callable[[int], None] | None = None
+    ) -> list[float]:
+        """One reward for each token sequence, in order. Those with the same beginning compute it
+        once, wherever they stand."""
         arrays = [np.asarray(s, dtype=np.int32) for s in sequences]
         groups = group_by_prefix(arrays)
         scored = self.score_tokens([[arrays[i] for i in group] for group in groups], progress)
@@ -204,35 +270,57 @@ class Scorer:
                 out[i] = reward
         return out
 
-    def score_comparisons(self, comparisons: Iterable[Comparison],
-                          progress: Callable[[int], None] | None = None) -> list[list[float]]:
+    def score_comparisons(
+        self, comparisons: Iterable[Comparison], progress: Callable[[int], None] | None = None
+    ) -> list[list[float]]:
         """Rewards of each comparison's responses, in the order of ``comparison.responses``."""
-        items = [[self.encode([*c.prompt, *response], c.tools) for response in c.responses] for c in comparisons]
+        items = [
+            [self.encode([*c.prompt, *response], c.tools) for response in c.responses]
+            for c in comparisons
+        ]
         return self.score_tokens(items, progress)
 
-    def score_conversations(self, conversations: Sequence[Conversation],
-                            progress: Callable[[int], None] | None = None) -> list[float]:
+    def score_conversations(
+        self, conversations: Sequence[Conversation], progress: Callable[[int], None] | None = None
+    ) -> list[float]:
         """One reward for each conversation, in order."""
-        return self.score_sequences([self.encode(conversation) for conversation in conversations], progress)
+        return self.score_sequences(
+            [self.encode(conversation) for conversation in conversations], progress
+        )
 
     def describe(self) -> dict[str, Any]:
-        """What a user of the rewards should know: model, number format, and the recipe of the tokens."""
+        """What a user of the rewards should know: model, number format, and the recipe of the
+        tokens."""
         recipe = self.tokenizer.manifest() if self.tokenizer else {}
         recipe.pop("tokenizer", None)
-        dtype = next(name for name, value in precision.DTYPES.items() if value is self.model.config.params_dtype)
-        return {"model": self.name, "family": self.model.geometry.family, "dtype": dtype, "device": str(self.device),
-                "max_position_embeddings": self.model.geometry.max_position_embeddings, **recipe}
+        dtype = next(
+            name
+            for name, value in precision.DTYPES.items()
+            if value is self.model.config.params_dtype
+        )
+        return {
+            "model": self.name,
+            "family": self.model.geometry.family,
+            "dtype": dtype,
+            "device": str(self.device),
+            "max_position_embeddings": self.model.geometry.max_position_embeddings,
+            **recipe,
+        }
 
 
 def _distinct(sequences: Sequence[Sequence[int]]) -> tuple[list[Sequence[int]], list[int]]:
     """The sequences without repetitions, in order, and which of these each one is."""
     found: dict[bytes, tuple[int, Sequence[int]]] = {}
-    which = [found.setdefault(np.asarray(s, dtype=np.int64).tobytes(), (len(found), s))[0] for s in sequences]
+    which = [
+        found.setdefault(np.asarray(s, dtype=np.int64).tobytes(), (len(found), s))[0]
+        for s in sequences
+    ]
     return [s for _, s in found.values()], which
 
 
 def _parts(sequences: Sequence[Sequence[int]], capacity: int) -> Iterator[SimpleNamespace]:
-    """The shared prefix of an item and the rest of each sequence; several times where they are too many for a pack."""
+    """The shared prefix of an item and the rest of each sequence; several times where they are too
+    many for a pack."""
     arrays = [np.asarray(s, dtype=np.int64) for s in sequences]
     for array in arrays:
         if not len(array):
@@ -244,20 +332,29 @@ def _parts(sequences: Sequence[Sequence[int]], capacity: int) -> Iterator[Simple
     while start < len(suffixes):
         before = ends[start - 1] if start else 0
         end = max(start + 1, int(np.searchsorted(ends, before + capacity - length, side="right")))
-        yield SimpleNamespace(prefix=arrays[0][:length], suffixes=suffixes[start:end], graded=False,
-                              scores=[0.0] * (end - start), ends_item=end == len(suffixes))
+        yield SimpleNamespace(
+            prefix=arrays[0][:length],
+            suffixes=suffixes[start:end],
+            graded=False,
+            scores=[0.0] * (end - start),
+            ends_item=end == len(suffixes),
+        )
         start = end
 
 
 def group_by_prefix(sequences: Sequence[np.ndarray], at_least: int = MIN_SHARED) -> list[list[int]]:
-    """Numbers of the sequences (int32 arrays) in groups that share a beginning of ``at_least`` tokens.
+    """Numbers of the sequences (int32 arrays) in groups that share a beginning of ``at_least``
+    tokens.
 
-    Sequences are sorted, so that those with equal beginnings are neighbours; the sorted row is then cut where that
-    saves most tokens: a group of m that shares p tokens saves p (m - 1). Groups are in the order of their first member.
+    Sequences are sorted, so that those with equal beginnings are neighbours; the sorted row is then
+    cut where that saves most tokens: a group of m that shares p tokens saves p (m - 1). Groups are
+    in the order of their first member.
     """
     order = sorted(range(len(sequences)), key=lambda i: sequences[i].astype(">i4").tobytes())
-    shared = [common_prefix_length([sequences[a], sequences[b]])
-              for a, b in zip(order, order[1:], strict=False)]
+    shared = [
+        common_prefix_length([sequences[a], sequences[b]])
+        for a, b in zip(order, order[1:], strict=False)
+    ]
     groups: list[list[int]] = []
 
     def best(first: int, end: int, depth: int) -> tuple[int, list[tuple[int, int]]]:
@@ -268,7 +365,11 @@ def group_by_prefix(sequences: Sequence[np.ndarray], at_least: int = MIN_SHARED)
         whole = least * (end - first - 1) if least >= at_least else 0
         if depth == MAX_DEPTH and whole:
             return whole, [(first, end)]
-        cuts = [i + 1 for i in range(first, end - 1) if shared[i] <= (least if depth < MAX_DEPTH else at_least)]
+        cuts = [
+            i + 1
+            for i in range(first, end - 1)
+            if shared[i] <= (least if depth < MAX_DEPTH else at_least)
+        ]
         saved, ranges = 0, []
         for a, b in zip([first, *cuts], [*cuts, end], strict=True):
             more, parts = best(a, b, min(depth + 1, MAX_DEPTH))

@@ -1,8 +1,9 @@
-"""A reward model behind HTTP: OpenRLHF's ``/get_reward`` and a plain ``/score``, with batching and limits.
+"""A reward model behind HTTP: OpenRLHF's ``/get_reward`` and a plain ``/score``, with batching and
+limits.
 
-Needs the extra ``serve`` (fastapi, uvicorn). Errors are JSON: ``{"error": "..."}`` with 400 (no JSON), 401 (key), 404,
-405, 408 (body too slow), 413 (body too large), 422 (content), 429 (queue full) or 503 (loading or stopping), the last
-two with Retry-After.
+Needs the extra ``serve`` (fastapi, uvicorn). Errors are JSON: ``{"error": "..."}`` with 400 (no
+JSON), 401 (key), 404, 405, 408 (body too slow), 413 (body too large), 422 (content), 429 (queue
+full) or 503 (loading or stopping), the last two with Retry-After.
 """
 
 from __future__ import annotations
@@ -64,9 +65,12 @@ class Problem(Exception):
 
 
 class RewardService:
-    """Checks requests, turns their text into tokens (in a thread of its own), and waits for the rewards."""
+    """Checks requests, turns their text into tokens (in a thread of its own), and waits for the
+    rewards."""
 
-    def __init__(self, queue: ScoringQueue, limits: Limits, *, model: str, api_key: str | None = None) -> None:
+    def __init__(
+        self, queue: ScoringQueue, limits: Limits, *, model: str, api_key: str | None = None
+    ) -> None:
         self.queue, self.limits, self.model, self._api_key = queue, limits, model, api_key
         self.stopping = False
         """Said at /health; requests that are here already are still answered."""
@@ -77,10 +81,12 @@ class RewardService:
     # ---- endpoints
 
     async def get_reward(self, request: Request) -> JSONResponse:
-        """OpenRLHF: ``{"query": [text, ...], "prompts": ..., "labels": ...}`` -> rewards, scores, extra_logs.
+        """OpenRLHF: ``{"query": [text, ...], "prompts": ..., "labels": ...}`` -> rewards, scores,
+        extra_logs.
 
-        A text is prompt and response with the chat template applied, as a sampler's tokens decode; its reward is that
-        of the same conversation at ``/score``. ``prompts`` and ``labels`` are not needed for it.
+        A text is prompt and response with the chat template applied, as a sampler's tokens decode;
+        its reward is that of the same conversation at ``/score``. ``prompts`` and ``labels`` are
+        not needed for it.
         """
         body = await self._body(request)
         queries = body.get("query")
@@ -100,10 +106,13 @@ class RewardService:
         return JSONResponse({"rewards": rewards, "scores": rewards, "extra_logs": logs})
 
     async def score(self, request: Request) -> JSONResponse:
-        """``{"conversations": [[message, ...], ...]}`` (or any form of row that tools/score.py takes) -> rewards."""
+        """``{"conversations": [[message, ...], ...]}`` (or any form of row that tools/score.py
+        takes) -> rewards."""
         body = await self._body(request)
         try:
-            conversations, _, tools = ([], False, None) if body.get("conversations") == [] else scorable(body)
+            conversations, _, tools = (
+                ([], False, None) if body.get("conversations") == [] else scorable(body)
+            )
         except Rejected as error:
             raise Problem(422, str(error)) from None
         rewards, num_tokens, cut = await self._score(conversations, tools, "conversation {}", 1)
@@ -113,20 +122,37 @@ class RewardService:
         return JSONResponse(answer)
 
     async def health(self, request: Request) -> JSONResponse:
-        """200 when requests are taken, 503 before and after; for a load balancer, so without a key."""
+        """200 when requests are taken, 503 before and after; for a load balancer, so without a
+        key."""
         status = "stopping" if self.stopping else "ready" if self.queue.scorer else "loading"
-        return JSONResponse({"status": status, "model": self.model, "queue": self.in_flight,
-                             "scored": self.queue.num_scored}, 200 if status == "ready" else 503)
+        return JSONResponse(
+            {
+                "status": status,
+                "model": self.model,
+                "queue": self.in_flight,
+                "scored": self.queue.num_scored,
+            },
+            200 if status == "ready" else 503,
+        )
 
     async def info(self, request: Request) -> JSONResponse:
         """Model, recipe of the tokens, limits, counts."""
         self._check_key(request)
         scorer, queue = self._scorer(), self.queue
         limits = dataclasses.asdict(self.limits) | {"max_length": self._max_length(scorer)}
-        return JSONResponse({
-            "rmega": rmega.__version__, **scorer.describe(), "limits": limits, "requests": self.num_requests,
-            "refused": self.num_refused, "conversations": queue.num_scored, "batches": queue.num_batches,
-            "tokens": queue.num_tokens, "busy_seconds": round(queue.busy_seconds, 3)})
+        return JSONResponse(
+            {
+                "rmega": rmega.__version__,
+                **scorer.describe(),
+                "limits": limits,
+                "requests": self.num_requests,
+                "refused": self.num_refused,
+                "conversations": queue.num_scored,
+                "batches": queue.num_batches,
+                "tokens": queue.num_tokens,
+                "busy_seconds": round(queue.busy_seconds, 3),
+            }
+        )
 
     # ---- parts
 
@@ -142,7 +168,9 @@ class RewardService:
     def _check_key(self, request: Request) -> None:
         if self._api_key is None:
             return
-        given = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
+        given = request.headers.get("x-api-key") or request.headers.get(
+            "authorization", ""
+        ).removeprefix("Bearer ")
         if not hmac.compare_digest(given.encode("utf-8", "replace"), self._api_key.encode()):
             raise Problem(401, "a key is needed: Authorization: Bearer KEY, or X-API-Key: KEY")
 
@@ -165,12 +193,16 @@ class RewardService:
                 if len(data) > limit:
                     raise too_large
                 if self.buffered > MAX_BODIES * limit:
-                    raise Problem(503, "too many large requests at once", self.queue.seconds_to_wait())
+                    raise Problem(
+                        503, "too many large requests at once", self.queue.seconds_to_wait()
+                    )
 
         try:
             await asyncio.wait_for(read(), self.limits.body_seconds)
         except asyncio.TimeoutError:
-            raise Problem(408, f"the body took longer than {self.limits.body_seconds:g} s") from None
+            raise Problem(
+                408, f"the body took longer than {self.limits.body_seconds:g} s"
+            ) from None
         except ClientDisconnect:
             raise Problem(400, "the client left") from None
         finally:
@@ -182,26 +214,37 @@ class RewardService:
         except RecursionError:
             raise Problem(400, "the body is nested too deeply") from None
         except ValueError as error:
-            raise Problem(400, f"the body is not JSON: {error}" if data else "no body: JSON is needed") from None
+            raise Problem(
+                400, f"the body is not JSON: {error}" if data else "no body: JSON is needed"
+            ) from None
         if not isinstance(body, dict):
             raise Problem(422, f"a JSON object is needed, not {type(body).__name__}")
         return body
 
-    async def _score(self, conversations: list[Conversation], tools: list[Any] | None,
-                     label: str, first: int) -> tuple[list[float], list[int], list[bool]]:
+    async def _score(
+        self, conversations: list[Conversation], tools: list[Any] | None, label: str, first: int
+    ) -> tuple[list[float], list[int], list[bool]]:
         """(rewards, lengths in tokens, whether cut) of each conversation."""
         count = len(conversations)
         if count > self.limits.max_conversations:
-            raise Problem(422, f"{count:,} conversations: at most {self.limits.max_conversations:,} in a request")
+            raise Problem(
+                422,
+                f"{count:,} conversations: at most {self.limits.max_conversations:,} in a request",
+            )
         if self.in_flight and self.in_flight + count > self.limits.max_queue:
-            raise Problem(429, f"{self.in_flight:,} conversations are waiting, at most {self.limits.max_queue:,} may",
-                          self.queue.seconds_to_wait())
+            raise Problem(
+                429,
+                f"{self.in_flight:,} conversations are waiting, at most"
+                f" {self.limits.max_queue:,} may",
+                self.queue.seconds_to_wait(),
+            )
         scorer = self._scorer()
         self.in_flight += count
         try:
             names = [label.format(i) for i in range(first, first + count)]
             sequences, cut = await asyncio.get_running_loop().run_in_executor(
-                self._encoder, self._encode, scorer, conversations, tools, names)
+                self._encoder, self._encode, scorer, conversations, tools, names
+            )
             rewards = await asyncio.wrap_future(self.queue.submit(sequences))
         except (Problem, asyncio.CancelledError):
             raise
@@ -212,21 +255,40 @@ class RewardService:
             self.in_flight -= count
         return [float(f"{r:.9g}") for r in rewards], [len(s) for s in sequences], cut
 
-    def _encode(self, scorer: Any, conversations: list[Conversation], tools: list[Any] | None,
-                names: list[str]) -> tuple[list[list[int]], list[bool]]:
+    def _encode(
+        self,
+        scorer: Any,
+        conversations: list[Conversation],
+        tools: list[Any] | None,
+        names: list[str],
+    ) -> tuple[list[list[int]], list[bool]]:
         limit = self._max_length(scorer)
         sequences, cut = [], []
         for name, conversation in zip(names, conversations, strict=True):
             notes: list[str] = []
-            size = len(conversation) if isinstance(conversation, str) else sum(len(m["content"]) for m in conversation)
+            size = (
+                len(conversation)
+                if isinstance(conversation, str)
+                else sum(len(m["content"]) for m in conversation)
+            )
             if size > limit * MAX_CHARS_PER_TOKEN:
-                raise Problem(422, f"{name}: {size:,} characters are too long to be {limit:,} tokens")
+                raise Problem(
+                    422, f"{name}: {size:,} characters are too long to be {limit:,} tokens"
+                )
             try:
-                ids = scorer.encode(conversation, tools, notes, max_length=limit if self.limits.cut else 2**40)
+                ids = scorer.encode(
+                    conversation, tools, notes, max_length=limit if self.limits.cut else 2**40
+                )
             except ValueError as error:
                 raise Problem(422, f"{name}: {error}") from None
-            except (TypeError, KeyError, AttributeError) as error:  # messages with odd further fields
-                raise Problem(422, f"{name}: cannot be put into the chat template ({error})") from None
+            except (
+                TypeError,
+                KeyError,
+                AttributeError,
+            ) as error:  # messages with odd further fields
+                raise Problem(
+                    422, f"{name}: cannot be put into the chat template ({error})"
+                ) from None
             if len(ids) > limit:
                 raise Problem(422, f"{name}: {len(ids):,} tokens, at most {limit:,}")
             sequences.append(ids)
@@ -251,20 +313,24 @@ def listen(host: str, port: int) -> socket.socket:
         sock.bind(address)
     except (OSError, OverflowError) as error:
         sock.close()
-        raise ValueError(f"--host {host} --port {port}: {getattr(error, 'strerror', error)}") from None
+        raise ValueError(
+            f"--host {host} --port {port}: {getattr(error, 'strerror', error)}"
+        ) from None
     return sock
 
 
 def run(server: Any, service: RewardService, sockets: list[socket.socket]) -> None:
-    """Load the model and serve (``server`` is uvicorn's) until SIGTERM or SIGINT; then answer what was taken.
+    """Load the model and serve (``server`` is uvicorn's) until SIGTERM or SIGINT; then answer what
+    was taken.
 
     Raises what the loading of the model raised.
     """
+
     def stop(*_: Any) -> None:
         service.stopping = server.should_exit = True
 
-    # uvicorn puts its own handlers in their place while it runs, and raises the signal again when it has stopped: that
-    # one must not end the program with the signal's exit code.
+    # uvicorn puts its own handlers in their place while it runs, and raises the signal again when
+    # it has stopped: that one must not end the program with the signal's exit code.
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     given = server.handle_exit
     server.handle_exit = lambda *args: (setattr(service, "stopping", True), given(*args))
@@ -274,7 +340,9 @@ def run(server: Any, service: RewardService, sockets: list[socket.socket]) -> No
         signal.signal(number, handler)
     if service.queue.failure:
         raise service.queue.failure
-    if server.force_exit or service.queue.scorer is None:  # asked twice, or a model that is still being read
+    if (
+        server.force_exit or service.queue.scorer is None
+    ):  # asked twice, or a model that is still being read
         sys.stdout.flush()
         os._exit(1 if server.force_exit else 0)
     service.close()
@@ -282,7 +350,9 @@ def run(server: Any, service: RewardService, sockets: list[socket.socket]) -> No
 
 def make_app(service: RewardService) -> FastAPI:
     """The application: routes and the form of errors."""
-    app = FastAPI(title="rmega", version=rmega.__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="rmega", version=rmega.__version__, docs_url=None, redoc_url=None, openapi_url=None
+    )
     app.add_api_route("/get_reward", service.get_reward, methods=["POST"], response_model=None)
     app.add_api_route("/score", service.score, methods=["POST"], response_model=None)
     app.add_api_route("/health", service.health, methods=["GET"], response_model=None)
@@ -296,7 +366,10 @@ def make_app(service: RewardService) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         known = "POST /get_reward, POST /score, GET /health, GET /info"
-        return JSONResponse({"error": f"{request.method} {request.url.path}: {error.detail}; known are {known}"},
-                            error.status_code, error.headers)
+        return JSONResponse(
+            {"error": f"{request.method} {request.url.path}: {error.detail}; known are {known}"},
+            error.status_code,
+            error.headers,
+        )
 
     return app

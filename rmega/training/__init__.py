@@ -1,1 +1,2 @@
-"""A training run: run (its loop), train (build, step), preflight, plan, disk, logs, monitor, stopping, parity."""
+"""A training run: run (its loop), train (build, step), preflight, plan, disk, logs, monitor,
+stopping, parity."""

@@ -1,4 +1,5 @@
-"""What a run says: one line and one row per interval, progress with an ETA, and the optional trackers."""
+"""What a run says: one line and one row per interval, progress with an ETA, and the optional
+trackers."""
 
 from __future__ import annotations
 
@@ -15,9 +16,23 @@ import torch
 from rmega.distributed import log, rank
 
 # The columns of a training line, in order, and how each is printed.
-COLUMNS = {"lr": ".4e", "eta": "", "time": ".4f", "data_time": ".4f", "memory": "d", "loss": ".4f", "acc": ".4f",
-           "chosen_score_mean": ".4f", "rejected_score_mean": ".4f", "grad_norm": ".4f", "num_samples": "d",
-           "num_tokens": "d", "shared": ".3f", "fill": ".4f", "pairs/s": ".2f"}
+COLUMNS = {
+    "lr": ".4e",
+    "eta": "",
+    "time": ".4f",
+    "data_time": ".4f",
+    "memory": "d",
+    "loss": ".4f",
+    "acc": ".4f",
+    "chosen_score_mean": ".4f",
+    "rejected_score_mean": ".4f",
+    "grad_norm": ".4f",
+    "num_samples": "d",
+    "num_tokens": "d",
+    "shared": ".3f",
+    "fill": ".4f",
+    "pairs/s": ".2f",
+}
 
 
 def duration(seconds: float) -> str:
@@ -28,8 +43,10 @@ def duration(seconds: float) -> str:
 
 
 class TimeSpent:
-    """Time of a run's training from now on, and with what its checkpoint (``info``, resumed at a step) says of the
-    processes before this one. What was done after that checkpoint and is done again is not counted twice."""
+    """Time of a run's training from now on, and with what its checkpoint (``info``, resumed at a
+    step) says of the processes before this one. What was done after that checkpoint and is done
+    again is not counted twice.
+    """
 
     def __init__(self, info: Mapping[str, Any], resumed_at: int | None) -> None:
         self._begun, self._resumed_at = time.monotonic(), resumed_at
@@ -42,7 +59,8 @@ class TimeSpent:
 
     @property
     def whole(self) -> float | None:
-        """Seconds of the whole run; None where its checkpoint is of a version that did not note them."""
+        """Seconds of the whole run; None where its checkpoint is of a version that did not note
+        them."""
         return None if self._before is None else self._before + self.here
 
     def __str__(self) -> str:
@@ -72,15 +90,23 @@ def train_line(step: int, total: int, row: Mapping[str, Any]) -> str:
 
 
 class MetricsLog:
-    """Rows of ``metrics.jsonl`` in the run folder, and the same to TensorBoard and Weights & Biases.
+    """Rows of ``metrics.jsonl`` in the run folder, and the same to TensorBoard and Weights &
+    Biases.
 
-    Only rank 0 writes. Without a folder only the lines on the terminal remain. tensorboard: "auto" writes for it where
-    it is installed, "on" raises ValueError where it is not. A resumed run (``resumed_at``: its last good step) goes on
-    in the same Weights & Biases run.
+    Only rank 0 writes. Without a folder only the lines on the terminal remain. tensorboard: "auto"
+    writes for it where it is installed, "on" raises ValueError where it is not. A resumed run
+    (``resumed_at``: its last good step) goes on in the same Weights & Biases run.
     """
 
-    def __init__(self, run: str | None, *, resumed_at: int | None = None, tensorboard: str = "off",
-                 wandb_project: str | None = None, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        run: str | None,
+        *,
+        resumed_at: int | None = None,
+        tensorboard: str = "off",
+        wandb_project: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         self._file = self._board = self._wandb = None
         if rank() != 0:
             return
@@ -110,20 +136,29 @@ class MetricsLog:
         name = f"{kind}/{values['name']}" if "name" in values else kind
         numbers = {f"{name}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
         if self._board:
-            self._board = self._kept(self._board, "tensorboard", lambda board: [
-                board.add_scalar(key, value, step) for key, value in numbers.items()])
+            self._board = self._kept(
+                self._board,
+                "tensorboard",
+                lambda board: [
+                    board.add_scalar(key, value, step) for key, value in numbers.items()
+                ],
+            )
         if self._wandb:
             self._wandb = self._kept(self._wandb, "wandb", lambda run: run.log(numbers, step=step))
 
     @staticmethod
     def _kept(tracker: Any, name: str, use: Callable[[Any], object]) -> Any:
-        """``use(tracker)``; the tracker, or None if it failed. Curves are no reason to end a training."""
+        """``use(tracker)``; the tracker, or None if it failed. Curves are no reason to end a
+        training."""
         try:
             use(tracker)
             return tracker
         except Exception as error:
-            log(f"warning: {name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}; "
-                "off from here on, training goes on")
+            log(
+                f"warning: {name}:"
+                f" {str(error).splitlines()[0] if str(error) else type(error).__name__}; off from"
+                " here on, training goes on"
+            )
             return None
 
     def close(self) -> None:
@@ -152,39 +187,57 @@ def _board(folder: Path, resumed_at: int | None, *, named: bool) -> Any:
     return SummaryWriter(str(folder), purge_step=None if resumed_at is None else resumed_at + 1)
 
 
-def _wandb_run(project: str, run: str | None, resumed_at: int | None, config: Mapping[str, Any] | None) -> Any:
+def _wandb_run(
+    project: str, run: str | None, resumed_at: int | None, config: Mapping[str, Any] | None
+) -> Any:
     try:
         import wandb
     except ImportError:
-        raise ValueError("--wandb-project: wandb is not installed (pip install 'rmega[track]')") from None
+        raise ValueError(
+            "--wandb-project: wandb is not installed (pip install 'rmega[track]')"
+        ) from None
     noted = Path(run) / "wandb_run_id" if run is not None else None
-    known = noted.read_text().strip() if noted and resumed_at is not None and noted.is_file() else None
-    started = wandb.init(project=project, dir=run, config=dict(config or {}), id=known,
-                         resume="allow" if known else None)
+    known = (
+        noted.read_text().strip() if noted and resumed_at is not None and noted.is_file() else None
+    )
+    started = wandb.init(
+        project=project,
+        dir=run,
+        config=dict(config or {}),
+        id=known,
+        resume="allow" if known else None,
+    )
     if noted:
         noted.write_text(f"{started.id}\n")
     return started
 
 
 def _drop_rows_after(path: Path, step: int | None) -> None:
-    """A resumed run writes the steps after its checkpoint again; a run from scratch starts an empty file.
+    """A resumed run writes the steps after its checkpoint again; a run from scratch starts an empty
+    file.
 
     A row that a crash left half written is dropped, too.
     """
+
     def stays(line: str) -> bool:
         try:
             return json.loads(line).get("step", 0) <= step
         except ValueError:
             return False
 
-    rows = [] if step is None else [line for line in path.read_text(encoding="utf-8").splitlines() if stays(line)]
+    rows = (
+        []
+        if step is None
+        else [line for line in path.read_text(encoding="utf-8").splitlines() if stays(line)]
+    )
     new = path.with_suffix(".partial")
     new.write_text("".join(f"{line}\n" for line in rows), encoding="utf-8")
     os.replace(new, path)
 
 
 class Progress:
-    """A line that is rewritten on a terminal, with an ETA; silent elsewhere, where the log lines do."""
+    """A line that is rewritten on a terminal, with an ETA; silent elsewhere, where the log lines
+    do."""
 
     def __init__(self, label: str, total: int) -> None:
         self.label, self.total, self.done = label, max(total, 1), 0
@@ -198,8 +251,10 @@ class Progress:
             elapsed = time.monotonic() - self.start
             eta = elapsed / self.done * (self.total - self.done) if self.done else 0
             filled = 24 * self.done // self.total
-            sys.stderr.write(f"\r{self.label} [{'#' * filled}{'.' * (24 - filled)}] {self.done}/{self.total} "
-                             f"eta {duration(eta)} ")
+            sys.stderr.write(
+                f"\r{self.label} [{'#' * filled}{'.' * (24 - filled)}] {self.done}/{self.total} "
+                f"eta {duration(eta)} "
+            )
             sys.stderr.flush()
 
     def clear(self) -> None:

@@ -13,7 +13,8 @@ HISTORY = 50
 SPIKE = 10.0
 """A gradient norm of so many times the median of the last ``HISTORY`` steps is warned about."""
 SCORE = 4.0
-"""Mean scores beyond this are close to the barrier at 5; and so is a jump by as much within ``HISTORY`` steps."""
+"""Mean scores beyond this are close to the barrier at 5; and so is a jump by as much within
+``HISTORY`` steps."""
 FEWEST = 10
 
 
@@ -36,14 +37,19 @@ class Watch:
             self.skipped += 1
             self.skipped_in_a_row += 1
             norm = "overflow" if report.grad_norm is None else report.grad_norm
-            said.append(f"warning: step {step}: loss {report.loss}, gradient norm {norm}: update skipped "
-                        f"({self.skipped_in_a_row} in a row, {self.skipped} in all); comparisons {list(documents)}")
+            said.append(
+                f"warning: step {step}: loss {report.loss}, gradient norm {norm}: update skipped"
+                f" ({self.skipped_in_a_row} in a row, {self.skipped} in all); comparisons"
+                f" {list(documents)}"
+            )
         if report.grad_norm is not None and math.isfinite(report.grad_norm):
             usual = statistics.median(self._norms) if len(self._norms) >= FEWEST else math.inf
             if report.grad_norm > SPIKE * usual:
-                said.append(f"warning: step {step}: gradient norm {report.grad_norm:.4g}, "
-                            f"{report.grad_norm / usual:.0f} times the usual {usual:.4g}; comparisons "
-                            f"{list(documents)}")
+                said.append(
+                    f"warning: step {step}: gradient norm {report.grad_norm:.4g}, "
+                    f"{report.grad_norm / usual:.0f} times the usual {usual:.4g}; comparisons "
+                    f"{list(documents)}"
+                )
             self._norms.append(report.grad_norm)
         scores = (report.chosen_score_mean, report.rejected_score_mean)
         if all(math.isfinite(s) for s in scores):
@@ -55,11 +61,15 @@ class Watch:
         level = sum(scores) / 2
         near = max(abs(s) for s in scores) > SCORE
         if near and not self._near:
-            said.append(f"warning: step {step}: mean scores {scores[0]:.2f} (chosen) and {scores[1]:.2f} (rejected) "
-                        f"have left +-{SCORE:g}")
+            said.append(
+                f"warning: step {step}: mean scores {scores[0]:.2f} (chosen) and {scores[1]:.2f}"
+                f" (rejected) have left +-{SCORE:g}"
+            )
         elif len(self._scores) >= FEWEST and abs(level - statistics.median(self._scores)) > SCORE:
-            said.append(f"warning: step {step}: scores jumped to a mean of {level:.2f} from "
-                        f"{statistics.median(self._scores):.2f}")
+            said.append(
+                f"warning: step {step}: scores jumped to a mean of {level:.2f} from "
+                f"{statistics.median(self._scores):.2f}"
+            )
         if said:
             self._scores.clear()  # the new level is the usual one from here on: a jump is said once
         self._near = near

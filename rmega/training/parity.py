@@ -1,4 +1,5 @@
-"""Does a layout change anything? A few steps in a given layout, with everything that must not depend on it.
+"""Does a layout change anything? A few steps in a given layout, with everything that must not
+depend on it.
 
 Used by ``tools/check_layouts.py`` and by the tests: one code for both.
 """
@@ -13,7 +14,15 @@ import torch
 from megatron.core import parallel_state
 
 from rmega import distributed
-from rmega.config import DataArgs, LossArgs, ModelArgs, OptimizerArgs, ParallelArgs, TrainArgs, TrainingConfig
+from rmega.config import (
+    DataArgs,
+    LossArgs,
+    ModelArgs,
+    OptimizerArgs,
+    ParallelArgs,
+    TrainArgs,
+    TrainingConfig,
+)
 from rmega.data.balance import CostModel
 from rmega.data.batching import Batcher
 from rmega.models.hf import load_hf, read_geometry, rule_name
@@ -44,20 +53,30 @@ class Layout:
     def parse(cls, text: str) -> Layout:
         """ValueError names a part that is not understood."""
         values: dict[str, Any] = {}
-        flags = {"sp": {"sp": True}, "overlap": {"overlap": True}, "pad": {"pad_heads": True},
-                 "plainopt": {"distributed_optimizer": False}, "recompute": {"recompute": "full"},
-                 "selective": {"recompute": "selective"}, "1": {}}
+        flags = {
+            "sp": {"sp": True},
+            "overlap": {"overlap": True},
+            "pad": {"pad_heads": True},
+            "plainopt": {"distributed_optimizer": False},
+            "recompute": {"recompute": "full"},
+            "selective": {"recompute": "selective"},
+            "1": {},
+        }
         for part in text.split(","):
             number = re.fullmatch(r"(tp|pp|vpp|dp|first|last|cp)(\d+)", part)
             if number and number[1] == "cp":
-                raise ValueError(f"--layouts {text}: context parallelism is not supported for reward models")
+                raise ValueError(
+                    f"--layouts {text}: context parallelism is not supported for reward models"
+                )
             if number:
                 values[number[1]] = int(number[2])
             elif part in flags:
                 values.update(flags[part])
             else:
-                raise ValueError(f"--layouts {text}: {part!r} is not one of tpN, ppN, vppN, dpN, firstN, lastN, "
-                                 f"{', '.join(f for f in flags if f != '1')}")
+                raise ValueError(
+                    f"--layouts {text}: {part!r} is not one of tpN, ppN, vppN, dpN, firstN, lastN, "
+                    f"{', '.join(f for f in flags if f != '1')}"
+                )
         return cls(text=text, **values)
 
     @property
@@ -66,54 +85,95 @@ class Layout:
         return self.tp * self.pp * self.dp
 
 
-def layout_config(layout: Layout, *, hf_model: str, steps: int, global_batch_size: int, max_tokens: int, lr: float,
-                  loss: str = "focal", penalty: str = "log_barrier", share_prefix: bool = True,
-                  prune_last_layer: bool = True) -> TrainingConfig:
+def layout_config(
+    layout: Layout,
+    *,
+    hf_model: str,
+    steps: int,
+    global_batch_size: int,
+    max_tokens: int,
+    lr: float,
+    loss: str = "focal",
+    penalty: str = "log_barrier",
+    share_prefix: bool = True,
+    prune_last_layer: bool = True,
+) -> TrainingConfig:
     """The configuration of a run of a few steps in a layout, at a constant learning rate."""
     return TrainingConfig(
         model=ModelArgs(hf_model=hf_model, prune_last_layer=prune_last_layer, head_init="normal"),
-        data=DataArgs(data_path=(), max_tokens_per_microbatch=max_tokens, share_prefix=share_prefix),
+        data=DataArgs(
+            data_path=(), max_tokens_per_microbatch=max_tokens, share_prefix=share_prefix
+        ),
         loss=LossArgs(loss=loss, penalty=penalty, use_margin=True),
         train=TrainArgs(train_steps=steps, global_batch_size=global_batch_size, seed=7),
-        # A larger epsilon keeps Adam smooth: with the usual one, a gradient that is rounding noise moves its weight by
-        # the full learning rate in a random direction, in any layout.
-        optimizer=OptimizerArgs(lr=lr, adam_eps=1e-3, lr_decay_style="constant", lr_warmup_fraction=0.0,
-                                weight_decay=0.01),
+        # A larger epsilon keeps Adam smooth: with the usual one, a gradient that is rounding noise
+        # moves its weight by the full learning rate in a random direction, in any layout.
+        optimizer=OptimizerArgs(
+            lr=lr,
+            adam_eps=1e-3,
+            lr_decay_style="constant",
+            lr_warmup_fraction=0.0,
+            weight_decay=0.01,
+        ),
         parallel=ParallelArgs(
-            tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
-            virtual_pipeline_model_parallel_size=layout.vpp, sequence_parallel=layout.sp,
-            use_distributed_optimizer=layout.distributed_optimizer, overlap_grad_reduce=layout.overlap,
-            recompute=layout.recompute, pad_attention_heads=layout.pad_heads,
-            num_layers_in_first_pipeline_stage=layout.first, num_layers_in_last_pipeline_stage=layout.last))
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vpp,
+            sequence_parallel=layout.sp,
+            use_distributed_optimizer=layout.distributed_optimizer,
+            overlap_grad_reduce=layout.overlap,
+            recompute=layout.recompute,
+            pad_attention_heads=layout.pad_heads,
+            num_layers_in_first_pipeline_stage=layout.first,
+            num_layers_in_last_pipeline_stage=layout.last,
+        ),
+    )
 
 
 def build(config: TrainingConfig, dtype: torch.dtype = torch.float32):
-    """(wrapped chunks, optimizer, scheduler, geometry, device) of a configuration; joins the process group."""
+    """(wrapped chunks, optimizer, scheduler, geometry, device) of a configuration; joins the
+    process group."""
     config.check(distributed.world_size())
     p = config.parallel
-    device = distributed.initialize(tp=p.tensor_model_parallel_size, pp=p.pipeline_model_parallel_size,
-                                    vpp=p.virtual_pipeline_model_parallel_size, seed=config.train.seed,
-                                    timeout_minutes=2)
+    device = distributed.initialize(
+        tp=p.tensor_model_parallel_size,
+        pp=p.pipeline_model_parallel_size,
+        vpp=p.virtual_pipeline_model_parallel_size,
+        seed=config.train.seed,
+        timeout_minutes=2,
+    )
     geometry, _ = read_geometry(config.model.hf_model)
     chunks = train.build_model(config, geometry, dtype=dtype, device=device)
     for chunk in chunks:
-        load_hf(chunk, config.model.hf_model, geometry, head_init=config.model.head_init, head_seed=3)
+        load_hf(
+            chunk, config.model.hf_model, geometry, head_init=config.model.head_init, head_seed=3
+        )
     wrapped = train.wrap_model(chunks, config)
     optimizer, scheduler = train.build_optimizer(wrapped, config, config.train.train_steps)
     return wrapped, optimizer, scheduler, geometry, device
 
 
-def make_batcher(config: TrainingConfig, dataset, geometry, *, replicas: int | None = None) -> Batcher:
+def make_batcher(
+    config: TrainingConfig, dataset, geometry, *, replicas: int | None = None
+) -> Batcher:
     """The batcher of this rank."""
-    return Batcher(dataset, global_batch_size=config.train.global_batch_size,
-                   max_tokens=config.data.max_tokens_per_microbatch, seed=config.train.seed,
-                   cost=CostModel.of(geometry), num_ranks=parallel_state.get_data_parallel_world_size(),
-                   rank=parallel_state.get_data_parallel_rank(), share_prefix=config.data.share_prefix,
-                   token_multiple=config.token_multiple, microbatch_multiple=config.microbatch_multiple)
+    return Batcher(
+        dataset,
+        global_batch_size=config.train.global_batch_size,
+        max_tokens=config.data.max_tokens_per_microbatch,
+        seed=config.train.seed,
+        cost=CostModel.of(geometry),
+        num_ranks=parallel_state.get_data_parallel_world_size(),
+        rank=parallel_state.get_data_parallel_rank(),
+        share_prefix=config.data.share_prefix,
+        token_multiple=config.token_multiple,
+        microbatch_multiple=config.microbatch_multiple,
+    )
 
 
 def gather_global(wrapped, geometry, value) -> dict[str, torch.Tensor]:
-    """``value(parameter)`` of every parameter, put together over tensor and pipeline ranks: name -> whole tensor.
+    """``value(parameter)`` of every parameter, put together over tensor and pipeline ranks: name ->
+    whole tensor.
 
     Padding of vocabulary and heads is cut away. Returned on rank 0; empty elsewhere.
     """
@@ -129,7 +189,11 @@ def gather_global(wrapped, geometry, value) -> dict[str, torch.Tensor]:
         for name, parameter in core.named_parameters():
             mine[rule_name(name, numbers)] = value(parameter).detach().float().cpu().clone()
     everyone: list[Any] = [None] * dist.get_world_size()
-    where = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_data_parallel_rank(), mine)
+    where = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
+        mine,
+    )
     dist.all_gather_object(everyone, where)
     if dist.get_rank() != 0:
         return {}
@@ -138,7 +202,10 @@ def gather_global(wrapped, geometry, value) -> dict[str, torch.Tensor]:
         if dp_rank == 0:
             for name, tensor in tensors.items():
                 shards.setdefault(name, {})[tp_rank] = tensor
-    return {name: _join(rules[name], [parts[r] for r in sorted(parts)]) for name, parts in sorted(shards.items())}
+    return {
+        name: _join(rules[name], [parts[r] for r in sorted(parts)])
+        for name, parts in sorted(shards.items())
+    }
 
 
 def _join(rule: WeightRule, parts: list[torch.Tensor]) -> torch.Tensor:
@@ -147,14 +214,18 @@ def _join(rule: WeightRule, parts: list[torch.Tensor]) -> torch.Tensor:
     elif rule.shard_dim == 1:
         whole = torch.cat(parts, dim=1)
     else:
-        blocks = [torch.cat([part.chunk(rule.shard_blocks)[b] for part in parts]) for b in range(rule.shard_blocks)]
+        blocks = [
+            torch.cat([part.chunk(rule.shard_blocks)[b] for part in parts])
+            for b in range(rule.shard_blocks)
+        ]
         whole = torch.cat(blocks)
     return whole[: rule.shape[0]] if whole.ndim == 1 else whole[: rule.shape[0], : rule.shape[1]]
 
 
 @dataclasses.dataclass
 class LayoutResult:
-    """What a layout gave: loss and gradient norm per step; gradients of the first; parameters and rewards after."""
+    """What a layout gave: loss and gradient norm per step; gradients of the first; parameters and
+    rewards after."""
 
     losses: list[float]
     grad_norms: list[float]
@@ -163,8 +234,11 @@ class LayoutResult:
     rewards: torch.Tensor
 
 
-def run_layout(config: TrainingConfig, dataset, dtype: torch.dtype = torch.float32) -> LayoutResult | None:
-    """Run ``--train-steps`` steps on ``dataset``; called by every rank, the result is on rank 0 (None elsewhere)."""
+def run_layout(
+    config: TrainingConfig, dataset, dtype: torch.dtype = torch.float32
+) -> LayoutResult | None:
+    """Run ``--train-steps`` steps on ``dataset``; called by every rank, the result is on rank 0
+    (None elsewhere)."""
     wrapped, optimizer, scheduler, geometry, device = build(config, dtype)
     batcher = make_batcher(config, dataset, geometry)
     losses, norms, grads = [], [], {}
@@ -173,8 +247,9 @@ def run_layout(config: TrainingConfig, dataset, dtype: torch.dtype = torch.float
         documents = batcher.documents(consumed)
         packs = [pack.to(device) for pack in batcher.packs(documents)]
         if step == 0:
-            # With the distributed optimizer each replica holds its own share of the reduced gradient; the plain sum
-            # over replicas of what each has before the reduction is what all layouts must agree on.
+            # With the distributed optimizer each replica holds its own share of the reduced
+            # gradient; the plain sum over replicas of what each has before the reduction is what
+            # all layouts must agree on.
             grads = _first_gradients(wrapped, packs, config, geometry)
         report = train.train_step(wrapped, optimizer, packs, config.loss, len(documents))
         scheduler.step(1)
@@ -182,7 +257,9 @@ def run_layout(config: TrainingConfig, dataset, dtype: torch.dtype = torch.float
         norms.append(report.grad_norm)
         consumed += len(documents)
     params = gather_global(wrapped, geometry, lambda p: p.data)
-    rewards = torch.from_numpy(train.compute_rewards(wrapped, batcher, device, batches=REWARD_BATCHES))
+    rewards = torch.from_numpy(
+        train.compute_rewards(wrapped, batcher, device, batches=REWARD_BATCHES)
+    )
     if distributed.rank() != 0:
         return None
     return LayoutResult(losses, norms, grads, params, rewards)
@@ -200,12 +277,15 @@ def _first_gradients(wrapped, packs, config: TrainingConfig, geometry) -> dict[s
                     shard = bucket.grad_data.numel() // replicas
                     start = parallel_state.get_data_parallel_rank() * shard
                     own = bucket.grad_data[start : start + shard].clone()
-                    dist.all_gather_into_tensor(bucket.grad_data, own, group=parallel_state.get_data_parallel_group())
+                    dist.all_gather_into_tensor(
+                        bucket.grad_data, own, group=parallel_state.get_data_parallel_group()
+                    )
     return gather_global(wrapped, geometry, lambda p: p.main_grad)
 
 
 def worst_gradient(result: LayoutResult, reference: LayoutResult) -> str:
     """Name of the tensor whose gradient differs most, relative to its own largest value."""
+
     def differs(name: str) -> float:
         a, b = result.grads[name], reference.grads[name]
         return ((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).item()
@@ -214,15 +294,25 @@ def worst_gradient(result: LayoutResult, reference: LayoutResult) -> str:
 
 
 def compare(result: LayoutResult, reference: LayoutResult) -> dict[str, float]:
-    """Largest differences relative to the reference's largest value: losses, norms, gradients, parameters, rewards."""
+    """Largest differences relative to the reference's largest value: losses, norms, gradients,
+    parameters, rewards."""
+
     def largest(a: torch.Tensor, b: torch.Tensor) -> float:
         return ((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).item()
 
     assert result.grads.keys() == reference.grads.keys()
     return {
-        "loss": max(abs(a - b) / abs(b) for a, b in zip(result.losses, reference.losses, strict=True)),
-        "grad_norm": max(abs(a - b) / b for a, b in zip(result.grad_norms, reference.grad_norms, strict=True)),
-        "gradient": max(largest(result.grads[name], reference.grads[name]) for name in reference.grads),
-        "parameter": max(largest(result.params[name], reference.params[name]) for name in reference.params),
+        "loss": max(
+            abs(a - b) / abs(b) for a, b in zip(result.losses, reference.losses, strict=True)
+        ),
+        "grad_norm": max(
+            abs(a - b) / b for a, b in zip(result.grad_norms, reference.grad_norms, strict=True)
+        ),
+        "gradient": max(
+            largest(result.grads[name], reference.grads[name]) for name in reference.grads
+        ),
+        "parameter": max(
+            largest(result.params[name], reference.params[name]) for name in reference.params
+        ),
         "reward": largest(result.rewards, reference.rewards),
     }

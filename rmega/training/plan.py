@@ -1,7 +1,8 @@
-"""What a layout needs, before anything is read or started: bytes per rank, tokens per step, pipeline bubble.
+"""What a layout needs, before anything is read or started: bytes per rank, tokens per step,
+pipeline bubble.
 
-Shape letters: T tokens of a micro-batch, h hidden, f MLP width, a query heads, g key/value groups, d head dimension,
-V vocabulary, L layers of a stage, tp, pp, vpp, dp sizes of the layout.
+Shape letters: T tokens of a micro-batch, h hidden, f MLP width, a query heads, g key/value groups,
+d head dimension, V vocabulary, L layers of a stage, tp, pp, vpp, dp sizes of the layout.
 
 Parameters per layer and tensor rank, from the weight table: (a + 2g) d h + a d h + 3 f h over tp, and two norms h.
 Gradients are fp32 and whole on every replica (megatron-core's buffer). Adam keeps two fp32 moments, and an fp32 copy of
@@ -52,7 +53,8 @@ class StagePlan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """What a step computes, from the lengths in the data (means over the steps that were looked at)."""
+    """What a step computes, from the lengths in the data (means over the steps that were looked
+    at)."""
 
     comparisons: int
     tokens: float
@@ -63,30 +65,52 @@ class StepPlan:
     """Dearest data-parallel rank over the mean."""
 
 
-def layers_of_stages(num_layers: int, pp: int, first: int | None = None, last: int | None = None) -> list[int]:
+def layers_of_stages(
+    num_layers: int, pp: int, first: int | None = None, last: int | None = None
+) -> list[int]:
     """Layers of each stage (all virtual chunks together)."""
     if pp == 1:
         return [num_layers]
     middle = pp - (first is not None) - (last is not None)
     rest = num_layers - (first or 0) - (last or 0)
     each = rest // middle if middle else 0
-    return [first if s == 0 and first is not None else last if s == pp - 1 and last is not None else each
-            for s in range(pp)]
+    return [
+        (
+            first
+            if s == 0 and first is not None
+            else last
+            if s == pp - 1 and last is not None
+            else each
+        )
+        for s in range(pp)
+    ]
 
 
 def in_flight(stage: int, pp: int, vpp: int | None, microbatches: float) -> float:
-    """Micro-batches whose activations a stage holds at most (1F1B, or interleaved: in units of all its layers)."""
+    """Micro-batches whose activations a stage holds at most (1F1B, or interleaved: in units of all
+    its layers)."""
     if not vpp:
         return min(pp - stage, microbatches)
     chunks = (pp - stage - 1) * 2 + (vpp - 1) * pp + 1
     return min(chunks / vpp, microbatches)
 
 
-def plan_stages(config: TrainingConfig, geometry: Geometry, *, replicas: int, bytes_per_element: int,
-                tokens: int, microbatches: float) -> list[StagePlan]:
+def plan_stages(
+    config: TrainingConfig,
+    geometry: Geometry,
+    *,
+    replicas: int,
+    bytes_per_element: int,
+    tokens: int,
+    microbatches: float,
+) -> list[StagePlan]:
     """The plan of every pipeline stage, for micro-batches of ``tokens`` tokens."""
     p, g = config.parallel, geometry
-    tp, pp, vpp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.virtual_pipeline_model_parallel_size
+    tp, pp, vpp = (
+        p.tensor_model_parallel_size,
+        p.pipeline_model_parallel_size,
+        p.virtual_pipeline_model_parallel_size,
+    )
     groups = -(-g.num_query_groups // tp) * tp if p.pad_attention_heads else g.num_query_groups
     heads = groups * (g.num_attention_heads // g.num_query_groups)
     h, f, d = g.hidden_size, g.ffn_hidden_size, g.head_dim
@@ -97,8 +121,9 @@ def plan_stages(config: TrainingConfig, geometry: Geometry, *, replicas: int, by
         kept_cut -= heads * d / tp
     per_token = (kept_whole + kept_cut) * bytes_per_element
     stages = []
-    counts = layers_of_stages(g.num_layers, pp, p.num_layers_in_first_pipeline_stage,
-                              p.num_layers_in_last_pipeline_stage)
+    counts = layers_of_stages(
+        g.num_layers, pp, p.num_layers_in_first_pipeline_stage, p.num_layers_in_last_pipeline_stage
+    )
     for stage, layers in enumerate(counts):
         half = layers * per_layer
         if stage == 0:
@@ -114,15 +139,26 @@ def plan_stages(config: TrainingConfig, geometry: Geometry, *, replicas: int, by
             activations = tokens * per_token * layers * held
         cut = replicas if p.use_distributed_optimizer else 1
         main_copy = 0 if bytes_per_element == 4 else 4
-        stages.append(StagePlan(
-            stage=stage, layers=layers, parameters=half + head, weights=half * bytes_per_element + 4 * head,
-            gradients=4 * (half + head), optimizer=((8 + main_copy) * half + 8 * head) // cut,
-            activations=int(activations), microbatches_in_flight=held))
+        stages.append(
+            StagePlan(
+                stage=stage,
+                layers=layers,
+                parameters=half + head,
+                weights=half * bytes_per_element + 4 * head,
+                gradients=4 * (half + head),
+                optimizer=((8 + main_copy) * half + 8 * head) // cut,
+                activations=int(activations),
+                microbatches_in_flight=held,
+            )
+        )
     return stages
 
 
-def plan_step(config: TrainingConfig, geometry: Geometry, *, replicas: int, steps: int = 8) -> StepPlan:
-    """Look at the first ``steps`` global batches of the data, dealt out as a run would; reads lengths only."""
+def plan_step(
+    config: TrainingConfig, geometry: Geometry, *, replicas: int, steps: int = 8
+) -> StepPlan:
+    """Look at the first ``steps`` global batches of the data, dealt out as a run would; reads
+    lengths only."""
     from rmega.data.balance import CostModel
     from rmega.data.batching import Batcher, Mixture
 
@@ -130,10 +166,16 @@ def plan_step(config: TrainingConfig, geometry: Geometry, *, replicas: int, step
     dataset = Mixture.open(c.data.data_path, seed=c.train.seed)
     cost = CostModel.of(geometry)
     vpp = p.virtual_pipeline_model_parallel_size
-    batcher = Batcher(dataset, global_batch_size=c.train.global_batch_size,
-                      max_tokens=c.data.max_tokens_per_microbatch, seed=c.train.seed, cost=cost, num_ranks=replicas,
-                      share_prefix=c.data.share_prefix,
-                      microbatch_multiple=p.pipeline_model_parallel_size if vpp else 1)
+    batcher = Batcher(
+        dataset,
+        global_batch_size=c.train.global_batch_size,
+        max_tokens=c.data.max_tokens_per_microbatch,
+        seed=c.train.seed,
+        cost=cost,
+        num_ranks=replicas,
+        share_prefix=c.data.share_prefix,
+        microbatch_multiple=p.pipeline_model_parallel_size if vpp else 1,
+    )
     tokens = microbatches = largest = 0
     imbalance = 0.0
     for step in range(steps):
@@ -142,8 +184,14 @@ def plan_step(config: TrainingConfig, geometry: Geometry, *, replicas: int, step
             load = 0.0
             for documents in bins:
                 lengths = [batcher.lengths(number) for number in documents]
-                own = sum(prefix + sum(suffixes) if batcher.share_prefix else sum(prefix + s for s in suffixes)
-                          for prefix, suffixes in lengths)
+                own = sum(
+                    (
+                        prefix + sum(suffixes)
+                        if batcher.share_prefix
+                        else sum(prefix + s for s in suffixes)
+                    )
+                    for prefix, suffixes in lengths
+                )
                 tokens, largest = tokens + own, max(largest, own)
                 load += sum(cost(prefix, suffixes) for prefix, suffixes in lengths)
             loads.append(load)
@@ -151,28 +199,41 @@ def plan_step(config: TrainingConfig, geometry: Geometry, *, replicas: int, step
         imbalance += max(loads) * len(loads) / max(sum(loads), 1e-9)
     each = microbatches / steps / replicas
     pp = p.pipeline_model_parallel_size
-    return StepPlan(comparisons=c.train.global_batch_size, tokens=tokens / steps, microbatches=each,
-                    largest_microbatch=largest, imbalance=imbalance / steps,
-                    bubble=(pp - 1) / (each * (vpp or 1) + pp - 1))
+    return StepPlan(
+        comparisons=c.train.global_batch_size,
+        tokens=tokens / steps,
+        microbatches=each,
+        largest_microbatch=largest,
+        imbalance=imbalance / steps,
+        bubble=(pp - 1) / (each * (vpp or 1) + pp - 1),
+    )
 
 
-def refuse_what_cannot_fit(stages: list[StagePlan], memory: float, *, only_state: bool = False) -> None:
+def refuse_what_cannot_fit(
+    stages: list[StagePlan], memory: float, *, only_state: bool = False
+) -> None:
     """Raise ValueError where a rank needs more than ``memory`` bytes, saying what would help."""
     worst = max(stages, key=lambda s: s.state if only_state else s.total)
     need = worst.state if only_state else worst.total
     if need <= memory:
         return
-    advice = "more --tp or --pp, or --use-distributed-optimizer with more replicas" if worst.state > memory else \
-        "--recompute full, --sp, or a smaller --max-tokens-per-microbatch"
-    raise ValueError(f"this layout needs {need / GB:.1f} GB on each rank of stage {worst.stage} (weights "
-                     f"{worst.weights / GB:.1f}, gradients {worst.gradients / GB:.1f}, optimizer "
-                     f"{worst.optimizer / GB:.1f}"
-                     f"{'' if only_state else f', activations {worst.activations / GB:.1f}'}), "
-                     f"and a device has {memory / GB:.1f} GB: {advice}")
+    advice = (
+        "more --tp or --pp, or --use-distributed-optimizer with more replicas"
+        if worst.state > memory
+        else "--recompute full, --sp, or a smaller --max-tokens-per-microbatch"
+    )
+    raise ValueError(
+        f"this layout needs {need / GB:.1f} GB on each rank of stage {worst.stage} (weights "
+        f"{worst.weights / GB:.1f}, gradients {worst.gradients / GB:.1f}, optimizer "
+        f"{worst.optimizer / GB:.1f}"
+        f"{'' if only_state else f', activations {worst.activations / GB:.1f}'}), "
+        f"and a device has {memory / GB:.1f} GB: {advice}"
+    )
 
 
 def check_memory(config: TrainingConfig, geometry: Geometry) -> None:
-    """Refuse, before weights are read, a layout whose state alone is larger than a device (or --device-memory-gb)."""
+    """Refuse, before weights are read, a layout whose state alone is larger than a device (or
+    --device-memory-gb)."""
     import torch
 
     from rmega import distributed
@@ -183,39 +244,71 @@ def check_memory(config: TrainingConfig, geometry: Geometry) -> None:
         memory = torch.cuda.get_device_properties(distributed.device()).total_memory
     if memory is not None:
         shards = p.tensor_model_parallel_size * p.pipeline_model_parallel_size
-        stages = plan_stages(config, geometry, replicas=distributed.world_size() // shards, tokens=0, microbatches=1,
-                             bytes_per_element=4 if config.train.precision == "fp32" else 2)
+        stages = plan_stages(
+            config,
+            geometry,
+            replicas=distributed.world_size() // shards,
+            tokens=0,
+            microbatches=1,
+            bytes_per_element=4 if config.train.precision == "fp32" else 2,
+        )
         refuse_what_cannot_fit(stages, memory, only_state=True)
 
 
-def describe(config: TrainingConfig, geometry: Geometry, stages: list[StagePlan], step: StepPlan, dtype: str,
-             replicas: int) -> str:
+def describe(
+    config: TrainingConfig,
+    geometry: Geometry,
+    stages: list[StagePlan],
+    step: StepPlan,
+    dtype: str,
+    replicas: int,
+) -> str:
     """The page that --dry-run prints."""
     p = config.parallel
     tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
     vpp = p.virtual_pipeline_model_parallel_size
     lines = [
-        f"model: {config.model.hf_model} ({geometry.family}, {geometry.num_layers} layers of {geometry.hidden_size})",
-        f"layout: tp {tp}{' + sequence parallel' if p.sequence_parallel else ''} x pp {pp}"
-        f"{f' ({vpp} chunks each)' if vpp else ''} x dp {replicas} = {tp * pp * replicas} ranks; {dtype}, recompute "
-        f"{p.recompute}, {'distributed' if p.use_distributed_optimizer else 'whole'} optimizer",
+        (
+            f"model: {config.model.hf_model} ({geometry.family}, {geometry.num_layers} layers of"
+            f" {geometry.hidden_size})"
+        ),
+        (
+            f"layout: tp {tp}{' + sequence parallel' if p.sequence_parallel else ''} x pp"
+            f" {pp}{f' ({vpp} chunks each)' if vpp else ''} x dp {replicas} = {tp * pp * replicas}"
+            f" ranks; {dtype}, recompute {p.recompute},"
+            f" {'distributed' if p.use_distributed_optimizer else 'whole'} optimizer"
+        ),
         "",
-        "GB per rank    layers   parameters    weights  gradients  optimizer  activations      total"]
+        (
+            "GB per rank    layers   parameters    weights  gradients  optimizer  activations     "
+            " total"
+        ),
+    ]
     for s in stages:
-        lines.append(f"stage {s.stage:<8} {s.layers:>6} {s.parameters / 1e6:>10.1f} M {s.weights / GB:>10.2f} "
-                     f"{s.gradients / GB:>10.2f} {s.optimizer / GB:>10.2f} {s.activations / GB:>12.2f} "
-                     f"{s.total / GB:>10.2f}")
+        lines.append(
+            f"stage {s.stage:<8} {s.layers:>6} {s.parameters / 1e6:>10.1f} M"
+            f" {s.weights / GB:>10.2f} {s.gradients / GB:>10.2f} {s.optimizer / GB:>10.2f}"
+            f" {s.activations / GB:>12.2f} {s.total / GB:>10.2f}"
+        )
     lines += [
-        "(without the workspace of kernels and communication, and what the allocator keeps back)", "",
-        f"step: {step.comparisons} comparisons, {step.tokens:,.0f} tokens ({step.tokens / replicas:,.0f} per replica) "
-        f"in {step.microbatches:.1f} micro-batches per replica, the largest of {step.largest_microbatch:,} tokens",
-        f"pipeline bubble: {100 * step.bubble:.1f} % of a step; data-parallel balance: dearest rank "
-        f"{step.imbalance:.3f} x the mean"]
+        "(without the workspace of kernels and communication, and what the allocator keeps back)",
+        "",
+        (
+            f"step: {step.comparisons} comparisons, {step.tokens:,.0f} tokens"
+            f" ({step.tokens / replicas:,.0f} per replica) in {step.microbatches:.1f} micro-batches"
+            f" per replica, the largest of {step.largest_microbatch:,} tokens"
+        ),
+        (
+            f"pipeline bubble: {100 * step.bubble:.1f} % of a step; data-parallel balance: dearest"
+            f" rank {step.imbalance:.3f} x the mean"
+        ),
+    ]
     return "\n".join(lines)
 
 
 def dry_run(config: TrainingConfig) -> int:
-    """Print the plan of a configuration, without ranks and without weights. Raises ValueError where it cannot work."""
+    """Print the plan of a configuration, without ranks and without weights. Raises ValueError where
+    it cannot work."""
     from rmega import distributed
     from rmega.data.batching import Mixture
     from rmega.models.hf import read_geometry
@@ -232,8 +325,14 @@ def dry_run(config: TrainingConfig) -> int:
         preflight.check_positions("--data-path", dataset, geometry)
     precision = "bf16" if config.train.precision == "auto" else config.train.precision
     step = plan_step(config, geometry, replicas=replicas)
-    stages = plan_stages(config, geometry, replicas=replicas, bytes_per_element=4 if precision == "fp32" else 2,
-                         tokens=max(step.largest_microbatch, 1), microbatches=step.microbatches)
+    stages = plan_stages(
+        config,
+        geometry,
+        replicas=replicas,
+        bytes_per_element=4 if precision == "fp32" else 2,
+        tokens=max(step.largest_microbatch, 1),
+        microbatches=step.microbatches,
+    )
     print(describe(config, geometry, stages, step, precision, replicas))
     if p.device_memory_gb is not None:
         refuse_what_cannot_fit(stages, p.device_memory_gb * GB)

@@ -1,4 +1,5 @@
-"""What can be known to be wrong with a run before a model is built: folders, data, the checkpoint to go on from.
+"""What can be known to be wrong with a run before a model is built: folders, data, the checkpoint
+to go on from.
 
 Every function raises ValueError with the flag. None of them writes anything.
 """
@@ -35,14 +36,20 @@ def check_save(config: TrainingConfig) -> None:
         raise ValueError(f"--save {save}: {there} is a file, not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"--save {save}: no permission to write in {there}")
-    goes_on = load and Path(save).absolute() in (Path(load).absolute(), Path(load).absolute().parent)
+    goes_on = load and Path(save).absolute() in (
+        Path(load).absolute(),
+        Path(load).absolute().parent,
+    )
     if not goes_on and run_folder.latest_iteration(save) is not None:
-        raise ValueError(f"--save {save}: holds a run already; go on with it by --load {save}, or choose another "
-                         "folder")
+        raise ValueError(
+            f"--save {save}: holds a run already; go on with it by --load {save}, or choose another"
+            " folder"
+        )
 
 
 def find_start(config: TrainingConfig) -> Path | None:
-    """The checkpoint to go on from, its files verified; None at the start of a run. Called by every rank."""
+    """The checkpoint to go on from, its files verified; None at the start of a run. Called by every
+    rank."""
     c = config.checkpoint
     found = run_folder.find(c.load) if c.load else None
     if c.load and found is None and c.load != c.save:
@@ -54,21 +61,30 @@ def check_dataset(flag: str, dataset, first, geometry: Geometry, folder: Path) -
     """A dataset must fit the model, and the dataset ``first`` of the run."""
     manifest = dataset.manifest
     if manifest["vocab_size"] > geometry.vocab_size:
-        raise ValueError(f"{flag} {dataset.prefix}: was written with a tokenizer of {manifest['vocab_size']} ids, "
-                         f"the model {folder} knows {geometry.vocab_size}")
+        raise ValueError(
+            f"{flag} {dataset.prefix}: was written with a tokenizer of {manifest['vocab_size']}"
+            f" ids, the model {folder} knows {geometry.vocab_size}"
+        )
     for field in ("tokenizer_fingerprint", "reward_token_id"):
         if manifest[field] != first.manifest[field] and not (
-                field == "tokenizer_fingerprint" and _same_but_for_pad(manifest, first.manifest, folder)):
-            raise ValueError(f"{flag} {dataset.prefix}: {field} {manifest[field]} differs from that of "
-                             f"{first.prefix} ({first.manifest[field]}); preprocess both alike")
+            field == "tokenizer_fingerprint" and _same_but_for_pad(manifest, first.manifest, folder)
+        ):
+            raise ValueError(
+                f"{flag} {dataset.prefix}: {field} {manifest[field]} differs from that of "
+                f"{first.prefix} ({first.manifest[field]}); preprocess both alike"
+            )
     check_positions(flag, dataset, geometry)
 
 
 def _same_but_for_pad(one: dict[str, Any], other: dict[str, Any], folder: Path) -> bool:
-    """Whether both datasets were written with the model's tokenizer, whatever it pads with: an earlier version, or the
-    tokenizer of an export, gives such datasets other fingerprints."""
+    """Whether both datasets were written with the model's tokenizer, whatever it pads with: an
+    earlier version, or the tokenizer of an export, gives such datasets other fingerprints."""
     tokenizer = _tokenizer_of(folder)
-    return tokenizer is not None and is_tokenizer_of(tokenizer, one) and is_tokenizer_of(tokenizer, other)
+    return (
+        tokenizer is not None
+        and is_tokenizer_of(tokenizer, one)
+        and is_tokenizer_of(tokenizer, other)
+    )
 
 
 def _tokenizer_of(folder: Path) -> Any:
@@ -81,19 +97,23 @@ def _tokenizer_of(folder: Path) -> Any:
 
 
 def check_positions(flag: str, dataset, geometry: Geometry) -> None:
-    """Say how many comparisons have a text beyond the model's positions; refuse where its scaling depends on them."""
+    """Say how many comparisons have a text beyond the model's positions; refuse where its scaling
+    depends on them."""
     lengths, known = longest_texts(dataset), geometry.max_position_embeddings
     if not len(lengths) or lengths.max() <= known:
         return
     check_length(geometry, int(lengths.max()), f"{flag} {dataset.prefix}")
     over = int((lengths > known).sum())
-    log(f"warning: {flag} {dataset.prefix}: {over:,} of {len(lengths):,} comparisons have a text longer than "
-        f"the model's {known:,} positions (the longest: {int(lengths.max()):,} tokens), of which it has "
-        f"learned nothing; preprocess with --max-length {known}")
+    log(
+        f"warning: {flag} {dataset.prefix}: {over:,} of {len(lengths):,} comparisons have a text"
+        f" longer than the model's {known:,} positions (the longest: {int(lengths.max()):,}"
+        f" tokens), of which it has learned nothing; preprocess with --max-length {known}"
+    )
 
 
 def longest_texts(dataset) -> np.ndarray:
-    """Tokens of the longest text (prefix and response) of each stored comparison: int64 [comparisons]."""
+    """Tokens of the longest text (prefix and response) of each stored comparison: int64
+    [comparisons]."""
     starts, lengths = dataset.document_indices[:-1], dataset.sequence_lengths
     if not len(starts):
         return np.zeros(0, dtype=np.int64)
@@ -103,25 +123,28 @@ def longest_texts(dataset) -> np.ndarray:
 
 
 def check_tokenizer(dataset, folder: Path) -> None:
-    """The data must have been written with the model's own tokenizer. Read on rank 0, known to all."""
+    """The data must have been written with the model's own tokenizer. Read on rank 0, known to
+    all."""
     import torch.distributed as dist
 
     problem: list[str | None] = [None]
     tokenizer = _tokenizer_of(folder) if distributed.rank() == 0 else None
     if tokenizer is not None and not is_tokenizer_of(tokenizer, dataset.manifest):
         written = dataset.manifest
-        problem = [f"--data-path {dataset.prefix}: was written with the tokenizer {written['tokenizer']} "
-                   f"({written['tokenizer_fingerprint']}), which is not that of --hf-model {folder} "
-                   f"({tokenizer_fingerprint(tokenizer)}); tools/preprocess_pref.py --tokenizer {folder} writes data "
-                   "for this model"]
+        problem = [
+            f"--data-path {dataset.prefix}: was written with the tokenizer {written['tokenizer']}"
+            f" ({written['tokenizer_fingerprint']}), which is not that of --hf-model {folder}"
+            f" ({tokenizer_fingerprint(tokenizer)}); tools/preprocess_pref.py --tokenizer {folder}"
+            " writes data for this model"
+        ]
     dist.broadcast_object_list(problem, src=0)
     if problem[0]:
         raise ValueError(problem[0])
 
 
 def evaluated_before(config: TrainingConfig, step: int) -> set[str]:
-    """Validation sets that ``--save`` has an evaluation of at the step that a run resumes at. Read on rank 0, known to
-    all."""
+    """Validation sets that ``--save`` has an evaluation of at the step that a run resumes at. Read
+    on rank 0, known to all."""
     import torch.distributed as dist
 
     run = config.checkpoint.save
@@ -132,12 +155,15 @@ def evaluated_before(config: TrainingConfig, step: int) -> set[str]:
 
 
 def check_same_model(info: dict[str, Any], found: Path, geometry: Geometry, folder: Path) -> None:
-    """A checkpoint of another backbone is said by its geometry, not by the first tensor that does not fit."""
+    """A checkpoint of another backbone is said by its geometry, not by the first tensor that does
+    not fit."""
     then = info["geometry"]
     for field, now in json.loads(json.dumps(dataclasses.asdict(geometry))).items():
         if field != "has_reward_head" and then.get(field, now) != now:
-            raise ValueError(f"--load {found}: is of another model: {field} {then[field]} there, {now} in "
-                             f"--hf-model {folder}")
+            raise ValueError(
+                f"--load {found}: is of another model: {field} {then[field]} there, {now} in "
+                f"--hf-model {folder}"
+            )
 
 
 def check_same_run(info: dict[str, Any], found: Path, config: TrainingConfig, dataset) -> None:
@@ -145,10 +171,14 @@ def check_same_run(info: dict[str, Any], found: Path, config: TrainingConfig, da
     then, now, now_data = info["config"]["train"], config.train, dataset.identity
     for field, flag in (("global_batch_size", "--global-batch-size"), ("seed", "--seed")):
         if then[field] != getattr(now, field):
-            raise ValueError(f"{flag} {getattr(now, field)}: {found} was written with {then[field]}, and the order "
-                             "of the data depends on it")
+            raise ValueError(
+                f"{flag} {getattr(now, field)}: {found} was written with {then[field]}, and the"
+                " order of the data depends on it"
+            )
     if info["num_comparisons"] != len(dataset) or info.get("data", now_data) != now_data:
-        raise ValueError(f"--data-path: {found} was trained on other data ({info['num_comparisons']} comparisons "
-                         f"per epoch then, {len(dataset)} now; weights and contents must be the same, in the "
-                         "same order)")
+        raise ValueError(
+            f"--data-path: {found} was trained on other data ({info['num_comparisons']} comparisons"
+            f" per epoch then, {len(dataset)} now; weights and contents must be the same, in the"
+            " same order)"
+        )
     checkpoint.check_same_optimizer(info, config.parallel.use_distributed_optimizer)

@@ -1,4 +1,5 @@
-"""A training run from configuration to the last checkpoint: what ``examples/pretrain_reward.py`` composes."""
+"""A training run from configuration to the last checkpoint: what ``examples/pretrain_reward.py``
+composes."""
 
 from __future__ import annotations
 
@@ -26,17 +27,38 @@ from rmega.hub import resolve_model
 from rmega.io import write_durably
 from rmega.models.hf import load_hf, read_geometry
 from rmega.training import disk, plan, preflight, train
-from rmega.training.logs import MetricsLog, Progress, TimeSpent, duration, memory_mb, say, train_line
+from rmega.training.logs import (
+    MetricsLog,
+    Progress,
+    TimeSpent,
+    duration,
+    memory_mb,
+    say,
+    train_line,
+)
 from rmega.training.monitor import Watch
 from rmega.training.stopping import EXIT_REQUEUE, StopRequest
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-                   "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "config.json",
-                   "generation_config.json", "README.md", "LICENSE", "LICENSE.txt")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "config.json",
+    "generation_config.json",
+    "README.md",
+    "LICENSE",
+    "LICENSE.txt",
+)
 
 
 def named_prefix(text: str) -> tuple[str, str]:
-    """``NAME=PREFIX`` or ``PREFIX`` -> (name, prefix); the name defaults to the prefix's last part."""
+    """``NAME=PREFIX`` or ``PREFIX`` -> (name, prefix); the name defaults to the prefix's last
+    part."""
     name, equals, prefix = text.partition("=")
     return (name, prefix) if equals else (Path(text).name, text)
 
@@ -46,7 +68,8 @@ class EvaluationLeft(Exception):
 
 
 class Run:
-    """Holds what the steps of a run share. The methods are called in the order in which they stand here."""
+    """Holds what the steps of a run share. The methods are called in the order in which they stand
+    here."""
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
@@ -58,22 +81,31 @@ class Run:
         train.transformer_layout(config, self.geometry, on_cpu=not torch.cuda.is_available())
         plan.check_memory(config, self.geometry)
         self.device = distributed.initialize(
-            tp=p.tensor_model_parallel_size, pp=p.pipeline_model_parallel_size,
-            vpp=p.virtual_pipeline_model_parallel_size, seed=config.train.seed,
-            timeout_minutes=p.distributed_timeout_minutes)
+            tp=p.tensor_model_parallel_size,
+            pp=p.pipeline_model_parallel_size,
+            vpp=p.virtual_pipeline_model_parallel_size,
+            seed=config.train.seed,
+            timeout_minutes=p.distributed_timeout_minutes,
+        )
         if config.checkpoint.save:
             check_shared(config.checkpoint.save)
         else:
-            log("note: no --save: weights and metrics of this run will not be kept (--save FOLDER keeps them)")
+            log(
+                "note: no --save: weights and metrics of this run will not be kept (--save FOLDER"
+                " keeps them)"
+            )
         self.found = preflight.find_start(config)
         self.info = run_folder.read_info(self.found) if self.found else {}
         if self.found:
             preflight.check_same_model(self.info, self.found, self.geometry, self.folder)
-        self.precision = precision.choose_together(config.train.precision, config.train.matmul_precision, self.device)
+        self.precision = precision.choose_together(
+            config.train.precision, config.train.matmul_precision, self.device
+        )
         self.state = checkpoint.RunState()
         self.best: tuple[float, int] | None = None
         self.evaluated: set[str] = set()
-        """Validation sets whose evaluation at the step that the run resumes at is in its metrics.jsonl."""
+        """Validation sets whose evaluation at the step that the run resumes at is in its
+        metrics.jsonl."""
         self.saver: checkpoint.Saver | None = None
 
     def load_data(self) -> None:
@@ -84,11 +116,15 @@ class Run:
         for text in c.data.valid_data_path:
             name, prefix = named_prefix(text)
             if name in self.valid:
-                raise ValueError(f"--valid-data-path {text}: the name {name} is taken (write NAME=PREFIX)")
+                raise ValueError(
+                    f"--valid-data-path {text}: the name {name} is taken (write NAME=PREFIX)"
+                )
             self.valid[name] = open_preferences(prefix)
         self.manifest = self.dataset.manifest
-        for flag, dataset in [*(("--data-path", d) for d in self.dataset.datasets),
-                              *(("--valid-data-path", d) for d in self.valid.values())]:
+        for flag, dataset in [
+            *(("--data-path", d) for d in self.dataset.datasets),
+            *(("--valid-data-path", d) for d in self.valid.values()),
+        ]:
             preflight.check_dataset(flag, dataset, self.dataset, self.geometry, self.folder)
         preflight.check_tokenizer(self.dataset, self.folder)
         if self.found:
@@ -101,16 +137,26 @@ class Run:
         from megatron.core import parallel_state
 
         self.batcher = Batcher(
-            self.dataset, global_batch_size=c.train.global_batch_size, max_tokens=c.data.max_tokens_per_microbatch,
-            seed=c.train.seed, cost=CostModel.of(self.geometry), num_ranks=distributed.world_size() // shards,
-            rank=parallel_state.get_data_parallel_rank(), share_prefix=c.data.share_prefix,
-            token_multiple=c.token_multiple, microbatch_multiple=c.microbatch_multiple, max_consumed=self.comparisons)
-        log(f"data: {len(self.dataset):,} comparisons per epoch from {', '.join(c.data.data_path)}; {self.steps:,} "
-            f"steps of {c.train.global_batch_size}")
+            self.dataset,
+            global_batch_size=c.train.global_batch_size,
+            max_tokens=c.data.max_tokens_per_microbatch,
+            seed=c.train.seed,
+            cost=CostModel.of(self.geometry),
+            num_ranks=distributed.world_size() // shards,
+            rank=parallel_state.get_data_parallel_rank(),
+            share_prefix=c.data.share_prefix,
+            token_multiple=c.token_multiple,
+            microbatch_multiple=c.microbatch_multiple,
+            max_consumed=self.comparisons,
+        )
+        log(
+            f"data: {len(self.dataset):,} comparisons per epoch from {', '.join(c.data.data_path)};"
+            f" {self.steps:,} steps of {c.train.global_batch_size}"
+        )
 
     def is_complete(self) -> bool:
-        """True, and said, where ``--load`` has the run's last step and its evaluation of every set: then nothing needs
-        to be built."""
+        """True, and said, where ``--load`` has the run's last step and its evaluation of every set:
+        then nothing needs to be built."""
         last = bool(self.found) and self.info["iteration"] >= self.steps
         complete = last and self.evaluated >= self.valid.keys()
         if complete:
@@ -120,52 +166,90 @@ class Run:
     def build(self) -> None:
         """Model, gradient buffers, optimizer and schedule; weights from the Hugging Face folder."""
         c = self.config
-        self.wrapped = train.build_model(c, self.geometry, dtype=self.precision.dtype, device=self.device)
-        self.head = "; ".join(dict.fromkeys(
-            load_hf(chunk, self.folder, self.geometry, head_init=c.model.head_init, head_seed=c.train.seed)
-            for chunk in self.wrapped))
+        self.wrapped = train.build_model(
+            c, self.geometry, dtype=self.precision.dtype, device=self.device
+        )
+        self.head = "; ".join(
+            dict.fromkeys(
+                load_hf(
+                    chunk,
+                    self.folder,
+                    self.geometry,
+                    head_init=c.model.head_init,
+                    head_seed=c.train.seed,
+                )
+                for chunk in self.wrapped
+            )
+        )
         self.wrapped = train.wrap_model(self.wrapped, c)
         self.optimizer, self.scheduler = train.build_optimizer(self.wrapped, c, self.steps)
         if self.found:
-            self.head = self.info.get("head", self.head)  # where the run's head began, for its next checkpoints
-        log(f"model: {self.folder} ({self.geometry.family}, {self.geometry.num_layers} layers of "
-            f"{self.geometry.hidden_size}), {'head from the checkpoint' if self.found else self.head}")
+            self.head = self.info.get(
+                "head", self.head
+            )  # where the run's head began, for its next checkpoints
+        log(
+            f"model: {self.folder} ({self.geometry.family}, {self.geometry.num_layers} layers of"
+            f" {self.geometry.hidden_size}),"
+            f" {'head from the checkpoint' if self.found else self.head}"
+        )
         p, vpp = c.parallel, c.parallel.virtual_pipeline_model_parallel_size
         self.layout = (
             f"tp {p.tensor_model_parallel_size}{' + sequence parallel' if p.sequence_parallel else ''}, pp "
-            f"{p.pipeline_model_parallel_size}{f' x {vpp} chunks' if vpp else ''}, dp {self.batcher.num_ranks}"
-            f"{' (distributed optimizer)' if p.use_distributed_optimizer else ''}")
+            f"{p.pipeline_model_parallel_size}{f' x {vpp} chunks' if vpp else ''}, dp"
+            f" {self.batcher.num_ranks}"
+            f"{' (distributed optimizer)' if p.use_distributed_optimizer else ''}"
+        )
         log(f"layout: {self.layout}")
-        log(f"compute: {self.precision.description}; "
-            f"{train.implementations(c, self.device, self.precision.dtype, self.optimizer)}")
+        log(
+            f"compute: {self.precision.description}; "
+            f"{train.implementations(c, self.device, self.precision.dtype, self.optimizer)}"
+        )
 
     def restore_or_start(self) -> None:
         """Go on from ``--load`` where it has a checkpoint; open the logs."""
         c = self.config
         if self.found:
-            self.state = checkpoint.load(self.found, wrapped=self.wrapped, optimizer=self.optimizer,
-                                         scheduler=self.scheduler)
+            self.state = checkpoint.load(
+                self.found, wrapped=self.wrapped, optimizer=self.optimizer, scheduler=self.scheduler
+            )
             if self.info.get("best"):
                 self.best = tuple(self.info["best"])
         if c.checkpoint.save and distributed.rank() == 0:
             Path(c.checkpoint.save).mkdir(parents=True, exist_ok=True)
-            known = {"steps": self.steps, "layout": self.layout,
-                     "precision": precision.dtype_name(self.precision.dtype)}
-            Path(c.checkpoint.save, "config.json").write_text(json.dumps({**c.as_dict(), "run": known}, indent=1),
-                                                              encoding="utf-8")
+            known = {
+                "steps": self.steps,
+                "layout": self.layout,
+                "precision": precision.dtype_name(self.precision.dtype),
+            }
+            Path(c.checkpoint.save, "config.json").write_text(
+                json.dumps({**c.as_dict(), "run": known}, indent=1), encoding="utf-8"
+            )
         if c.checkpoint.save:
             run_folder.clean(c.checkpoint.save)
             self.saver = checkpoint.Saver(c.checkpoint.save, self.optimizer)
-            self.saver.reserve(wrapped=self.wrapped, optimizer=self.optimizer, scheduler=self.scheduler)
+            self.saver.reserve(
+                wrapped=self.wrapped, optimizer=self.optimizer, scheduler=self.scheduler
+            )
             self._announce_checkpoints()
         resumed_at = self.state.iteration if self.found else None
-        self.metrics = MetricsLog(c.checkpoint.save, resumed_at=resumed_at, tensorboard=c.train.tensorboard,
-                                  wandb_project=c.train.wandb_project, config=c.as_dict())
-        self.evaluations = Evaluations(c.checkpoint.save, self.valid, probes=c.train.eval_probes, resumed_at=resumed_at)
+        self.metrics = MetricsLog(
+            c.checkpoint.save,
+            resumed_at=resumed_at,
+            tensorboard=c.train.tensorboard,
+            wandb_project=c.train.wandb_project,
+            config=c.as_dict(),
+        )
+        self.evaluations = Evaluations(
+            c.checkpoint.save, self.valid, probes=c.train.eval_probes, resumed_at=resumed_at
+        )
 
     def train(self) -> int:
-        """All steps that are left. Returns the exit code: 0, or 75 when it stopped early to be started again."""
-        c, self.spent = self.config, TimeSpent(self.info, self.state.iteration if self.found else None)
+        """All steps that are left. Returns the exit code: 0, or 75 when it stopped early to be
+        started again."""
+        c, self.spent = (
+            self.config,
+            TimeSpent(self.info, self.state.iteration if self.found else None),
+        )
         self._check_proof()
         stop = StopRequest(c.checkpoint.exit_duration_min)
         if self.state.iteration == 0 and (reason := self._evaluate(stop)):
@@ -197,7 +281,12 @@ class Run:
                 self._log(step, lr, window, first, progress)
                 window = []
             due = bool(c.checkpoint.save_interval) and step % c.checkpoint.save_interval == 0
-            if c.train.eval_interval and step % c.train.eval_interval == 0 and step < self.steps and not reason:
+            if (
+                c.train.eval_interval
+                and step % c.train.eval_interval == 0
+                and step < self.steps
+                and not reason
+            ):
                 progress.clear()
                 reason = self._evaluate(stop)
                 evaluated = step
@@ -213,77 +302,134 @@ class Run:
             elif self.saver:
                 self._note_saved(progress, self.saver.poll)
         progress.clear()
-        reason = self._evaluate(stop) if evaluated != self.steps or self.state.iteration == first else None
+        reason = (
+            self._evaluate(stop)
+            if evaluated != self.steps or self.state.iteration == first
+            else None
+        )
         if reason:
-            return self._leave(f"after step {self.steps}, before its evaluation was done: {reason}",
-                               save=saved != self.steps)
+            return self._leave(
+                f"after step {self.steps}, before its evaluation was done: {reason}",
+                save=saved != self.steps,
+            )
         if saved != self.steps:
             self._save(progress, last=True)
         self.metrics.close()
-        log(f"done: {self.state.iteration} steps, {self.state.consumed:,} comparisons, "
-            f"{self.spent}" + (f"; {watch.skipped} updates skipped" if watch.skipped else ""))
+        log(
+            f"done: {self.state.iteration} steps, {self.state.consumed:,} comparisons, {self.spent}"
+            + (f"; {watch.skipped} updates skipped" if watch.skipped else "")
+        )
         return 0
 
     def _leave(self, when_and_why: str, *, save: bool = False) -> int:
-        """Save if there is something new, and the exit code of a run that is to be started again."""
-        log(f"stopping {when_and_why}" + ("" if self.saver else " (without --save nothing is kept)"))
+        """Save if there is something new, and the exit code of a run that is to be started
+        again."""
+        log(
+            f"stopping {when_and_why}" + ("" if self.saver else " (without --save nothing is kept)")
+        )
         if save:
             self._save(None, last=True)
         self.metrics.close()
         return EXIT_REQUEUE if self.saver else 1
 
     def _give_up(self, report: train.StepReport, documents) -> None:
-        """Stop for too many skipped updates, and leave a file with which tools/replay.py repeats the last batch."""
+        """Stop for too many skipped updates, and leave a file with which tools/replay.py repeats
+        the last batch."""
         step, limit = self.state.iteration, self.config.optimizer.max_skipped_steps
         where = "without --save there is no file to replay the batch from"
         if self.saver:
             self._note_saved(None, self.saver.wait)
-            # No update was made since the weights went wrong, if they did: these are the ones that the batch met.
+            # No update was made since the weights went wrong, if they did: these are the ones that
+            # the batch met.
             run = Path(self.config.checkpoint.save)
-            folder = checkpoint.save(run / "skipped", state=self.state, wrapped=self.wrapped, optimizer=self.optimizer,
-                                     scheduler=self.scheduler, info=self._info())
+            folder = checkpoint.save(
+                run / "skipped",
+                state=self.state,
+                wrapped=self.wrapped,
+                optimizer=self.optimizer,
+                scheduler=self.scheduler,
+                info=self._info(),
+            )
             path = run / f"skipped_{step}.json"
             if distributed.rank() == 0:
-                write_durably(path, json.dumps({
-                    "step": step, "documents": documents.tolist(), "loss": str(report.loss),
-                    "grad_norm": str(report.grad_norm), "checkpoint": folder.relative_to(run).as_posix(),
-                    "config": self.config.as_dict()}, indent=1))
+                write_durably(
+                    path,
+                    json.dumps(
+                        {
+                            "step": step,
+                            "documents": documents.tolist(),
+                            "loss": str(report.loss),
+                            "grad_norm": str(report.grad_norm),
+                            "checkpoint": folder.relative_to(run).as_posix(),
+                            "config": self.config.as_dict(),
+                        },
+                        indent=1,
+                    ),
+                )
             where = f"python tools/replay.py {path} repeats the last one"
-        raise ValueError(f"--max-skipped-steps {limit}: so many updates in a row had no finite gradient; {where}")
+        raise ValueError(
+            f"--max-skipped-steps {limit}: so many updates in a row had no finite gradient; {where}"
+        )
 
     def _check_proof(self) -> None:
-        """Say now, not at the export after a week of training, that too few comparisons are there for its proof."""
+        """Say now, not at the export after a week of training, that too few comparisons are there
+        for its proof."""
         c = self.config
-        kept = min(c.checkpoint.num_proof_comparisons, sum(map(len, self.valid.values())) + len(self.dataset))
+        kept = min(
+            c.checkpoint.num_proof_comparisons,
+            sum(map(len, self.valid.values())) + len(self.dataset),
+        )
         if c.checkpoint.save and kept < MIN_COMPARISONS:
-            log(f"note: an export proves itself with {MIN_COMPARISONS} comparisons, checkpoints of this run will hold "
-                f"{kept} (--num-proof-comparisons)")
+            log(
+                f"note: an export proves itself with {MIN_COMPARISONS} comparisons, checkpoints of"
+                f" this run will hold {kept} (--num-proof-comparisons)"
+            )
 
     def _log(self, step: int, lr: float, window: list, first: int, progress: Progress) -> None:
         reports = [r for r, _, _ in window]
         seconds = sum(d + s for _, d, s in window)
         pairs = sum(r.num_pairs for r in reports)
-        mean = {name: sum(getattr(r, name) * r.num_pairs for r in reports) / max(pairs, 1)
-                for name in ("loss", "acc", "chosen_score_mean", "rejected_score_mean")}
-        norms = [r.grad_norm for r in reports if r.grad_norm is not None and math.isfinite(r.grad_norm)]
+        mean = {
+            name: sum(getattr(r, name) * r.num_pairs for r in reports) / max(pairs, 1)
+            for name in ("loss", "acc", "chosen_score_mean", "rejected_score_mean")
+        }
+        norms = [
+            r.grad_norm for r in reports if r.grad_norm is not None and math.isfinite(r.grad_norm)
+        ]
         tokens, real = sum(r.num_tokens for r in reports), sum(r.real_tokens for r in reports)
         padding = sum(r.padding for r in reports)
         eta = self.spent.here / (step - first) * (self.steps - step)
-        row = {"lr": lr, "eta": duration(eta), "time": seconds / len(window),
-               "data_time": sum(d for _, d, _ in window) / len(window), "memory": memory_mb(), **mean,
-               "grad_norm": sum(norms) / len(norms) if norms else None,
-               "num_samples": sum(r.num_samples for r in reports), "num_tokens": tokens,
-               "shared": 1 - (tokens - padding) / max(real, 1), "fill": 1 - padding / max(tokens, 1),
-               "pairs/s": pairs / seconds}
+        row = {
+            "lr": lr,
+            "eta": duration(eta),
+            "time": seconds / len(window),
+            "data_time": sum(d for _, d, _ in window) / len(window),
+            "memory": memory_mb(),
+            **mean,
+            "grad_norm": sum(norms) / len(norms) if norms else None,
+            "num_samples": sum(r.num_samples for r in reports),
+            "num_tokens": tokens,
+            "shared": 1 - (tokens - padding) / max(real, 1),
+            "fill": 1 - padding / max(tokens, 1),
+            "pairs/s": pairs / seconds,
+        }
         say(progress, train_line(step, self.steps, row))
-        self.metrics.row("train", step, {**{("pairs_per_second" if k == "pairs/s" else k): v for k, v in row.items()},
-                                         "eta_seconds": eta, "train_seconds": self.spent.whole,
-                                         "real_tokens": real, "num_pairs": pairs,
-                                         "skipped": sum(not r.updated for r in reports)})
+        self.metrics.row(
+            "train",
+            step,
+            {
+                **{("pairs_per_second" if k == "pairs/s" else k): v for k, v in row.items()},
+                "eta_seconds": eta,
+                "train_seconds": self.spent.whole,
+                "real_tokens": real,
+                "num_pairs": pairs,
+                "skipped": sum(not r.updated for r in reports),
+            },
+        )
 
     def _evaluate(self, stop: StopRequest) -> str | None:
-        """Evaluate on every --valid-data-path; why it was left early, if it was. It may take longer than the minute
-        that a queue gives a run to end."""
+        """Evaluate on every --valid-data-path; why it was left early, if it was. It may take longer
+        than the minute that a queue gives a run to end."""
         resumed_at = self.info.get("iteration")
         for name, dataset in self.valid.items():
             if self.state.iteration == resumed_at and name in self.evaluated:
@@ -305,18 +451,25 @@ class Run:
             finally:
                 bar.clear()
             step, result = self.state.iteration, flat_summary(judgement)
-            log(f"Iter(val) [{step}/{self.steps}]  {name}: accuracy {result['accuracy']:.4f} (95 % interval "
-                f"{result['accuracy_low']:.4f} to {result['accuracy_high']:.4f}, {result['num_pairs']} pairs)  margin "
-                f"{result['mean_margin']:.4f}  reward {result['reward_mean']:.4f} +- {result['reward_std']:.4f}")
+            log(
+                f"Iter(val) [{step}/{self.steps}]  {name}: accuracy {result['accuracy']:.4f} (95 %"
+                f" interval {result['accuracy_low']:.4f} to {result['accuracy_high']:.4f},"
+                f" {result['num_pairs']} pairs)  margin {result['mean_margin']:.4f}  reward"
+                f" {result['reward_mean']:.4f} +- {result['reward_std']:.4f}"
+            )
             self.metrics.row("eval", step, {"name": name, **result})
             self.evaluations.note(name, step, judgement, last=last)
-            if name == next(iter(self.valid)) and step and \
-                    (self.best is None or result["accuracy"] > self.best[0]):
+            if (
+                name == next(iter(self.valid))
+                and step
+                and (self.best is None or result["accuracy"] > self.best[0])
+            ):
                 self.best = (result["accuracy"], step)
         return None
 
     def _save(self, progress: Progress | None, *, last: bool = False) -> None:
-        """Begin a checkpoint; wait for it if it is the process's ``last``. A failure is said, or raised if last."""
+        """Begin a checkpoint; wait for it if it is the process's ``last``. A failure is said, or
+        raised if last."""
         if self.saver is None:
             return
         stalled = time.monotonic()  # also for one that is still being written
@@ -324,9 +477,13 @@ class Run:
         begun = time.monotonic()
         try:
             self.saver.start(
-                state=self.state, wrapped=self.wrapped, optimizer=self.optimizer, scheduler=self.scheduler,
+                state=self.state,
+                wrapped=self.wrapped,
+                optimizer=self.optimizer,
+                scheduler=self.scheduler,
                 info=self._info(),
-                hf_files=self._hf_files())
+                hf_files=self._hf_files(),
+            )
         except OSError as error:
             if last:
                 raise
@@ -336,7 +493,9 @@ class Run:
         if last or not self.config.checkpoint.async_save:
             self._note_saved(progress, self.saver.wait, raises=last)
 
-    def _note_saved(self, progress: Progress | None, finish: Callable[[], Path | None], raises: bool = False) -> None:
+    def _note_saved(
+        self, progress: Progress | None, finish: Callable[[], Path | None], raises: bool = False
+    ) -> None:
         """``finish`` (the saver's poll or wait); say and prune when a checkpoint is done."""
         try:
             folder = finish()
@@ -346,34 +505,68 @@ class Run:
             say(progress, f"warning: {error}; training goes on")
             return
         if folder is not None:
-            run_folder.prune(self.config.checkpoint.save, self.config.checkpoint.keep_last,
-                             self.best[1] if self.best else None)
-            say(progress, f"saved {folder} in {time.monotonic() - self._save_begun:.1f} s (training waited "
-                          f"{self._save_stall:.1f} s)")
+            run_folder.prune(
+                self.config.checkpoint.save,
+                self.config.checkpoint.keep_last,
+                self.best[1] if self.best else None,
+            )
+            say(
+                progress,
+                f"saved {folder} in {time.monotonic() - self._save_begun:.1f} s (training waited "
+                f"{self._save_stall:.1f} s)",
+            )
 
     def _hf_files(self) -> list[Path]:
         return [self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
 
     def _announce_checkpoints(self) -> None:
         if distributed.rank() == 0:
-            size = disk.checkpoint_bytes(self.config, self.geometry, files=self._hf_files(),
-                                         bytes_per_element=self.precision.dtype.itemsize)
-            for line in disk.announce(self.config, size, first=self.state.iteration, steps=self.steps,
-                                      best_of_evaluations=bool(self.valid)):
+            size = disk.checkpoint_bytes(
+                self.config,
+                self.geometry,
+                files=self._hf_files(),
+                bytes_per_element=self.precision.dtype.itemsize,
+            )
+            for line in disk.announce(
+                self.config,
+                size,
+                first=self.state.iteration,
+                steps=self.steps,
+                best_of_evaluations=bool(self.valid),
+            ):
                 log(line)
 
     def _info(self) -> dict[str, Any]:
         """What a checkpoint says of itself beside the tensors."""
-        # Held-out comparisons first; where they are too few, the training set's do for comparing two computations.
+        # Held-out comparisons first; where they are too few, the training set's do for comparing
+        # two computations.
         proof = []
         for source in (*self.valid.values(), self.dataset):
-            for i in range(min(self.config.checkpoint.num_proof_comparisons - len(proof), len(source))):
+            for i in range(
+                min(self.config.checkpoint.num_proof_comparisons - len(proof), len(source))
+            ):
                 stored = source.get(i)
-                proof.append({"prefix": stored.prefix.tolist(), "suffixes": [s.tolist() for s in stored.suffixes],
-                              "held_out": source is not self.dataset})
-        return {"config": self.config.as_dict(), "geometry": dataclasses.asdict(self.geometry),
-                "hf_config": self.hf_config, "base_model": self.config.model.hf_model, "head": self.head,
-                "manifest": self.manifest, "num_comparisons": len(self.dataset), "data": self.dataset.identity,
-                "reward_token_id": self.manifest["reward_token_id"], "pad_token_id": self.manifest["pad_token_id"],
-                "dtype": str(self.precision.dtype).removeprefix("torch."), "best": self.best,
-                "train_seconds": self.spent.whole, "ops": ops.active_implementation(self.device), "proof": proof}
+                proof.append(
+                    {
+                        "prefix": stored.prefix.tolist(),
+                        "suffixes": [s.tolist() for s in stored.suffixes],
+                        "held_out": source is not self.dataset,
+                    }
+                )
+        return {
+            "config": self.config.as_dict(),
+            "geometry": dataclasses.asdict(self.geometry),
+            "hf_config": self.hf_config,
+            "base_model": self.config.model.hf_model,
+            "head": self.head,
+            "manifest": self.manifest,
+            "num_comparisons": len(self.dataset),
+            "data": self.dataset.identity,
+            "reward_token_id": self.manifest["reward_token_id"],
+            "pad_token_id": self.manifest["pad_token_id"],
+            "dtype": str(self.precision.dtype).removeprefix("torch."),
+            "best": self.best,
+            "train_seconds": self.spent.whole,
+            "ops": ops.active_implementation(self.device),
+            "proof": proof,
+        }

@@ -1,6 +1,7 @@
 """How a run ends early: a signal, the end of its time, or an error on some rank.
 
-Imports no torch before it is needed: a program can wrap itself in ``run_ranks`` and still answer --help at once.
+Imports no torch before it is needed: a program can wrap itself in ``run_ranks`` and still answer
+--help at once.
 """
 
 from __future__ import annotations
@@ -21,17 +22,30 @@ EXIT_REQUEUE = 75
 GRACE_SECONDS = 5.0
 """How long a rank that only lost its peers waits to be ended, before it speaks too."""
 
-# What gloo, NCCL and the store say on a rank whose peer is gone. Such a rank has nothing of its own to report.
-_ECHOES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport", "NCCL", "TCPStore",
-           "Socket Timeout", "wait timeout", "failed to recv", "Connection refused", "DistStoreError")
+# What gloo, NCCL and the store say on a rank whose peer is gone. Such a rank has nothing of its own
+# to report.
+_ECHOES = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "gloo/transport",
+    "NCCL",
+    "TCPStore",
+    "Socket Timeout",
+    "wait timeout",
+    "failed to recv",
+    "Connection refused",
+    "DistStoreError",
+)
 _TIMEOUTS = ("Timed out waiting", "timeout", "Timeout")
 
 
 class StopRequest:
     """Wishes to stop early: a signal (SIGTERM, SIGUSR1, SIGINT) or the end of the allotted time.
 
-    Signals are noted when they come and acted on between steps, by all ranks together. A second SIGINT ends at once;
-    two within ``SAME_KEY`` seconds are one, because torchrun passes on what the terminal has already sent to all.
+    Signals are noted when they come and acted on between steps, by all ranks together. A second
+    SIGINT ends at once; two within ``SAME_KEY`` seconds are one, because torchrun passes on what
+    the terminal has already sent to all.
     """
 
     SAME_KEY = 1.5
@@ -70,12 +84,15 @@ class StopRequest:
 def run_ranks(main: Callable[..., Any], *args: Any) -> int:
     """Call ``main`` on this rank and return its exit code; an error becomes one line, said once.
 
-    - A user's error (``ValueError``, ``OSError``) that every rank finds is printed by rank 0 alone: ``error: ...``,
-      exit code 2. One that only some other rank finds is printed by that rank, with its number and machine.
+    - A user's error (``ValueError``, ``OSError``) that every rank finds is printed by rank 0 alone:
+      ``error: ...``, exit code 2. One that only some other rank finds is printed by that rank, with
+      its number and machine.
     - Any other error keeps its traceback, with one line after it; exit code 1.
-    - A rank that only lost its peers waits for a moment to be ended by its launcher, and else says so in one line.
+    - A rank that only lost its peers waits for a moment to be ended by its launcher, and else says
+      so in one line.
 
-    The line also goes to torchrun's error file, so that it stands as the root cause in torchrun's own report.
+    The line also goes to torchrun's error file, so that it stands as the root cause in torchrun's
+    own report.
     """
     try:
         return int(main(*args) or 0)
@@ -98,8 +115,11 @@ def _report(error: Exception) -> int:
     echo = not user and ranks > 1 and any(mark in text for mark in (*_ECHOES, *_TIMEOUTS))
     if echo:
         slow = any(mark in text for mark in _TIMEOUTS) and "Connection" not in text
-        what = ("no answer from another rank within --distributed-timeout-minutes" if slow else
-                "lost the connection to another rank, whose own reason stands above if it had one")
+        what = (
+            "no answer from another rank within --distributed-timeout-minutes"
+            if slow
+            else "lost the connection to another rank, whose own reason stands above if it had one"
+        )
         text = f"{what} ({_first_line(text)})"
     if ranks > 1 and (echo or (user and rank > 0)):
         if StopRequest.noted:
@@ -109,8 +129,11 @@ def _report(error: Exception) -> int:
     if not user and not echo:
         traceback.print_exception(error)
         text = f"{type(error).__name__}: {text}"
-    line = f"error: {text}" if rank == 0 and user or ranks == 1 else \
-        f"error: rank {rank} on {socket.gethostname()}: {text}"
+    line = (
+        f"error: {text}"
+        if rank == 0 and user or ranks == 1
+        else f"error: rank {rank} on {socket.gethostname()}: {text}"
+    )
     print(line, file=sys.stderr, flush=True)
     _write_error_file(line)
     return 2 if user else 1
@@ -125,7 +148,14 @@ def _write_error_file(line: str) -> None:
     if path:
         try:
             with open(path, "w", encoding="utf-8") as file:
-                json.dump({"message": {"message": line, "extraInfo": {"py_callstack": line,
-                                                                      "timestamp": str(int(time.time()))}}}, file)
+                json.dump(
+                    {
+                        "message": {
+                            "message": line,
+                            "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))},
+                        }
+                    },
+                    file,
+                )
         except OSError:
             pass  # the line has been printed

@@ -1,7 +1,9 @@
-"""The training loop: model chunks and optimizer from megatron-core, one step, evaluation, and the run itself.
+"""The training loop: model chunks and optimizer from megatron-core, one step, evaluation, and the
+run itself.
 
-Shape letters: t tokens of a pack, n responses, m pairs. The loss is a sum over pairs with a count (law 5):
-the summed gradient is divided by the count of the whole global batch, so no layout changes what a step means.
+Shape letters: t tokens of a pack, n responses, m pairs. The loss is a sum over pairs with a count
+(law 5): the summed gradient is divided by the count of the whole global batch, so no layout changes
+what a step means.
 """
 
 from __future__ import annotations
@@ -18,8 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
@@ -37,8 +47,9 @@ from rmega.models.geometry import Geometry
 from rmega.models.reward_model import RewardModel, transformer_config
 
 
-def build_model(config: TrainingConfig, geometry: Geometry, *, dtype: torch.dtype,
-                device: torch.device) -> list[RewardModel]:
+def build_model(
+    config: TrainingConfig, geometry: Geometry, *, dtype: torch.dtype, device: torch.device
+) -> list[RewardModel]:
     """This rank's chunks of the model (one, or ``--vpp`` of them), weights not loaded yet."""
     vpp = config.parallel.virtual_pipeline_model_parallel_size
     engine = use_transformer_engine(config, device)
@@ -47,44 +58,73 @@ def build_model(config: TrainingConfig, geometry: Geometry, *, dtype: torch.dtyp
     chunks = []
     for chunk in range(vpp or 1):
         stage = {"vp_stage": chunk, "ignore_virtual": False} if vpp else {}
-        chunks.append(RewardModel(
-            core, geometry, pre_process=parallel_state.is_pipeline_first_stage(**stage),
-            post_process=parallel_state.is_pipeline_last_stage(**stage), vp_stage=chunk if vpp else None,
-            prune_last_layer=config.model.prune_last_layer, transformer_engine=engine).to(device))
+        chunks.append(
+            RewardModel(
+                core,
+                geometry,
+                pre_process=parallel_state.is_pipeline_first_stage(**stage),
+                post_process=parallel_state.is_pipeline_last_stage(**stage),
+                vp_stage=chunk if vpp else None,
+                prune_last_layer=config.model.prune_last_layer,
+                transformer_engine=engine,
+            ).to(device)
+        )
     return chunks
 
 
-def transformer_layout(config: TrainingConfig, geometry: Geometry, *, dtype: torch.dtype = torch.float32, on_cpu: bool):
-    """megatron-core's configuration for these flags; ValueError where backbone and layout do not fit."""
+def transformer_layout(
+    config: TrainingConfig, geometry: Geometry, *, dtype: torch.dtype = torch.float32, on_cpu: bool
+):
+    """megatron-core's configuration for these flags; ValueError where backbone and layout do not
+    fit."""
     p = config.parallel
     return transformer_config(
-        geometry, tp=p.tensor_model_parallel_size, pp=p.pipeline_model_parallel_size,
-        vpp=p.virtual_pipeline_model_parallel_size, sp=p.sequence_parallel, dtype=dtype,
-        pad_attention_heads=p.pad_attention_heads, recompute=p.recompute,
+        geometry,
+        tp=p.tensor_model_parallel_size,
+        pp=p.pipeline_model_parallel_size,
+        vpp=p.virtual_pipeline_model_parallel_size,
+        sp=p.sequence_parallel,
+        dtype=dtype,
+        pad_attention_heads=p.pad_attention_heads,
+        recompute=p.recompute,
         first_stage_layers=p.num_layers_in_first_pipeline_stage,
-        last_stage_layers=p.num_layers_in_last_pipeline_stage, on_cpu=on_cpu, fp8_format=config.model.fp8_format,
-        fp8_recipe=config.model.fp8_recipe, prune_last_layer=config.model.prune_last_layer)
+        last_stage_layers=p.num_layers_in_last_pipeline_stage,
+        on_cpu=on_cpu,
+        fp8_format=config.model.fp8_format,
+        fp8_recipe=config.model.fp8_recipe,
+        prune_last_layer=config.model.prune_last_layer,
+    )
 
 
-def implementations(config: TrainingConfig, device: torch.device, dtype: torch.dtype, optimizer) -> str:
+def implementations(
+    config: TrainingConfig, device: torch.device, dtype: torch.dtype, optimizer
+) -> str:
     """Which implementation of each part is active, for the log."""
     inner = type(optimizer.chained_optimizers[0].optimizer)
     linear, fp8 = "megatron-core", config.model.fp8_format
     if use_transformer_engine(config, device):
-        linear = "transformer_engine" + ("" if fp8 == "none" else f" in fp8 ({fp8}, {config.model.fp8_recipe})")
+        linear = "transformer_engine" + (
+            "" if fp8 == "none" else f" in fp8 ({fp8}, {config.model.fp8_recipe})"
+        )
     if (products := ops.active_products(device, dtype)) != "torch":
         linear += f" with {products} products"
     fused = ", fused" if any(group.get("fused") for group in optimizer.param_groups) else ""
-    # megatron-core warns of each at every import (silenced by distributed.quiet_engine): once is enough.
-    absent = [name for name in ("transformer_engine", "apex", "flash_attn") if find_spec(name) is None]
-    return (f"gather and loss {ops.active_implementation(device)}, norm, rotation and activation "
-            f"{ops.active_elementwise(device, dtype)}, attention {active_kernel(device, dtype)}, linear {linear}, "
-            f"optimizer {inner.__module__.split('.')[0]} {inner.__name__}{fused}"
-            + (f"; not installed: {', '.join(absent)}" if absent else ""))
+    # megatron-core warns of each at every import (silenced by distributed.quiet_engine): once is
+    # enough.
+    absent = [
+        name for name in ("transformer_engine", "apex", "flash_attn") if find_spec(name) is None
+    ]
+    return (
+        f"gather and loss {ops.active_implementation(device)}, norm, rotation and activation"
+        f" {ops.active_elementwise(device, dtype)}, attention {active_kernel(device, dtype)},"
+        f" linear {linear}, optimizer {inner.__module__.split('.')[0]} {inner.__name__}{fused}"
+        + (f"; not installed: {', '.join(absent)}" if absent else "")
+    )
 
 
 def use_transformer_engine(config: TrainingConfig, device: torch.device) -> bool:
-    """Whether linear layers come from Transformer Engine; ValueError where it is asked for and cannot be had."""
+    """Whether linear layers come from Transformer Engine; ValueError where it is asked for and
+    cannot be had."""
     choice, fp8 = config.model.transformer_impl, config.model.fp8_format
     asked = f"--fp8-format {fp8}" if fp8 != "none" else "--transformer-impl transformer_engine"
     must = fp8 != "none" or choice == "transformer_engine"
@@ -94,7 +134,9 @@ def use_transformer_engine(config: TrainingConfig, device: torch.device) -> bool
         import transformer_engine  # noqa: F401
     except ImportError:
         if must:
-            raise ValueError(f"{asked}: Transformer Engine is not installed (pip install 'rmega[te]')") from None
+            raise ValueError(
+                f"{asked}: Transformer Engine is not installed (pip install 'rmega[te]')"
+            ) from None
         return False
     if device.type != "cuda" and must:
         raise ValueError(f"{asked} needs a CUDA device")
@@ -104,10 +146,15 @@ def use_transformer_engine(config: TrainingConfig, device: torch.device) -> bool
 def wrap_model(chunks: list[RewardModel], config: TrainingConfig) -> list[DistributedDataParallel]:
     """Give each chunk megatron-core's gradient buffers and data-parallel reduction."""
     p = config.parallel
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=p.overlap_grad_reduce,
-                                        use_distributed_optimizer=p.use_distributed_optimizer)
-    wrapped = [DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=i > 0)
-               for i, chunk in enumerate(chunks)]
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=p.overlap_grad_reduce,
+        use_distributed_optimizer=p.use_distributed_optimizer,
+    )
+    wrapped = [
+        DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
+    ]
     core = chunks[0].config
     core.finalize_model_grads_func = _finalize
     skip_single_rank_collectives(wrapped)
@@ -118,38 +165,70 @@ def wrap_model(chunks: list[RewardModel], config: TrainingConfig) -> list[Distri
 
 
 def _finalize(model, num_tokens=None, **groups) -> None:
-    """megatron-core's reduction of gradients without its division by the count of pairs: the optimizer divides by the
-    count and the clipping factor at once, instead of two more passes over all gradients."""
+    """megatron-core's reduction of gradients without its division by the count of pairs: the
+    optimizer divides by the count and the clipping factor at once, instead of two more passes
+    over all gradients."""
     finalize_model_grads(model, None, **groups)
 
 
-def build_optimizer(wrapped: list[DistributedDataParallel], config: TrainingConfig, total_steps: int):
+def build_optimizer(
+    wrapped: list[DistributedDataParallel], config: TrainingConfig, total_steps: int
+):
     """megatron-core's Adam and its schedule: (optimizer, scheduler)."""
     o = config.optimizer
     dtype = wrapped[0].config.params_dtype
     settings = OptimizerConfig(
-        optimizer="adam", lr=o.lr, min_lr=o.min_lr, weight_decay=o.weight_decay, clip_grad=o.clip_grad,
-        adam_beta1=o.adam_beta1, adam_beta2=o.adam_beta2, adam_eps=o.adam_eps, params_dtype=dtype,
-        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, initial_loss_scale=o.initial_loss_scale,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer)
-    # The fp32 head has a group to itself: where one group holds two dtypes, the distributed optimizer confuses their
-    # states when it saves them.
-    overrides = {**get_standard_config_overrides(settings),
-                 ParamKey(name="*reward_head.weight"): ParamGroupOverride(wd_mult=1.0)}
-    optimizer = get_megatron_optimizer(settings, wrapped, config_overrides=overrides,
-                                       use_gloo_process_groups=torch.cuda.is_available())
+        optimizer="adam",
+        lr=o.lr,
+        min_lr=o.min_lr,
+        weight_decay=o.weight_decay,
+        clip_grad=o.clip_grad,
+        adam_beta1=o.adam_beta1,
+        adam_beta2=o.adam_beta2,
+        adam_eps=o.adam_eps,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        initial_loss_scale=o.initial_loss_scale,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+    )
+    # The fp32 head has a group to itself: where one group holds two dtypes, the distributed
+    # optimizer confuses their states when it saves them.
+    overrides = {
+        **get_standard_config_overrides(settings),
+        ParamKey(name="*reward_head.weight"): ParamGroupOverride(wd_mult=1.0),
+    }
+    optimizer = get_megatron_optimizer(
+        settings,
+        wrapped,
+        config_overrides=overrides,
+        use_gloo_process_groups=torch.cuda.is_available(),
+    )
     for group in optimizer.param_groups:
-        if "foreach" in group:  # torch's AdamW (no apex or Transformer Engine): one pass over memory instead of ten
+        if (
+            "foreach" in group
+        ):  # torch's AdamW (no apex or Transformer Engine): one pass over memory instead of ten
             group["fused"], group["foreach"] = True, False
     wrapped[0].config.grad_scale_func = optimizer.scale_loss if dtype == torch.float16 else None
     # The schedule divides by both lengths.
     warmup = round(o.lr_warmup_fraction * total_steps)
     scheduler = OptimizerParamScheduler(
-        optimizer, init_lr=0.0, max_lr=o.lr, min_lr=o.min_lr, lr_warmup_steps=min(warmup, total_steps - 1),
-        lr_decay_steps=total_steps + 1, lr_decay_style=o.lr_decay_style, start_wd=o.weight_decay,
-        end_wd=o.weight_decay, wd_incr_steps=max(total_steps, 1), wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True)
-    # Warm-up starts from exactly 0 and decay ends at exactly the minimum: two wasted steps. Step k of w uses lr k / w.
+        optimizer,
+        init_lr=0.0,
+        max_lr=o.lr,
+        min_lr=o.min_lr,
+        lr_warmup_steps=min(warmup, total_steps - 1),
+        lr_decay_steps=total_steps + 1,
+        lr_decay_style=o.lr_decay_style,
+        start_wd=o.weight_decay,
+        end_wd=o.weight_decay,
+        wd_incr_steps=max(total_steps, 1),
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    # Warm-up starts from exactly 0 and decay ends at exactly the minimum: two wasted steps. Step k
+    # of w uses lr k / w.
     scheduler.step(1)
     return optimizer, scheduler
 
@@ -158,8 +237,17 @@ def pair_loss(args: LossArgs, batch: PackedBatch, rewards: torch.Tensor):
     """Sum of the loss over a pack's pairs, their number, and ``ops.STATS`` to report."""
     margin = batch.margin if args.use_margin else torch.zeros_like(batch.margin)
     loss, stats = ops.pairwise_loss(
-        rewards, batch.chosen, batch.rejected, margin, batch.weight, loss=args.loss, penalty=args.penalty,
-        penalty_weight=args.penalty_weight, label_smoothing=args.label_smoothing, barrier_clamp=args.barrier_clamp)
+        rewards,
+        batch.chosen,
+        batch.rejected,
+        margin,
+        batch.weight,
+        loss=args.loss,
+        penalty=args.penalty,
+        penalty_weight=args.penalty_weight,
+        label_smoothing=args.label_smoothing,
+        barrier_clamp=args.barrier_clamp,
+    )
     return loss, torch.tensor(len(batch.chosen), dtype=torch.int, device=rewards.device), stats
 
 
@@ -177,15 +265,23 @@ def _forward_rewards(iterator: Iterator[PackedBatch], model):
     return model(batch), partial(_rewards_of, batch)
 
 
-def run_schedule(wrapped: Sequence, packs: list[PackedBatch], forward: Callable, *, forward_only: bool) -> list[Any]:
-    """Send the packs of a step through megatron-core's pipeline schedule; what the last stage reported per pack."""
+def run_schedule(
+    wrapped: Sequence, packs: list[PackedBatch], forward: Callable, *, forward_only: bool
+) -> list[Any]:
+    """Send the packs of a step through megatron-core's pipeline schedule; what the last stage
+    reported per pack."""
     iterators = [iter(packs) for _ in wrapped]
     single = len(wrapped) == 1
     return get_forward_backward_func()(
-        forward_step_func=forward, data_iterator=iterators[0] if single else iterators,
-        model=wrapped[0] if single else list(wrapped), num_microbatches=len(packs),
-        seq_length=max(pack.num_tokens for pack in packs), micro_batch_size=1, forward_only=forward_only,
-        collect_non_loss_data=forward_only)
+        forward_step_func=forward,
+        data_iterator=iterators[0] if single else iterators,
+        model=wrapped[0] if single else list(wrapped),
+        num_microbatches=len(packs),
+        seq_length=max(pack.num_tokens for pack in packs),
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
 
 
 @dataclasses.dataclass
@@ -206,8 +302,11 @@ class StepReport:
     padding: int
 
 
-def forward_backward(wrapped: Sequence, packs: list[PackedBatch], args: LossArgs) -> dict[str, float]:
-    """Gradients of the loss summed over a global batch's pairs into the buffers (reduced over ranks); reported sums."""
+def forward_backward(
+    wrapped: Sequence, packs: list[PackedBatch], args: LossArgs
+) -> dict[str, float]:
+    """Gradients of the loss summed over a global batch's pairs into the buffers (reduced over
+    ranks); reported sums."""
     for chunk in wrapped:
         chunk.zero_grad_buffer()
     reports = run_schedule(wrapped, packs, partial(_forward_train, args), forward_only=False)
@@ -216,18 +315,27 @@ def forward_backward(wrapped: Sequence, packs: list[PackedBatch], args: LossArgs
         if parallel_state.is_pipeline_last_stage():
             sums[: len(ops.STATS)] = sum(report.detach().double().cpu() for report in reports)
         if parallel_state.is_pipeline_first_stage():
-            sums[len(ops.STATS) :] = torch.tensor([sum(p.num_tokens for p in packs), sum(p.real_tokens for p in packs),
-                                                   sum(p.padding for p in packs), len(packs)], dtype=torch.float64)
+            sums[len(ops.STATS) :] = torch.tensor(
+                [
+                    sum(p.num_tokens for p in packs),
+                    sum(p.real_tokens for p in packs),
+                    sum(p.padding for p in packs),
+                    len(packs),
+                ],
+                dtype=torch.float64,
+            )
     sums = sum_over_ranks(sums.to(packs[0].tokens.device))
     names = (*ops.STATS, "num_tokens", "real_tokens", "padding", "num_microbatches")
     return dict(zip(names, sums.tolist(), strict=True))
 
 
 def optimizer_step(optimizer, count: float) -> tuple[bool, float | None]:
-    """Divide the summed gradients by ``count``, clip and update; the parameters stay when the norm is not finite.
+    """Divide the summed gradients by ``count``, clip and update; the parameters stay when the norm
+    is not finite.
 
-    What ``ChainedOptimizer.step`` does, with division and clipping as one factor, which torch's fused Adam applies
-    while it reads the gradients. Returns (updated, norm of the mean gradient; None when fp16 overflowed).
+    What ``ChainedOptimizer.step`` does, with division and clipping as one factor, which torch's
+    fused Adam applies while it reads the gradients. Returns (updated, norm of the mean gradient;
+    None when fp16 overflowed).
     """
     if optimizer.prepare_grads():
         return False, None
@@ -235,7 +343,9 @@ def optimizer_step(optimizer, count: float) -> tuple[bool, float | None]:
     if not math.isfinite(norm):
         return False, norm
     clip = optimizer.config.clip_grad
-    factor = count * max(1.0, (norm + 1e-6) / clip) if clip > 0 else count  # 1e-6 as in megatron-core's clipping
+    factor = (
+        count * max(1.0, (norm + 1e-6) / clip) if clip > 0 else count
+    )  # 1e-6 as in megatron-core's clipping
     for part in optimizer.chained_optimizers:
         if getattr(part, "is_stub_optimizer", False) or not part.get_parameters():
             continue
@@ -249,7 +359,9 @@ def optimizer_step(optimizer, count: float) -> tuple[bool, float | None]:
     return bool(optimizer.step_with_ready_grads()), norm
 
 
-def train_step(wrapped: Sequence, optimizer, packs: list[PackedBatch], args: LossArgs, num_samples: int) -> StepReport:
+def train_step(
+    wrapped: Sequence, optimizer, packs: list[PackedBatch], args: LossArgs, num_samples: int
+) -> StepReport:
     """One optimizer step on this rank's packs of a global batch of ``num_samples`` comparisons."""
     optimizer.zero_grad()
     sums = forward_backward(wrapped, packs, args)
@@ -257,17 +369,31 @@ def train_step(wrapped: Sequence, optimizer, packs: list[PackedBatch], args: Los
     loss = (sums["base_loss"] + sums["penalty"]) / pairs
     updated, norm = optimizer_step(optimizer, pairs) if math.isfinite(loss) else (False, math.nan)
     return StepReport(
-        loss=loss, acc=sums["num_correct"] / pairs, chosen_score_mean=sums["chosen_score"] / pairs,
-        rejected_score_mean=sums["rejected_score"] / pairs, grad_norm=norm, updated=updated,
-        num_pairs=int(sums["num_pairs"]), num_samples=num_samples, num_tokens=int(sums["num_tokens"]),
-        real_tokens=int(sums["real_tokens"]), num_microbatches=int(sums["num_microbatches"]),
-        padding=int(sums["padding"]))
+        loss=loss,
+        acc=sums["num_correct"] / pairs,
+        chosen_score_mean=sums["chosen_score"] / pairs,
+        rejected_score_mean=sums["rejected_score"] / pairs,
+        grad_norm=norm,
+        updated=updated,
+        num_pairs=int(sums["num_pairs"]),
+        num_samples=num_samples,
+        num_tokens=int(sums["num_tokens"]),
+        real_tokens=int(sums["real_tokens"]),
+        num_microbatches=int(sums["num_microbatches"]),
+        padding=int(sums["padding"]),
+    )
 
 
 @torch.no_grad()
-def compute_rewards(wrapped: Sequence, batcher: Batcher, device: torch.device,
-                    progress: Callable[[int], None] | None = None, batches: int | None = None) -> np.ndarray:
-    """Rewards of every response of ``batcher.dataset``, in stored order, on every rank: float32 [responses].
+def compute_rewards(
+    wrapped: Sequence,
+    batcher: Batcher,
+    device: torch.device,
+    progress: Callable[[int], None] | None = None,
+    batches: int | None = None,
+) -> np.ndarray:
+    """Rewards of every response of ``batcher.dataset``, in stored order, on every rank: float32
+    [responses].
 
     With ``batches`` only that many global batches are scored, and the other rewards are 0."""
     modes = [chunk.training for chunk in wrapped]
@@ -277,32 +403,56 @@ def compute_rewards(wrapped: Sequence, batcher: Batcher, device: torch.device,
     try:
         for packs in itertools.islice(batcher.sweep(), batches):
             packs = [pack.to(device) for pack in packs]
-            for numbers, rewards in run_schedule(wrapped, packs, _forward_rewards, forward_only=True):
+            for numbers, rewards in run_schedule(
+                wrapped, packs, _forward_rewards, forward_only=True
+            ):
                 if is_reporting_rank():
                     real = numbers >= 0
                     out[numbers[real]] = rewards[real]
             if progress:
-                progress(batcher.global_batch_size)  # on every rank after every batch; what it raises ends the sweep
+                progress(
+                    batcher.global_batch_size
+                )  # on every rank after every batch; what it raises ends the sweep
     finally:
         for chunk, mode in zip(wrapped, modes, strict=True):
             chunk.train(mode)
     return sum_over_ranks(out).cpu().numpy()
 
 
-def evaluate(wrapped: Sequence, batcher: Batcher, device: torch.device,
-             progress: Callable[[int], None] | None = None, num_probed: int = 0) -> dict[str, Any]:
-    """What ``rmega.evaluation`` says of a held-out set, whole (``judge``), with "reward_mean" and "reward_std" of all
-    its rewards; the same on every rank. ``num_probed`` comparisons are scored again in other forms."""
+def evaluate(
+    wrapped: Sequence,
+    batcher: Batcher,
+    device: torch.device,
+    progress: Callable[[int], None] | None = None,
+    num_probed: int = 0,
+) -> dict[str, Any]:
+    """What ``rmega.evaluation`` says of a held-out set, whole (``judge``), with "reward_mean" and
+    "reward_std" of all its rewards; the same on every rank. ``num_probed`` comparisons are
+    scored again in other forms.
+    """
     rewards = compute_rewards(wrapped, batcher, device, progress)
     items = stored_items(batcher.dataset, rewards)
 
     def score(view: View) -> np.ndarray:
         return compute_rewards(wrapped, batcher.over(view), device, progress)
 
-    probes = probe_stored(batcher.dataset, items, score, num_probed, max_tokens=batcher.max_tokens,
-                          share_prefix=batcher.share_prefix) if num_probed else None
-    return {**judge(items, length_unit="tokens", probes=probes),
-            "reward_mean": float(rewards.mean()), "reward_std": float(rewards.std())}
+    probes = (
+        probe_stored(
+            batcher.dataset,
+            items,
+            score,
+            num_probed,
+            max_tokens=batcher.max_tokens,
+            share_prefix=batcher.share_prefix,
+        )
+        if num_probed
+        else None
+    )
+    return {
+        **judge(items, length_unit="tokens", probes=probes),
+        "reward_mean": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+    }
 
 
 class Clock:

@@ -1,4 +1,5 @@
-"""Resume: the same layout bit for bit, any other layout to 1e-5, no comparison skipped or repeated; broken folders."""
+"""Resume: the same layout bit for bit, any other layout to 1e-5, no comparison skipped or repeated;
+broken folders."""
 
 from __future__ import annotations
 
@@ -27,39 +28,69 @@ def small_buckets():
         train.DistributedDataParallelConfig = original
 
 
-def steps(rank: int, world_size: int, text: str, folder: str, load: str | None, save: str | None, count: int,
-          dtype: str = "fp32", loss_scale: float = 1.0) -> dict:
+def steps(
+    rank: int,
+    world_size: int,
+    text: str,
+    folder: str,
+    load: str | None,
+    save: str | None,
+    count: int,
+    dtype: str = "fp32",
+    loss_scale: float = 1.0,
+) -> dict:
     """Run up to step ``count`` of TOTAL, from ``load`` if given; what is left behind on rank 0."""
     from rmega.checkpointing import checkpoint, run_folder
     from rmega.precision import DTYPES
     from rmega.training import train
     from rmega.training.parity import Layout, build, gather_global, layout_config, make_batcher
 
-    config = layout_config(Layout.parse(text), hf_model=folder, steps=TOTAL, global_batch_size=10, max_tokens=260,
-                           lr=1e-3)
+    config = layout_config(
+        Layout.parse(text),
+        hf_model=folder,
+        steps=TOTAL,
+        global_batch_size=10,
+        max_tokens=260,
+        lr=1e-3,
+    )
     config.optimizer.lr_decay_style, config.optimizer.initial_loss_scale = "cosine", loss_scale
     dataset = InMemory(random_comparisons(24, seed=1))
-    # Several gradient buckets, as in a large model, where shards of the state begin and end inside parameters.
+    # Several gradient buckets, as in a large model, where shards of the state begin and end inside
+    # parameters.
     with small_buckets():
         wrapped, optimizer, scheduler, geometry, device = build(config, DTYPES[dtype])
     state = checkpoint.RunState()
     if load:
-        state = checkpoint.load(run_folder.find(load), wrapped=wrapped, optimizer=optimizer, scheduler=scheduler)
+        state = checkpoint.load(
+            run_folder.find(load), wrapped=wrapped, optimizer=optimizer, scheduler=scheduler
+        )
     batcher = make_batcher(config, dataset, geometry)
     seen, losses, scales = [], [], []
     while state.iteration < count:
         documents = batcher.documents(state.consumed)
         seen += documents.tolist()
-        report = train.train_step(wrapped, optimizer, batcher.packs(documents), config.loss, len(documents))
+        report = train.train_step(
+            wrapped, optimizer, batcher.packs(documents), config.loss, len(documents)
+        )
         losses.append(report.loss)
         scheduler.step(1)
         scales.append((report.updated, float(optimizer.get_loss_scale())))
         state = checkpoint.RunState(state.iteration + 1, state.consumed + len(documents))
     if save:
-        checkpoint.save(save, state=state, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler,
-                        info={"config": config.as_dict(), "num_comparisons": len(dataset), "manifest": {}})
-    return {"params": gather_global(wrapped, geometry, lambda p: p.data), "seen": seen, "losses": losses,
-            "scales": scales}
+        checkpoint.save(
+            save,
+            state=state,
+            wrapped=wrapped,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            info={"config": config.as_dict(), "num_comparisons": len(dataset), "manifest": {}},
+        )
+    return {
+        "params": gather_global(wrapped, geometry, lambda p: p.data),
+        "seen": seen,
+        "losses": losses,
+        "scales": scales,
+    }
 
 
 def go(text: str, *args) -> dict:
@@ -101,7 +132,8 @@ def test_same_layout_is_bit_identical(text, folder, unbroken, halves):
 @pytest.mark.parametrize("text", ["1", "tp2,pp2", "dp2"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_goes_on_bit_for_bit(dtype, text, folder, tmp_path):
-    """fp32 main parameters, and with fp16 the loss scale: updates are skipped and the scale falls before the stop."""
+    """fp32 main parameters, and with fp16 the loss scale: updates are skipped and the scale falls
+    before the stop."""
     more = (dtype, 2.0**36 if dtype == "fp16" else 1.0)
     first = go(text, folder, None, str(tmp_path), STOP, *more)
     second = go(text, folder, str(tmp_path), None, TOTAL, *more)
@@ -114,8 +146,17 @@ def test_half_precision_goes_on_bit_for_bit(dtype, text, folder, tmp_path):
         assert torch.equal(second["params"][name], value), name
 
 
-@pytest.mark.parametrize("wrote,reads", [("1", "tp2,pp2"), ("tp2,pp2", "1"), ("1", "dp2"), ("tp2,pp2", "tp2,sp,dp2"),
-                                         ("1", "pp2,vpp2"), ("tp2,pp2", "pp2,first1,last3")])
+@pytest.mark.parametrize(
+    "wrote,reads",
+    [
+        ("1", "tp2,pp2"),
+        ("tp2,pp2", "1"),
+        ("1", "dp2"),
+        ("tp2,pp2", "tp2,sp,dp2"),
+        ("1", "pp2,vpp2"),
+        ("tp2,pp2", "pp2,first1,last3"),
+    ],
+)
 def test_other_layout(wrote, reads, folder, unbroken, halves):
     run, first = halves[wrote]
     second = go(reads, folder, run, None, TOTAL)
@@ -127,7 +168,8 @@ def test_other_layout(wrote, reads, folder, unbroken, halves):
 
 @pytest.mark.parametrize("text", ["dp2", "tp2,dp2", "dp2,overlap", "pp2,vpp2,dp2"])
 def test_state_that_is_cut_over_replicas(text, folder, unbroken, tmp_path):
-    """Each replica holds a share of the optimizer state; the file holds it whole. Several buckets, with padding."""
+    """Each replica holds a share of the optimizer state; the file holds it whole. Several buckets,
+    with padding."""
     go(text, folder, None, str(tmp_path), STOP)
     same = go(text, folder, str(tmp_path), None, TOTAL)
     whole = go(text, folder, None, None, TOTAL)
@@ -161,9 +203,17 @@ def spoil(shard, how: str) -> None:
     shard.write_bytes(data)
 
 
-@pytest.mark.parametrize("how,says", [("truncated", "bytes instead of"), ("one bit", "its content has changed"),
-                                      ("gone", "No such file")])
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(how, says, halves, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "how,says",
+    [
+        ("truncated", "bytes instead of"),
+        ("one bit", "its content has changed"),
+        ("gone", "No such file"),
+    ],
+)
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
+    how, says, halves, tmp_path, capsys
+):
     from rmega.checkpointing import run_folder
 
     run = tmp_path / "run"
@@ -177,7 +227,9 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(how, says, halv
         assert run_folder.find(run) == run / "iter_0000003"
         out = capsys.readouterr().out
         assert "warning: damaged checkpoint left out: " in out and says in out
-        with pytest.raises(ValueError, match="iter_0000005: damaged .*the newest good checkpoint is .*iter_0000003"):
+        with pytest.raises(
+            ValueError, match="iter_0000005: damaged .*the newest good checkpoint is .*iter_0000003"
+        ):
             run_folder.find(run / "iter_0000005")
 
 
@@ -185,11 +237,15 @@ def test_no_good_checkpoint(halves, folder, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(halves["1"][0], run)
     spoil(next((run / "iter_0000003").glob("*.distcp")), "one bit")
-    with pytest.raises(RuntimeError, match="ValueError: --load .*no good checkpoint in it .*content has changed"):
+    with pytest.raises(
+        RuntimeError, match="ValueError: --load .*no good checkpoint in it .*content has changed"
+    ):
         go("1", folder, str(run), None, TOTAL)
     info = run / "iter_0000003" / "rmega.json"
     info.write_text(json.dumps({**json.loads(info.read_text()), "format_version": 99}))
-    with pytest.raises(RuntimeError, match="rmega.json: checkpoint format version 99; this rmega reads version 1"):
+    with pytest.raises(
+        RuntimeError, match="rmega.json: checkpoint format version 99; this rmega reads version 1"
+    ):
         go("1", folder, str(run), None, TOTAL)
 
 

@@ -1,4 +1,5 @@
-"""Comparisons on disk: megatron-core reads what we write and we read what it writes; damage is found."""
+"""Comparisons on disk: megatron-core reads what we write and we read what it writes; damage is
+found."""
 
 from __future__ import annotations
 
@@ -24,9 +25,17 @@ from rmega.data.indexed import (
 from rmega.data.integrity import merge, verify
 
 REWARD = 99
-MANIFEST = {"tokenizer_fingerprint": "f", "template_hash": "t", "reward_token_id": REWARD, "pad_token_id": 0,
-            "vocab_size": 100, "max_length": 64, "overlong": "right", "scripts": {"Latin": 3},
-            "position_heuristic": {"first_wins": 1, "pairs": 2}}
+MANIFEST = {
+    "tokenizer_fingerprint": "f",
+    "template_hash": "t",
+    "reward_token_id": REWARD,
+    "pad_token_id": 0,
+    "vocab_size": 100,
+    "max_length": 64,
+    "overlong": "right",
+    "scripts": {"Latin": 3},
+    "position_heuristic": {"first_wins": 1, "pairs": 2},
+}
 
 
 def some(num: int, seed: int = 0) -> list[StoredComparison]:
@@ -37,9 +46,19 @@ def some(num: int, seed: int = 0) -> list[StoredComparison]:
         k = int(rng.integers(2, 5))
         scores = -np.sort(-rng.integers(0, 4, k)).astype(np.float32)
         scores[0] += 1
-        suffixes = [np.append(rng.integers(0, 90, rng.integers(0, 9)), REWARD).astype(np.int32) for _ in range(k)]
-        items.append(StoredComparison(rng.integers(0, 90, 0 if i % 3 == 0 else rng.integers(1, 20)).astype(np.int32),
-                                      suffixes, scores, bool(i % 2), "ab"[i % 2]))
+        suffixes = [
+            np.append(rng.integers(0, 90, rng.integers(0, 9)), REWARD).astype(np.int32)
+            for _ in range(k)
+        ]
+        items.append(
+            StoredComparison(
+                rng.integers(0, 90, 0 if i % 3 == 0 else rng.integers(1, 20)).astype(np.int32),
+                suffixes,
+                scores,
+                bool(i % 2),
+                "ab"[i % 2],
+            )
+        )
     return items
 
 
@@ -52,9 +71,13 @@ def write(prefix: Path, items: list[StoredComparison], **manifest: Any) -> str:
 
 
 def same(a: StoredComparison, b: StoredComparison) -> bool:
-    return (np.array_equal(a.prefix, b.prefix) and len(a.suffixes) == len(b.suffixes)
-            and all(map(np.array_equal, a.suffixes, b.suffixes)) and np.array_equal(a.scores, b.scores)
-            and (a.graded, a.source) == (b.graded, b.source))
+    return (
+        np.array_equal(a.prefix, b.prefix)
+        and len(a.suffixes) == len(b.suffixes)
+        and all(map(np.array_equal, a.suffixes, b.suffixes))
+        and np.array_equal(a.scores, b.scores)
+        and (a.graded, a.source) == (b.graded, b.source)
+    )
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -67,7 +90,8 @@ def test_round_trip(tmp_path: Path) -> None:
     again = pickle.loads(pickle.dumps(dataset))
     assert same(again[49], items[49]) and again.sources == ["a", "b"]
     assert count_pairs(dataset.document_indices, dataset.scores).tolist() == [
-        sum(a > b for n, a in enumerate(i.scores) for b in i.scores[n:]) for i in items]
+        sum(a > b for n, a in enumerate(i.scores) for b in i.scores[n:]) for i in items
+    ]
     for wrong in (-1, 50):
         with pytest.raises(IndexError):
             dataset.get(wrong)
@@ -92,7 +116,9 @@ def test_megatron_reads_it_and_writes_it(tmp_path: Path) -> None:
         builder.end_document()
     builder.finalize(str(tmp_path / "theirs.idx"))
     for suffix in (".bin", ".idx"):
-        assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
+        assert (tmp_path / f"ours{suffix}").read_bytes() == (
+            tmp_path / f"theirs{suffix}"
+        ).read_bytes()
 
 
 def test_nothing_half_written(tmp_path: Path) -> None:
@@ -126,7 +152,7 @@ def test_damage_is_named(tmp_path: Path, suffix: str) -> None:
     with pytest.raises(ValueError, match=f"d{suffix}: missing"):
         open_preferences(prefix)
     at = len(whole) - 20
-    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     assert any(f"d{suffix}: its checksum" in line for line in verify(open_preferences(prefix)))
 
 
@@ -152,11 +178,13 @@ def test_verify_sees_what_is_wrong_inside(tmp_path: Path) -> None:
         suffixes = [np.array(first), np.array([3, REWARD])]
         return StoredComparison(np.array(prefix), suffixes, np.array(scores), False, "a")
 
-    for item, message in ((odd([1, 100], [REWARD]), "is 100, outside the vocabulary"),
-                          (odd([REWARD], [REWARD]), "the reward token occurs"),
-                          (odd([1], [2]), "1 responses do not end with the reward token"),
-                          (odd([1], [REWARD], (0, 1)), "scores rise"),
-                          (odd([*range(70)], [REWARD]), "a conversation of 72 tokens, --max-length was 64")):
+    for item, message in (
+        (odd([1, 100], [REWARD]), "is 100, outside the vocabulary"),
+        (odd([REWARD], [REWARD]), "the reward token occurs"),
+        (odd([1], [2]), "1 responses do not end with the reward token"),
+        (odd([1], [REWARD], (0, 1)), "scores rise"),
+        (odd([*range(70)], [REWARD]), "a conversation of 72 tokens, --max-length was 64"),
+    ):
         wrong = verify(open_preferences(write(tmp_path / "d", [*items, item])))
         assert len(wrong) == 1 and message in wrong[0], wrong
     wrong = verify(open_preferences(write(tmp_path / "d", items, num_comparisons=7)))
@@ -169,7 +197,11 @@ def test_merge(tmp_path: Path) -> None:
     manifest = merge([a, b], str(tmp_path / "all"))
     dataset = open_preferences(tmp_path / "all")
     assert all(same(dataset.get(i), item) for i, item in enumerate(first + second))
-    assert manifest["num_comparisons"] == 13 and manifest["scripts"] == {"Latin": 6} and verify(dataset) == []
+    assert (
+        manifest["num_comparisons"] == 13
+        and manifest["scripts"] == {"Latin": 6}
+        and verify(dataset) == []
+    )
     with pytest.raises(ValueError, match="--force"):
         merge([a, b], str(tmp_path / "all"))
     with pytest.raises(ValueError, match="one of those"):
@@ -182,11 +214,14 @@ def test_merge(tmp_path: Path) -> None:
 
 def test_opening_is_independent_of_size(tmp_path: Path) -> None:
     """A million comparisons (of few tokens) open like a hundred: nothing is read but headers."""
+
     def synthetic(prefix: Path, num: int) -> str:
         lengths = np.tile(np.array([2, 1, 1], np.int32), num)
         writer = PreferenceWriter(prefix)
         writer.add_tokens(np.full(4 * num, REWARD, np.int32))
-        writer.add_documents(lengths, np.tile(np.array([0, 1, 0], np.float32), num), np.full(num, 3), np.zeros(num))
+        writer.add_documents(
+            lengths, np.tile(np.array([0, 1, 0], np.float32), num), np.full(num, 3), np.zeros(num)
+        )
         writer.close({**MANIFEST, "sources": ["a"]})
         return str(prefix)
 

@@ -1,4 +1,5 @@
-"""inspect_data: the numbers are right, the text is decoded, the page stands alone, bad input is refused."""
+"""inspect_data: the numbers are right, the text is decoded, the page stands alone, bad input is
+refused."""
 
 from __future__ import annotations
 
@@ -12,7 +13,12 @@ import numpy as np
 import pytest
 
 from rmega.cli import run_tool
-from rmega.data.indexed import PreferenceDataset, PreferenceWriter, StoredComparison, open_preferences
+from rmega.data.indexed import (
+    PreferenceDataset,
+    PreferenceWriter,
+    StoredComparison,
+    open_preferences,
+)
 from rmega.data.stats import describe, lengths_of, pairs, show, summarise
 from rmega.preferences.preprocess import PreprocessArgs, preprocess
 from rmega.preferences.tokenizer import PairTokenizer
@@ -22,38 +28,78 @@ from tests.conftest import ROOT
 R = 99
 
 
-def stored(prefix: int, suffixes: list[int], scores: list[float], graded: bool, source: str) -> StoredComparison:
-    return StoredComparison(np.ones(prefix, np.int32), [np.append(np.ones(n - 1, np.int32), R) for n in suffixes],
-                            np.array(scores, np.float32), graded, source)
+def stored(
+    prefix: int, suffixes: list[int], scores: list[float], graded: bool, source: str
+) -> StoredComparison:
+    return StoredComparison(
+        np.ones(prefix, np.int32),
+        [np.append(np.ones(n - 1, np.int32), R) for n in suffixes],
+        np.array(scores, np.float32),
+        graded,
+        source,
+    )
 
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> PreferenceDataset:
-    items = [stored(10, [5, 2], [1, 0], False, "a"), stored(0, [3, 3], [1, 0], False, "b"),
-             stored(4, [1, 9, 2], [5, 3, 3], True, "a")]
+    items = [
+        stored(10, [5, 2], [1, 0], False, "a"),
+        stored(0, [3, 3], [1, 0], False, "b"),
+        stored(4, [1, 9, 2], [5, 3, 3], True, "a"),
+    ]
     with PreferenceWriter(tmp_path / "d") as writer:
         for item in items:
             writer.add(item, "ab".index(item.source))
-        writer.close({"sources": ["a", "b"], "vocab_size": 100, "reward_token_id": R, "scripts": {"Latin": 3},
-                      "position_heuristic": {"first_wins": 1, "pairs": 2}, "tokenizer": "<script>alert(1)</script>"})
+        writer.close(
+            {
+                "sources": ["a", "b"],
+                "vocab_size": 100,
+                "reward_token_id": R,
+                "scripts": {"Latin": 3},
+                "position_heuristic": {"first_wins": 1, "pairs": 2},
+                "tokenizer": "<script>alert(1)</script>",
+            }
+        )
     return open_preferences(tmp_path / "d")
 
 
 def test_numbers(dataset: PreferenceDataset) -> None:
     summary = summarise(dataset)
-    assert (summary["comparisons"], summary["responses"], summary["pairs"], summary["tied_pairs"]) == (3, 7, 4, 1)
-    assert summary["graded_comparisons"] == 1 and summary["mean_margin"] == pytest.approx((2 + 2) / 4)
-    assert summary["tokens"] == {"stored": 17 + 6 + 16, "without_sharing": 15 + 12 + 3 + 3 + 5 + 13 + 6,
-                                 "padded_in_fours": 15 * 7}
+    assert (
+        summary["comparisons"],
+        summary["responses"],
+        summary["pairs"],
+        summary["tied_pairs"],
+    ) == (3, 7, 4, 1)
+    assert summary["graded_comparisons"] == 1 and summary["mean_margin"] == pytest.approx(
+        (2 + 2) / 4
+    )
+    assert summary["tokens"] == {
+        "stored": 17 + 6 + 16,
+        "without_sharing": 15 + 12 + 3 + 3 + 5 + 13 + 6,
+        "padded_in_fours": 15 * 7,
+    }
     # longer wins: 5 > 2 yes, 3 = 3 half, 1 < 9 no, 1 < 2 no
     assert summary["length_heuristic"]["accuracy"] == pytest.approx(1.5 / 4)
-    assert summary["position_heuristic"]["accuracy"] == 0.5 and summary["position_heuristic"]["pairs"] == 2
-    assert summary["sources"] == {"a": {"comparisons": 2, "tokens": 33}, "b": {"comparisons": 1, "tokens": 6}}
+    assert (
+        summary["position_heuristic"]["accuracy"] == 0.5
+        and summary["position_heuristic"]["pairs"] == 2
+    )
+    assert summary["sources"] == {
+        "a": {"comparisons": 2, "tokens": 33},
+        "b": {"comparisons": 1, "tokens": 6},
+    }
     assert summary["responses_per_comparison"] == {"2": 2, "3": 1}
-    assert summary["prefix_tokens"]["max"] == 10 and summary["suffix_tokens"]["mean"] == pytest.approx(25 / 7)
+    assert summary["prefix_tokens"]["max"] == 10 and summary["suffix_tokens"][
+        "mean"
+    ] == pytest.approx(25 / 7)
     json.dumps(summary)
     text = "\n".join(describe(summary))
-    assert "3 (responses: 2 with 2, 1 with 3)" in text and "1 tied pairs give none" in text and "Latin 3" in text
+    assert (
+        "3 (responses: 2 with 2, 1 with 3)" in text
+        and "1 tied pairs give none" in text
+        and "Latin 3" in text
+    )
     assert "per comparison   13 stored, 19 without the shared prefix, 35 padded in fours" in text
 
 
@@ -63,7 +109,12 @@ def test_against_one_comparison_at_a_time(tmp_path: Path) -> None:
         for _ in range(200):
             k = int(rng.integers(2, 6))
             scores = sorted(rng.integers(0, 4, k).tolist(), reverse=True)
-            writer.add(stored(int(rng.integers(0, 9)), rng.integers(1, 20, k).tolist(), scores, False, "a"), 0)
+            writer.add(
+                stored(
+                    int(rng.integers(0, 9)), rng.integers(1, 20, k).tolist(), scores, False, "a"
+                ),
+                0,
+            )
         writer.close({"sources": ["a"]})
     dataset = open_preferences(tmp_path / "d")
     want, wins = [], 0.0
@@ -75,14 +126,20 @@ def test_against_one_comparison_at_a_time(tmp_path: Path) -> None:
                     want.append((i, first + a, first + b))
                     longer = len(item.suffixes[a]) - len(item.suffixes[b])
                     wins += 0.5 if longer == 0 else float(longer > 0)
-    got = [triple for arrays in pairs(dataset) for triple in zip(*(a.tolist() for a in arrays), strict=True)]
+    got = [
+        triple
+        for arrays in pairs(dataset)
+        for triple in zip(*(a.tolist() for a in arrays), strict=True)
+    ]
     assert sorted(got) == want
     summary = summarise(dataset)
     assert summary["pairs"] == len(want)
     assert summary["length_heuristic"]["accuracy"] == pytest.approx(wins / len(want))
     lengths = lengths_of(dataset)
     items = [dataset.get(i) for i in range(200)]
-    assert lengths.conversation.tolist() == [len(item.prefix) + len(s) for item in items for s in item.suffixes]
+    assert lengths.conversation.tolist() == [
+        len(item.prefix) + len(s) for item in items for s in item.suffixes
+    ]
 
 
 def test_the_page_stands_alone(dataset: PreferenceDataset) -> None:
@@ -115,17 +172,32 @@ def tool(capsys: pytest.CaptureFixture[str]) -> Any:
 
 def test_the_tool_on_real_tokens(tool: Any, tmp_path: Path, stories260k: Path) -> None:
     bad = "Bad <b>answer</b>."
-    rows = [{"prompt": f"Question {i}?", "chosen": f"Good answer {i}.", "rejected": bad} for i in range(30)]
+    rows = [
+        {"prompt": f"Question {i}?", "chosen": f"Good answer {i}.", "rejected": bad}
+        for i in range(30)
+    ]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     prefix = tmp_path / "out"
-    preprocess(PreprocessArgs(input=[str(tmp_path / "d.jsonl")], tokenizer=str(stories260k), output_prefix=str(prefix),
-                              workers=1, valid_fraction=0.2))
+    preprocess(
+        PreprocessArgs(
+            input=[str(tmp_path / "d.jsonl")],
+            tokenizer=str(stories260k),
+            output_prefix=str(prefix),
+            workers=1,
+            valid_fraction=0.2,
+        )
+    )
     assert tool(prefix)[0] == 0 and "24 (responses: 24 with 2)" in tool(prefix)[1]
     assert json.loads(tool(prefix, "stats", "--json")[1])["comparisons"] == 24
     tokenizer = PairTokenizer.load(stories260k).tokenizer
     plain = show(open_preferences(prefix), 3, tokenizer)
     code, out, _ = tool(prefix, "show", 3)
-    assert code == 0 and out == "\n".join(plain) + "\n" and "Question" in plain[2] and plain[-1].endswith("</s>")
+    assert (
+        code == 0
+        and out == "\n".join(plain) + "\n"
+        and "Question" in plain[2]
+        and plain[-1].endswith("</s>")
+    )
     coloured = tool(prefix, "show", 3, "--colour", "always")[1]
     assert "\x1b[32m" in coloured and re.sub(r"\x1b\[\d+m", "", coloured) == out
     code, out, _ = tool(prefix, "verify")
@@ -135,11 +207,14 @@ def test_the_tool_on_real_tokens(tool: Any, tmp_path: Path, stories260k: Path) -
     assert tool(prefix, "report")[0] == 0
     page = Path(f"{prefix}.html").read_text()
     assert "Good answer" in page and "Bad &lt;b&gt;answer" in page and "<b>" not in page
-    for args, message in ((("show", 24), "comparison 24 is out of range: the set has 24"),
-                          (("show", "x"), "show x: not the number"),
-                          (("report",), "--output .*html: exists already"), (("merge",), "merge: name the other"),
-                          (("stats", "x"), "stats: takes no further"),
-                          (("show", "--tokenizer", "/none"), "--tokenizer /none")):
+    for args, message in (
+        (("show", 24), "comparison 24 is out of range: the set has 24"),
+        (("show", "x"), "show x: not the number"),
+        (("report",), "--output .*html: exists already"),
+        (("merge",), "merge: name the other"),
+        (("stats", "x"), "stats: takes no further"),
+        (("show", "--tokenizer", "/none"), "--tokenizer /none"),
+    ):
         code, _, err = tool(prefix, *args)
         assert code == 2 and re.search(f"error: .*{message}", err), (args, err)
     assert tool(tmp_path / "none")[0] == 2

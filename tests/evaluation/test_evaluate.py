@@ -1,4 +1,5 @@
-"""Evaluation from files: rows, scores in every form, the length heuristic that must be seen through, probes."""
+"""Evaluation from files: rows, scores in every form, the length heuristic that must be seen
+through, probes."""
 
 from __future__ import annotations
 
@@ -40,9 +41,15 @@ def pair(chosen: str, rejected: str, **more) -> dict:
 
 # ---- the acceptance: a length heuristic on LLMBar
 
+
 def length_rows(rows):
-    return [{"id": r["id"], "scores": [len(r["chosen"][-1]["content"]), len(r["rejected"][-1]["content"])]}
-            for r in rows]
+    return [
+        {
+            "id": r["id"],
+            "scores": [len(r["chosen"][-1]["content"]), len(r["rejected"][-1]["content"])],
+        }
+        for r in rows
+    ]
 
 
 def test_llmbar_length_heuristic(tmp_path, shared_dir, capsys):
@@ -51,15 +58,24 @@ def test_llmbar_length_heuristic(tmp_path, shared_dir, capsys):
     scores = write(tmp_path / "s.jsonl", length_rows(rows))
     got = evaluate(tmp_path, data=[str(data)], scores=[scores])["eval.pairs"]
     assert round(got["accuracy"], 3) == 0.272 and got["num_pairs"] == 419
-    assert round(got["length"]["always_longer"], 3) == 0.272 and length_flag(got["length"]) == "strong"
-    assert {v["about"]: v["level"] for v in got["verdict"]} | {"accuracy": "bad", "length": "bad"} == \
-        {v["about"]: v["level"] for v in got["verdict"]}
+    assert (
+        round(got["length"]["always_longer"], 3) == 0.272 and length_flag(got["length"]) == "strong"
+    )
+    assert {v["about"]: v["level"] for v in got["verdict"]} | {
+        "accuracy": "bad",
+        "length": "bad",
+    } == {v["about"]: v["level"] for v in got["verdict"]}
     printed = capsys.readouterr().out
-    assert "0.272  (0.232 to 0.317)" in printed and "Strong length bias, towards longer responses" in printed
+    assert (
+        "0.272  (0.232 to 0.317)" in printed
+        and "Strong length bias, towards longer responses" in printed
+    )
 
     swapped = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} for r in rows]
     other = write(tmp_path / "swapped.jsonl", swapped)
-    got = evaluate(tmp_path, data=[other], scores=[write(tmp_path / "t.jsonl", length_rows(swapped))])["swapped"]
+    got = evaluate(
+        tmp_path, data=[other], scores=[write(tmp_path / "t.jsonl", length_rows(swapped))]
+    )["swapped"]
     assert round(got["accuracy"], 3) == 0.728 and length_flag(got["length"]) == "strong"
     assert round(got["swap"]["accuracy"], 3) == 0.272
 
@@ -67,43 +83,72 @@ def test_llmbar_length_heuristic(tmp_path, shared_dir, capsys):
 def test_works_without_torch_transformers_matplotlib(tmp_path):
     rows = [json.loads(line) for line in DEMO.read_text(encoding="utf-8").splitlines()]
     scores = write(tmp_path / "s.jsonl", [{"scores": [1, 0]} for _ in rows])
-    code = ("import sys, runpy\n"
-            "class Block:\n"
-            "    def find_spec(self, name, path=None, target=None):\n"
-            "        if name in ('torch', 'transformers', 'megatron', 'matplotlib'):\n"
-            "            raise ModuleNotFoundError(f'No module named {name!r}')\n"
-            "sys.meta_path.insert(0, Block())\n"
-            "runpy.run_path('tools/evaluate.py', run_name='__main__')")
-    done = subprocess.run([sys.executable, "-c", code, "--data", str(DEMO), "--scores", scores], cwd=ROOT,
-                          capture_output=True, text=True)
+    code = (
+        "import sys, runpy\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name in ('torch', 'transformers', 'megatron', 'matplotlib'):\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}')\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "runpy.run_path('tools/evaluate.py', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--data", str(DEMO), "--scores", scores],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "100.0 % of 112 pairs" in done.stdout
-    done = subprocess.run([sys.executable, "tools/evaluate.py", "--data", str(DEMO)], cwd=ROOT, capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [sys.executable, "tools/evaluate.py", "--data", str(DEMO)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stderr) == (2, "error: give either --model or --scores\n")
 
 
 # ---- scores files
 
-COLUMNS = {"model": "m", "id": ["a", "b"], "subset": ["x", "x"], "scores_chosen": [1, [0.5]],
-           "scores_rejected": [[0], 2]}
+COLUMNS = {
+    "model": "m",
+    "id": ["a", "b"],
+    "subset": ["x", "x"],
+    "scores_chosen": [1, [0.5]],
+    "scores_rejected": [[0], 2],
+}
 
 
-@pytest.mark.parametrize("name, text", [
-    ("lists.jsonl", '{"scores": [1, 0]}\n\n{"scores": [0.5, 2]}\n'),
-    ("bare.jsonl", "[1, 0]\n[0.5, 2]\n"),
-    ("rewards.json", '[{"rewards": [1, 0]}, {"rewards": [0.5, 2]}]'),
-    ("pairs.jsonl", '{"chosen": 1, "rejected": 0}\n{"chosen": 0.5, "rejected": 2}\n'),
-    ("rmbench.json", '[{"score_chosen": [1], "score_rejected": [0]}, {"score_chosen": [0.5], "score_rejected": [2]}]'),
-    ("text.jsonl", '{"chosen": "t", "rejected": "u", "chosen_score": 1, "rejected_score": 0}\n'
-                   '{"chosen": "t", "rejected": "u", "chosen_score": 0.5, "rejected_score": 2}\n'),
-    ("rewardbench.json", json.dumps(COLUMNS, indent=4)),
-    ("wrapped.json", json.dumps({"results": COLUMNS})),
-    ("named.csv", "id,chosen,rejected\na,1,0\nb,0.5,2\n"),
-    ("turned.csv", "rejected,chosen\n0,1\n2,0.5\n"),
-    ("plain.tsv", "1\t0\n0.5\t2\n"),
-    ("plain.txt", "# comment\n1 0\n0.5 2\n"),
-])
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("lists.jsonl", '{"scores": [1, 0]}\n\n{"scores": [0.5, 2]}\n'),
+        ("bare.jsonl", "[1, 0]\n[0.5, 2]\n"),
+        ("rewards.json", '[{"rewards": [1, 0]}, {"rewards": [0.5, 2]}]'),
+        ("pairs.jsonl", '{"chosen": 1, "rejected": 0}\n{"chosen": 0.5, "rejected": 2}\n'),
+        (
+            "rmbench.json",
+            (
+                '[{"score_chosen": [1], "score_rejected": [0]}, {"score_chosen": [0.5],'
+                ' "score_rejected": [2]}]'
+            ),
+        ),
+        (
+            "text.jsonl",
+            (
+                '{"chosen": "t", "rejected": "u", "chosen_score": 1, "rejected_score": 0}\n'
+                '{"chosen": "t", "rejected": "u", "chosen_score": 0.5, "rejected_score": 2}\n'
+            ),
+        ),
+        ("rewardbench.json", json.dumps(COLUMNS, indent=4)),
+        ("wrapped.json", json.dumps({"results": COLUMNS})),
+        ("named.csv", "id,chosen,rejected\na,1,0\nb,0.5,2\n"),
+        ("turned.csv", "rejected,chosen\n0,1\n2,0.5\n"),
+        ("plain.tsv", "1\t0\n0.5\t2\n"),
+        ("plain.txt", "# comment\n1 0\n0.5 2\n"),
+    ],
+)
 def test_scores_forms(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     rows = read_scores(tmp_path / name)
@@ -113,13 +158,22 @@ def test_scores_forms(tmp_path, name, text):
     assert [r.scores.tolist() for r in read_scores(tmp_path / f"{name}.gz")] == [[1, 0], [0.5, 2]]
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "empty"), ('{"scores": [1, NaN]}\n', r"s:1.*not a finite number"), ('{"scores": ["1"]}\n', "not a finite"),
-    ('{"scores": [1, 0]}\n{"foo": 1}\n', r"s:2.*found foo"), ('{"scores": [1, 0]}\n{"sco\n', r"s:2: not JSON"),
-    ("1,0\nx,1\n", r"s:2: not numbers"), ("a,b\n1\n", r"s:2: 1 cells, but 2 names"),
-    ('{"id": ["a"], "scores_chosen": [1, 2], "scores_rejected": [1, 2]}', "different lengths"),
-    ("1,inf\n", "not a finite"), ('{"scores": [true, 0]}\n', "not a finite"), ("[[1, 0], 3]", "neither an object"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "empty"),
+        ('{"scores": [1, NaN]}\n', r"s:1.*not a finite number"),
+        ('{"scores": ["1"]}\n', "not a finite"),
+        ('{"scores": [1, 0]}\n{"foo": 1}\n', r"s:2.*found foo"),
+        ('{"scores": [1, 0]}\n{"sco\n', r"s:2: not JSON"),
+        ("1,0\nx,1\n", r"s:2: not numbers"),
+        ("a,b\n1\n", r"s:2: 1 cells, but 2 names"),
+        ('{"id": ["a"], "scores_chosen": [1, 2], "scores_rejected": [1, 2]}', "different lengths"),
+        ("1,inf\n", "not a finite"),
+        ('{"scores": [true, 0]}\n', "not a finite"),
+        ("[[1, 0], 3]", "neither an object"),
+    ],
+)
 def test_scores_errors(tmp_path, text, message):
     (tmp_path / "s").write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -127,7 +181,9 @@ def test_scores_errors(tmp_path, text, message):
 
 
 def test_match_by_id_or_order(tmp_path):
-    rows = read_scores(write(tmp_path / "s", [{"id": "b", "scores": [1]}, {"id": "a", "scores": [2]}]))
+    rows = read_scores(
+        write(tmp_path / "s", [{"id": "b", "scores": [1]}, {"id": "a", "scores": [2]}])
+    )
     assert [r.id for r in match_scores(rows, ["a", "b"], "d")] == ["a", "b"]
     with pytest.raises(ValueError, match="no scores for 1 of 2 rows of d, the first: id 'c'"):
         match_scores(rows, ["a", "c"], "d")
@@ -139,22 +195,44 @@ def test_match_by_id_or_order(tmp_path):
 
 
 def test_rows_left_out_keep_their_scores_apart(tmp_path, capsys):
-    data = write(tmp_path / "d.jsonl", [pair("good", "bad"), pair("same", "same"), pair("", "x"), pair("yes", "no")])
+    data = write(
+        tmp_path / "d.jsonl",
+        [pair("good", "bad"), pair("same", "same"), pair("", "x"), pair("yes", "no")],
+    )
     scores = write(tmp_path / "s.jsonl", [{"scores": s} for s in ([2, 1], [], [9, 9], [0, 5])])
     got = evaluate(tmp_path, data=[data], scores=[scores])["d"]
     assert got["num_pairs"] == 2 and got["accuracy"] == 0.5 and got["mean_margin"] == -2
     assert got["left_out"] == {"identical_responses": 1, "empty_response": 1}
-    assert "left out: 1 a response without text, 1 all responses are the same" in capsys.readouterr().out
+    assert (
+        "left out: 1 a response without text, 1 all responses are the same"
+        in capsys.readouterr().out
+    )
 
 
 def test_scores_follow_the_row_not_the_ranking(tmp_path):
-    rows = [{"prompt": "Q?", "responses": [{"content": "a", "score": 1}, {"content": "b", "score": 3},
-                                           {"content": "c", "score": 2}]}]
+    rows = [
+        {
+            "prompt": "Q?",
+            "responses": [
+                {"content": "a", "score": 1},
+                {"content": "b", "score": 3},
+                {"content": "c", "score": 2},
+            ],
+        }
+    ]
     data = write(tmp_path / "d.jsonl", rows)
     saved = tmp_path / "saved"
-    got = evaluate(tmp_path, data=[data], scores=[write(tmp_path / "s", [{"scores": [1, 3, 2]}])],
-                   save_scores=str(saved))["d"]
-    assert got["accuracy"] == 1.0 and got["ranked"]["kendall_tau_b"] == 1.0 and got["by_margin"][0]["low"] == 1
+    got = evaluate(
+        tmp_path,
+        data=[data],
+        scores=[write(tmp_path / "s", [{"scores": [1, 3, 2]}])],
+        save_scores=str(saved),
+    )["d"]
+    assert (
+        got["accuracy"] == 1.0
+        and got["ranked"]["kendall_tau_b"] == 1.0
+        and got["by_margin"][0]["low"] == 1
+    )
     assert json.loads((saved / "d.scores.jsonl").read_text()) == {"scores": [1, 3, 2]}
     again = evaluate(tmp_path, data=[data], scores=[str(saved / "d.scores.jsonl")])["d"]
     assert again == got
@@ -163,44 +241,97 @@ def test_scores_follow_the_row_not_the_ranking(tmp_path):
 
 
 def test_benchmark_files(tmp_path):
-    rm = [{"id": str(i), "prompt": "Q?", "chosen": ["a", "aa", "aaa"], "rejected": ["b", "bb", "bbb"], "domain": "chat"}
-          for i in range(3)]
-    scores = [{"id": str(i), "score_chosen": [0.1, 1.1, 2.1], "score_rejected": [0, 1, 2]} for i in range(3)]
+    rm = [
+        {
+            "id": str(i),
+            "prompt": "Q?",
+            "chosen": ["a", "aa", "aaa"],
+            "rejected": ["b", "bb", "bbb"],
+            "domain": "chat",
+        }
+        for i in range(3)
+    ]
+    scores = [
+        {"id": str(i), "score_chosen": [0.1, 1.1, 2.1], "score_rejected": [0, 1, 2]}
+        for i in range(3)
+    ]
     (tmp_path / "total.json").write_text(json.dumps(rm))
     (tmp_path / "s.json").write_text(json.dumps(scores))
-    got = evaluate(tmp_path, data=[str(tmp_path / "total.json")], scores=[str(tmp_path / "s.json")])["total"]
-    assert {k: got["rm_bench"][k] for k in ("easy", "normal", "hard")} == {"easy": 1, "normal": 1, "hard": 0}
+    got = evaluate(
+        tmp_path, data=[str(tmp_path / "total.json")], scores=[str(tmp_path / "s.json")]
+    )["total"]
+    assert {k: got["rm_bench"][k] for k in ("easy", "normal", "hard")} == {
+        "easy": 1,
+        "normal": 1,
+        "hard": 0,
+    }
     assert got["num_pairs"] == 27 and got["effective_pairs"] == 3
 
-    bench = [pair(f"yes {i}", "no", subset="hep-go" if i else "math-prm", id=str(i)) for i in range(2)]
+    bench = [
+        pair(f"yes {i}", "no", subset="hep-go" if i else "math-prm", id=str(i)) for i in range(2)
+    ]
     data = write(tmp_path / "filtered.jsonl", bench)
-    published = {"model": "m", "id": ["0", "1"], "subset": ["math-prm", "hep-go"], "scores_chosen": [1, 1],
-                 "scores_rejected": [0, 2]}
+    published = {
+        "model": "m",
+        "id": ["0", "1"],
+        "subset": ["math-prm", "hep-go"],
+        "scores_chosen": [1, 1],
+        "scores_rejected": [0, 2],
+    }
     (tmp_path / "m.json").write_text(json.dumps(published, indent=4))
     got = evaluate(tmp_path, data=[data], scores=[str(tmp_path / "m.json")])["filtered"]
-    assert got["by_source"]["hep-go"]["accuracy"] == 0 and got["reward_bench"]["sections"]["Reasoning"] is None
+    assert (
+        got["by_source"]["hep-go"]["accuracy"] == 0
+        and got["reward_bench"]["sections"]["Reasoning"] is None
+    )
     assert "hep-cpp" in got["reward_bench"]["missing"]
 
 
 def test_reward_bench_2_file(tmp_path, capsys):
-    """Rows of its schema, with the scores file its own program writes: six subsets, Ties by its own rule."""
-    def row(id_, subset, right, wrong):
-        return {"id": id_, "subset": subset, "prompt": "Q?", "chosen": [f"r{i}" for i in range(right)],
-                "rejected": [f"w{i}" for i in range(wrong)], "num_correct": right, "num_incorrect": wrong,
-                "total_completions": right + wrong}
+    """Rows of its schema, with the scores file its own program writes: six subsets, Ties by its own
+    rule."""
 
-    rows = [row("0", "Factuality", 1, 3), row("1", "Precise IF", 1, 3), row("2", "Math", 1, 3),
-            row("3", "Safety", 1, 3), row("4", "Focus", 1, 3), row("ref:7", "Ties", 1, 2), row("tied:7", "Ties", 2, 2)]
+    def row(id_, subset, right, wrong):
+        return {
+            "id": id_,
+            "subset": subset,
+            "prompt": "Q?",
+            "chosen": [f"r{i}" for i in range(right)],
+            "rejected": [f"w{i}" for i in range(wrong)],
+            "num_correct": right,
+            "num_incorrect": wrong,
+            "total_completions": right + wrong,
+        }
+
+    rows = [
+        row("0", "Factuality", 1, 3),
+        row("1", "Precise IF", 1, 3),
+        row("2", "Math", 1, 3),
+        row("3", "Safety", 1, 3),
+        row("4", "Focus", 1, 3),
+        row("ref:7", "Ties", 1, 2),
+        row("tied:7", "Ties", 2, 2),
+    ]
     data = write(tmp_path / "rb2.jsonl", rows)
-    scores = [[[4.0], [1.0], [2.0], [3.0]]] * 5 + [[[2.0], [1.0], [0.0]], [[3.0], [2.5], [1.0], [0.0]]]
-    published = {"model": "m", "id": [r["id"] for r in rows], "scores": scores, "subset": [r["subset"] for r in rows]}
+    scores = [[[4.0], [1.0], [2.0], [3.0]]] * 5 + [
+        [[2.0], [1.0], [0.0]],
+        [[3.0], [2.5], [1.0], [0.0]],
+    ]
+    published = {
+        "model": "m",
+        "id": [r["id"] for r in rows],
+        "scores": scores,
+        "subset": [r["subset"] for r in rows],
+    }
     (tmp_path / "m.json").write_text(json.dumps(published, indent=4))
     got = evaluate(tmp_path, data=[data], scores=[str(tmp_path / "m.json")])["rb2"]
     assert got["rm_bench"] is None and got["reward_bench"] is None
     b = got["reward_bench_2"]
     assert list(b["subsets"].values())[:5] == [1.0] * 5 and b["missing"] == []
     want = 1.0 + 0.01 * np.tanh(1 / 0.5 - 1)  # gaps 1.5 and 1, spread 0.5
-    assert b["subsets"]["Ties"] == pytest.approx(want) and b["overall"] == pytest.approx((5 + want) / 6)
+    assert b["subsets"]["Ties"] == pytest.approx(want) and b["overall"] == pytest.approx(
+        (5 + want) / 6
+    )
     printed = capsys.readouterr().out
     assert "RewardBench 2" in printed and f"{want:.3f}" in printed
     flat = [[s[0] for s in values] for values in scores]
@@ -212,7 +343,9 @@ def test_reward_bench_2_file(tmp_path, capsys):
 
 
 def test_several_files_and_flags(tmp_path):
-    a, b = (write(tmp_path / f"{n}.jsonl", [pair("long answer", "no"), pair("y", "nope")]) for n in "ab")
+    a, b = (
+        write(tmp_path / f"{n}.jsonl", [pair("long answer", "no"), pair("y", "nope")]) for n in "ab"
+    )
     s = write(tmp_path / "s.jsonl", [{"scores": [1, 0]}, {"scores": [1, 1]}])
     got = evaluate(tmp_path, data=[a, b], scores=[s, s])
     assert list(got) == ["a", "b", "all files"] and got["all files"]["num_pairs"] == 4
@@ -238,20 +371,33 @@ def test_sample_and_rest_of_a_file_are_read_once(tmp_path):
 
 # ---- probes
 
+
 def items_for(score, count=20) -> list[Judged]:
     rng = random.Random(0)
     out = []
     for i in range(count):
         texts = ["word " * rng.randint(1, 30) + str(i) for _ in range(2)]
-        c = Comparison(prompt=[{"role": "user", "content": f"prompt {i}"}], scores=[1.0, 0.0],
-                       responses=[[{"role": "assistant", "content": t}] for t in texts])
-        out.append(Judged(rewards=np.array(score([c])[0]), scores=np.array(c.scores), lengths=np.array([1, 1]),
-                          comparison=c))
+        c = Comparison(
+            prompt=[{"role": "user", "content": f"prompt {i}"}],
+            scores=[1.0, 0.0],
+            responses=[[{"role": "assistant", "content": t}] for t in texts],
+        )
+        out.append(
+            Judged(
+                rewards=np.array(score([c])[0]),
+                scores=np.array(c.scores),
+                lengths=np.array([1, 1]),
+                comparison=c,
+            )
+        )
     return out
 
 
 def by_text(comparisons):
-    return [[len(r[-1]["content"]) + len(c.prompt[0]["content"]) / 100 for r in c.responses] for c in comparisons]
+    return [
+        [len(r[-1]["content"]) + len(c.prompt[0]["content"]) / 100 for r in c.responses]
+        for c in comparisons
+    ]
 
 
 def by_place(comparisons):
@@ -283,7 +429,8 @@ def test_probes_forgive_rounding():
 
 
 def test_model_path(tmp_path, stories260k, capsys):
-    """A real folder: rewards equal plain transformers, probes hold, and saved scores give the same numbers."""
+    """A real folder: rewards equal plain transformers, probes hold, and saved scores give the same
+    numbers."""
     torch = pytest.importorskip("torch")
     from transformers import AutoTokenizer, LlamaForSequenceClassification
 
@@ -294,16 +441,22 @@ def test_model_path(tmp_path, stories260k, capsys):
     model.save_pretrained(tmp_path / "rm")
     AutoTokenizer.from_pretrained(stories260k).save_pretrained(tmp_path / "rm")
     args = dict(data=[str(DEMO)], limit=12)
-    got = evaluate(tmp_path, model=str(tmp_path / "rm"), probes=6, save_scores=str(tmp_path / "saved"), **args)
+    got = evaluate(
+        tmp_path, model=str(tmp_path / "rm"), probes=6, save_scores=str(tmp_path / "saved"), **args
+    )
     got = got["demo.valid"]
     assert got["swap"]["changed_share"] == 0 and got["swap"]["max_difference"] < 1e-4
     assert got["prompt"]["blank_accuracy"] == 0.5 and got["prompt"]["num_comparisons"] == 6
-    again = evaluate(tmp_path, scores=[str(tmp_path / "saved" / "demo.valid.scores.jsonl")], **args)["demo.valid"]
+    again = evaluate(
+        tmp_path, scores=[str(tmp_path / "saved" / "demo.valid.scores.jsonl")], **args
+    )["demo.valid"]
     assert again["accuracy"] == got["accuracy"] and again["mean_margin"] == got["mean_margin"]
     assert "accuracy, ties half" in capsys.readouterr().out
 
 
 def test_judged_checks_the_count(tmp_path):
-    row = read_eval_set(resolve([write(tmp_path / "d.jsonl", [pair("a", "b")])], flag="--data")[0]).rows[0]
+    row = read_eval_set(
+        resolve([write(tmp_path / "d.jsonl", [pair("a", "b")])], flag="--data")[0]
+    ).rows[0]
     with pytest.raises(ValueError, match="d.jsonl:1: 3 rewards for 2 responses"):
         judged(row, [1, 2, 3], len)

@@ -1,4 +1,5 @@
-"""Evaluations of a training: the probes on token ids, files and lines of a run, the same judgement in any layout."""
+"""Evaluations of a training: the probes on token ids, files and lines of a run, the same judgement
+in any layout."""
 
 from __future__ import annotations
 
@@ -20,7 +21,13 @@ from rmega.evaluation import files
 from rmega.evaluation.in_training import Evaluations
 from rmega.evaluation.probes import NUM_PROBED
 from rmega.evaluation.results import Judged, judge, stored_items, to_json
-from rmega.evaluation.token_probes import View, blanked, probe_stored, reversed_responses, wrong_prompts
+from rmega.evaluation.token_probes import (
+    View,
+    blanked,
+    probe_stored,
+    reversed_responses,
+    wrong_prompts,
+)
 from tests import runs
 from tests.dist import run_distributed
 from tests.report.test_report import check
@@ -32,9 +39,15 @@ STEPS = 4
 
 # ---- the forms, and what they show of a model
 
+
 def comparison(prefix: list[int], *suffixes: list[int]) -> StoredComparison:
-    return StoredComparison(prefix=np.array(prefix, np.int32), suffixes=[np.array(s, np.int32) for s in suffixes],
-                            scores=np.arange(len(suffixes), 0, -1, dtype=np.float32), graded=False, source="s")
+    return StoredComparison(
+        prefix=np.array(prefix, np.int32),
+        suffixes=[np.array(s, np.int32) for s in suffixes],
+        scores=np.arange(len(suffixes), 0, -1, dtype=np.float32),
+        graded=False,
+        source="s",
+    )
 
 
 def ids(comparisons) -> list[tuple[list[int], list[list[int]]]]:
@@ -43,7 +56,9 @@ def ids(comparisons) -> list[tuple[list[int], list[list[int]]]]:
 
 def test_blanked_responses_are_one_and_end_as_all_do():
     """Every text ends with 8 9; a suffix of one id has room for the reward token alone."""
-    got = blanked([comparison([1, 2, 3], [5, 6, 8, 9], [7, 8, 9]), comparison([1, 4, 8], [9], [6, 8, 9])])
+    got = blanked(
+        [comparison([1, 2, 3], [5, 6, 8, 9], [7, 8, 9]), comparison([1, 4, 8], [9], [6, 8, 9])]
+    )
     assert ids(got) == [([1, 2, 3], [[8, 9]] * 2), ([1, 4, 8], [[9]] * 2)]
 
 
@@ -53,10 +68,13 @@ def test_reversed_responses_keep_their_scores():
 
 
 def test_wrong_prompts_stay_within_texts_and_packs():
-    """A prompt that is too long for the other's responses loses its oldest tokens, but not what all begin with."""
+    """A prompt that is too long for the other's responses loses its oldest tokens, but not what all
+    begin with."""
     short, long = comparison([1, 2], [5, 6, 7, 9], [8, 9]), comparison([1, 3, 4, 5, 6], [7, 9], [9])
     got, cut = wrong_prompts([short, long], max_tokens=100)
-    assert ids(got) == [([1, 5, 6], [[5, 6, 7, 9], [8, 9]]), ([1, 2], [[7, 9], [9]])] and cut == 1  # longest: 7 tokens
+    assert (
+        ids(got) == [([1, 5, 6], [[5, 6, 7, 9], [8, 9]]), ([1, 2], [[7, 9], [9]])] and cut == 1
+    )  # longest: 7 tokens
     got, cut = wrong_prompts([short, long], max_tokens=8)  # 2 of them beside 6 of the responses
     assert ids(got)[0][0] == [1, 6] and cut == 1
     rows = random_comparisons(60)
@@ -68,8 +86,11 @@ def test_wrong_prompts_stay_within_texts_and_packs():
             assert all((a == b).all() for a, b in zip(own.suffixes, other.suffixes, strict=True))
             assert len(other.prefix) <= len(after.prefix)
             assert max(len(other.prefix) + len(s) for s in other.suffixes) <= longest
-            sizes = [(len(c.prefix) if share else len(c.prefix) * len(c.suffixes)) + sum(map(len, c.suffixes))
-                     for c in (own, other)]
+            sizes = [
+                (len(c.prefix) if share else len(c.prefix) * len(c.suffixes))
+                + sum(map(len, c.suffixes))
+                for c in (own, other)
+            ]
             assert sizes[1] <= max(70, sizes[0])
 
 
@@ -86,13 +107,20 @@ def test_a_view_makes_the_packs_of_a_dataset():
 
 def by_tokens(view) -> np.ndarray:
     """A model that reads all ids of a text, and nothing else."""
-    return np.array([np.sin(np.concatenate([c.prefix, s]).sum() * 1.7) for c in map(view.get, range(len(view)))
-                     for s in c.suffixes])
+    return np.array(
+        [
+            np.sin(np.concatenate([c.prefix, s]).sum() * 1.7)
+            for c in map(view.get, range(len(view)))
+            for s in c.suffixes
+        ]
+    )
 
 
 def by_place(view) -> np.ndarray:
     """A model that prefers whatever stands first."""
-    return np.array([-float(i) for c in map(view.get, range(len(view))) for i in range(len(c.suffixes))])
+    return np.array(
+        [-float(i) for c in map(view.get, range(len(view))) for i in range(len(c.suffixes))]
+    )
 
 
 def by_response(view) -> np.ndarray:
@@ -111,15 +139,22 @@ def test_probes_pass_an_honest_model_and_catch_a_dishonest_one():
     assert honest["swap"]["changed_share"] == 0 and honest["swap"]["max_difference"] == 0
     assert honest["prompt"]["blank_accuracy"] == 0.5
     assert honest["swap"]["num_comparisons"] == honest["prompt"]["num_comparisons"] == 40
-    assert honest["swap"]["rescored_accuracy"] == pytest.approx(1 - honest["prompt"]["own_accuracy"])
+    assert honest["swap"]["rescored_accuracy"] == pytest.approx(
+        1 - honest["prompt"]["own_accuracy"]
+    )
     cheat = probed(by_place)
     assert cheat["swap"]["changed_share"] == 1 and cheat["prompt"]["blank_accuracy"] == 1
     assert {v["about"] for v in cheat["verdict"] if v["level"] == "bad"} >= {"swap", "prompt only"}
     blind = probed(by_response)["prompt"]
     assert blind["shuffled_accuracy"] == blind["own_accuracy"] != 0.5
     assert honest["prompt"]["shuffled_accuracy"] != honest["prompt"]["own_accuracy"]
-    assert "num_comparisons" not in judge(stored_items(InMemory([]), np.zeros(0)),
-                                          probes=probe_stored(InMemory([]), [], by_tokens, 9, max_tokens=9))["swap"]
+    assert (
+        "num_comparisons"
+        not in judge(
+            stored_items(InMemory([]), np.zeros(0)),
+            probes=probe_stored(InMemory([]), [], by_tokens, 9, max_tokens=9),
+        )["swap"]
+    )
 
 
 def test_the_number_of_probes_is_that_of_the_tool():
@@ -134,22 +169,42 @@ def test_the_number_of_probes_is_that_of_the_tool():
 
 # ---- files
 
+
 def test_names_of_folders():
-    """Plain names stay; no name leaves the folder, none meets another, whatever the file system makes of case."""
+    """Plain names stay; no name leaves the folder, none meets another, whatever the file system
+    makes of case."""
     names = ["hh", "a/b", "a%2Fb", "..", ".", "", "~", "HH", "ä b", "x" * 400, "x" * 401, "\udcff"]
     got = files.folder_names(names)
     assert got["a/b"] == "a%2Fb" and files.folder_names(["HH"]) == {"HH": "HH"}
     assert len({folder.casefold() for folder in got.values()}) == len(names)
     for folder in got.values():
-        assert folder and "/" not in folder and not folder.startswith(".") and len(folder) < 200 and folder.isascii()
+        assert (
+            folder
+            and "/" not in folder
+            and not folder.startswith(".")
+            and len(folder) < 200
+            and folder.isascii()
+        )
 
 
 class Set(InMemory):
-    prefix, manifest = "runs/data/valid", {"split": None, "input": {"merged": [
-        {"files": [{"schema": "messages"}], "rejected": {"tie": 2}}, {"rejected": {"tie": 1, "overlong": 1}}]}}
+    prefix, manifest = (
+        "runs/data/valid",
+        {
+            "split": None,
+            "input": {
+                "merged": [
+                    {"files": [{"schema": "messages"}], "rejected": {"tie": 2}},
+                    {"rejected": {"tie": 1, "overlong": 1}},
+                ]
+            },
+        },
+    )
 
 
-def noted(run: Path, name: str, steps: dict[int, dict], last: int = 99, resumed_at: int | None = None) -> str:
+def noted(
+    run: Path, name: str, steps: dict[int, dict], last: int = 99, resumed_at: int | None = None
+) -> str:
     """What the evaluations of a run print, one of ``steps`` after the other."""
     with contextlib.redirect_stdout(io.StringIO()) as said:
         evaluations = Evaluations(str(run), {name: Set([])}, probes="last", resumed_at=resumed_at)
@@ -159,10 +214,20 @@ def noted(run: Path, name: str, steps: dict[int, dict], last: int = 99, resumed_
 
 
 def of_bias(strong: bool) -> dict:
-    """A judgement whose rewards are lengths, or the length's cube root with the right sign for the labels."""
+    """A judgement whose rewards are lengths, or the length's cube root with the right sign for the
+    labels."""
     rng = np.random.default_rng(1)
-    return judge([Judged(rewards=np.array(n if strong else rng.normal([1.0, 0.0]), float), scores=np.array([1.0, 0.0]),
-                         lengths=n) for n in rng.integers(1, 90, (200, 2))], length_unit="tokens")
+    return judge(
+        [
+            Judged(
+                rewards=np.array(n if strong else rng.normal([1.0, 0.0]), float),
+                scores=np.array([1.0, 0.0]),
+                lengths=n,
+            )
+            for n in rng.integers(1, 90, (200, 2))
+        ],
+        length_unit="tokens",
+    )
 
 
 def test_a_new_length_bias_is_said_once(tmp_path):
@@ -170,9 +235,15 @@ def test_a_new_length_bias_is_said_once(tmp_path):
     said = noted(tmp_path, "a/b", {0: fair, 1: biased, 2: biased, 3: fair, 4: biased})
     assert said.count("[!!] a/b: Strong length bias, towards longer") == 2 and said.count("\n") == 2
     assert noted(tmp_path, "a/b", {5: biased}, resumed_at=4) == ""  # known from the file of step 4
-    assert noted(tmp_path, "a/b", {4: biased}, resumed_at=3).count("\n") == 1  # after step 3 there was none
+    assert (
+        noted(tmp_path, "a/b", {4: biased}, resumed_at=3).count("\n") == 1
+    )  # after step 3 there was none
     said = noted(tmp_path, "a/b", {6: biased}, last=6, resumed_at=4)
-    assert said.count("\n") == len(biased["verdict"]) and "[!!] a/b: Strong" in said and "[!]  a/b: " in said
+    assert (
+        said.count("\n") == len(biased["verdict"])
+        and "[!!] a/b: Strong" in said
+        and "[!]  a/b: " in said
+    )
 
 
 def test_files_hold_what_the_judge_said_and_stale_ones_go(tmp_path):
@@ -181,9 +252,17 @@ def test_files_hold_what_the_judge_said_and_stale_ones_go(tmp_path):
     folder = tmp_path / "evaluations" / "%2E."
     assert sorted(p.name for p in folder.iterdir()) == [f"step_00000{n}0.json" for n in (0, 1, 2)]
     whole = json.loads((folder / "step_0000010.json").read_text())
-    assert whole | {"sets": 0} == {"format_version": 1, "subject": str(tmp_path), "step": 10, "sets": 0}
-    assert whole["sets"][".."] == to_json(fair) | {"data": "runs/data/valid", "schema": "messages",
-                                                   "left_out": {"tie": 3, "overlong": 1}}
+    assert whole | {"sets": 0} == {
+        "format_version": 1,
+        "subject": str(tmp_path),
+        "step": 10,
+        "sets": 0,
+    }
+    assert whole["sets"][".."] == to_json(fair) | {
+        "data": "runs/data/valid",
+        "schema": "messages",
+        "left_out": {"tie": 3, "overlong": 1},
+    }
     assert list(files.read_evaluations(tmp_path)[".."]) == [0, 10, 20]
     (folder / "step_0000005.json.partial").write_text("{")
     noted(tmp_path, "..", {}, resumed_at=10)
@@ -194,46 +273,68 @@ def test_files_hold_what_the_judge_said_and_stale_ones_go(tmp_path):
     (folder / "step_0000010.json").write_text("[]")
     with pytest.raises(ValueError, match="step_0000010.json: not an evaluation"):
         files.read_evaluations(tmp_path)
-    assert "step_0000010.json: not an evaluation of a run; training goes on" in noted(tmp_path, "..", {}, resumed_at=10)
+    assert "step_0000010.json: not an evaluation of a run; training goes on" in noted(
+        tmp_path, "..", {}, resumed_at=10
+    )
     noted(tmp_path, "..", {})  # from scratch
     assert not folder.exists() and files.read_evaluations(tmp_path) == {}
 
 
 # ---- whole runs
 
+
 @pytest.fixture(scope="module")
 def data(shared_dir, stories260k, tmp_path_factory) -> dict[str, Path]:
-    """Prefixes of real comparisons, with the rows that they were made of beside them (PREFIX.jsonl). Short ones: a row
-    that is too long is cut for all its responses together when it is stored, for each alone when it is scored."""
+    """Prefixes of real comparisons, with the rows that they were made of beside them
+    (PREFIX.jsonl). Short ones: a row that is too long is cut for all its responses together when
+    it is stored, for each alone when it is scored.
+    """
     from rmega.preferences.preprocess import PreprocessArgs, preprocess
 
     out = {}
-    for name, file, count, step in (("pairs", "hh-rlhf/mix.eval.pairs.jsonl.gz", 50, 7),  # 7: every source
-                                    ("ranked", "gsm8k-solutions/all.ranked.jsonl", 12, 1)):
+    for name, file, count, step in (
+        ("pairs", "hh-rlhf/mix.eval.pairs.jsonl.gz", 50, 7),  # 7: every source
+        ("ranked", "gsm8k-solutions/all.ranked.jsonl", 12, 1),
+    ):
         prefix = tmp_path_factory.mktemp("data") / name
-        with (gzip.open if file.endswith(".gz") else open)(shared_dir / "data" / file, "rt", encoding="utf-8") as lines:
+        with (gzip.open if file.endswith(".gz") else open)(
+            shared_dir / "data" / file, "rt", encoding="utf-8"
+        ) as lines:
             short = (line for line in lines if len(line) < (1200 if name == "pairs" else 2400))
             rows = itertools.islice(short, 0, count * step, step)
             prefix.with_suffix(".jsonl").write_text("".join(rows), encoding="utf-8")
         with contextlib.redirect_stdout(io.StringIO()):
-            preprocess(PreprocessArgs(input=(f"{prefix}.jsonl",), tokenizer=str(stories260k), output_prefix=str(prefix),
-                                      max_length=1024))
+            preprocess(
+                PreprocessArgs(
+                    input=(f"{prefix}.jsonl",),
+                    tokenizer=str(stories260k),
+                    output_prefix=str(prefix),
+                    max_length=1024,
+                )
+            )
         assert not open_preferences(prefix).manifest["input"]["notes"]
         out[name] = prefix
     return out
 
 
 def flags(model, data, run, **more) -> list[str]:
-    return [*runs.flags(model, data["pairs"], run, **{"steps": STEPS, "tensorboard": "off", **more}),
-            "--valid-data-path", str(data["pairs"]), f"gsm/8k={data['ranked']}"]
+    return [
+        *runs.flags(model, data["pairs"], run, **{"steps": STEPS, "tensorboard": "off", **more}),
+        "--valid-data-path",
+        str(data["pairs"]),
+        f"gsm/8k={data['ranked']}",
+    ]
 
 
 @pytest.fixture(scope="module")
 def single(data, stories260k, tmp_path_factory) -> tuple[Path, str]:
     """(run folder, what it printed) of one rank with probes at each of its three evaluations."""
     run = tmp_path_factory.mktemp("single") / "run"
-    ((code, said),) = run_distributed(runs.train_and_say, 1, flags(stories260k, data, run, eval_interval=2,
-                                                                   save_interval=2, eval_probes="every"))
+    ((code, said),) = run_distributed(
+        runs.train_and_say,
+        1,
+        flags(stories260k, data, run, eval_interval=2, save_interval=2, eval_probes="every"),
+    )
     assert code == 0
     return run, said
 
@@ -256,20 +357,32 @@ def close(ours, theirs, tolerance: float, where: str = "") -> None:
 
 def without_words(judgement: dict) -> dict:
     """A judgement without its sentences, whose digits may round either way; their levels stay."""
-    return {**inverted(judgement), "verdict": [[v["about"], v["level"]] for v in judgement["verdict"]]}
+    return {
+        **inverted(judgement),
+        "verdict": [[v["about"], v["level"]] for v in judgement["verdict"]],
+    }
 
 
 def inverted(judgement: dict) -> dict:
-    """A temperature is fitted as its inverse, whose lower bound may lie near 0: the inverse is compared."""
-    inverse = {key: value and 1 / value for key, value in judgement["calibration"].items()
-               if key in ("temperature", "low", "high")}
+    """A temperature is fitted as its inverse, whose lower bound may lie near 0: the inverse is
+    compared."""
+    inverse = {
+        key: value and 1 / value
+        for key, value in judgement["calibration"].items()
+        if key in ("temperature", "low", "high")
+    }
     return {**judgement, "calibration": judgement["calibration"] | inverse}
 
 
-@pytest.mark.parametrize("layout", [{"dp": 2}, {"tp": 2, "sp": True},
-                                    {"pp": 2, "num_layers_in_first_pipeline_stage": 3}], ids=["dp2", "tp2,sp", "pp2"])
+@pytest.mark.parametrize(
+    "layout",
+    [{"dp": 2}, {"tp": 2, "sp": True}, {"pp": 2, "num_layers_in_first_pipeline_stage": 3}],
+    ids=["dp2", "tp2,sp", "pp2"],
+)
 def test_every_layout_judges_as_one_rank(layout, single, data, stories260k, tmp_path):
-    argv = flags(stories260k, data, tmp_path / "run", load=single[0], **layout)  # trained already: it only evaluates
+    argv = flags(
+        stories260k, data, tmp_path / "run", load=single[0], **layout
+    )  # trained already: it only evaluates
     assert run_distributed(runs.train, 2, argv) == [0, 0]
     ours, alone = files.read_evaluations(tmp_path / "run"), files.read_evaluations(single[0])
     assert ours.keys() == alone.keys() == {"pairs", "gsm/8k"}
@@ -282,8 +395,13 @@ def test_every_layout_judges_as_one_rank(layout, single, data, stories260k, tmp_
 def test_it_says_what_the_tool_says_of_the_same_rows(single, data, tmp_path):
     """tools/evaluate.py reads the rows as text and scores them with the checkpoint on its own."""
     run, _ = single
-    main(EvaluateArgs(model=str(run), data=[f"{data['pairs']}.jsonl", f"{data['ranked']}.jsonl"],
-                      json=str(tmp_path / "out.json")))
+    main(
+        EvaluateArgs(
+            model=str(run),
+            data=[f"{data['pairs']}.jsonl", f"{data['ranked']}.jsonl"],
+            json=str(tmp_path / "out.json"),
+        )
+    )
     theirs = json.loads((tmp_path / "out.json").read_text())["sets"]
     ours = files.read_evaluations(run)
     for mine, own in (("pairs", "pairs"), ("gsm/8k", "ranked")):
@@ -291,28 +409,59 @@ def test_it_says_what_the_tool_says_of_the_same_rows(single, data, tmp_path):
         assert judged.keys() == tool.keys() | {"reward_mean", "reward_std"}
         assert judged["length_unit"] == "tokens"
         assert (judged["schema"], judged["left_out"]) == (tool["schema"], tool["left_out"])
-        for part in ("num_comparisons", "num_pairs", "num_ties", "accuracy", "accuracy_low", "accuracy_high",
-                     "mean_margin", "chosen_score_mean", "calibration", "by_source", "by_margin", "ranked"):
+        for part in (
+            "num_comparisons",
+            "num_pairs",
+            "num_ties",
+            "accuracy",
+            "accuracy_low",
+            "accuracy_high",
+            "mean_margin",
+            "chosen_score_mean",
+            "calibration",
+            "by_source",
+            "by_margin",
+            "ranked",
+        ):
             close(judged[part], tool[part], 1e-4, part)
         assert judged["swap"].keys() == tool["swap"].keys()
         assert judged["prompt"].keys() == tool["prompt"].keys() | {"num_cut_prompts"}
         for part in ("num_comparisons", "blank_accuracy", "own_accuracy"):
             close(judged["prompt"][part], tool["prompt"][part], 1e-4, part)
-    assert len(ours["pairs"][STEPS]["by_source"]) == 3 and ours["gsm/8k"][STEPS]["ranked"]["num_prompts"] > 5
+    assert (
+        len(ours["pairs"][STEPS]["by_source"]) == 3
+        and ours["gsm/8k"][STEPS]["ranked"]["num_prompts"] > 5
+    )
 
 
 def test_it_says_what_the_export_does_in_transformers(single, data, tmp_path):
     from tests.training.test_train_cli import tool
 
     run, _ = single
-    assert tool("convert_to_hf.py", "--load", str(run), "--output", str(tmp_path / "hf"), "--dtype", "float32") == 0
+    assert (
+        tool(
+            "convert_to_hf.py",
+            "--load",
+            str(run),
+            "--output",
+            str(tmp_path / "hf"),
+            "--dtype",
+            "float32",
+        )
+        == 0
+    )
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf", dtype=torch.float32)
 
     def score(texts) -> np.ndarray:
         with torch.no_grad():
-            return np.array([float(model(torch.from_numpy(t.astype(np.int64))[None]).logits[0, 0]) for t in texts])
+            return np.array(
+                [
+                    float(model(torch.from_numpy(t.astype(np.int64))[None]).logits[0, 0])
+                    for t in texts
+                ]
+            )
 
     dataset = open_preferences(data["pairs"])
     rows = [dataset.get(i) for i in range(len(dataset))]
@@ -329,7 +478,8 @@ def test_it_says_what_the_export_does_in_transformers(single, data, tmp_path):
 
 
 def test_the_log_and_the_flat_list(single):
-    """At the end a sentence per finding and set; the rows of metrics.jsonl keep their short list."""
+    """At the end a sentence per finding and set; the rows of metrics.jsonl keep their short
+    list."""
     run, said = single
     lines = said.splitlines()
     last = files.read_evaluations(run)["pairs"][STEPS]
@@ -340,7 +490,11 @@ def test_the_log_and_the_flat_list(single):
     after = lines[[i for i, line in enumerate(lines) if line.startswith("Iter(val) [4/4]")][0] + 1]
     assert after.startswith("[") and "pairs: The chosen response gets" in after
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    flat = next(row for row in rows if row["type"] == "eval" and row["step"] == STEPS and row["name"] == "pairs")
+    flat = next(
+        row
+        for row in rows
+        if row["type"] == "eval" and row["step"] == STEPS and row["name"] == "pairs"
+    )
     assert flat["accuracy"] == last["accuracy"] and flat["reward_std"] == last["reward_std"]
     assert "verdict" not in flat and all(not isinstance(v, (dict, list)) for v in flat.values())
     assert math.isclose(flat["ece"], last["calibration"]["ece"])
@@ -364,7 +518,8 @@ def partial(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
 
 
 def test_a_run_that_depends_on_the_order_is_caught(data, stories260k, tmp_path):
-    """The probe scores anew, through the packs of the training; "off" leaves it away, "last" keeps it for the end."""
+    """The probe scores anew, through the packs of the training; "off" leaves it away, "last" keeps
+    it for the end."""
     argv = flags(stories260k, data, tmp_path / "run", steps=2, eval_interval=1)
     ((_, said),) = run_distributed(partial, 1, argv)
     judged = files.read_evaluations(tmp_path / "run")["pairs"]
@@ -377,14 +532,17 @@ def test_a_run_that_depends_on_the_order_is_caught(data, stories260k, tmp_path):
 
 
 def test_after_a_resume(single, data, stories260k, tmp_path):
-    """Evaluations of later steps are gone, those before stay; the last line tells both times, where it can."""
+    """Evaluations of later steps are gone, those before stay; the last line tells both times, where
+    it can."""
     import shutil
 
     run = tmp_path / "run"
     shutil.copytree(single[0], run)
     shutil.rmtree(run / "iter_0000004")
     (run / "latest_checkpointed_iteration.txt").write_text("2\n")
-    before = {path: path.read_bytes() for path in (run / "evaluations").glob("*/step_000000[02].json")}
+    before = {
+        path: path.read_bytes() for path in (run / "evaluations").glob("*/step_000000[02].json")
+    }
     for path in (run / "evaluations").glob("*/step_0000004.json"):
         path.rename(path.with_name("step_0000003.json"))  # of another interval
     info = run / "iter_0000002" / "rmega.json"
@@ -393,19 +551,35 @@ def test_after_a_resume(single, data, stories260k, tmp_path):
     info.write_text(json.dumps({**json.loads(info.read_text()), "train_seconds": 4000.0}))
     argv = flags(stories260k, data, run, eval_interval=2)
     ((code, said),) = run_distributed(runs.train_and_say, 1, argv)
-    assert code == 0 and len(before) == 4 and all(path.read_bytes() == text for path, text in before.items())
-    assert {path.name for path in (run / "evaluations").glob("*/*")} == {f"step_000000{n}.json" for n in (0, 2, 4)}
+    assert (
+        code == 0
+        and len(before) == 4
+        and all(path.read_bytes() == text for path, text in before.items())
+    )
+    assert {path.name for path in (run / "evaluations").glob("*/*")} == {
+        f"step_000000{n}.json" for n in (0, 2, 4)
+    }
     done = said.splitlines()[-1]
-    assert done.startswith("done: 4 steps, 24 comparisons, 0:00:") and " since the resume at step 2, 1:06:" in done
-    assert done.endswith(" in all") and json.loads((run / "iter_0000004" / "rmega.json").read_text())[
-        "train_seconds"] > 4000
+    assert (
+        done.startswith("done: 4 steps, 24 comparisons, 0:00:")
+        and " since the resume at step 2, 1:06:" in done
+    )
+    assert (
+        done.endswith(" in all")
+        and json.loads((run / "iter_0000004" / "rmega.json").read_text())["train_seconds"] > 4000
+    )
     assert " since " not in single[1].splitlines()[-1]
     # a checkpoint of a version that did not note the time, and whose last evaluation was lost
     metrics = run / "metrics.jsonl"
-    metrics.write_text("".join(f"{line}\n" for line in metrics.read_text().splitlines()
-                               if json.loads(line)["step"] < 4))
+    metrics.write_text(
+        "".join(
+            f"{line}\n" for line in metrics.read_text().splitlines() if json.loads(line)["step"] < 4
+        )
+    )
     info = run / "iter_0000004" / "rmega.json"
-    info.write_text(json.dumps({k: v for k, v in json.loads(info.read_text()).items() if k != "train_seconds"}))
+    info.write_text(
+        json.dumps({k: v for k, v in json.loads(info.read_text()).items() if k != "train_seconds"})
+    )
     ((_, said),) = run_distributed(runs.train_and_say, 1, argv)
     assert said.splitlines()[-1].endswith(" since the resume at step 4")
 
@@ -416,7 +590,9 @@ def test_a_disk_error_does_not_end_the_run(data, stories260k, tmp_path):
     (run / "evaluations").write_text("in the way")
     ((code, said),) = run_distributed(runs.train_and_say, 1, flags(stories260k, data, run, steps=1))
     assert code == 0 and "done: 1 steps" in said and (run / "iter_0000001").is_dir()
-    warnings = [line for line in said.splitlines() if line.startswith(f"warning: {run}/evaluations/")]
+    warnings = [
+        line for line in said.splitlines() if line.startswith(f"warning: {run}/evaluations/")
+    ]
     assert len(warnings) == 4 and all(line.endswith("; training goes on") for line in warnings)
 
 
@@ -432,30 +608,61 @@ def test_the_page_of_a_run(single, tmp_path):
         assert f"Held out: {name}" in got.text and f"{last['num_pairs']:,} pairs of" in got.text
         for verdict in last["verdict"]:
             assert verdict["text"].replace(" %", "\u00a0%") in got.text
-    for title in ("Is it as sure as it should be?", "Accuracy by which is the longer", "Length gap over the steps",
-                  "Calibration error over the steps", "Accuracy by source", "How these numbers are made"):
+    for title in (
+        "Is it as sure as it should be?",
+        "Accuracy by which is the longer",
+        "Length gap over the steps",
+        "Calibration error over the steps",
+        "Accuracy by source",
+        "How these numbers are made",
+    ):
         assert title in got.text, title
     graded = bool(ours["gsm/8k"][STEPS]["by_margin"])
-    assert ("Accuracy by margin of the ratings" in got.text) == graded and "best-of-N accuracy" in got.text
+    assert (
+        "Accuracy by margin of the ratings" in got.text
+    ) == graded and "best-of-N accuracy" in got.text
     assert got.ids.count("held-out-0") == got.ids.count("held-out-1") == 1
     first = (tmp_path / "page.html").read_bytes()
     assert write_run_report(run, tmp_path / "page.html").read_bytes() == first
 
 
 def test_sections_of_odd_sets():
-    """Nothing to judge, one evaluation, one side of the lengths empty, ratings: each has its section."""
+    """Nothing to judge, one evaluation, one side of the lengths empty, ratings: each has its
+    section."""
     pytest.importorskip("matplotlib")
     from rmega.report import held_out
 
     def judged(lengths, scores=(1.0, 0.0), **more) -> dict:
-        items = [Judged(rewards=np.array([i % 3, 1.0]), scores=np.array(scores), lengths=np.array(lengths), **more)
-                 for i in range(9)]
+        items = [
+            Judged(
+                rewards=np.array([i % 3, 1.0]),
+                scores=np.array(scores),
+                lengths=np.array(lengths),
+                **more,
+            )
+            for i in range(9)
+        ]
         return {**json.loads(json.dumps(to_json(judge(items, length_unit="tokens")))), "data": "d"}
 
     graded = judged((5, 9), scores=(4.0, 1.0), graded=True)
-    text = held_out.sections({"none": {0: judged((1, 2), scores=(1.0, 1.0))}, "<b>": {0: graded, 5: graded},
-                              "one": {3: judged((7, 2))}}, order=["one", "gone"])
-    assert text.index("Held out: one") < text.index("Held out: none") < text.index("Held out: &lt;b&gt;")
-    assert text.count("Accuracy by margin of the ratings") == 1 and text.count("Calibration error over the steps") == 1
-    assert "No pair to judge" in text and "Length gap over" not in text  # the gap of one side is not known
+    text = held_out.sections(
+        {
+            "none": {0: judged((1, 2), scores=(1.0, 1.0))},
+            "<b>": {0: graded, 5: graded},
+            "one": {3: judged((7, 2))},
+        },
+        order=["one", "gone"],
+    )
+    assert (
+        text.index("Held out: one")
+        < text.index("Held out: none")
+        < text.index("Held out: &lt;b&gt;")
+    )
+    assert (
+        text.count("Accuracy by margin of the ratings") == 1
+        and text.count("Calibration error over the steps") == 1
+    )
+    assert (
+        "No pair to judge" in text and "Length gap over" not in text
+    )  # the gap of one side is not known
     assert held_out.sections({}) == ""

@@ -1,4 +1,5 @@
-"""A checkpoint of any layout becomes a Hugging Face folder: the same bytes and rewards, and a proof that bites."""
+"""A checkpoint of any layout becomes a Hugging Face folder: the same bytes and rewards, and a proof
+that bites."""
 
 from __future__ import annotations
 
@@ -32,49 +33,88 @@ REWARD, PAD = 3, 2
 VOCAB = 256
 
 
-def save_run(rank: int, world_size: int, text: str, folder: str, run: str, dtype: str, manifest: dict) -> None:
+def save_run(
+    rank: int, world_size: int, text: str, folder: str, run: str, dtype: str, manifest: dict
+) -> None:
     """Load a folder in a layout and save it as a run whose weights are exactly the folder's."""
     from rmega.models.hf import read_geometry
     from rmega.training import train
     from rmega.training.parity import Layout, build, layout_config, make_batcher
 
-    config = layout_config(Layout.parse(text), hf_model=folder, steps=3, global_batch_size=8, max_tokens=260, lr=1e-3)
+    config = layout_config(
+        Layout.parse(text), hf_model=folder, steps=3, global_batch_size=8, max_tokens=260, lr=1e-3
+    )
     wrapped, optimizer, scheduler, geometry, _ = build(config, getattr(torch, dtype))
-    for group in optimizer.param_groups:  # a step of length 0, because an optimizer without state is not saved
+    for group in (
+        optimizer.param_groups
+    ):  # a step of length 0, because an optimizer without state is not saved
         group["lr"] = 0.0
     batcher = make_batcher(config, InMemory(random_comparisons(8, seed=1)), geometry)
     documents = batcher.documents(0)
     train.train_step(wrapped, optimizer, batcher.packs(documents), config.loss, len(documents))
-    proof = [{"prefix": c.prefix.tolist(), "suffixes": [s.tolist() for s in c.suffixes]}
-             for c in random_comparisons(17, seed=2)]
-    info = {"config": config.as_dict(), "geometry": dataclasses.asdict(geometry), "hf_config": read_geometry(folder)[1],
-            "base_model": folder, "manifest": manifest, "num_comparisons": 8, "dtype": dtype, "best": [0.5, 10],
-            "reward_token_id": manifest.get("reward_token_id", REWARD),
-            "pad_token_id": manifest.get("pad_token_id", PAD), "proof": proof}
-    checkpoint.save(run, state=checkpoint.RunState(10, 80), wrapped=wrapped, optimizer=optimizer, scheduler=scheduler,
-                    info=info, hf_files=[f for f in Path(folder).iterdir() if f.suffix != ".safetensors"])
+    proof = [
+        {"prefix": c.prefix.tolist(), "suffixes": [s.tolist() for s in c.suffixes]}
+        for c in random_comparisons(17, seed=2)
+    ]
+    info = {
+        "config": config.as_dict(),
+        "geometry": dataclasses.asdict(geometry),
+        "hf_config": read_geometry(folder)[1],
+        "base_model": folder,
+        "manifest": manifest,
+        "num_comparisons": 8,
+        "dtype": dtype,
+        "best": [0.5, 10],
+        "reward_token_id": manifest.get("reward_token_id", REWARD),
+        "pad_token_id": manifest.get("pad_token_id", PAD),
+        "proof": proof,
+    }
+    checkpoint.save(
+        run,
+        state=checkpoint.RunState(10, 80),
+        wrapped=wrapped,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        info=info,
+        hf_files=[f for f in Path(folder).iterdir() if f.suffix != ".safetensors"],
+    )
 
 
-def make_run(folder: Path, run: Path, text: str = "1", dtype: str = "float32", manifest: dict | None = None) -> Path:
+def make_run(
+    folder: Path, run: Path, text: str = "1", dtype: str = "float32", manifest: dict | None = None
+) -> Path:
     from rmega.training.parity import Layout
 
-    run_distributed(save_run, Layout.parse(text).world_size, text, str(folder), str(run), dtype, manifest or {})
+    run_distributed(
+        save_run, Layout.parse(text).world_size, text, str(folder), str(run), dtype, manifest or {}
+    )
     return run
 
 
-def reward_folder(folder: Path, family: str, *, dtype: torch.dtype = torch.float32, **changes) -> Path:
+def reward_folder(
+    folder: Path, family: str, *, dtype: torch.dtype = torch.float32, **changes
+) -> Path:
     geometry = tiny(family, **{"num_layers": 4, "vocab_size": VOCAB, **changes})
     architecture = BACKBONES[family].ARCHITECTURE
-    return write_folder(folder, hf_config(geometry, architecture, id2label={"0": "r"}),
-                        hf_tensors(geometry, head=True, dtype=dtype))
+    return write_folder(
+        folder,
+        hf_config(geometry, architecture, id2label={"0": "r"}),
+        hf_tensors(geometry, head=True, dtype=dtype),
+    )
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+    return {
+        name: value
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, value in load_file(file).items()
+    }
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a
+    )
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +144,17 @@ def outputs(runs, tmp_path_factory) -> dict[tuple[str, str], Path]:
 
 
 @pytest.mark.parametrize("family", BACKBONES)
-@pytest.mark.parametrize(("text", "dtype"), [("1", "bfloat16"), ("tp2", "float32"), ("tp2,sp,dp2", "bfloat16"),
-                                             ("pp2,vpp2", "float32"), ("tp4,pad", "float32"), ("dp2", "float32")])
+@pytest.mark.parametrize(
+    ("text", "dtype"),
+    [
+        ("1", "bfloat16"),
+        ("tp2", "float32"),
+        ("tp2,sp,dp2", "bfloat16"),
+        ("pp2,vpp2", "float32"),
+        ("tp4,pad", "float32"),
+        ("dp2", "float32"),
+    ],
+)
 def test_round_trip_is_bit_identical(family, text, dtype, tmp_path) -> None:
     folder = reward_folder(tmp_path / "hf", family, dtype=getattr(torch, dtype))
     run = make_run(folder, tmp_path / "run", text, dtype)
@@ -141,33 +190,69 @@ def test_going_on_from_an_export(outputs) -> None:
 
         geometry, _ = read_geometry(folder)
         stage = Stage(geometry)
-        assert load_hf(stage, folder, geometry, tp_rank=0, tp_size=1) == "head from model.safetensors"
+        assert (
+            load_hf(stage, folder, geometry, tp_rank=0, tp_size=1) == "head from model.safetensors"
+        )
         head = weights(folder)[BACKBONES[form].HEAD]
-        assert torch.equal(stage.names["reward_head.weight"].detach(), head) and head.abs().max() > 0
+        assert (
+            torch.equal(stage.names["reward_head.weight"].detach(), head) and head.abs().max() > 0
+        )
 
 
 def interpreters() -> list[str]:
-    """This Python, and others with other releases of transformers: RMEGA_OTHER_PYTHONS, divided by colons."""
+    """This Python, and others with other releases of transformers: RMEGA_OTHER_PYTHONS, divided by
+    colons."""
     return [sys.executable, *filter(None, os.environ.get("RMEGA_OTHER_PYTHONS", "").split(":"))]
 
 
-def check_load(python: str, folder: Path, sequences: list[list[int]], pad: int, tmp_path: Path,
-               conversation: list | None = None) -> dict:
+def check_load(
+    python: str,
+    folder: Path,
+    sequences: list[list[int]],
+    pad: int,
+    tmp_path: Path,
+    conversation: list | None = None,
+) -> dict:
     job = tmp_path / "job.json"
-    job.write_text(json.dumps({"folder": str(folder), "sequences": sequences, "pad": pad,
-                               "conversation": conversation}))
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "RANK", "WORLD_SIZE")}
+    job.write_text(
+        json.dumps(
+            {
+                "folder": str(folder),
+                "sequences": sequences,
+                "pad": pad,
+                "conversation": conversation,
+            }
+        )
+    )
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("PYTHONPATH", "RANK", "WORLD_SIZE")
+    }
     script = Path(__file__).parents[1] / "hf_load_check.py"
-    answer = subprocess.run([python, str(script), str(job)], capture_output=True, text=True, cwd=tmp_path, check=False,
-                            env={**environment, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    answer = subprocess.run(
+        [python, str(script), str(job)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+        env={**environment, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
     assert answer.returncode == 0, answer.stderr
     return json.loads(answer.stdout.splitlines()[-1])
 
 
 def in_process(root: Path, sequences: list[list[int]]) -> list[list[float]]:
-    """Rewards by transformers from ``root``/llama and ``root``/internlm2, alone and in padded batches."""
-    return [transformers_rewards(root / form, tiny(form), sequences, PAD, batch_size=size, left_padding=left).tolist()
-            for form in BACKBONES for size in (1, 8) for left in (False, True)]
+    """Rewards by transformers from ``root``/llama and ``root``/internlm2, alone and in padded
+    batches."""
+    return [
+        transformers_rewards(
+            root / form, tiny(form), sequences, PAD, batch_size=size, left_padding=left
+        ).tolist()
+        for form in BACKBONES
+        for size in (1, 8)
+        for left in (False, True)
+    ]
 
 
 def close(ours: list[float], theirs: list[float], tolerance: float = 1e-4) -> None:
@@ -189,27 +274,45 @@ def test_plain_transformers_gives_the_training_rewards(python, runs, outputs, tm
                 close(expected, rewards)
 
 
-@pytest.mark.parametrize("scaling", [
-    RopeScaling(rope_type="linear", factor=2.0), RopeScaling(rope_type="dynamic", factor=3.0),
-    RopeScaling(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                original_max_position_embeddings=32)], ids=lambda s: s.rope_type)
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        RopeScaling(rope_type="linear", factor=2.0),
+        RopeScaling(rope_type="dynamic", factor=3.0),
+        RopeScaling(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=32,
+        ),
+    ],
+    ids=lambda s: s.rope_type,
+)
 def test_rope_scaling_survives(scaling, tmp_path) -> None:
-    folder = reward_folder(tmp_path / "hf", "llama", rope_scaling=scaling, rope_theta=5e4, max_position_embeddings=128)
+    folder = reward_folder(
+        tmp_path / "hf", "llama", rope_scaling=scaling, rope_theta=5e4, max_position_embeddings=128
+    )
     run = make_run(folder, tmp_path / "run")
     for form in BACKBONES:
         assert convert(run=run, output=tmp_path / form, family=form) == 0
-    sequences = [[*c.prefix.tolist(), *c.suffixes[0].tolist()] for c in random_comparisons(9, seed=5)]
+    sequences = [
+        [*c.prefix.tolist(), *c.suffixes[0].tolist()] for c in random_comparisons(9, seed=5)
+    ]
     answers = in_process(tmp_path, sequences)
     for python in interpreters()[1:]:
         for form in BACKBONES:
-            answers += check_load(python, tmp_path / form, sequences, PAD, tmp_path)["rewards"].values()
+            answers += check_load(python, tmp_path / form, sequences, PAD, tmp_path)[
+                "rewards"
+            ].values()
     for answer in answers:
         close(answers[0], answer)
 
 
 @pytest.mark.parametrize("source", ["stories260k", "internlm2_tokenizer"])
 def test_tokenizer_template_and_pad_token(source, request, tmp_path) -> None:
-    """Real tokenizers: a client of the written folder makes the ids of the training, in every transformers."""
+    """Real tokenizers: a client of the written folder makes the ids of the training, in every
+    transformers."""
     from rmega.data.fingerprint import is_tokenizer_of
     from rmega.preferences.tokenizer import PairTokenizer
 
@@ -224,31 +327,49 @@ def test_tokenizer_template_and_pad_token(source, request, tmp_path) -> None:
     recipe = json.loads((tmp_path / "out" / RECIPE).read_text())
     from transformers import AutoTokenizer
 
-    exported = AutoTokenizer.from_pretrained(str(tmp_path / "out"))  # also for training on from it, on the same data
+    exported = AutoTokenizer.from_pretrained(
+        str(tmp_path / "out")
+    )  # also for training on from it, on the same data
     assert is_tokenizer_of(exported, tokenizer.manifest())
-    assert not is_tokenizer_of(exported, {**tokenizer.manifest(), "tokenizer_fingerprint": "0123456789abcdef"})
-    chat = [{"role": "user", "content": "Was ist 2 + 2?\n\tSay  it twice: 你好！"},
-            {"role": "assistant", "content": "4, 4."}]
+    assert not is_tokenizer_of(
+        exported, {**tokenizer.manifest(), "tokenizer_fingerprint": "0123456789abcdef"}
+    )
+    chat = [
+        {"role": "user", "content": "Was ist 2 + 2?\n\tSay  it twice: 你好！"},
+        {"role": "assistant", "content": "4, 4."},
+    ]
     ids = tokenizer.encode_conversation(chat)
     if source == "internlm2_tokenizer":
-        assert (recipe["reward_token_id"], recipe["reward_token"]) == (92527, "[UNUSED_TOKEN_130]") and ids[-1] == 92527
+        assert (recipe["reward_token_id"], recipe["reward_token"]) == (
+            92527,
+            "[UNUSED_TOKEN_130]",
+        ) and ids[-1] == 92527
     assert recipe["pad_token_id"] != recipe["reward_token_id"]
     for python in interpreters():
         answer = check_load(python, tmp_path / "out", [ids], recipe["pad_token_id"], tmp_path, chat)
-        assert [*answer["ids"], recipe["reward_token_id"]] == ids and answer["pad"] == recipe["pad_token_id"]
+        assert [*answer["ids"], recipe["reward_token_id"]] == ids and answer["pad"] == recipe[
+            "pad_token_id"
+        ]
         if family == "internlm2":
             close(answer["chat"][:1], answer["rewards"]["1right"])
             close(answer["chat"][:1], answer["chat"][1:2])
     example = [sys.executable, "examples/score_with_transformers.py", str(tmp_path / "out")]
-    done = subprocess.run(example, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 3 and "y/N" not in done.stdout, done.stderr
+    done = subprocess.run(
+        example, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+    )
+    assert (
+        done.returncode == 0 and len(done.stdout.splitlines()) == 3 and "y/N" not in done.stdout
+    ), done.stderr
     card = (tmp_path / "out" / "README.md").read_text()
     assert str(recipe["example"]["token_ids"]) in card and "tolerance 1e-04" in card
     assert ("Apache License" if family == "internlm2" else "MIT License") in card
 
 
-def test_a_pad_token_that_ends_every_turn_is_replaced(internlm2_tokenizer, tmp_path, capsys) -> None:
-    """transformers 4 would read the reward before the first <|im_end|>, in the middle of the conversation."""
+def test_a_pad_token_that_ends_every_turn_is_replaced(
+    internlm2_tokenizer, tmp_path, capsys
+) -> None:
+    """transformers 4 would read the reward before the first <|im_end|>, in the middle of the
+    conversation."""
     from rmega.preferences.tokenizer import PairTokenizer
 
     tokenizer = PairTokenizer.load(internlm2_tokenizer)
@@ -263,8 +384,14 @@ def test_a_pad_token_that_ends_every_turn_is_replaced(internlm2_tokenizer, tmp_p
     ids = recipe["example"]["token_ids"]
     assert end in ids and recipe["pad_token_id"] not in ids
     for python in interpreters():
-        answer = check_load(python, tmp_path / "out", [ids, ids[:5] + ids[-1:]], recipe["pad_token_id"], tmp_path,
-                            recipe["example"]["messages"])
+        answer = check_load(
+            python,
+            tmp_path / "out",
+            [ids, ids[:5] + ids[-1:]],
+            recipe["pad_token_id"],
+            tmp_path,
+            recipe["example"]["messages"],
+        )
         assert answer["pad"] == recipe["pad_token_id"]
         for rewards in answer["rewards"].values():
             close([recipe["example"]["reward"]], rewards[:1])
@@ -337,22 +464,32 @@ def test_a_full_disk_leaves_nothing(runs, tmp_path, monkeypatch) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("spoil", "message"), [
-    (lambda d: change(d, format_version=99), "checkpoint format version 99; this rmega reads"),
-    (lambda d: (change(d, files={}), (d / ".metadata").unlink()), "not a readable checkpoint"),
-    (lambda d: next(d.glob("__0_*.distcp")).unlink(), "damaged .*No such file"),
-    (lambda d: cut(next(d.glob("__0_*.distcp"))), "damaged .*bytes instead of"),
-    (lambda d: (change(d, files={}), next(d.glob("__0_*.distcp")).unlink()), "missing; the checkpoint is not compl"),
-    (lambda d: (change(d, files={}), cut(next(d.glob("__0_*.distcp")), 9)), "broken at"),
-    (lambda d: change(d, pad_token_id=REWARD), "pad_token_id and reward_token_id are both"),
-])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: change(d, format_version=99), "checkpoint format version 99; this rmega reads"),
+        (lambda d: (change(d, files={}), (d / ".metadata").unlink()), "not a readable checkpoint"),
+        (lambda d: next(d.glob("__0_*.distcp")).unlink(), "damaged .*No such file"),
+        (lambda d: cut(next(d.glob("__0_*.distcp"))), "damaged .*bytes instead of"),
+        (
+            lambda d: (change(d, files={}), next(d.glob("__0_*.distcp")).unlink()),
+            "missing; the checkpoint is not compl",
+        ),
+        (lambda d: (change(d, files={}), cut(next(d.glob("__0_*.distcp")), 9)), "broken at"),
+        (lambda d: change(d, pad_token_id=REWARD), "pad_token_id and reward_token_id are both"),
+    ],
+)
 def test_a_checkpoint_that_cannot_be_read(spoil, message, runs, tmp_path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs["llama"], run)
     spoil(run / "iter_0000010")
     with pytest.raises(ValueError, match=message) as error:
         convert(run=run, output=tmp_path / "out")
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists() and len(list(tmp_path.iterdir())) == 1
+    assert (
+        "\n" not in str(error.value)
+        and not (tmp_path / "out").exists()
+        and len(list(tmp_path.iterdir())) == 1
+    )
 
 
 def change(folder: Path, **fields) -> None:
@@ -361,7 +498,7 @@ def change(folder: Path, **fields) -> None:
 
 
 def cut(file: Path, share: int = 2) -> None:
-    file.write_bytes(file.read_bytes()[:file.stat().st_size // share])
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // share])
 
 
 def test_padding_that_is_not_zero_is_refused(runs) -> None:
@@ -380,7 +517,11 @@ def test_which_checkpoint(runs, tmp_path) -> None:
     shutil.copytree(run / "iter_0000010", run / "iter_0000020")
     (run / run_folder.TRACKER).write_text("20\n")
     assert find_checkpoint(run, "latest").name == find_checkpoint(run, "20").name == "iter_0000020"
-    assert find_checkpoint(run, "best").name == find_checkpoint(run / "iter_0000010", "latest").name == "iter_0000010"
+    assert (
+        find_checkpoint(run, "best").name
+        == find_checkpoint(run / "iter_0000010", "latest").name
+        == "iter_0000010"
+    )
     for iteration, message in (("30", r"not among .*\(10, 20\)"), ("last", "not among")):
         with pytest.raises(ValueError, match=message):
             find_checkpoint(run, iteration)
@@ -390,10 +531,18 @@ def test_which_checkpoint(runs, tmp_path) -> None:
         find_checkpoint(tmp_path, "latest")
 
 
-@pytest.mark.parametrize("plan,planned", [({"train_steps": 23}, 23), ({"train_steps": 10}, 10), ({}, None),
-                                          ({"train_epochs": 2.0, "global_batch_size": 8}, 92)])
+@pytest.mark.parametrize(
+    "plan,planned",
+    [
+        ({"train_steps": 23}, 23),
+        ({"train_steps": 10}, 10),
+        ({}, None),
+        ({"train_epochs": 2.0, "global_batch_size": 8}, 92),
+    ],
+)
 def test_an_export_of_a_run_that_goes_on_says_so(plan, planned, runs, tmp_path, capsys) -> None:
-    """Step 10 of a run: named where more steps are planned, by number or by epochs (368 comparisons)."""
+    """Step 10 of a run: named where more steps are planned, by number or by epochs (368
+    comparisons)."""
     run = tmp_path / "run"
     shutil.copytree(runs["llama"], run)
     path = run / "iter_0000010" / "rmega.json"
@@ -406,7 +555,13 @@ def test_an_export_of_a_run_that_goes_on_says_so(plan, planned, runs, tmp_path, 
 
 
 def test_sizes() -> None:
-    assert [parse_size(t) for t in ("5GB", "500 MB", "2GiB", "7", "1.5KB")] == [5 * 10**9, 5 * 10**8, 2**31, 7, 1500]
+    assert [parse_size(t) for t in ("5GB", "500 MB", "2GiB", "7", "1.5KB")] == [
+        5 * 10**9,
+        5 * 10**8,
+        2**31,
+        7,
+        1500,
+    ]
     for text in ("5 apples", "", "-1GB", "0"):
         with pytest.raises(ValueError, match="--max-shard-size"):
             parse_size(text)
@@ -416,18 +571,39 @@ def test_the_tool_on_the_command_line(runs, tmp_path) -> None:
     tool = Path(__file__).parents[2] / "tools" / "convert_to_hf.py"
     environment = {**os.environ, "PYTHONPATH": str(tool.parents[1]), "OMP_NUM_THREADS": "1"}
     out = tmp_path / "out"
-    answer = subprocess.run([sys.executable, str(tool), "--load", str(runs["internlm2"]), "--output", str(out)],
-                            capture_output=True, text=True, env=environment, check=False)
+    answer = subprocess.run(
+        [sys.executable, str(tool), "--load", str(runs["internlm2"]), "--output", str(out)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
     assert answer.returncode == 0, answer.stderr
-    for words in ("proven", f"vllm serve {out}", "sglang.launch_server", "get_score", "Append the reward token, id 3"):
+    for words in (
+        "proven",
+        f"vllm serve {out}",
+        "sglang.launch_server",
+        "get_score",
+        "Append the reward token, id 3",
+    ):
         assert words in answer.stdout
-    answer = subprocess.run([sys.executable, str(tool), "--load", str(runs["internlm2"]), "--output", str(out)],
-                            capture_output=True, text=True, env=environment, check=False)
-    assert answer.returncode == 2 and answer.stderr.startswith("error: --output") and answer.stderr.count("\n") == 1
+    answer = subprocess.run(
+        [sys.executable, str(tool), "--load", str(runs["internlm2"]), "--output", str(out)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert (
+        answer.returncode == 2
+        and answer.stderr.startswith("error: --output")
+        and answer.stderr.count("\n") == 1
+    )
 
 
 def test_every_shape_of_the_table_is_written_once() -> None:
     for family, backbone in BACKBONES.items():
         shapes = hf_shapes(backbone.weight_table(tiny(family)))
         assert sum(torch.Size(s).numel() for s in shapes.values()) == sum(
-            torch.Size(rule.shape).numel() for rule in backbone.weight_table(tiny(family)))
+            torch.Size(rule.shape).numel() for rule in backbone.weight_table(tiny(family))
+        )

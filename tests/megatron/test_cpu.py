@@ -1,4 +1,5 @@
-"""What ``rmega.megatron.cpu.install`` replaces, name by name: another release of the engine fails here and not in a run."""
+"""What ``rmega.megatron.cpu.install`` replaces, name by name: another release of the engine fails
+here and not in a run."""
 
 from __future__ import annotations
 
@@ -55,19 +56,38 @@ print("PROBE", json.dumps({
     "lazy": substitute.nn.functional is torch.nn.functional}))
 """
 
-# Names of torch.cuda that the replaced modules speak of and that are left as they are, with why that is harmless.
+# Names of torch.cuda that the replaced modules speak of and that are left as they are, with why
+# that is harmless.
 LEFT_ALONE = {
     "is_available": "says False, as it should",
-    "nvtx": "marks for a profiler, off by default", "Event": "timers and offloading, off by default",
+    "nvtx": "marks for a profiler, off by default",
+    "Event": "timers and offloading, off by default",
     "amp": "decorators of custom functions, which run on any device",
-    "FloatTensor": "names of types", "HalfTensor": "names of types", "BFloat16Tensor": "names of types",
-    "default_generators": "read in graph-safe mode only", "random": "read in graph-safe mode only",
+    "FloatTensor": "names of types",
+    "HalfTensor": "names of types",
+    "BFloat16Tensor": "names of types",
+    "default_generators": "read in graph-safe mode only",
+    "random": "read in graph-safe mode only",
     "OutOfMemoryError": "an exception's name",
-    **dict.fromkeys(("CUDAGraph", "graph", "graph_pool_handle", "set_stream", "memory_stats", "get_device_capability"),
-                    "CUDA graphs"),
-    **dict.fromkeys(("MemPool", "use_mem_pool", "memory_allocated", "memory_reserved", "get_device_properties"),
-                    "NCCL's own memory, FSDP, and inference"),
-    **dict.fromkeys(("clock_rate", "power_draw", "temperature", "utilization"), "straggler detection, off by default"),
+    **dict.fromkeys(
+        (
+            "CUDAGraph",
+            "graph",
+            "graph_pool_handle",
+            "set_stream",
+            "memory_stats",
+            "get_device_capability",
+        ),
+        "CUDA graphs",
+    ),
+    **dict.fromkeys(
+        ("MemPool", "use_mem_pool", "memory_allocated", "memory_reserved", "get_device_properties"),
+        "NCCL's own memory, FSDP, and inference",
+    ),
+    **dict.fromkeys(
+        ("clock_rate", "power_draw", "temperature", "utilization"),
+        "straggler detection, off by default",
+    ),
 }
 
 
@@ -77,14 +97,21 @@ def probe() -> dict:
 
 
 def look() -> dict:
-    done = subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.split("PROBE ")[1])
 
 
 def test_outside_the_engine_nothing_changes(probe: dict) -> None:
     assert probe["others"] == {}
-    assert probe["classes"] == {"Tensor": ["cuda", "type"], "Module": [], "Parameter": [], "Generator": []}
+    assert probe["classes"] == {
+        "Tensor": ["cuda", "type"],
+        "Module": [],
+        "Parameter": [],
+        "Generator": [],
+    }
     assert probe["type"] == "torch.FloatTensor"
 
 
@@ -93,41 +120,80 @@ def test_inside_the_engine_only_torch_changes(probe: dict) -> None:
     random = probe["engine"].pop("megatron.core.tensor_parallel.random")
     assert random == ["_get_cuda_rng_state", "_set_cuda_rng_state", "torch"]
     assert all(names == ["torch"] for names in probe["engine"].values()), probe["engine"]
-    assert set(probe["engine"]) | {"megatron.core.tensor_parallel.random"} == set(probe["installed"])
+    assert set(probe["engine"]) | {"megatron.core.tensor_parallel.random"} == set(
+        probe["installed"]
+    )
 
 
 def test_the_list_of_replaced_modules(probe: dict) -> None:
     golden = GOLDEN.read_text().split()
-    missing, new = sorted(set(golden) - set(probe["installed"])), sorted(set(probe["installed"]) - set(golden))
+    missing, new = (
+        sorted(set(golden) - set(probe["installed"])),
+        sorted(set(probe["installed"]) - set(golden)),
+    )
     assert not missing and not new, (
-        f"megatron-core {importlib.import_module('megatron.core').__version__}: no longer replaced {missing}, newly "
-        f"replaced {new}. If that is right: python -m tests.megatron.test_cpu")
+        f"megatron-core {importlib.import_module('megatron.core').__version__}: no longer replaced"
+        f" {missing}, newly replaced {new}. If that is right: python -m tests.megatron.test_cpu"
+    )
 
 
 def test_the_list_of_replaced_names(probe: dict) -> None:
-    assert probe["cuda"] == ["Stream", "current_device", "current_stream", "default_stream", "device_count",
-                             "empty_cache", "get_rng_state", "manual_seed", "set_device", "set_rng_state", "stream",
-                             "synchronize"]
-    assert probe["torch"] == ["arange", "cuda", "empty", "empty_like", "full", "norm", "ones", "ones_like", "rand",
-                              "randn", "tensor", "zeros", "zeros_like"]
+    assert probe["cuda"] == [
+        "Stream",
+        "current_device",
+        "current_stream",
+        "default_stream",
+        "device_count",
+        "empty_cache",
+        "get_rng_state",
+        "manual_seed",
+        "set_device",
+        "set_rng_state",
+        "stream",
+        "synchronize",
+    ]
+    assert probe["torch"] == [
+        "arange",
+        "cuda",
+        "empty",
+        "empty_like",
+        "full",
+        "norm",
+        "ones",
+        "ones_like",
+        "rand",
+        "randn",
+        "tensor",
+        "zeros",
+        "zeros_like",
+    ]
     assert probe["device"] == "cpu" and probe["lazy"]
 
 
 def test_every_name_of_cuda_that_the_engine_speaks_of_is_known(probe: dict) -> None:
-    unknown = {name: where for name, where in probe["uses"].items() if name not in {*probe["cuda"], *LEFT_ALONE}}
+    unknown = {
+        name: where
+        for name, where in probe["uses"].items()
+        if name not in {*probe["cuda"], *LEFT_ALONE}
+    }
     assert not unknown, f"the engine uses names of torch.cuda that nobody looked at: {unknown}"
 
 
 def test_every_function_that_the_engine_gives_cuda_as_device_is_replaced(probe: dict) -> None:
     devices = {name.removeprefix("megatron.core.") for name in probe["makes"].pop("device")}
     assert set(probe["makes"]) <= set(probe["torch"]), probe["makes"]
-    # torch.device("cuda") itself is left alone; those who write it are not reached, or in graph-safe mode only.
+    # torch.device("cuda") itself is left alone; those who write it are not reached, or in
+    # graph-safe mode only.
     assert {name for name in devices if not name.startswith("distributed.fsdp")} == {
-        "nccl_allocator", "tensor_parallel.random", "transformer.moe.token_dispatcher"}
+        "nccl_allocator",
+        "tensor_parallel.random",
+        "transformer.moe.token_dispatcher",
+    }
 
 
 def test_the_norm_of_a_large_gradient() -> None:
-    """The engine's norm for clipping, of as many values as an embedding has; torch's alone is off by 1e-3."""
+    """The engine's norm for clipping, of as many values as an embedding has; torch's alone is off
+    by 1e-3."""
     import torch
 
     from rmega.megatron import cpu
@@ -140,7 +206,9 @@ def test_the_norm_of_a_large_gradient() -> None:
     exact = sum(g.double().square().sum() for g in grads).sqrt().item()
     if clip_grads.l2_norm_impl.__module__ == "megatron.core.utils":  # no NVIDIA package has its own
         assert clip_grads.get_grad_norm_fp32.__globals__["torch"].norm is cpu._norm
-        found, _ = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, torch.zeros(1), [grads], False)
+        found, _ = clip_grads.multi_tensor_applier(
+            clip_grads.l2_norm_impl, torch.zeros(1), [grads], False
+        )
         assert found.item() == pytest.approx(exact, rel=1e-6)
 
 

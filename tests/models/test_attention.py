@@ -1,4 +1,5 @@
-"""packed_attention against its definition in fp64: values and gradients of every path; CUDA's by a stand-in."""
+"""packed_attention against its definition in fp64: values and gradients of every path; CUDA's by a
+stand-in."""
 
 import dataclasses
 
@@ -19,10 +20,13 @@ from rmega.models.attention import (
 from rmega.models.varlen import adapt_varlen, packed_attention_varlen, varlen_plan
 
 needs_native = pytest.mark.skipif(
-    not hasattr(torch.ops.rmega, "packed_attention"), reason="rmega._C is not built with packed_attention"
+    not hasattr(torch.ops.rmega, "packed_attention"),
+    reason="rmega._C is not built with packed_attention",
 )
-CPU_PATHS = [pytest.param(packed_attention_native, marks=needs_native, id="native"),
-             pytest.param(packed_attention_flash, id="flash")]
+CPU_PATHS = [
+    pytest.param(packed_attention_native, marks=needs_native, id="native"),
+    pytest.param(packed_attention_flash, id="flash"),
+]
 
 
 @dataclasses.dataclass(eq=False)
@@ -34,7 +38,8 @@ class Pack(Segments):
 
 
 def make_pack(comparisons, pruned=False, share=True) -> Pack:
-    """pruned: one query per response, at its last token. share=False: each response carries its own prompt."""
+    """pruned: one query per response, at its last token. share=False: each response carries its own
+    prompt."""
     rows, position, num_queries = [], 0, 0
     for prefix, suffixes in comparisons:
         if not share:
@@ -63,21 +68,33 @@ PACKS = {
 
 
 def attend(pack, dtype, function, groups=2, ratio=1, d=16, seed=0):
-    """[output, grad q, grad k, grad v] in fp64 for inputs that are the same numbers in every dtype."""
+    """[output, grad q, grad k, grad v] in fp64 for inputs that are the same numbers in every
+    dtype."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(rows, heads):
-        x = torch.randn(rows, heads, d, generator=generator, dtype=torch.float64).bfloat16().to(dtype)
+        x = (
+            torch.randn(rows, heads, d, generator=generator, dtype=torch.float64)
+            .bfloat16()
+            .to(dtype)
+        )
         return x.requires_grad_()
 
-    q, k, v = draw(pack.num_queries, groups * ratio), draw(pack.num_tokens, groups), draw(pack.num_tokens, groups)
+    q, k, v = (
+        draw(pack.num_queries, groups * ratio),
+        draw(pack.num_tokens, groups),
+        draw(pack.num_tokens, groups),
+    )
     weight = draw(pack.num_queries, groups * ratio).detach().flatten(1)
     out = function(q, k, v, pack, d**-0.5)
     return [x.detach().double() for x in (out, *torch.autograd.grad(out, (q, k, v), weight))]
 
 
 def errors(values, truth):
-    return [((x - y).norm() / y.norm().clamp(min=1e-30)).item() for x, y in zip(values, truth, strict=True)]
+    return [
+        ((x - y).norm() / y.norm().clamp(min=1e-30)).item()
+        for x, y in zip(values, truth, strict=True)
+    ]
 
 
 def fake_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale):
@@ -89,7 +106,9 @@ def fake_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale):
         assert q_len <= max_q and k_len <= max_k
         seen = torch.ones(q_len, k_len, dtype=torch.bool).tril(k_len - q_len)
         rows = [x.transpose(0, 1) for x in (q[queries], k[keys], v[keys])]
-        outputs.append(F.scaled_dot_product_attention(*rows, attn_mask=seen, scale=scale, enable_gqa=True))
+        outputs.append(
+            F.scaled_dot_product_attention(*rows, attn_mask=seen, scale=scale, enable_gqa=True)
+        )
     return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
@@ -133,22 +152,31 @@ def test_sharing_the_prefix_changes_nothing_and_costs_no_accuracy(dtype, limit):
     comparisons = [(40, (30, 25)), (0, (9, 20)), (61, (1, 17, 33)), (150, (90, 70))]
     shared, plain = make_pack(comparisons), make_pack(comparisons, share=False)
     generator = torch.Generator().manual_seed(3)
-    base = [torch.randn(shared.num_tokens, n, 64, generator=generator, dtype=torch.float64).bfloat16()
-            for n in (6, 2, 2, 6)]
+    base = [
+        torch.randn(shared.num_tokens, n, 64, generator=generator, dtype=torch.float64).bfloat16()
+        for n in (6, 2, 2, 6)
+    ]
     in_prefix = torch.zeros(shared.num_tokens, dtype=torch.bool)
     for s in attention.segment_list(shared):
         in_prefix[s.prefix_start : s.prefix_start + s.prefix_len] = True
     base[3][in_prefix] = 0  # weights of the output
 
     def gradients(pack, kind, function):
-        inputs = [(unshare(comparisons, x)[0] if pack is plain else x).to(kind).requires_grad_() for x in base[:3]]
-        weight = (unshare(comparisons, base[3])[0] if pack is plain else base[3]).to(kind).flatten(1)
+        inputs = [
+            (unshare(comparisons, x)[0] if pack is plain else x).to(kind).requires_grad_()
+            for x in base[:3]
+        ]
+        weight = (
+            (unshare(comparisons, base[3])[0] if pack is plain else base[3]).to(kind).flatten(1)
+        )
         grads = torch.autograd.grad(function(*inputs, pack, 0.125), inputs, weight)
         if pack is shared:
             return [x.double() for x in grads]
         rows = unshare(comparisons, base[0])[1]
-        return [torch.zeros(x.shape, dtype=torch.float64).index_add_(0, rows, g.double())
-                for x, g in zip(base[:3], grads, strict=True)]
+        return [
+            torch.zeros(x.shape, dtype=torch.float64).index_add_(0, rows, g.double())
+            for x, g in zip(base[:3], grads, strict=True)
+        ]
 
     truth = gradients(plain, torch.float64, packed_attention_ref)
     ours = errors(gradients(shared, dtype, packed_attention_native), truth)
@@ -161,9 +189,12 @@ def test_sharing_the_prefix_changes_nothing_and_costs_no_accuracy(dtype, limit):
 
 @pytest.mark.parametrize("path", CPU_PATHS)
 def test_general_bottom_right_alignment(path):
-    """More own keys than queries, but more than one query: a case between ordinary and pruned layers."""
+    """More own keys than queries, but more than one query: a case between ordinary and pruned
+    layers."""
     columns = [(0, 5), (5, 40), (10, 60), (20, 90), (0, 0), (10, 10)]
-    pack = Pack(*(torch.tensor(c, dtype=torch.int32) for c in columns), num_queries=45, num_tokens=150)
+    pack = Pack(
+        *(torch.tensor(c, dtype=torch.int32) for c in columns), num_queries=45, num_tokens=150
+    )
     truth = attend(pack, torch.float64, packed_attention_ref, ratio=3)
     assert max(errors(attend(pack, torch.float32, path, ratio=3), truth)) < 1e-6
 
@@ -171,10 +202,13 @@ def test_general_bottom_right_alignment(path):
 @pytest.mark.parametrize("path", CPU_PATHS)
 @pytest.mark.parametrize("d", [8, 40, 128])
 def test_head_sizes_and_views(d, path):
-    """Values arrive as a view into the fused projection; rows that no segment covers give and get zeros."""
+    """Values arrive as a view into the fused projection; rows that no segment covers give and get
+    zeros."""
     pack = make_pack([(11, (6, 3)), (0, (5,))])
     t, g, r, covered = 30, 2, 3, pack.num_tokens
-    fused = torch.randn(t, g * (r + 2) * d, generator=torch.Generator().manual_seed(1)).unflatten(1, (g, r + 2, d))
+    fused = torch.randn(t, g * (r + 2) * d, generator=torch.Generator().manual_seed(1)).unflatten(
+        1, (g, r + 2, d)
+    )
 
     def run(function, kind):
         x = fused.to(kind).detach().requires_grad_()
@@ -189,7 +223,10 @@ def test_head_sizes_and_views(d, path):
 
 @needs_native
 def test_native_is_deterministic_and_independent_of_neighbours():
-    alone, crowd = make_pack([(50, (20, 31))]), make_pack([(50, (20, 31)), (3, (200, 1)), (0, (64,))])
+    alone, crowd = (
+        make_pack([(50, (20, 31))]),
+        make_pack([(50, (20, 31)), (3, (200, 1)), (0, (64,))]),
+    )
     torch.manual_seed(0)
     q, k, v = (torch.randn(crowd.num_tokens, n, 32, dtype=torch.bfloat16) for n in (4, 2, 2))
     n = alone.num_tokens
@@ -223,7 +260,9 @@ def test_extreme_scores_and_not_a_number():
     q, k, v = (torch.randn(pack.num_tokens, 2, 16) for _ in range(3))
     large = packed_attention_native(100 * q, 100 * k, v, pack, 1.0)
     truth = packed_attention_ref((100 * q).double(), (100 * k).double(), v.double(), pack, 1.0)
-    assert errors([large.double()], [truth])[0] < 1e-3  # scores of 1e5 are themselves known to 1e-2 only
+    assert (
+        errors([large.double()], [truth])[0] < 1e-3
+    )  # scores of 1e5 are themselves known to 1e-2 only
     q[170, 0, 0] = float("nan")  # a lost number must not look like a good one
     out = packed_attention_native(q, k, v, pack, 1.0).unflatten(1, (2, 16))
     assert out[170, 0].isnan().all() and not out[:170].isnan().any() and not out[-10:].isnan().any()
@@ -246,7 +285,9 @@ def test_native_refuses_what_it_cannot_honour():
 @needs_native
 def test_opcheck():
     pack = make_pack([(5, (3, 1))])
-    table = torch.stack([pack.q_start, pack.q_len, pack.k_start, pack.k_len, pack.prefix_start, pack.prefix_len])
+    table = torch.stack(
+        [pack.q_start, pack.q_len, pack.k_start, pack.k_len, pack.prefix_start, pack.prefix_len]
+    )
     q, k, v = (torch.randn(9, n, 8, requires_grad=True) for n in (4, 2, 2))
     torch.library.opcheck(torch.ops.rmega.packed_attention, (q, k, v, table, 0.5))
 
@@ -326,25 +367,63 @@ def test_varlen_leaves_uncovered_rows_zero():
 def test_varlen_of_every_release_is_called_causally():
     calls = {}
 
-    def torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    def torch_2_10(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None
+    ):
         calls["2.10"] = (is_causal, query)
 
-    def torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
-                   window_size=(-1, -1)):
+    def torch_2_11(
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        *,
+        return_aux=None,
+        scale=None,
+        window_size=(-1, -1),
+    ):
         calls["2.11"] = (window_size, scale)
 
-    def torch_2_12(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
-                   window_size=(-1, -1), enable_gqa=False):
+    def torch_2_12(
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        *,
+        return_aux=None,
+        scale=None,
+        window_size=(-1, -1),
+        enable_gqa=False,
+    ):
         calls["2.12"] = (window_size, scale, enable_gqa)
 
-    def flash_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
-                   causal=False, window_size=(-1, -1)):
+    def flash_attn(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+    ):
         calls["flash_attn"] = (causal, softmax_scale, window_size)
 
     q = torch.ones(1, 1, 16)
     for function in (torch_2_10, torch_2_11, torch_2_12, flash_attn):
         adapt_varlen(function)(q, q, q, None, None, 1, 1, 0.5)
-    assert calls["2.10"][0] is True and calls["2.10"][1].unique().item() == 2.0  # its own scale is 1/4
+    assert (
+        calls["2.10"][0] is True and calls["2.10"][1].unique().item() == 2.0
+    )  # its own scale is 1/4
     assert calls["2.11"] == ((-1, 0), 0.5)
     assert calls["2.12"] == ((-1, 0), 0.5, True)
     assert calls["flash_attn"] == (True, 0.5, (-1, -1))

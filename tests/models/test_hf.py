@@ -1,4 +1,5 @@
-"""Reading model folders: every tensor, in every slice, against the files and against plain transformers."""
+"""Reading model folders: every tensor, in every slice, against the files and against plain
+transformers."""
 
 from __future__ import annotations
 
@@ -21,13 +22,18 @@ FAMILIES = ("internlm2", "llama")
 
 def load(folder: Path, geometry: Geometry, **layout: int) -> tuple[dict[str, torch.Tensor], str]:
     stage = Stage(geometry, **layout)
-    size = {key: value for key, value in layout.items() if key.startswith("tp_")} or {"tp_rank": 0, "tp_size": 1}
+    size = {key: value for key, value in layout.items() if key.startswith("tp_")} or {
+        "tp_rank": 0,
+        "tp_size": 1,
+    }
     origin = load_hf(stage, folder, geometry, **size)
     return {name: parameter.detach() for name, parameter in stage.names.items()}, origin
 
 
 def rewards_of(weights: dict[str, torch.Tensor], g: Geometry, ids: torch.Tensor) -> torch.Tensor:
-    """Global rmega tensors -> reward at the last of ``ids`` [t]: the model written out in plain torch."""
+    """Global rmega tensors -> reward at the last of ``ids`` [t]: the model written out in plain
+    torch."""
+
     def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return x * (x.square().mean(-1, keepdim=True) + g.norm_eps).rsqrt() * weight
 
@@ -35,22 +41,30 @@ def rewards_of(weights: dict[str, torch.Tensor], g: Geometry, ids: torch.Tensor)
         frequency = g.rope_theta ** (-torch.arange(0, g.head_dim, 2) / g.head_dim)
         angle = (torch.arange(len(x))[:, None] * frequency)[:, None]
         low, high = x.chunk(2, -1)
-        return torch.cat([low * angle.cos() - high * angle.sin(), high * angle.cos() + low * angle.sin()], -1)
+        return torch.cat(
+            [low * angle.cos() - high * angle.sin(), high * angle.cos() + low * angle.sin()], -1
+        )
 
     t, r = len(ids), g.num_attention_heads // g.num_query_groups
     x = weights["embedding.word_embeddings.weight"][ids]
     for i in range(g.num_layers):
-        w = {key.split(".", 3)[3]: value for key, value in weights.items() if key.startswith(f"decoder.layers.{i}.")}
+        w = {
+            key.split(".", 3)[3]: value
+            for key, value in weights.items()
+            if key.startswith(f"decoder.layers.{i}.")
+        }
         qkv = norm(x, w["input_layernorm.weight"]) @ w["self_attention.linear_qkv.weight"].T
         qkv = qkv.view(t, g.num_query_groups, r + 2, g.head_dim)
         q = rotate(qkv[:, :, :r].reshape(t, -1, g.head_dim))
         k = rotate(qkv[:, :, r]).repeat_interleave(r, 1)
         v = qkv[:, :, r + 1].repeat_interleave(r, 1)
-        scores = torch.einsum("qad,kad->aqk", q, k) / g.head_dim ** 0.5
+        scores = torch.einsum("qad,kad->aqk", q, k) / g.head_dim**0.5
         scores = scores.masked_fill(torch.ones(t, t).triu(1).bool(), float("-inf"))
         mixed = torch.einsum("aqk,kad->qad", scores.softmax(-1), v).reshape(t, -1)
         x = x + mixed @ w["self_attention.linear_proj.weight"].T
-        gate, up = (norm(x, w["pre_mlp_layernorm.weight"]) @ w["mlp.linear_fc1.weight"].T).chunk(2, -1)
+        gate, up = (norm(x, w["pre_mlp_layernorm.weight"]) @ w["mlp.linear_fc1.weight"].T).chunk(
+            2, -1
+        )
         x = x + (F.silu(gate) * up) @ w["mlp.linear_fc2.weight"].T
     return norm(x[-1], weights["decoder.final_layernorm.weight"]) @ weights["reward_head.weight"][0]
 
@@ -67,15 +81,22 @@ def test_slices_of_all_ranks_make_the_whole(tmp_path: Path, family: str, shards:
     for rule in BACKBONES[family].weight_table(geometry):
         shares = [rank[rule.name] for rank in ranks]
         if rule.shard_dim is None:
-            assert torch.equal(shares[0], whole[rule.name]) and torch.equal(shares[1], whole[rule.name])
+            assert torch.equal(shares[0], whole[rule.name]) and torch.equal(
+                shares[1], whole[rule.name]
+            )
         elif rule.shard_blocks == 2:
             blocks = [share.chunk(2)[b] for b in range(2) for share in shares]
             assert torch.equal(torch.cat(blocks), whole[rule.name]), rule.name
         else:
             assert torch.equal(torch.cat(shares, rule.shard_dim), whole[rule.name]), rule.name
-    first, last = (load(folder, geometry, layers=layers)[0] for layers in (range(0, 1), range(1, 3)))
-    joined = first | {n.replace("layers.1.", "layers.2.").replace("layers.0.", "layers.1."): v for n, v in last.items()
-                      if "layers.1." in n or not n.startswith("decoder.layers.")}
+    first, last = (
+        load(folder, geometry, layers=layers)[0] for layers in (range(0, 1), range(1, 3))
+    )
+    joined = first | {
+        n.replace("layers.1.", "layers.2.").replace("layers.0.", "layers.1."): v
+        for n, v in last.items()
+        if "layers.1." in n or not n.startswith("decoder.layers.")
+    }
     joined |= {n.replace("layers.0.", "layers.1."): v for n, v in last.items() if "layers.0." in n}
     assert joined.keys() == whole.keys()
     assert all(torch.equal(joined[name], whole[name]) for name in whole)
@@ -85,8 +106,13 @@ def test_slices_of_all_ranks_make_the_whole(tmp_path: Path, family: str, shards:
 def test_table_backwards_gives_every_tensor_back(tmp_path: Path, family: str) -> None:
     geometry = tiny(family)
     tensors = hf_tensors(geometry, head=True, dtype=torch.bfloat16)
-    architecture = {"llama": "LlamaForSequenceClassification", "internlm2": "InternLM2ForRewardModel"}[family]
-    folder = write_folder(tmp_path / "m", hf_config(geometry, architecture, id2label={"0": "r"}), tensors)
+    architecture = {
+        "llama": "LlamaForSequenceClassification",
+        "internlm2": "InternLM2ForRewardModel",
+    }[family]
+    folder = write_folder(
+        tmp_path / "m", hf_config(geometry, architecture, id2label={"0": "r"}), tensors
+    )
     geometry, _ = read_geometry(folder)
     weights, origin = load(folder, geometry)
     assert origin == "head from model.safetensors"
@@ -95,7 +121,9 @@ def test_table_backwards_gives_every_tensor_back(tmp_path: Path, family: str) ->
     for rule in table:
         at = 0
         for part in rule.parts:
-            back[part.name][part.start:part.stop] = weights[rule.name][at:at + part.stop - part.start]
+            back[part.name][part.start : part.stop] = weights[rule.name][
+                at : at + part.stop - part.start
+            ]
             at += part.stop - part.start
         assert at == rule.shape[0]
     assert back.keys() == tensors.keys()
@@ -106,7 +134,9 @@ def test_llama_rewards_are_those_of_transformers(tmp_path: Path) -> None:
     from transformers import LlamaForSequenceClassification
 
     geometry = tiny("llama")
-    config = hf_config(geometry, "LlamaForSequenceClassification", id2label={"0": "r"}, pad_token_id=0)
+    config = hf_config(
+        geometry, "LlamaForSequenceClassification", id2label={"0": "r"}, pad_token_id=0
+    )
     folder = write_folder(tmp_path / "m", config, hf_tensors(geometry, head=True))
     weights, _ = load(folder, read_geometry(folder)[0])
     theirs = LlamaForSequenceClassification.from_pretrained(folder).eval()
@@ -122,7 +152,9 @@ def test_stories260k_hidden_state(stories260k: Path) -> None:
     geometry, _ = read_geometry(stories260k)
     weights, origin = load(stories260k, geometry)
     assert origin == "new head (zero)"
-    weights["reward_head.weight"] = torch.randn(1, geometry.hidden_size, generator=torch.Generator().manual_seed(0))
+    weights["reward_head.weight"] = torch.randn(
+        1, geometry.hidden_size, generator=torch.Generator().manual_seed(0)
+    )
     ids = torch.arange(5, 60, 3)
     with torch.no_grad():
         hidden = LlamaModel.from_pretrained(stories260k).eval()(ids[None]).last_hidden_state[0, -1]
@@ -134,19 +166,30 @@ def test_dtype_padding_bare_names_and_bin(tmp_path: Path) -> None:
     geometry = tiny("internlm2", vocab_size=51, tie_word_embeddings=True)
     tensors = hf_tensors(geometry)
     write_folder(tmp_path / "a", hf_config(geometry), tensors)
-    parts = [load(tmp_path / "a", geometry, tp_rank=rank, tp_size=2, vocab=28)[0] for rank in range(2)]
+    parts = [
+        load(tmp_path / "a", geometry, tp_rank=rank, tp_size=2, vocab=28)[0] for rank in range(2)
+    ]
     table = torch.cat([part["embedding.word_embeddings.weight"] for part in parts])
-    assert torch.equal(table[:51], tensors["model.tok_embeddings.weight"]) and table[51:].abs().max() == 0
+    assert (
+        torch.equal(table[:51], tensors["model.tok_embeddings.weight"])
+        and table[51:].abs().max() == 0
+    )
     half, _ = load(tmp_path / "a", geometry, dtype=torch.bfloat16)
-    assert torch.equal(half["decoder.final_layernorm.weight"], tensors["model.norm.weight"].bfloat16())
+    assert torch.equal(
+        half["decoder.final_layernorm.weight"], tensors["model.norm.weight"].bfloat16()
+    )
     # a bare backbone, in .bin, whose tied embedding is kept under the name of the output matrix
     bare = {name.removeprefix("model."): value for name, value in tensors.items()}
     bare["output.weight"] = bare.pop("tok_embeddings.weight")
-    folder = write_folder(tmp_path / "b", hf_config(geometry, "InternLM2Model"), {"x": torch.zeros(1)})
+    folder = write_folder(
+        tmp_path / "b", hf_config(geometry, "InternLM2Model"), {"x": torch.zeros(1)}
+    )
     (folder / "model.safetensors").unlink()
     torch.save(bare, folder / "pytorch_model.bin")
-    assert all(torch.equal(value, load(folder, geometry)[0][name]) for name, value in
-               load(tmp_path / "a", geometry)[0].items())
+    assert all(
+        torch.equal(value, load(folder, geometry)[0][name])
+        for name, value in load(tmp_path / "a", geometry)[0].items()
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -155,7 +198,9 @@ def test_padded_groups_of_heads_are_zero(tmp_path: Path, family: str) -> None:
     geometry = tiny(family)
     folder = write_folder(tmp_path / "m", hf_config(geometry), hf_tensors(geometry))
     whole, _ = load(folder, geometry)
-    qkv, proj = (f"decoder.layers.1.self_attention.linear_{kind}.weight" for kind in ("qkv", "proj"))
+    qkv, proj = (
+        f"decoder.layers.1.self_attention.linear_{kind}.weight" for kind in ("qkv", "proj")
+    )
     ranks = []
     for rank in range(4):
         stage = Stage(geometry, tp_rank=rank, tp_size=4, vocab=13)
@@ -178,28 +223,48 @@ def test_head_start(tmp_path: Path) -> None:
     heads = []
     for rank in range(2):
         stage = Stage(geometry, tp_rank=rank, tp_size=2)
-        assert load_hf(stage, folder, geometry, tp_rank=rank, tp_size=2, head_init="normal") == "new head (normal)"
+        assert (
+            load_hf(stage, folder, geometry, tp_rank=rank, tp_size=2, head_init="normal")
+            == "new head (normal)"
+        )
         heads.append(stage.names["reward_head.weight"].detach())
     assert torch.equal(*heads) and 0.05 < heads[0].std() < 0.4
 
 
-@pytest.mark.parametrize(("family", "change", "message"), [
-    ("internlm2", {"bias": True}, "bias=True"),
-    ("internlm2", {"bias": None}, "^$"),
-    ("llama", {"attention_bias": True}, "attention_bias"),
-    ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
-    ("llama", {"rope_scaling": {"type": "linear"}}, "needs a positive factor"),
-    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0, "surprise": 1}}, "surprise"),
-    ("llama", {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}, "does not agree"),
-    ("llama", {"hidden_act": "gelu"}, "hidden_act"),
-    ("llama", {"quantization_config": {"bits": 4}}, "quantised"),
-    ("llama", {"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification"),
-    ("llama", {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}, "2 labels"),
-    ("llama", {"num_key_value_heads": 3}, "does not divide"),
-    ("llama", {"model_type": "qwen2"}, "only internlm2, llama"),
-    ("llama", {"vocab_size": 0}, "vocab_size=0"),
-])
-def test_what_cannot_be_honoured_is_refused(tmp_path: Path, family: str, change: dict, message: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("internlm2", {"bias": True}, "bias=True"),
+        ("internlm2", {"bias": None}, "^$"),
+        ("llama", {"attention_bias": True}, "attention_bias"),
+        ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "needs a positive factor"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0, "surprise": 1}}, "surprise"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}},
+            "does not agree",
+        ),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantised"),
+        (
+            "llama",
+            {"architectures": ["LlamaForTokenClassification"]},
+            "LlamaForTokenClassification",
+        ),
+        (
+            "llama",
+            {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "a", "1": "b"}},
+            "2 labels",
+        ),
+        ("llama", {"num_key_value_heads": 3}, "does not divide"),
+        ("llama", {"model_type": "qwen2"}, "only internlm2, llama"),
+        ("llama", {"vocab_size": 0}, "vocab_size=0"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(
+    tmp_path: Path, family: str, change: dict, message: str
+) -> None:
     config = hf_config(tiny(family)) | change
     if change == {"bias": None}:
         del config["bias"]
@@ -210,28 +275,49 @@ def test_what_cannot_be_honoured_is_refused(tmp_path: Path, family: str, change:
     assert "config.json" in str(error.value)
 
 
-@pytest.mark.parametrize("scaling", [
-    RopeScaling(rope_type="linear", factor=2.0), RopeScaling(rope_type="dynamic", factor=3.0),
-    RopeScaling(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                original_max_position_embeddings=32)])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        RopeScaling(rope_type="linear", factor=2.0),
+        RopeScaling(rope_type="dynamic", factor=3.0),
+        RopeScaling(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=32,
+        ),
+    ],
+)
 def test_rope_scaling_is_read_in_both_forms(tmp_path: Path, scaling: RopeScaling) -> None:
     geometry = tiny("llama", rope_theta=5e5, rope_scaling=scaling)
     old = hf_config(geometry)
     assert BACKBONES["llama"].read_geometry(old) == geometry
     new = {key: value for key, value in old.items() if key not in ("rope_theta", "rope_scaling")}
     kind = {"rope_type": scaling.rope_type, "rope_theta": 5e5}
-    new["rope_parameters"] = {key: value for key, value in old["rope_scaling"].items() if key != "type"} | kind
+    new["rope_parameters"] = {
+        key: value for key, value in old["rope_scaling"].items() if key != "type"
+    } | kind
     assert BACKBONES["llama"].read_geometry(new) == geometry
     assert BACKBONES["llama"].read_geometry(old | new) == geometry
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}), "q_proj.bias.*biases"),
-    (lambda t: t.update({"model.layers.3.input_layernorm.weight": torch.zeros(32)}), "layers.3.*not part"),
-    (lambda t: t.pop("model.layers.2.mlp.up_proj.weight"), "up_proj.weight not found"),
-    (lambda t: t.update({"model.norm.weight": torch.zeros(31)}), r"shape \(31,\)"),
-    (lambda t: t.update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)}), "quantised"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}),
+            "q_proj.bias.*biases",
+        ),
+        (
+            lambda t: t.update({"model.layers.3.input_layernorm.weight": torch.zeros(32)}),
+            "layers.3.*not part",
+        ),
+        (lambda t: t.pop("model.layers.2.mlp.up_proj.weight"), "up_proj.weight not found"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(31)}), r"shape \(31,\)"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)}), "quantised"),
+    ],
+)
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path, change, message: str) -> None:
     geometry = tiny("llama")
     tensors = hf_tensors(geometry)
@@ -243,7 +329,9 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, change, message: st
 
 def test_a_reward_model_without_its_head_is_refused(tmp_path: Path) -> None:
     geometry = tiny("llama", has_reward_head=True)
-    folder = write_folder(tmp_path / "m", hf_config(geometry, "LlamaForSequenceClassification"), hf_tensors(geometry))
+    folder = write_folder(
+        tmp_path / "m", hf_config(geometry, "LlamaForSequenceClassification"), hf_tensors(geometry)
+    )
     with pytest.raises(ValueError, match="score.weight is not among"):
         load(folder, geometry)
 

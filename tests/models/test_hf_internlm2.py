@@ -1,4 +1,5 @@
-"""The InternLM2 reward model that an export carries along, against transformers' own Llama with the same weights."""
+"""The InternLM2 reward model that an export carries along, against transformers' own Llama with the
+same weights."""
 
 from __future__ import annotations
 
@@ -16,35 +17,63 @@ from rmega.models.hf_internlm2.modeling_internlm2 import InternLM2ForRewardModel
 from tests.hf_fixtures import hf_config, hf_tensors, tiny
 
 CODE = Path(hf_internlm2.__file__).parent
-SCALINGS = [RopeScaling(), RopeScaling(rope_type="linear", factor=2.0), RopeScaling(rope_type="dynamic", factor=3.0),
-            RopeScaling(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                        original_max_position_embeddings=32)]
+SCALINGS = [
+    RopeScaling(),
+    RopeScaling(rope_type="linear", factor=2.0),
+    RopeScaling(rope_type="dynamic", factor=3.0),
+    RopeScaling(
+        rope_type="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=32,
+    ),
+]
 
 
 def config_of(scaling: RopeScaling, **fields) -> InternLM2Config:
     config = hf_config(tiny("internlm2", rope_scaling=scaling, rope_theta=3e4))
-    return InternLM2Config(**{key: config[key] for key in config if key not in ("architectures", "model_type")},
-                           pad_token_id=0, reward_token_id=3, num_labels=1, **fields)
+    return InternLM2Config(
+        **{key: config[key] for key in config if key not in ("architectures", "model_type")},
+        pad_token_id=0,
+        reward_token_id=3,
+        num_labels=1,
+        **fields,
+    )
 
 
-def pair(scaling: RopeScaling = SCALINGS[0]) -> tuple[InternLM2ForRewardModel, LlamaForSequenceClassification]:
+def pair(
+    scaling: RopeScaling = SCALINGS[0],
+) -> tuple[InternLM2ForRewardModel, LlamaForSequenceClassification]:
     """The same random weights as InternLM2 here and as Llama in transformers."""
     geometry = tiny("internlm2", rope_scaling=scaling, rope_theta=3e4)
     tensors = hf_tensors(geometry, head=True)
     model = InternLM2ForRewardModel(config_of(scaling)).eval()
     model.load_state_dict(tensors)
     config = hf_config(tiny("llama", rope_scaling=scaling, rope_theta=3e4))
-    llama = LlamaForSequenceClassification(LlamaConfig(
-        **{key: value for key, value in config.items() if key not in ("architectures", "model_type")},
-        num_labels=1, pad_token_id=0)).eval()
+    llama = LlamaForSequenceClassification(
+        LlamaConfig(
+            **{
+                key: value
+                for key, value in config.items()
+                if key not in ("architectures", "model_type")
+            },
+            num_labels=1,
+            pad_token_id=0,
+        )
+    ).eval()
     theirs = {}
-    for rule, other in zip(*(BACKBONES[family].weight_table(tiny(family)) for family in ("internlm2", "llama")),
-                           strict=True):
-        whole = torch.cat([tensors[part.name][part.start:part.stop] for part in rule.parts])
+    for rule, other in zip(
+        *(BACKBONES[family].weight_table(tiny(family)) for family in ("internlm2", "llama")),
+        strict=True,
+    ):
+        whole = torch.cat([tensors[part.name][part.start : part.stop] for part in rule.parts])
         at = 0
         for part in other.parts:
-            rows = whole[at:at + part.stop - part.start]
-            theirs[part.name] = torch.cat([theirs[part.name], rows]) if part.name in theirs else rows
+            rows = whole[at : at + part.stop - part.start]
+            theirs[part.name] = (
+                torch.cat([theirs[part.name], rows]) if part.name in theirs else rows
+            )
             at += len(rows)
     llama.load_state_dict(theirs)
     return model, llama
@@ -65,7 +94,13 @@ def batch(lengths: list[int], left: bool = False) -> tuple[torch.Tensor, torch.T
 @pytest.mark.parametrize("scaling", SCALINGS, ids=lambda s: s.rope_type)
 def test_rewards_are_those_of_llama(scaling: RopeScaling) -> None:
     model, llama = pair(scaling)
-    for length in (1, 2, 33, 64, 90):  # 90: beyond the model's 64 positions, where dynamic scaling acts
+    for length in (
+        1,
+        2,
+        33,
+        64,
+        90,
+    ):  # 90: beyond the model's 64 positions, where dynamic scaling acts
         tokens, _ = batch([length])
         torch.testing.assert_close(model(tokens).logits, llama(tokens).logits, rtol=1e-5, atol=1e-5)
 
@@ -77,7 +112,7 @@ def test_padding_and_neighbours_change_nothing(scaling: RopeScaling) -> None:
     lengths = [5, 1, 80, 33, 64]
     right, left = (model(*batch(lengths, left)).logits for left in (False, True))
     tokens, mask = batch(lengths)
-    alone = torch.cat([model(tokens[i:i + 1, :n]).logits for i, n in enumerate(lengths)])
+    alone = torch.cat([model(tokens[i : i + 1, :n]).logits for i, n in enumerate(lengths)])
     torch.testing.assert_close(right, alone, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(left, alone, rtol=1e-5, atol=1e-5)
     tokens[mask == 0] = 7  # what stands in the padding does not matter
@@ -116,8 +151,13 @@ class Words:
 @torch.no_grad()
 def test_scoring_conversations() -> None:
     model, _ = pair()
-    chats = [[{"role": "user", "content": "5 6 7"}, {"role": "assistant", "content": " ".join(["9"] * n)}]
-             for n in (4, 30, 1, 12, 2)]
+    chats = [
+        [
+            {"role": "user", "content": "5 6 7"},
+            {"role": "assistant", "content": " ".join(["9"] * n)},
+        ]
+        for n in (4, 30, 1, 12, 2)
+    ]
     scores = model.get_scores(Words(), chats, batch_size=2)
     for chat, score in zip(chats, scores, strict=True):
         ids = [*(int(w) for m in chat for w in m["content"].split()), 3]
@@ -157,7 +197,14 @@ def test_what_it_cannot_honour(fields: dict) -> None:
 def test_the_files_need_torch_and_transformers_only() -> None:
     for file in ("configuration_internlm2.py", "modeling_internlm2.py"):
         for node in ast.walk(ast.parse((CODE / file).read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
-                [node.module] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             for name in names:
-                assert name.split(".")[0] in ("torch", "transformers", "configuration_internlm2"), name
+                assert name.split(".")[0] in ("torch", "transformers", "configuration_internlm2"), (
+                    name
+                )

@@ -1,6 +1,7 @@
 """Rewards and gradients against plain transformers, and every saving against doing without it.
 
-Tolerances are those of the exactness table: fp32 1e-5 of the largest value, bf16 twice what transformers itself loses.
+Tolerances are those of the exactness table: fp32 1e-5 of the largest value, bf16 twice what
+transformers itself loses.
 """
 
 from __future__ import annotations
@@ -77,9 +78,17 @@ def theirs(folder: Path, dtype: torch.dtype = torch.float32):
 
 
 def llama_scaled(folder: Path) -> Path:
-    return tiny_llama(folder, rope_parameters={
-        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64})
+    return tiny_llama(
+        folder,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    )
 
 
 def llama_tied(folder: Path) -> Path:
@@ -88,8 +97,14 @@ def llama_tied(folder: Path) -> Path:
 
 def llama_wide_heads(folder: Path) -> Path:
     """Heads whose width is not hidden / heads, three of them per group."""
-    return tiny_llama(folder, hidden=72, heads=6, groups=2, head_dim=16, rope_parameters={
-        "rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})
+    return tiny_llama(
+        folder,
+        hidden=72,
+        heads=6,
+        groups=2,
+        head_dim=16,
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+    )
 
 
 def internlm2(folder: Path) -> Path:
@@ -98,8 +113,17 @@ def internlm2(folder: Path) -> Path:
     from rmega.models.internlm2 import ARCHITECTURE, export_config, weight_table
     from rmega.models.weights import hf_shapes
 
-    geometry = tiny("internlm2", num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=8,
-                    num_query_groups=2, vocab_size=VOCAB, max_position_embeddings=512, rope_theta=1e6)
+    geometry = tiny(
+        "internlm2",
+        num_layers=4,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=8,
+        num_query_groups=2,
+        vocab_size=VOCAB,
+        max_position_embeddings=512,
+        rope_theta=1e6,
+    )
     generator = torch.Generator().manual_seed(2)
     tensors = {}
     for name, shape in hf_shapes(weight_table(geometry)).items():
@@ -115,16 +139,24 @@ def internlm2(folder: Path) -> Path:
 
 
 def internlm2_as_llama(folder: Path) -> Path:
-    """The InternLM2 model above, rearranged into transformers' own Llama by the published layout of ``wqkv``."""
+    """The InternLM2 model above, rearranged into transformers' own Llama by the published layout of
+    ``wqkv``."""
     from safetensors.torch import load_file
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     source = load_file(internlm2(folder / "source") / "model.safetensors")
     groups, per_group, d, hidden = 2, 4, 8, 64
     renamed = {}
-    names = {"tok_embeddings": "embed_tokens", "attention_norm": "input_layernorm", "ffn_norm":
-             "post_attention_layernorm", "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj",
-             "feed_forward.w3": "mlp.up_proj", "feed_forward.w2": "mlp.down_proj", "v_head": "score"}
+    names = {
+        "tok_embeddings": "embed_tokens",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "v_head": "score",
+    }
     for name, value in source.items():
         if name.endswith("wqkv.weight"):
             rows = value.view(groups, per_group + 2, d, hidden)
@@ -136,18 +168,33 @@ def internlm2_as_llama(folder: Path) -> Path:
             for old, new in names.items():
                 name = name.replace(old, new)
             renamed[name] = value
-    config = LlamaConfig(vocab_size=VOCAB, hidden_size=hidden, intermediate_size=96, num_hidden_layers=4,
-                         num_attention_heads=groups * per_group, num_key_value_heads=groups,
-                         max_position_embeddings=512, rms_norm_eps=1e-5, pad_token_id=0, num_labels=1,
-                         rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=groups * per_group,
+        num_key_value_heads=groups,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        pad_token_id=0,
+        num_labels=1,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
     model = LlamaForSequenceClassification(config)
     model.load_state_dict({k: v.contiguous() for k, v in renamed.items()})
     model.save_pretrained(folder)
     return folder
 
 
-MODELS = {"llama": tiny_llama, "llama_scaled": llama_scaled, "llama_tied": llama_tied,
-          "llama_wide_heads": llama_wide_heads, "internlm2": internlm2, "internlm2_as_llama": internlm2_as_llama}
+MODELS = {
+    "llama": tiny_llama,
+    "llama_scaled": llama_scaled,
+    "llama_tied": llama_tied,
+    "llama_wide_heads": llama_wide_heads,
+    "internlm2": internlm2,
+    "internlm2_as_llama": internlm2_as_llama,
+}
 
 
 @pytest.fixture(scope="module")
@@ -164,22 +211,35 @@ def folders(tmp_path_factory):
 
 def comparison(prefix, *suffixes, scores=None, graded=False):
     """By lengths (ids drawn from the lengths) or by ids."""
-    rng = np.random.default_rng([len(suffixes), *(np.size(x) if np.ndim(x) else x for x in (prefix, *suffixes))])
+    rng = np.random.default_rng(
+        [len(suffixes), *(np.size(x) if np.ndim(x) else x for x in (prefix, *suffixes))]
+    )
 
     def ids(x):
-        return np.array(x, dtype=np.int32) if np.ndim(x) else rng.integers(4, VOCAB, x, dtype=np.int32)
+        return (
+            np.array(x, dtype=np.int32) if np.ndim(x) else rng.integers(4, VOCAB, x, dtype=np.int32)
+        )
 
-    return SimpleNamespace(prefix=ids(prefix), suffixes=[ids(s) for s in suffixes], graded=graded, scores=np.array(
-        scores if scores is not None else range(len(suffixes), 0, -1), dtype=np.float32))
+    return SimpleNamespace(
+        prefix=ids(prefix),
+        suffixes=[ids(s) for s in suffixes],
+        graded=graded,
+        scores=np.array(
+            scores if scores is not None else range(len(suffixes), 0, -1), dtype=np.float32
+        ),
+    )
 
 
 # Each shape that packing could get wrong.
 EDGES = [
-    comparison(11, 5, 9), comparison(7, 3, 8, 4), comparison(5, 2, 6, 3, 4, scores=[3, 2, 2, 1], graded=True),
+    comparison(11, 5, 9),
+    comparison(7, 3, 8, 4),
+    comparison(5, 2, 6, 3, 4, scores=[3, 2, 2, 1], graded=True),
     comparison(0, 6, 4),  # no common prefix
     comparison(20, [3], [9]),  # all but one token in common, one-token suffixes
     comparison(0, [5], [6]),  # texts of a single token
-    comparison(1, 1, 30), comparison(90, 60, 45),
+    comparison(1, 1, 30),
+    comparison(90, 60, 45),
 ]
 
 
@@ -197,7 +257,8 @@ def padded(texts) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def loss_by_hand(rewards: torch.Tensor, comparisons) -> torch.Tensor:
-    """Mean focal loss with log barrier over all pairs, as in the InternLM2 report, in the plainest torch."""
+    """Mean focal loss with log barrier over all pairs, as in the InternLM2 report, in the plainest
+    torch."""
     first, terms = 0, []
     for c in comparisons:
         own = rewards[first : first + len(c.suffixes)]
@@ -237,7 +298,9 @@ def test_rewards_and_gradients_are_transformers(name: str, folders) -> None:
     reference, forward = theirs(folder)
     one_by_one = torch.cat([forward(*padded([text])) for text in sequences(EDGES)]).detach()
     rewards = forward(*padded(sequences(EDGES)))
-    close(rewards.detach(), one_by_one)  # transformers agrees with itself, so what follows means something
+    close(
+        rewards.detach(), one_by_one
+    )  # transformers agrees with itself, so what follows means something
     loss = loss_by_hand(rewards, EDGES)
     loss.backward()
     expected = {n: p.grad for n, p in reference.named_parameters()}
@@ -263,7 +326,12 @@ def test_stories260k(stories260k: Path) -> None:
     """A real pretrained model, on texts as long as it allows."""
     from rmega.data.packing import pack
 
-    texts = [comparison(3, 4, 6), comparison(100, 300, 411), comparison(0, 512, 512), comparison(511, [5], [9])]
+    texts = [
+        comparison(3, 4, 6),
+        comparison(100, 300, 411),
+        comparison(0, 512, 512),
+        comparison(511, [5], [9]),
+    ]
     for c in texts:
         c.prefix, c.suffixes = c.prefix % 500 + 3, [s % 500 + 3 for s in c.suffixes]
     _, forward = theirs(stories260k)
@@ -281,7 +349,9 @@ def test_bf16_loses_at_most_twice_what_transformers_loses(name: str, folders) ->
     with torch.no_grad():
         exact = torch.cat([theirs(folders(name))[1](*padded([text])) for text in sequences(texts)])
         _, forward = theirs(folders(name), torch.bfloat16)
-        errors["transformers"] = torch.cat([forward(*padded([t])) for t in sequences(texts)]).float() - exact
+        errors["transformers"] = (
+            torch.cat([forward(*padded([t])) for t in sequences(texts)]).float() - exact
+        )
         for prune in (True, False):
             model = ours(folders(name), dtype=torch.bfloat16, prune_last_layer=prune)
             for share in (True, False):
@@ -302,8 +372,16 @@ def alone(folders):
     from rmega.training.train import pair_loss
 
     model = ours(folders("llama"), prune_last_layer=False)
-    rewards = torch.cat([model(pack([SimpleNamespace(prefix=text[:0], suffixes=[text], scores=[0.0], graded=False)]))
-                         for text in sequences(EDGES)])
+    rewards = torch.cat(
+        [
+            model(
+                pack(
+                    [SimpleNamespace(prefix=text[:0], suffixes=[text], scores=[0.0], graded=False)]
+                )
+            )
+            for text in sequences(EDGES)
+        ]
+    )
     batch = pack(EDGES)
     total, count, _ = pair_loss(LossArgs(), batch, rewards)
     (total / count).backward()
@@ -315,7 +393,9 @@ def alone(folders):
 @pytest.mark.parametrize("multiple", [1, 8])
 def test_every_saving_is_exact(prune: bool, share: bool, multiple: int, folders, alone) -> None:
     model = ours(folders("llama"), prune_last_layer=prune)
-    rewards, _, grads = our_gradients(model, folders("llama"), EDGES, share_prefix=share, multiple=multiple)
+    rewards, _, grads = our_gradients(
+        model, folders("llama"), EDGES, share_prefix=share, multiple=multiple
+    )
     close(rewards, alone[0])
     for name, grad in alone[1].items():
         close(grads[name], grad)
@@ -336,14 +416,15 @@ def test_either_implementation_of_the_operators(implementation: str, folders, al
 
 
 def test_neighbours_do_not_matter(folders, alone) -> None:
-    """The same comparison alone, last instead of first, and among others that are longer, has the same rewards."""
+    """The same comparison alone, last instead of first, and among others that are longer, has the
+    same rewards."""
     from rmega.data.packing import pack
 
     model = ours(folders("llama"))
     firsts = np.cumsum([0, *(len(c.suffixes) for c in EDGES)])
     with torch.no_grad():
         backwards = model(pack(EDGES[::-1]))
-        crowd = model(pack([*random_comparisons(30, seed=4), *EDGES]))[-int(firsts[-1]):]
+        crowd = model(pack([*random_comparisons(30, seed=4), *EDGES]))[-int(firsts[-1]) :]
         close(crowd, alone[0])
         for i, c in enumerate(EDGES):
             expected = alone[0][firsts[i] : firsts[i + 1]]
@@ -363,8 +444,12 @@ def test_other_ids_in_neighbours_change_nothing_at_all(folders) -> None:
     mine = comparison(9, 4, 7)
     seen = []
     for _ in range(3):
-        noise = SimpleNamespace(prefix=rng.integers(4, VOCAB, 12, dtype=np.int32), scores=[1.0, 0.0], graded=False,
-                                suffixes=[rng.integers(4, VOCAB, k, dtype=np.int32) for k in (6, 8)])
+        noise = SimpleNamespace(
+            prefix=rng.integers(4, VOCAB, 12, dtype=np.int32),
+            scores=[1.0, 0.0],
+            graded=False,
+            suffixes=[rng.integers(4, VOCAB, k, dtype=np.int32) for k in (6, 8)],
+        )
         with torch.no_grad():
             seen.append(model(pack([noise, mine, noise]))[2:4])
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
@@ -372,33 +457,45 @@ def test_other_ids_in_neighbours_change_nothing_at_all(folders) -> None:
 
 @pytest.mark.parametrize("capacity", [16, 100, 10**6])
 def test_bins_do_not_matter(capacity: int, folders, alone) -> None:
-    """Cut into any number of packs, also with comparisons that are longer than a bin, by the path of an evaluation."""
+    """Cut into any number of packs, also with comparisons that are longer than a bin, by the path
+    of an evaluation."""
     from rmega.data.batching import Batcher
     from rmega.training.train import compute_rewards
 
     batcher = Batcher(InMemory(EDGES), global_batch_size=len(EDGES), max_tokens=capacity, seed=0)
     assert (len(batcher.plan(np.arange(len(EDGES)))[0]) > 1) == (capacity < 200)
-    rewards = torch.from_numpy(compute_rewards([ours(folders("llama"))], batcher, torch.device("cpu")))
+    rewards = torch.from_numpy(
+        compute_rewards([ours(folders("llama"))], batcher, torch.device("cpu"))
+    )
     close(rewards, alone[0])
 
 
 def test_heads_that_do_not_divide_name_the_flag() -> None:
     from rmega.models.reward_model import transformer_config
 
-    geometry = tiny("llama", num_attention_heads=6, num_query_groups=3, head_dim=8, hidden_size=48, num_layers=5)
-    with pytest.raises(ValueError, match="--tp 2 .*3 key/value heads .*--pad-attention-heads adds 1 group of"):
+    geometry = tiny(
+        "llama", num_attention_heads=6, num_query_groups=3, head_dim=8, hidden_size=48, num_layers=5
+    )
+    with pytest.raises(
+        ValueError, match="--tp 2 .*3 key/value heads .*--pad-attention-heads adds 1 group of"
+    ):
         transformer_config(geometry, tp=2)
     assert transformer_config(geometry, tp=2, pad_attention_heads=True).num_query_groups == 4
-    with pytest.raises(ValueError, match="--pp 2 does not divide the model's 5 layers.*--num-layers-in-first"):
+    with pytest.raises(
+        ValueError, match="--pp 2 does not divide the model's 5 layers.*--num-layers-in-first"
+    ):
         transformer_config(geometry, pp=2)
     assert transformer_config(geometry, pp=2, first_stage_layers=3).num_layers == 5
     with pytest.raises(ValueError, match="--tp 9 does not divide the model's MLP width 48"):
-        transformer_config(tiny("llama", num_query_groups=9, num_attention_heads=9, ffn_hidden_size=48), tp=9)
+        transformer_config(
+            tiny("llama", num_query_groups=9, num_attention_heads=9, ffn_hidden_size=48), tp=9
+        )
 
 
 @pytest.mark.parametrize("prune", [True, False])
 def test_fp8_covers_every_layer_but_a_pruned_one(tmp_path, monkeypatch, prune):
-    """What is asked of Transformer Engine, which is not needed for that; and packs in whole blocks give the same."""
+    """What is asked of Transformer Engine, which is not needed for that; and packs in whole blocks
+    give the same."""
     from megatron.core.fp8_utils import get_fp8_align_size, is_first_last_bf16_layer
     from megatron.core.transformer import transformer_block
 
@@ -411,14 +508,29 @@ def test_fp8_covers_every_layer_but_a_pruned_one(tmp_path, monkeypatch, prune):
 
     folder = tiny_llama(tmp_path, layers=3)
     geometry, _ = read_geometry(folder)
-    flags = ["--hf-model", str(folder), "--data-path", "d", "--train-steps", "1", "--fp8-format", "hybrid",
-             *([] if prune else ["--no-prune-last-layer"])]
+    flags = [
+        "--hf-model",
+        str(folder),
+        "--data-path",
+        "d",
+        "--train-steps",
+        "1",
+        "--fp8-format",
+        "hybrid",
+        *([] if prune else ["--no-prune-last-layer"]),
+    ]
     config = parse_args(TrainingConfig, flags)
     core = transformer_layout(config, geometry, on_cpu=True)
     assert (core.fp8, core.fp8_recipe) == ("hybrid", "tensorwise")
     asked = []
-    monkeypatch.setattr(transformer_block, "get_fp8_context", lambda core, layer, is_init=False: asked.append(
-        None if is_first_last_bf16_layer(core, layer) else layer) or contextlib.nullcontext())
+    monkeypatch.setattr(
+        transformer_block,
+        "get_fp8_context",
+        lambda core, layer, is_init=False: (
+            asked.append(None if is_first_last_bf16_layer(core, layer) else layer)
+            or contextlib.nullcontext()
+        ),
+    )
     model = RewardModel(core, geometry, prune_last_layer=prune)
     asked.clear()  # of the layers' making
     load_hf(model, folder, geometry, head_init="normal", head_seed=3)
@@ -429,5 +541,7 @@ def test_fp8_covers_every_layer_but_a_pruned_one(tmp_path, monkeypatch, prune):
     assert plain.num_tokens % multiple and not whole.num_tokens % multiple
     close(model(whole), ours(folder, prune_last_layer=prune)(plain))
     assert asked == ([0, 1, None] if prune else [0, 1, 2])
-    with pytest.raises(ValueError, match="--fp8-format hybrid: Transformer Engine is not installed"):
+    with pytest.raises(
+        ValueError, match="--fp8-format hybrid: Transformer Engine is not installed"
+    ):
         build_model(config, geometry, dtype=torch.bfloat16, device=torch.device("cpu"))

@@ -1,4 +1,5 @@
-"""Rotation speeds and tables against transformers' own, for every kind of scaling that is accepted."""
+"""Rotation speeds and tables against transformers' own, for every kind of scaling that is
+accepted."""
 
 from __future__ import annotations
 
@@ -11,11 +12,25 @@ from rmega.models.geometry import RopeScaling
 from rmega.models.rotary import check_length, inverse_frequencies, rotary_tables
 from tests.hf_fixtures import hf_config, tiny
 
-SCALINGS = [RopeScaling(), RopeScaling(rope_type="linear", factor=2.5), RopeScaling(rope_type="dynamic", factor=2.0),
-            RopeScaling(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                        original_max_position_embeddings=32),
-            RopeScaling(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                        original_max_position_embeddings=8192)]
+SCALINGS = [
+    RopeScaling(),
+    RopeScaling(rope_type="linear", factor=2.5),
+    RopeScaling(rope_type="dynamic", factor=2.0),
+    RopeScaling(
+        rope_type="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=32,
+    ),
+    RopeScaling(
+        rope_type="llama3",
+        factor=32.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    ),
+]
 
 
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])
@@ -25,8 +40,12 @@ def test_against_transformers(scaling: RopeScaling, head_dim: int, theta: float)
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    geometry = tiny("llama", rope_scaling=scaling, head_dim=head_dim, rope_theta=theta, hidden_size=4 * head_dim)
-    config = LlamaConfig(**{k: v for k, v in hf_config(geometry).items() if k not in ("architectures", "model_type")})
+    geometry = tiny(
+        "llama", rope_scaling=scaling, head_dim=head_dim, rope_theta=theta, hidden_size=4 * head_dim
+    )
+    config = LlamaConfig(
+        **{k: v for k, v in hf_config(geometry).items() if k not in ("architectures", "model_type")}
+    )
     theirs = LlamaRotaryEmbedding(config)
     speeds = inverse_frequencies(geometry)
     assert speeds.dtype == torch.float32 and torch.equal(speeds, theirs.inv_freq.float())
@@ -35,8 +54,12 @@ def test_against_transformers(scaling: RopeScaling, head_dim: int, theta: float)
     for dtype in (torch.float32, torch.bfloat16):
         cos, sin = rotary_tables(positions, speeds, dtype)
         their_cos, their_sin = theirs(torch.zeros(1, dtype=dtype), positions)
-        assert torch.equal(cos, their_cos[0, :, : head_dim // 2]) and torch.equal(sin, their_sin[0, :, : head_dim // 2])
-        assert torch.equal(cos, their_cos[0, :, head_dim // 2 :])  # half rotation: both halves turn alike
+        assert torch.equal(cos, their_cos[0, :, : head_dim // 2]) and torch.equal(
+            sin, their_sin[0, :, : head_dim // 2]
+        )
+        assert torch.equal(
+            cos, their_cos[0, :, head_dim // 2 :]
+        )  # half rotation: both halves turn alike
 
 
 def test_every_accepted_kind_is_tested_here() -> None:
@@ -55,12 +78,16 @@ def test_positions_are_what_is_asked_for() -> None:
     cos, sin = rotary_tables(positions, speeds, torch.float32)
     assert torch.equal(cos[1], cos[3]) and torch.equal(sin[2], sin[4])
     exact = positions[0].double()[:, None] * speeds.double()
-    assert (cos.double() - exact.cos()).abs().max() < 1e-5 and (sin.double() - exact.sin()).abs().max() < 1e-5
+    assert (cos.double() - exact.cos()).abs().max() < 1e-5 and (
+        sin.double() - exact.sin()
+    ).abs().max() < 1e-5
 
 
 def test_dynamic_scaling_is_exact_up_to_the_models_positions_and_refused_beyond() -> None:
     geometry = tiny("llama", rope_scaling=RopeScaling(rope_type="dynamic", factor=2.0))
     check_length(geometry, geometry.max_position_embeddings, "--data-path x")
-    with pytest.raises(ValueError, match="--data-path x: has texts of 65 tokens.*dynamic.*--max-length 64"):
+    with pytest.raises(
+        ValueError, match="--data-path x: has texts of 65 tokens.*dynamic.*--max-length 64"
+    ):
         check_length(geometry, geometry.max_position_embeddings + 1, "--data-path x")
     check_length(dataclasses.replace(geometry, rope_scaling=RopeScaling()), 10**6, "--data-path x")

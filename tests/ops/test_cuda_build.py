@@ -1,4 +1,5 @@
-"""Every CUDA kernel compiles, with nothing but nvcc, for the architectures that are shipped; no GPU is needed."""
+"""Every CUDA kernel compiles, with nothing but nvcc, for the architectures that are shipped; no GPU
+is needed."""
 
 import os
 import shutil
@@ -8,7 +9,11 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc") or shutil.which("/usr/local/bin/nvcc")
+NVCC = (
+    shutil.which("nvcc")
+    or shutil.which("/usr/local/cuda/bin/nvcc")
+    or shutil.which("/usr/local/bin/nvcc")
+)
 KERNELS = sorted(path.name for path in (CSRC / "cuda").glob("*.cu"))
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
@@ -20,13 +25,25 @@ def test_each_op_has_its_kernel():
 
 
 @needs_nvcc
-# torch 2.10 builds with the one standard, 2.13 with the other. The assembler sees the same: once is enough.
+# torch 2.10 builds with the one standard, 2.13 with the other. The assembler sees the same: once is
+# enough.
 @pytest.mark.parametrize("standard, archs", [("c++17", (80, 90)), ("c++20", ())])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_compiles(kernel, standard, archs, tmp_path):
-    command = [NVCC, f"-std={standard}", "-O3", "--threads=2", "-c", str(CSRC / "cuda" / kernel), "-o", str(tmp_path / "out.o"),
-               *[f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs],
-               "-gencode=arch=compute_90,code=compute_90", "--Werror=all-warnings", "-Xcompiler=-Wall,-fPIC"]
+    command = [
+        NVCC,
+        f"-std={standard}",
+        "-O3",
+        "--threads=2",
+        "-c",
+        str(CSRC / "cuda" / kernel),
+        "-o",
+        str(tmp_path / "out.o"),
+        *[f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs],
+        "-gencode=arch=compute_90,code=compute_90",
+        "--Werror=all-warnings",
+        "-Xcompiler=-Wall,-fPIC",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out.o").stat().st_size > 0
@@ -35,7 +52,8 @@ def test_compiles(kernel, standard, archs, tmp_path):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 @needs_nvcc
 def test_torch_side_of_the_cuda_build_type_checks(tmp_path):
-    """The .cpp files with the CUDA branch on; a CPU wheel of torch ships those headers but for one generated file."""
+    """The .cpp files with the CUDA branch on; a CPU wheel of torch ships those headers but for one
+    generated file."""
     import sysconfig
 
     from torch.utils import cpp_extension
@@ -48,10 +66,25 @@ def test_torch_side_of_the_cuda_build_type_checks(tmp_path):
     stub = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"
     stub.parent.mkdir(parents=True)
     stub.write_text("#pragma once\n")
-    includes = [str(tmp_path), *cpp_extension.include_paths(), str(toolkit), sysconfig.get_paths()["include"]]
-    source = "".join(f'#include "{path}"\n' for path in sorted(CSRC.rglob("*.cpp")) if "CUDA_CALL" in path.read_text())
+    includes = [
+        str(tmp_path),
+        *cpp_extension.include_paths(),
+        str(toolkit),
+        sysconfig.get_paths()["include"],
+    ]
+    source = "".join(
+        f'#include "{path}"\n'
+        for path in sorted(CSRC.rglob("*.cpp"))
+        if "CUDA_CALL" in path.read_text()
+    )
     (tmp_path / "all.cpp").write_text(source)
-    command = ["g++", "-std=c++20", "-fsyntax-only", "-DRMEGA_WITH_CUDA", *[f"-I{path}" for path in includes],
-               str(tmp_path / "all.cpp")]
+    command = [
+        "g++",
+        "-std=c++20",
+        "-fsyntax-only",
+        "-DRMEGA_WITH_CUDA",
+        *[f"-I{path}" for path in includes],
+        str(tmp_path / "all.cpp"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,8 @@
-"""The logic of the CUDA kernels, run on the CPU by tests/cuda_on_host.h, against the plain-torch reference in fp64.
+"""The logic of the CUDA kernels, run on the CPU by tests/cuda_on_host.h, against the plain-torch
+reference in fp64.
 
-A GPU runs the operators' own tests instead (tests/ops/test_ops_cuda.py); these run wherever a C++ compiler is.
+A GPU runs the operators' own tests instead (tests/ops/test_ops_cuda.py); these run wherever a C++
+compiler is.
 """
 
 import ctypes
@@ -61,7 +63,9 @@ void prefix_backward(In grad, Rows index, Out out, N t, N s, N width, N dtype) {
 
 
 def as_cpp(cuda: str) -> str:
-    """CUDA source as C++: ``kernel<<<grid, block, shared, stream>>>(args)`` becomes a call of on_host::launch."""
+    """CUDA source as C++: ``kernel<<<grid, block, shared, stream>>>(args)`` becomes a call of
+    on_host::launch."""
+
     def launch(match: re.Match) -> str:
         grid, block = re.split(r",\s*(?![^()]*\))", match[2])[:2]
         return f"on_host::launch({grid}, {block}, [&] {{ {match[1]}({match[3]}); }});"
@@ -82,8 +86,17 @@ def kernels(tmp_path_factory):
     for kernel in ("gather_last_token", "pairwise_loss", "gather_prefix_kv", "elementwise"):
         (folder / f"cuda/{kernel}.cpp").write_text(as_cpp((CSRC / f"cuda/{kernel}.cu").read_text()))
     library = folder / "kernels.so"
-    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{HERE}", "-o", str(library),
-               *map(str, sorted(folder.rglob("*.cpp")))]
+    command = [
+        "g++",
+        "-std=c++17",
+        "-O1",
+        "-shared",
+        "-fPIC",
+        f"-I{HERE}",
+        "-o",
+        str(library),
+        *map(str, sorted(folder.rglob("*.cpp"))),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if "_Float16" in done.stderr:
         pytest.skip("this C++ compiler has no _Float16")
@@ -91,20 +104,30 @@ def kernels(tmp_path_factory):
     loaded = ctypes.CDLL(str(library))
 
     def call(name: str, *args):
-        getattr(loaded, name)(*(ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else ctypes.c_int64(x)
-                                for x in args))
+        getattr(loaded, name)(
+            *(
+                ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else ctypes.c_int64(x)
+                for x in args
+            )
+        )
 
     return call
 
 
 def nearly(got, exact, dtype):
     """Within a rounding to ``dtype`` and what fp32 sums lose."""
-    return torch.allclose(got.double(), exact, rtol={torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2**-7),
-                          atol=1e-12 if dtype == torch.float64 else 1e-5)
+    return torch.allclose(
+        got.double(),
+        exact,
+        rtol={torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2**-7),
+        atol=1e-12 if dtype == torch.float64 else 1e-5,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("t,h,rows", [(1, 1, [0]), (7, 33, [6, 0, 3]), (40, 300, [39, 2, 39, 39, 1, 2]), (9, 8, [])])
+@pytest.mark.parametrize(
+    "t,h,rows", [(1, 1, [0]), (7, 33, [6, 0, 3]), (40, 300, [39, 2, 39, 39, 1, 2]), (9, 8, [])]
+)
 def test_gather_last_token(kernels, dtype, t, h, rows):
     torch.manual_seed(0)
     hidden, last = torch.randn(t, h).to(dtype), torch.tensor(rows, dtype=torch.int64)
@@ -114,12 +137,16 @@ def test_gather_last_token(kernels, dtype, t, h, rows):
     assert torch.equal(out, hidden[last])
     grad, got = torch.randn(len(rows), h).to(dtype), torch.full((t, h), 7.0, dtype=dtype)
     kernels("gather_backward", grad, last, got, t, len(rows), h, DTYPES.index(dtype))
-    assert nearly(got, torch.zeros(t, h, dtype=torch.float64).index_add_(0, last, grad.double()), dtype)
+    assert nearly(
+        got, torch.zeros(t, h, dtype=torch.float64).index_add_(0, last, grad.double()), dtype
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("loss", ops.LOSSES)
-@pytest.mark.parametrize("penalty,clamp", [*((name, False) for name in ops.PENALTIES), ("log_barrier", True)])
+@pytest.mark.parametrize(
+    "penalty,clamp", [*((name, False) for name in ops.PENALTIES), ("log_barrier", True)]
+)
 @pytest.mark.parametrize("n,m", [(1, 1), (19, 300), (3, 0), (0, 0)])
 def test_pairwise_loss(kernels, dtype, loss, penalty, clamp, n, m):
     torch.manual_seed(n)
@@ -128,21 +155,49 @@ def test_pairwise_loss(kernels, dtype, loss, penalty, clamp, n, m):
     chosen, rejected = torch.randint(max(n, 1), (2, m))
     margin, weight = torch.rand(m, dtype=compute), torch.rand(m, dtype=compute) + 0.5
     loss_sum, stats, grad = (torch.full(shape, 7.0, dtype=compute) for shape in ((), (8,), (n,)))
-    kernels("pairs", rewards, chosen, rejected, margin, weight, loss_sum, stats, grad, n, m, DTYPES.index(dtype),
-            ops.LOSSES.index(loss), ops.PENALTIES.index(penalty), clamp)
+    kernels(
+        "pairs",
+        rewards,
+        chosen,
+        rejected,
+        margin,
+        weight,
+        loss_sum,
+        stats,
+        grad,
+        n,
+        m,
+        DTYPES.index(dtype),
+        ops.LOSSES.index(loss),
+        ops.PENALTIES.index(penalty),
+        clamp,
+    )
     exact = rewards.double().requires_grad_()
-    right, right_stats = ops.pairwise_loss_ref(exact, chosen, rejected, margin, weight, loss=loss, penalty=penalty,
-                                               penalty_weight=0.02, label_smoothing=0.1, barrier_clamp=clamp)
+    right, right_stats = ops.pairwise_loss_ref(
+        exact,
+        chosen,
+        rejected,
+        margin,
+        weight,
+        loss=loss,
+        penalty=penalty,
+        penalty_weight=0.02,
+        label_smoothing=0.1,
+        barrier_clamp=clamp,
+    )
     (right_grad,) = torch.autograd.grad(right, exact)
     assert nearly(loss_sum, right.detach(), compute) and nearly(stats, right_stats, compute)
-    assert torch.allclose(grad.double(), right_grad, rtol=1e-5, atol=1e-4)  # sums of 300 terms of either sign
+    assert torch.allclose(
+        grad.double(), right_grad, rtol=1e-5, atol=1e-4
+    )  # sums of 300 terms of either sign
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("g,d", [(1, 1), (2, 16), (3, 5), (8, 96)])
 def test_gather_prefix_kv(kernels, dtype, g, d):
     torch.manual_seed(0)
-    # Four responses to one prompt, 150 short segments that share two rows, an empty one, rows that nobody reads.
+    # Four responses to one prompt, 150 short segments that share two rows, an empty one, rows that
+    # nobody reads.
     segments = [(0, 0, 0, 5), (0, 5, 5, 1), (0, 5, 6, 2), (0, 5, 8, 1), (3, 0, 4, 0)]
     segments += [(20, 2, 22 + i % 3, 1) for i in range(150)]
     columns = [torch.tensor(column) for column in zip(*segments, strict=True)]
@@ -152,7 +207,9 @@ def test_gather_prefix_kv(kernels, dtype, g, d):
     fused = torch.randn(t, g, 3 * d).to(dtype)
     for x in (fused[..., d : 2 * d], fused[..., :d].contiguous()):
         out = torch.full((total, g, d), 7.0, dtype=dtype)
-        kernels("prefix", x, index, out, t, s, total, g, d, x.stride(0), x.stride(1), x.element_size())
+        kernels(
+            "prefix", x, index, out, t, s, total, g, d, x.stride(0), x.stride(1), x.element_size()
+        )
         assert torch.equal(out, ops.gather_prefix_kv_ref(x, *columns))
     grad, got = torch.randn(total, g, d).to(dtype), torch.full((t, g, d), 7.0, dtype=dtype)
     kernels("prefix_backward", grad, index, got, t, s, g * d, DTYPES.index(dtype))
@@ -168,15 +225,31 @@ def at_offset(x: torch.Tensor, offset: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows,h,parts,offset", [
-    (1, 1, 1, 0), (5, 40, 2, 0), (7, 64, 7, 0), (6, 64, 4, 1), (3, 576, 2, 0), (3, 577, 2, 0),
-    (2, 1100, 1, 1), (2, 4104, 2, 0), (1, 8200, 1, 0), (1, 16384, 1, 0)])
+@pytest.mark.parametrize(
+    "rows,h,parts,offset",
+    [
+        (1, 1, 1, 0),
+        (5, 40, 2, 0),
+        (7, 64, 7, 0),
+        (6, 64, 4, 1),
+        (3, 576, 2, 0),
+        (3, 577, 2, 0),
+        (2, 1100, 1, 1),
+        (2, 4104, 2, 0),
+        (1, 8200, 1, 0),
+        (1, 16384, 1, 0),
+    ],
+)
 def test_rms_norm(kernels, dtype, rows, h, parts, offset):
     torch.manual_seed(h)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     x, dy = (at_offset((torch.randn(rows, h) * 3).to(dtype), offset) for _ in range(2))
     weight = (1 + torch.rand(h)).to(dtype)
-    y, inv, dx = torch.full((rows, h), 7.0, dtype=dtype), torch.full((rows,), 7.0, dtype=compute), dy * 0 + 7
+    y, inv, dx = (
+        torch.full((rows, h), 7.0, dtype=dtype),
+        torch.full((rows,), 7.0, dtype=compute),
+        dy * 0 + 7,
+    )
     kernels("norm", x, weight, y, inv, rows, h, DTYPES.index(dtype))
     partial = torch.full((parts, h), 7.0, dtype=compute)
     kernels("norm_backward", dy, x, weight, inv, dx, partial, rows, h, parts, DTYPES.index(dtype))
@@ -189,11 +262,15 @@ def test_rms_norm(kernels, dtype, rows, h, parts, offset):
     rounding = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2**-7)
     assert (partial.double().sum(0) - right_dw).abs().max() <= rounding * right_dw.abs().max()
     if dtype != torch.float64:  # the normalised value is rounded before the product, as on a CPU
-        assert torch.equal(y, (weight.float() * (x.float() * inv[:, None]).to(dtype).float()).to(dtype))
+        assert torch.equal(
+            y, (weight.float() * (x.float() * inv[:, None]).to(dtype).float()).to(dtype)
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows,f,offset", [(1, 1, 0), (3, 24, 0), (3, 24, 1), (2, 37, 0), (2, 4096, 0), (2, 1030, 0)])
+@pytest.mark.parametrize(
+    "rows,f,offset", [(1, 1, 0), (3, 24, 0), (3, 24, 1), (2, 37, 0), (2, 4096, 0), (2, 1030, 0)]
+)
 def test_swiglu(kernels, dtype, rows, f, offset):
     torch.manual_seed(f)
     x = at_offset((torch.randn(rows, 2 * f) * 4).to(dtype), offset)
@@ -213,11 +290,28 @@ def test_rope(kernels, dtype, t, a, d, float_tables):
     torch.manual_seed(d)
     fused = torch.randn(t, a, 3 * d).to(dtype)  # a view into a projection is read in place
     angles = torch.randn(t, d // 2)
-    cos, sin = (x.to(torch.float32 if float_tables else dtype) for x in (angles.cos(), angles.sin()))
+    cos, sin = (
+        x.to(torch.float32 if float_tables else dtype) for x in (angles.cos(), angles.sin())
+    )
     for x in (fused[..., d : 2 * d], fused[..., :d].contiguous()):
         for backwards in (False, True):
             y = torch.full((t, a, d), 7.0, dtype=dtype)
-            kernels("rope", x, cos, sin, y, t, a, d, x.stride(0), x.stride(1), backwards, DTYPES.index(dtype),
-                    float_tables)
-            turned = ops.rope_ref(x.double(), cos.double(), -sin.double() if backwards else sin.double())
+            kernels(
+                "rope",
+                x,
+                cos,
+                sin,
+                y,
+                t,
+                a,
+                d,
+                x.stride(0),
+                x.stride(1),
+                backwards,
+                DTYPES.index(dtype),
+                float_tables,
+            )
+            turned = ops.rope_ref(
+                x.double(), cos.double(), -sin.double() if backwards else sin.double()
+            )
             assert nearly(y, turned, dtype)

@@ -1,21 +1,36 @@
-"""The half-precision products of a linear layer on a CPU, native (csrc/cpu/linear.cpp) and through fp32, against fp64 and
-inside megatron-core's linear layers."""
+"""The half-precision products of a linear layer on a CPU, native (csrc/cpu/linear.cpp) and through
+fp32, against fp64 and inside megatron-core's linear layers."""
 
 import pytest
 import torch
 
 from rmega import ops
 
-needs_tiles = pytest.mark.skipif(not ops.has_native_linear(), reason="this CPU has no AMX, or rmega._C is not built")
+needs_tiles = pytest.mark.skipif(
+    not ops.has_native_linear(), reason="this CPU has no AMX, or rmega._C is not built"
+)
 
-# rows around a strip of 32 and a block; inputs and outputs around a panel, a chunk of terms, several chunks
-SHAPES = [(1, 32, 32), (31, 64, 96), (33, 96, 64), (320, 320, 352), (257, 576, 1536), (1118, 576, 960), (50, 2080, 64),
-          (40, 64, 4128), (2100, 64, 1056), (1500, 1056, 32)]
+# rows around a strip of 32 and a block; inputs and outputs around a panel, a chunk of terms,
+# several chunks
+SHAPES = [
+    (1, 32, 32),
+    (31, 64, 96),
+    (33, 96, 64),
+    (320, 320, 352),
+    (257, 576, 1536),
+    (1118, 576, 960),
+    (50, 2080, 64),
+    (40, 64, 4128),
+    (2100, 64, 1056),
+    (1500, 1056, 32),
+]
 
 
 def operands(t: int, k: int, n: int):
     generator = torch.Generator().manual_seed(t * k + n)
-    x, weight, grad = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((t, k), (n, k), (t, n)))
+    x, weight, grad = (
+        torch.randn(*shape, generator=generator).bfloat16() for shape in ((t, k), (n, k), (t, n))
+    )
     return x, weight, grad
 
 
@@ -35,16 +50,25 @@ def test_products_are_those_of_fp64(t, k, n, products, monkeypatch):
     x, weight, grad = operands(t, k, n)
     total = torch.randn(n, k)
     before = total.double()
-    exact = (x.double() @ weight.double().t(), grad.double() @ weight.double(), grad.double().t() @ x.double())
+    exact = (
+        x.double() @ weight.double().t(),
+        grad.double() @ weight.double(),
+        grad.double().t() @ x.double(),
+    )
     ops.linear_grad_weight(grad, x, total)
     # one rounding to bfloat16 at the end; fp32 sums for the weight gradient
     assert relative(ops.linear(x, weight), exact[0]) <= 2**-8
     assert relative(ops.linear_grad_input(grad, weight), exact[1]) <= 2**-8
     assert relative(total, before + exact[2]) <= 1e-6
     # and each element, not only the largest, is as near as the reference comes
-    for result, reference, truth in ((ops.linear(x, weight), x @ weight.t(), exact[0]),
-                                     (ops.linear_grad_input(grad, weight), grad @ weight, exact[1])):
-        own, theirs = (result.double() - truth).abs().mean(), (reference.double() - truth).abs().mean()
+    for result, reference, truth in (
+        (ops.linear(x, weight), x @ weight.t(), exact[0]),
+        (ops.linear_grad_input(grad, weight), grad @ weight, exact[1]),
+    ):
+        own, theirs = (
+            (result.double() - truth).abs().mean(),
+            (reference.double() - truth).abs().mean(),
+        )
         assert own <= 1.1 * theirs
 
 
@@ -76,7 +100,10 @@ def test_views_and_leading_dimensions():
     wide = torch.randn(96, 128).bfloat16()
     assert torch.equal(ops.linear(x, wide[:, 32:96]), ops.linear(x, wide[:, 32:96].contiguous()))
     assert torch.equal(ops.linear(x.view(33, 2, 64), weight), ops.linear(x, weight).view(33, 2, 96))
-    assert torch.equal(ops.linear_grad_input(grad.t().contiguous().t(), weight), ops.linear_grad_input(grad, weight))
+    assert torch.equal(
+        ops.linear_grad_input(grad.t().contiguous().t(), weight),
+        ops.linear_grad_input(grad, weight),
+    )
 
 
 @needs_tiles
@@ -113,12 +140,16 @@ def test_operators_are_well_formed():
     check = dict(test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(torch.ops.rmega.linear.default, (x, weight), **check)
     torch.library.opcheck(torch.ops.rmega.linear_grad_input.default, (grad, weight), **check)
-    torch.library.opcheck(torch.ops.rmega.linear_grad_weight.default, (grad, x, torch.zeros(96, 64)), **check)
+    torch.library.opcheck(
+        torch.ops.rmega.linear_grad_weight.default, (grad, x, torch.zeros(96, 64)), **check
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_runs_where(dtype, monkeypatch):
-    assert ops.active_products("cpu", torch.float32) == ops.active_products("cuda", dtype) == "torch"
+    assert (
+        ops.active_products("cpu", torch.float32) == ops.active_products("cuda", dtype) == "torch"
+    )
     monkeypatch.setattr(ops, "has_native_linear", lambda: False)
     monkeypatch.setattr(ops, "_has_instructions", lambda dtype: True)
     assert ops.active_products("cpu", dtype) == "torch"
@@ -131,17 +162,19 @@ def test_what_runs_where(dtype, monkeypatch):
 
 
 def test_half_precision_is_never_a_loop_over_numbers():
-    """On a CPU without bfloat16 instructions ATen's product is 50 to 100 times as slow as that of fp32."""
+    """On a CPU without bfloat16 instructions ATen's product is 50 to 100 times as slow as that of
+    fp32."""
     from rmega.precision import _rate
 
     a, b = torch.randn(2, 768, 768)
     assert _rate(a.bfloat16(), b.bfloat16()) > 0.2 * _rate(a, b)
 
 
-def train_gradients(rank: int, world_size: int, implementation: str, tp: int,
-                    dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    """Of megatron-core's two linear layers after two micro-batches: fp32 weight gradients, input gradients, outputs.
-    ``implementation``: "native", "fp32" or "reference" products."""
+def train_gradients(
+    rank: int, world_size: int, implementation: str, tp: int, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, torch.Tensor]:
+    """Of megatron-core's two linear layers after two micro-batches: fp32 weight gradients, input
+    gradients, outputs. ``implementation``: "native", "fp32" or "reference" products."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, layers
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -153,15 +186,26 @@ def train_gradients(rank: int, world_size: int, implementation: str, tp: int,
     ops.set_implementation("reference" if implementation == "reference" else "auto")
     fused = fusion.fuse_weight_gradients(torch.device("cpu"), dtype)
     config = TransformerConfig(
-        num_layers=1, hidden_size=64, num_attention_heads=4, bf16=dtype is torch.bfloat16, fp16=dtype is torch.float16,
-        params_dtype=dtype, use_cpu_initialization=True, gradient_accumulation_fusion=fused,
-        tensor_model_parallel_size=tp)
+        num_layers=1,
+        hidden_size=64,
+        num_attention_heads=4,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        params_dtype=dtype,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=fused,
+        tensor_model_parallel_size=tp,
+    )
     assert parallel_state.get_tensor_model_parallel_world_size() == tp
     generator = torch.Generator().manual_seed(1)
     out: dict[str, torch.Tensor] = {}
-    for name, kind, options in (("column", ColumnParallelLinear, {"gather_output": True}),
-                                ("row", RowParallelLinear, {"input_is_parallel": False, "skip_bias_add": False})):
-        layer = kind(64, 128, config=config, init_method=torch.nn.init.zeros_, bias=False, **options)
+    for name, kind, options in (
+        ("column", ColumnParallelLinear, {"gather_output": True}),
+        ("row", RowParallelLinear, {"input_is_parallel": False, "skip_bias_add": False}),
+    ):
+        layer = kind(
+            64, 128, config=config, init_method=torch.nn.init.zeros_, bias=False, **options
+        )
         whole = torch.randn(128, 64, generator=generator).to(dtype)
         with torch.no_grad():
             layer.weight.copy_(whole.chunk(tp, 0 if name == "column" else 1)[rank])
@@ -171,16 +215,30 @@ def train_gradients(rank: int, world_size: int, implementation: str, tp: int,
             x = torch.randn(70, 1, 64, generator=generator).to(dtype).requires_grad_()
             y, _ = layer(x)
             y.backward(torch.randn(70, 1, 128, generator=generator).to(dtype))
-        out |= {f"{name} weight": layer.weight.main_grad.clone(), f"{name} input": x.grad, f"{name} output": y.detach()}
-    assert fused and layers.torch.matmul is not torch.matmul and torch.matmul.__module__ != "rmega.megatron.cpu"
+        out |= {
+            f"{name} weight": layer.weight.main_grad.clone(),
+            f"{name} input": x.grad,
+            f"{name} output": y.detach(),
+        }
+    assert (
+        fused
+        and layers.torch.matmul is not torch.matmul
+        and torch.matmul.__module__ != "rmega.megatron.cpu"
+    )
     ops.best_products = best
     ops.set_implementation("auto")
     return out
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("products, dtype", [pytest.param("native", torch.bfloat16, marks=needs_tiles),
-                                             ("fp32", torch.bfloat16), ("fp32", torch.float16)])
+@pytest.mark.parametrize(
+    "products, dtype",
+    [
+        pytest.param("native", torch.bfloat16, marks=needs_tiles),
+        ("fp32", torch.bfloat16),
+        ("fp32", torch.float16),
+    ],
+)
 def test_linear_layers_of_the_engine_use_them(tp, products, dtype):
     """These products and plain ones inside the engine's layers agree, and the former did run."""
     from tests.dist import run_distributed
@@ -189,11 +247,14 @@ def test_linear_layers_of_the_engine_use_them(tp, products, dtype):
     plain = run_distributed(gradients_in_process, tp, "reference", tp, dtype)[0]
     for name, value in ours.items():
         assert relative(value, plain[name].double()) <= 2**-7, name
-    assert not torch.equal(ours["column weight"], plain["column weight"])  # else it was the same path
+    assert not torch.equal(
+        ours["column weight"], plain["column weight"]
+    )  # else it was the same path
 
 
-def gradients_in_process(rank: int, world_size: int, implementation: str, tp: int,
-                         dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def gradients_in_process(
+    rank: int, world_size: int, implementation: str, tp: int, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     from rmega import distributed
 
     distributed.initialize(tp=tp)

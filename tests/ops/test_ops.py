@@ -1,4 +1,5 @@
-"""The operators against independent arithmetic in fp64: values, gradients, odd shapes, empty and single-row cases."""
+"""The operators against independent arithmetic in fp64: values, gradients, odd shapes, empty and
+single-row cases."""
 
 import math
 
@@ -28,18 +29,24 @@ def max_error(got, exact):
 
 
 def assert_twice_plain(got, plain, exact, floor=1e-7):
-    """The project's law for kernels: an error of at most twice that of plain torch in the same dtype."""
+    """The project's law for kernels: an error of at most twice that of plain torch in the same
+    dtype."""
     assert got.dtype == plain.dtype and got.shape == plain.shape
     scale = exact.abs().max().item() if exact.numel() else 0.0
     assert max_error(got, exact) <= 2 * max_error(plain, exact) + floor * scale
 
 
 def both_with_grad(op, inputs, wrt, grad_seed=0):
-    """(value, gradients) of op at inputs, of which those at positions ``wrt`` are differentiated."""
-    inputs = [x.detach().clone().requires_grad_(i in wrt) if isinstance(x, torch.Tensor) else x
-              for i, x in enumerate(inputs)]
+    """(value, gradients) of op at inputs, of which those at positions ``wrt`` are
+    differentiated."""
+    inputs = [
+        x.detach().clone().requires_grad_(i in wrt) if isinstance(x, torch.Tensor) else x
+        for i, x in enumerate(inputs)
+    ]
     out = op(*inputs)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(grad_seed), dtype=torch.float64)
+    upstream = torch.randn(
+        out.shape, generator=torch.Generator().manual_seed(grad_seed), dtype=torch.float64
+    )
     grads = torch.autograd.grad(out, [inputs[i] for i in wrt], upstream.to(out.dtype))
     return out.detach(), grads
 
@@ -81,7 +88,9 @@ def test_without_the_extension_says_so_once_and_works(monkeypatch, capsys):
     monkeypatch.setattr(ops, "_said", set())
     monkeypatch.delenv("RANK", raising=False)
     for _ in range(2):
-        assert ops.gather_last_token(torch.arange(6.0).view(3, 2), torch.tensor([2])).tolist() == [[4.0, 5.0]]
+        assert ops.gather_last_token(torch.arange(6.0).view(3, 2), torch.tensor([2])).tolist() == [
+            [4.0, 5.0]
+        ]
     assert capsys.readouterr().err.count("plain torch") == 1
     with pytest.raises(ValueError, match="not built"):
         ops.set_implementation("native")
@@ -99,15 +108,29 @@ def test_a_named_request_that_cannot_be_met_raises(monkeypatch):
 
 @BOTH
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("t,h,rows", [(1, 1, [0]), (7, 33, [6, 0, 3]), (5, 64, [4, 4, 1, 4]), (4, 8, []), (0, 8, []),
-                                      (3, 0, [1]), (300, 130, [*range(0, 300, 7)])])
+@pytest.mark.parametrize(
+    "t,h,rows",
+    [
+        (1, 1, [0]),
+        (7, 33, [6, 0, 3]),
+        (5, 64, [4, 4, 1, 4]),
+        (4, 8, []),
+        (0, 8, []),
+        (3, 0, [1]),
+        (300, 130, [*range(0, 300, 7)]),
+    ],
+)
 def test_gather_last_token(implementation, dtype, t, h, rows):
     choose(implementation)
     torch.manual_seed(0)
     hidden, last = torch.randn(t, h).to(dtype), torch.tensor(rows, dtype=torch.int64)
     out, (grad,) = both_with_grad(ops.gather_last_token, [hidden, last], [0])
-    assert torch.equal(out, torch.stack([hidden[i] for i in rows]) if rows else hidden.new_empty(0, h))
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    assert torch.equal(
+        out, torch.stack([hidden[i] for i in rows]) if rows else hidden.new_empty(0, h)
+    )
+    upstream = torch.randn(
+        out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).to(dtype)
     exact = torch.zeros(t, h, dtype=torch.float64)
     for i, row in enumerate(rows):
         exact[row] += upstream[i].double()
@@ -125,7 +148,10 @@ def test_gather_last_token_takes_strided_rows(implementation):
 
 
 def test_gather_last_token_gradcheck_and_opcheck():
-    hidden, last = torch.randn(5, 3, dtype=torch.float64, requires_grad=True), torch.tensor([4, 1, 4])
+    hidden, last = (
+        torch.randn(5, 3, dtype=torch.float64, requires_grad=True),
+        torch.tensor([4, 1, 4]),
+    )
     assert torch.autograd.gradcheck(ops.gather_last_token, (hidden, last))
     assert torch.autograd.gradgradcheck(ops.gather_last_token, (hidden, last))
     opcheck("gather_last_token", (hidden, last))
@@ -149,13 +175,18 @@ def test_gather_last_token_names_shapes():
 
 # ---- pairwise_loss ----------------------------------------------------------------------------------------------
 
-OPTIONS = [dict(loss=loss, penalty=penalty, label_smoothing=smoothing, barrier_clamp=clamp)
-           for loss in ops.LOSSES for penalty in ops.PENALTIES for smoothing in (0.0, 0.1)
-           for clamp in ((False, True) if penalty == "log_barrier" else (False,))]
+OPTIONS = [
+    dict(loss=loss, penalty=penalty, label_smoothing=smoothing, barrier_clamp=clamp)
+    for loss in ops.LOSSES
+    for penalty in ops.PENALTIES
+    for smoothing in (0.0, 0.1)
+    for clamp in ((False, True) if penalty == "log_barrier" else (False,))
+]
 
 
 def pair_by_hand(c, r, margin, *, loss, penalty, penalty_weight, label_smoothing, barrier_clamp):
-    """(base, penalty) of one pair with Python's math: the formulas as they are printed in the papers."""
+    """(base, penalty) of one pair with Python's math: the formulas as they are printed in the
+    papers."""
     x = c - r - margin
     sigmoid = 1 / (1 + math.exp(-x)) if x > -700 else 0.0
     log_sigmoid = -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
@@ -190,16 +221,31 @@ def test_pairwise_loss_against_the_printed_formulas(implementation, options):
     rejected[3] = chosen[3]  # a tie
     rewards[chosen[0]] = 6.5  # outside the barrier's range
     rewards, margin, weight = rewards.double(), margin.double(), weight.double()
-    loss_sum, stats = ops.pairwise_loss(rewards, chosen, rejected, margin, weight, penalty_weight=0.02, **options)
+    loss_sum, stats = ops.pairwise_loss(
+        rewards, chosen, rejected, margin, weight, penalty_weight=0.02, **options
+    )
     base = penalty = correct = 0.0
-    for c, r, mg, w in zip(rewards[chosen].tolist(), rewards[rejected].tolist(), margin.tolist(), weight.tolist(),
-                           strict=True):
+    for c, r, mg, w in zip(
+        rewards[chosen].tolist(),
+        rewards[rejected].tolist(),
+        margin.tolist(),
+        weight.tolist(),
+        strict=True,
+    ):
         terms = pair_by_hand(c, r, mg, penalty_weight=0.02, **options)
         base, penalty = base + w * terms[0], penalty + w * terms[1]
         correct += 1.0 if c > r else 0.5 if c == r else 0.0
     d = rewards[chosen] - rewards[rejected]
-    expected = [57, base, penalty, correct, (d == 0).sum().item(), rewards[chosen].sum().item(),
-                rewards[rejected].sum().item(), d.abs().sum().item()]
+    expected = [
+        57,
+        base,
+        penalty,
+        correct,
+        (d == 0).sum().item(),
+        rewards[chosen].sum().item(),
+        rewards[rejected].sum().item(),
+        d.abs().sum().item(),
+    ]
     assert loss_sum.item() == pytest.approx(base + penalty, rel=1e-12)
     assert stats.tolist() == pytest.approx(expected, rel=1e-12)
     assert expected[4] >= 1 and stats.requires_grad is False
@@ -213,7 +259,8 @@ def test_pairwise_loss_gradcheck(implementation, options):
     rewards[0], rewards[1] = 5.5, -6.0
     rewards = rewards.double().requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda r: ops.pairwise_loss(r, chosen, rejected, margin, weight, **options)[0], (rewards,))
+        lambda r: ops.pairwise_loss(r, chosen, rejected, margin, weight, **options)[0], (rewards,)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -234,14 +281,17 @@ def test_pairwise_loss_error_is_at_most_twice_plain_torchs(isa, dtype, options):
 
 @BOTH
 def test_pairwise_loss_at_the_start_of_training(implementation):
-    """A head that starts at zero: ln 2, and with focal and barrier the figure of the InternLM2 recipe."""
+    """A head that starts at zero: ln 2, and with focal and barrier the figure of the InternLM2
+    recipe."""
     choose(implementation)
     rewards = torch.zeros(8, requires_grad=True)
     chosen, rejected = torch.arange(0, 8, 2), torch.arange(1, 8, 2)
     zero, one = torch.zeros(4), torch.ones(4)
     loss_sum, _ = ops.pairwise_loss(rewards, chosen, rejected, zero, one)
     assert loss_sum.item() / 4 == pytest.approx(math.log(2), rel=1e-6)
-    loss_sum, stats = ops.pairwise_loss(rewards, chosen, rejected, zero, one, loss="focal", penalty="log_barrier")
+    loss_sum, stats = ops.pairwise_loss(
+        rewards, chosen, rejected, zero, one, loss="focal", penalty="log_barrier"
+    )
     assert loss_sum.item() / 4 == pytest.approx(0.628770, abs=1e-6)
     assert stats.tolist()[3:5] == [2.0, 4.0]
     loss_sum.backward()
@@ -255,7 +305,9 @@ def test_pairwise_loss_barrier_pulls_back_unless_clamped(implementation):
     for score in (5.0, 80.0, -5.0, -300.0):
         for clamp in (False, True):
             rewards = torch.tensor([score, score], requires_grad=True)
-            loss_sum, _ = ops.pairwise_loss(rewards, *args, penalty="log_barrier", barrier_clamp=clamp)
+            loss_sum, _ = ops.pairwise_loss(
+                rewards, *args, penalty="log_barrier", barrier_clamp=clamp
+            )
             loss_sum.backward()
             expected = 0.0 if clamp else math.copysign(0.01 * 999.9, score)
             assert math.isfinite(loss_sum.item())
@@ -272,7 +324,12 @@ def test_pairwise_loss_far_scores_stay_finite(implementation, dtype):
         loss_sum, _ = ops.pairwise_loss(rewards, *pairs, loss=loss)
         (grad,) = torch.autograd.grad(loss_sum, rewards)
         assert loss_sum.item() == pytest.approx(700.0)
-        assert grad.tolist() == [-1.0, 1.0, -1.0, 1.0][::-1] or grad.tolist() == [1.0, -1.0, -1.0, 1.0]
+        assert grad.tolist() == [-1.0, 1.0, -1.0, 1.0][::-1] or grad.tolist() == [
+            1.0,
+            -1.0,
+            -1.0,
+            1.0,
+        ]
 
 
 @BOTH
@@ -281,7 +338,9 @@ def test_pairwise_loss_of_nothing(implementation):
     none, no_index = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
     for n in (0, 3):
         rewards = torch.randn(n, requires_grad=True)
-        loss_sum, stats = ops.pairwise_loss(rewards, no_index, no_index, none, none, penalty="log_barrier")
+        loss_sum, stats = ops.pairwise_loss(
+            rewards, no_index, no_index, none, none, penalty="log_barrier"
+        )
         (grad,) = torch.autograd.grad(loss_sum, rewards)
         assert loss_sum.item() == 0 and stats.tolist() == [0.0] * 8 and grad.tolist() == [0.0] * n
 
@@ -294,7 +353,10 @@ def test_pairwise_loss_is_additive_over_pairs(implementation):
     rewards = rewards.double().requires_grad_()
     options = dict(loss="focal", penalty="center", label_smoothing=0.05)
     whole, stats = ops.pairwise_loss(rewards, *pairs, **options)
-    parts = [ops.pairwise_loss(rewards, *(x[a:b] for x in pairs), **options) for a, b in ((0, 11), (11, 12), (12, 30))]
+    parts = [
+        ops.pairwise_loss(rewards, *(x[a:b] for x in pairs), **options)
+        for a, b in ((0, 11), (11, 12), (12, 30))
+    ]
     assert torch.allclose(whole, sum(part[0] for part in parts), rtol=1e-12)
     assert torch.allclose(stats, sum(part[1] for part in parts), rtol=1e-12)
     (grad,) = torch.autograd.grad(whole, rewards)
@@ -333,7 +395,10 @@ def test_pairwise_loss_refuses_what_it_does_not_know():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pairwise_loss_opcheck(dtype):
     rewards, *pairs = random_pairs(6, 8)
-    opcheck("pairwise_loss", (rewards.to(dtype).requires_grad_(), *pairs, "focal", "log_barrier", 0.01, 0.1, False))
+    opcheck(
+        "pairwise_loss",
+        (rewards.to(dtype).requires_grad_(), *pairs, "focal", "log_barrier", 0.01, 0.1, False),
+    )
 
 
 # ---- gather_prefix_kv -------------------------------------------------------------------------------------------
@@ -350,7 +415,11 @@ SEGMENTS = {  # prefix_start, prefix_len, own_start, own_len
 
 
 def prefix_rows(segments):
-    return [row for ps, pl, os, ol in zip(*segments, strict=True) for row in [*range(ps, ps + pl), *range(os, os + ol)]]
+    return [
+        row
+        for ps, pl, os, ol in zip(*segments, strict=True)
+        for row in [*range(ps, ps + pl), *range(os, os + ol)]
+    ]
 
 
 @BOTH
@@ -365,11 +434,15 @@ def test_gather_prefix_kv(implementation, dtype, case, g, d):
     index = [torch.tensor(column, dtype=torch.int32) for column in SEGMENTS[case]]
     out, (grad,) = both_with_grad(ops.gather_prefix_kv, [x, *index], [0])
     assert torch.equal(out, x[rows])
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    upstream = torch.randn(
+        out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).to(dtype)
     exact = torch.zeros(t, g, d, dtype=torch.float64)
     for i, row in enumerate(rows):
         exact[row] += upstream[i].double()
-    plain = torch.zeros(t, g, d, dtype=dtype).index_add_(0, torch.tensor(rows, dtype=torch.int64), upstream)
+    plain = torch.zeros(t, g, d, dtype=dtype).index_add_(
+        0, torch.tensor(rows, dtype=torch.int64), upstream
+    )
     assert_twice_plain(grad, plain, exact)
 
 
@@ -379,19 +452,29 @@ def test_gather_prefix_kv_takes_views_of_the_fused_projection(implementation):
     qkv = torch.randn(9, 2, 12)  # per group: two queries, a key, a value of size 3
     index = [torch.tensor(column) for column in SEGMENTS["one pair"]]
     for view in (qkv[..., 9:], qkv[..., 6:9], qkv[:, :1, 6:9], qkv.transpose(1, 2)):
-        assert torch.equal(ops.gather_prefix_kv(view, *index), view[prefix_rows(SEGMENTS["one pair"])])
-        assert torch.equal(ops.gather_prefix_kv(view, *index, total=17), view[prefix_rows(SEGMENTS["one pair"])])
+        assert torch.equal(
+            ops.gather_prefix_kv(view, *index), view[prefix_rows(SEGMENTS["one pair"])]
+        )
+        assert torch.equal(
+            ops.gather_prefix_kv(view, *index, total=17), view[prefix_rows(SEGMENTS["one pair"])]
+        )
 
 
 def test_gather_prefix_kv_many_rows_and_threads(isa):
     t, rows, k = 3000, 64, 20
-    index = [torch.tensor([0] * k), torch.tensor([2000] * k), torch.arange(k) * 50 + 2000, torch.tensor([50] * k)]
+    index = [
+        torch.tensor([0] * k),
+        torch.tensor([2000] * k),
+        torch.arange(k) * 50 + 2000,
+        torch.tensor([50] * k),
+    ]
     x = torch.randn(t, 2, rows, dtype=torch.bfloat16)
     plain = ops.gather_prefix_kv_ref(x, *index)
     assert torch.equal(ops.gather_prefix_kv(x, *index), plain)
     grad = torch.randn_like(plain)
     exact = torch.zeros(x.shape, dtype=torch.float64).index_add_(
-        0, torch.tensor(prefix_rows([c.tolist() for c in index])), grad.double())
+        0, torch.tensor(prefix_rows([c.tolist() for c in index])), grad.double()
+    )
     before = torch.get_num_threads()
     try:
         results = []
@@ -428,13 +511,18 @@ def test_gather_prefix_kv_refuses_segments_outside():
 
 
 def assert_kernel(op, plain, inputs, wrt, dtype):
-    """Values and gradients within twice plain torch's error; the exact ones are plain torch's in fp64."""
+    """Values and gradients within twice plain torch's error; the exact ones are plain torch's in
+    fp64."""
     inputs = [x.to(dtype) if isinstance(x, torch.Tensor) else x for x in inputs]
     wide = [x.double() if isinstance(x, torch.Tensor) else x for x in inputs]
     out, grads = both_with_grad(op, inputs, wrt)
     plain_out, plain_grads = both_with_grad(plain, inputs, wrt)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
-    wide = [x.requires_grad_(i in wrt) if isinstance(x, torch.Tensor) else x for i, x in enumerate(wide)]
+    upstream = torch.randn(
+        out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).to(dtype)
+    wide = [
+        x.requires_grad_(i in wrt) if isinstance(x, torch.Tensor) else x for i, x in enumerate(wide)
+    ]
     exact = plain(*wide)
     exact_grads = torch.autograd.grad(exact, [wide[i] for i in wrt], upstream.double())
     assert_twice_plain(out, plain_out, exact.detach())
@@ -446,7 +534,9 @@ ELEMENTWISE_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bflo
 
 
 @ELEMENTWISE_DTYPES
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 1, 64), (130, 1, 576), (65, 131), (0, 16), (2, 3, 48)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (3, 5), (7, 1, 64), (130, 1, 576), (65, 131), (0, 16), (2, 3, 48)]
+)
 def test_rms_norm(isa, dtype, shape):
     torch.manual_seed(1)
     x, weight = torch.randn(shape) * 3, torch.rand(shape[-1]) + 0.5
@@ -454,7 +544,8 @@ def test_rms_norm(isa, dtype, shape):
 
 
 def test_rms_norm_rounds_as_llama_does():
-    """bf16 values equal those of transformers' LlamaRMSNorm, but where fp32 sums in another order round otherwise."""
+    """bf16 values equal those of transformers' LlamaRMSNorm, but where fp32 sums in another order
+    round otherwise."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     choose("native")
@@ -475,18 +566,26 @@ def test_swiglu(isa, dtype, shape):
 
 
 @ELEMENTWISE_DTYPES
-@pytest.mark.parametrize("t,a,d", [(1, 1, 2), (5, 3, 8), (33, 9, 64), (4, 2, 130), (0, 2, 16), (7, 1, 96)])
+@pytest.mark.parametrize(
+    "t,a,d", [(1, 1, 2), (5, 3, 8), (33, 9, 64), (4, 2, 130), (0, 2, 16), (7, 1, 96)]
+)
 def test_rope(isa, dtype, t, a, d):
     torch.manual_seed(3)
     angles = torch.rand(t, d // 2) * 100
-    assert_kernel(ops.rope, ops.rope_ref, [torch.randn(t, a, d), angles.cos(), angles.sin()], [0], dtype)
+    assert_kernel(
+        ops.rope, ops.rope_ref, [torch.randn(t, a, d), angles.cos(), angles.sin()], [0], dtype
+    )
 
 
 def test_rope_of_bf16_with_fp32_tables_and_of_views(isa):
     torch.manual_seed(3)
     angles = torch.rand(6, 16) * 100
     qkv = torch.randn(6, 2, 4 * 32).to(torch.bfloat16)
-    for view in (qkv[..., 64:96], qkv.view(6, 8, 32)[:, ::3], qkv.view(6, 2, 4, 32)[:, :, 1].transpose(1, 2).mT):
+    for view in (
+        qkv[..., 64:96],
+        qkv.view(6, 8, 32)[:, ::3],
+        qkv.view(6, 2, 4, 32)[:, :, 1].transpose(1, 2).mT,
+    ):
         exact = ops.rope_ref(view.double(), angles.cos().double(), angles.sin().double())
         got = ops.rope(view, angles.cos(), angles.sin())
         assert got.is_contiguous() and torch.allclose(got.double(), exact, rtol=2**-8, atol=1e-2)
@@ -494,18 +593,28 @@ def test_rope_of_bf16_with_fp32_tables_and_of_views(isa):
 
 def test_elementwise_extremes(isa):
     """What overflows, vanishes or is not a number comes out as plain torch has it."""
-    gate = torch.tensor([-1e30, -200.0, -88.0, -1e-30, 0.0, 1e-30, 88.0, 200.0, 1e30, math.inf, math.nan])
+    gate = torch.tensor(
+        [-1e30, -200.0, -88.0, -1e-30, 0.0, 1e-30, 88.0, 200.0, 1e30, math.inf, math.nan]
+    )
     x = torch.cat([gate, torch.ones_like(gate)])[None].requires_grad_()
     for dtype in (torch.float32, torch.bfloat16):
         got, (grad,) = both_with_grad(ops.swiglu, [x.detach().to(dtype)], [0])
         plain, (plain_grad,) = both_with_grad(ops.swiglu_ref, [x.detach().to(dtype)], [0])
         assert torch.allclose(got[..., :9].float(), plain[..., :9].float(), rtol=1e-2, atol=1e-6)
-        assert torch.allclose(grad[..., 1:8].float(), plain_grad[..., 1:8].float(), rtol=1e-2, atol=1e-6)
+        assert torch.allclose(
+            grad[..., 1:8].float(), plain_grad[..., 1:8].float(), rtol=1e-2, atol=1e-6
+        )
         assert got[0, -2] == math.inf and got[0, -1].isnan()
         bad = torch.ones(3, 40, dtype=dtype)
         bad[1, 3] = math.nan
-        assert ops.rms_norm(bad, torch.ones(40, dtype=dtype), 1e-5).isnan().all(1).tolist() == [False, True, False]
-        turned = ops.rope(bad.view(3, 2, 20), torch.ones(3, 10, dtype=dtype), torch.zeros(3, 10, dtype=dtype))
+        assert ops.rms_norm(bad, torch.ones(40, dtype=dtype), 1e-5).isnan().all(1).tolist() == [
+            False,
+            True,
+            False,
+        ]
+        turned = ops.rope(
+            bad.view(3, 2, 20), torch.ones(3, 10, dtype=dtype), torch.zeros(3, 10, dtype=dtype)
+        )
         assert turned.isnan().flatten(1).any(1).tolist() == [False, True, False]
 
 
@@ -526,7 +635,10 @@ def test_elementwise_sums_do_not_depend_on_threads(isa):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_elementwise_opcheck(dtype):
-    x, weight = torch.randn(3, 1, 8, dtype=dtype, requires_grad=True), torch.rand(8, dtype=dtype, requires_grad=True)
+    x, weight = (
+        torch.randn(3, 1, 8, dtype=dtype, requires_grad=True),
+        torch.rand(8, dtype=dtype, requires_grad=True),
+    )
     table = torch.rand(3, 4)
     opcheck("rms_norm", (x, weight, 1e-5))
     opcheck("rms_norm_backward", (x.detach(), x.detach(), weight.detach(), torch.rand(3)))

@@ -1,4 +1,5 @@
-"""The whole line from files to a dataset: counts, order, resume, refusals, and ten thousand hostile inputs."""
+"""The whole line from files to a dataset: counts, order, resume, refusals, and ten thousand hostile
+inputs."""
 
 from __future__ import annotations
 
@@ -29,13 +30,21 @@ Row = dict[str, Any]
 
 
 def rows(num: int, start: int = 0) -> list[Row]:
-    return [{"prompt": f"Tell me a story, number {i}.", "chosen": f"Once upon a time there were {i} cats.",
-             "rejected": f"No. {i}"} for i in range(start, start + num)]
+    return [
+        {
+            "prompt": f"Tell me a story, number {i}.",
+            "chosen": f"Once upon a time there were {i} cats.",
+            "rejected": f"No. {i}",
+        }
+        for i in range(start, start + num)
+    ]
 
 
 def write(path: Path, data: list[Any]) -> Path:
     """JSON lines; bytes are written as they are."""
-    path.write_bytes(b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in data))
+    path.write_bytes(
+        b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in data)
+    )
     return path
 
 
@@ -55,8 +64,13 @@ def run(tmp_path: Path, stories260k: Path, monkeypatch: pytest.MonkeyPatch) -> A
 
     def call(files: Any, name: str = "out", **flags: Any) -> Any:
         files = files if isinstance(files, list) else [files]
-        flags = {"workers": 1, "max_length": 512, "tokenizer": str(stories260k), "output_prefix": str(tmp_path / name),
-                 **flags}
+        flags = {
+            "workers": 1,
+            "max_length": 512,
+            "tokenizer": str(stories260k),
+            "output_prefix": str(tmp_path / name),
+            **flags,
+        }
         preprocess.preprocess(PreprocessArgs(input=[str(f) for f in files], **flags))
         return open_preferences(tmp_path / name)
 
@@ -72,7 +86,9 @@ def files_of(folder: Path, name: str) -> dict[str, bytes]:
     return {p.name.removeprefix(name): p.read_bytes() for p in folder.glob(f"{name}.*")}
 
 
-def test_rows_come_out_in_order(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_come_out_in_order(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = rows(50)
     dataset = run(write(tmp_path / "tales.jsonl", data))
     tokenizer = PairTokenizer.load(dataset.manifest["tokenizer"])
@@ -81,16 +97,30 @@ def test_rows_come_out_in_order(run: Any, tmp_path: Path, capsys: pytest.Capture
         item = dataset.get(i)
         for key, suffix in zip(("chosen", "rejected"), item.suffixes, strict=True):
             assert [*item.prefix, *suffix] == tokenizer.encode_conversation(
-                [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[key]}])
+                [
+                    {"role": "user", "content": row["prompt"]},
+                    {"role": "assistant", "content": row[key]},
+                ]
+            )
         assert item.source == "tales" and item.scores.tolist() == [1, 0] and not item.graded
     manifest = dataset.manifest
-    assert manifest["input"]["files"][0]["sha256"] == sources.checksum(str(tmp_path / "tales.jsonl"))
-    assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out.rejected.jsonl").exists()
+    assert manifest["input"]["files"][0]["sha256"] == sources.checksum(
+        str(tmp_path / "tales.jsonl")
+    )
+    assert (
+        not (tmp_path / "out.partial").exists() and not (tmp_path / "out.rejected.jsonl").exists()
+    )
     said = capsys.readouterr().err
-    assert "tales.jsonl: strings" in said and "Once upon a time there were 0 cats." in said and "50 comparisons" in said
+    assert (
+        "tales.jsonl: strings" in said
+        and "Once upon a time there were 0 cats." in said
+        and "50 comparisons" in said
+    )
 
 
-def test_any_number_of_workers_writes_the_same_bytes(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_workers_writes_the_same_bytes(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sources, "CHUNK_BYTES", 2000)
     data = rows(300) + [b"{broken", {"prompt": "x"}] + rows(5)
     path = write(tmp_path / "d.jsonl", data)
@@ -100,19 +130,37 @@ def test_any_number_of_workers_writes_the_same_bytes(run: Any, tmp_path: Path, m
     assert len(first) == 11 and files_of(tmp_path, "w2") == files_of(tmp_path, "w3") == first
 
 
-def test_every_shared_file_goes_in(run: Any, tmp_path: Path, shared_dir: Path, internlm2_tokenizer: Path) -> None:
+def test_every_shared_file_goes_in(
+    run: Any, tmp_path: Path, shared_dir: Path, internlm2_tokenizer: Path
+) -> None:
     """The counts equal the row counts minus the rows of the rejected file, without --format."""
-    counts = {"en-dpo-multiturn/dpo_en_demo.json": 300, "en-dpo-multiturn/en.pairs.jsonl": 300,
-              "gsm8k-solutions/all.ranked.jsonl": 1319, "hh-rlhf/harmless-base.test.jsonl.gz": 2312,
-              "hh-rlhf/mix.eval.pairs.jsonl.gz": 874, "llmbar/eval.pairs.jsonl": 419,
-              "qa-feedback/dev.ranked.jsonl": 500,
-              "ultrafeedback-cleaned-1k/train.argilla-schema.jsonl.gz": 1000,
-              "ultrafeedback-cleaned-1k/train.parquet": 1000, "zh-dpo/zh.pairs.jsonl": 766,
-              "zh-dpo/dpo_zh_500.jsonl": 500, "zh-dpo/dpo_zh_demo.json": 300}
-    dataset = run([shared_dir / "data" / name for name in counts], duplicates="keep", workers=2,
-                  tokenizer=str(internlm2_tokenizer), max_length=2048)
+    counts = {
+        "en-dpo-multiturn/dpo_en_demo.json": 300,
+        "en-dpo-multiturn/en.pairs.jsonl": 300,
+        "gsm8k-solutions/all.ranked.jsonl": 1319,
+        "hh-rlhf/harmless-base.test.jsonl.gz": 2312,
+        "hh-rlhf/mix.eval.pairs.jsonl.gz": 874,
+        "llmbar/eval.pairs.jsonl": 419,
+        "qa-feedback/dev.ranked.jsonl": 500,
+        "ultrafeedback-cleaned-1k/train.argilla-schema.jsonl.gz": 1000,
+        "ultrafeedback-cleaned-1k/train.parquet": 1000,
+        "zh-dpo/zh.pairs.jsonl": 766,
+        "zh-dpo/dpo_zh_500.jsonl": 500,
+        "zh-dpo/dpo_zh_demo.json": 300,
+    }
+    dataset = run(
+        [shared_dir / "data" / name for name in counts],
+        duplicates="keep",
+        workers=2,
+        tokenizer=str(internlm2_tokenizer),
+        max_length=2048,
+    )
     left_out = rejected(tmp_path)
-    assert len(dataset) == sum(counts.values()) - len(left_out) == dataset.manifest["input"]["rows"] - len(left_out)
+    assert (
+        len(dataset)
+        == sum(counts.values()) - len(left_out)
+        == dataset.manifest["input"]["rows"] - len(left_out)
+    )
     assert verify(dataset) == []
     for name, num in counts.items():
         assert sum(r["file"].endswith(name) for r in left_out) < num
@@ -120,32 +168,64 @@ def test_every_shared_file_goes_in(run: Any, tmp_path: Path, shared_dir: Path, i
 
 def test_what_is_left_out_is_listed(run: Any, tmp_path: Path) -> None:
     good = rows(60)
-    data = [*good[:10], b'{"prompt": ', {"prompt": "a", "chosen": "b"}, {**good[0], "prompt": "tie?", "rejected": " "},
-            good[3], {**good[20], "chosen": good[20]["rejected"], "rejected": good[20]["chosen"]},
-            b'{"prompt": "\xff"}', {**good[1], "chosen": "same", "rejected": "same"}, *good[10:]]
+    data = [
+        *good[:10],
+        b'{"prompt": ',
+        {"prompt": "a", "chosen": "b"},
+        {**good[0], "prompt": "tie?", "rejected": " "},
+        good[3],
+        {**good[20], "chosen": good[20]["rejected"], "rejected": good[20]["chosen"]},
+        b'{"prompt": "\xff"}',
+        {**good[1], "chosen": "same", "rejected": "same"},
+        *good[10:],
+    ]
     dataset = run(write(tmp_path / "d.jsonl", data), max_rejected=0.2)
     listed = [(r["line"], r["reason"]) for r in rejected(tmp_path)]
-    assert listed == [(11, "broken_row"), (12, "missing_field"), (13, "empty_response"), (14, "duplicate"),
-                      (15, "contradiction"), (16, "not_utf8"), (17, "identical_responses"), (28, "contradiction")]
-    assert rejected(tmp_path)[0]["file"] == str(tmp_path / "d.jsonl") and rejected(tmp_path)[0]["text"] == '{"prompt": '
+    assert listed == [
+        (11, "broken_row"),
+        (12, "missing_field"),
+        (13, "empty_response"),
+        (14, "duplicate"),
+        (15, "contradiction"),
+        (16, "not_utf8"),
+        (17, "identical_responses"),
+        (28, "contradiction"),
+    ]
+    assert (
+        rejected(tmp_path)[0]["file"] == str(tmp_path / "d.jsonl")
+        and rejected(tmp_path)[0]["text"] == '{"prompt": '
+    )
     assert len(dataset) == len(data) - len(listed)
     assert dataset.manifest["input"]["rejected"] == {
-        "broken_row": 1, "contradiction": 2, "duplicate": 1, "empty_response": 1, "identical_responses": 1,
-        "missing_field": 1, "not_utf8": 1}
-    assert len(run(tmp_path / "d.jsonl", "kept", max_rejected=0.2, duplicates="keep")) == len(data) - 5
+        "broken_row": 1,
+        "contradiction": 2,
+        "duplicate": 1,
+        "empty_response": 1,
+        "identical_responses": 1,
+        "missing_field": 1,
+        "not_utf8": 1,
+    }
+    assert (
+        len(run(tmp_path / "d.jsonl", "kept", max_rejected=0.2, duplicates="keep")) == len(data) - 5
+    )
 
 
 def test_merging_finds_what_lies_in_both(run: Any, tmp_path: Path) -> None:
-    """Merged from stored ids alone, without duplicates: the bytes that preprocessing both files at once gives."""
+    """Merged from stored ids alone, without duplicates: the bytes that preprocessing both files at
+    once gives."""
+
     def ranked(prompt: str, *scores: int) -> Row:
         texts = ("Yes, certainly.", "No.", "Perhaps, who knows?")
-        return {"prompt": prompt, "responses": [{"content": t, "score": s} for t, s in zip(texts, scores, strict=True)]}
+        return {
+            "prompt": prompt,
+            "responses": [{"content": t, "score": s} for t, s in zip(texts, scores, strict=True)],
+        }
 
     first = [ranked(f"Question {i}?", 3, 2, 1) for i in range(40)]
-    second = [ranked(f"Question {i}?", 3, 2, 1) for i in range(30, 50)]        # 30 to 39 again
-    second[0] = ranked("Question 30?", 1, 2, 3)                                # the other way round
-    second[1] = ranked("Question 31?", 3, 3, 1)                                # a tie where there was none
-    second[2] = ranked("Question 32?", 30, 20, 10)                             # the same order: equal
+    second = [ranked(f"Question {i}?", 3, 2, 1) for i in range(30, 50)]  # 30 to 39 again
+    second[0] = ranked("Question 30?", 1, 2, 3)  # the other way round
+    second[1] = ranked("Question 31?", 3, 3, 1)  # a tie where there was none
+    second[2] = ranked("Question 32?", 30, 20, 10)  # the same order: equal
     second[3] = ranked("Another question 33?", 3, 2, 1)
     files = [write(tmp_path / f"{n}.jsonl", rows_) for n, rows_ in (("a", first), ("b", second))]
     for file, name in zip(files, "ab", strict=True):
@@ -158,10 +238,18 @@ def test_merging_finds_what_lies_in_both(run: Any, tmp_path: Path) -> None:
     merged = merge([str(tmp_path / n) for n in "ab"], str(tmp_path / "all"), duplicates="drop")
     assert merged["num_comparisons"] == 60 - 7 - 4 == len(together)
     for suffix in (".bin", ".idx"):
-        assert (tmp_path / f"all{suffix}").read_bytes() == (tmp_path / f"together{suffix}").read_bytes()
-    listed = [json.loads(line) for line in (tmp_path / "all.rejected.jsonl").read_text().splitlines()]
+        assert (tmp_path / f"all{suffix}").read_bytes() == (
+            tmp_path / f"together{suffix}"
+        ).read_bytes()
+    listed = [
+        json.loads(line) for line in (tmp_path / "all.rejected.jsonl").read_text().splitlines()
+    ]
     assert [(Path(r["file"]).name, r["comparison"], r["reason"]) for r in listed[:4]] == [
-        ("a", 30, "contradiction"), ("a", 31, "contradiction"), ("b", 0, "contradiction"), ("b", 1, "contradiction")]
+        ("a", 30, "contradiction"),
+        ("a", 31, "contradiction"),
+        ("b", 0, "contradiction"),
+        ("b", 1, "contradiction"),
+    ]
     assert [r["comparison"] for r in listed[4:]] == [2, 4, 5, 6, 7, 8, 9] and len(listed) == 11
     assert verify(open_preferences(tmp_path / "all")) == []
     with pytest.raises(ValueError, match="--duplicates maybe"):
@@ -173,15 +261,20 @@ def test_merging_finds_what_lies_in_both(run: Any, tmp_path: Path) -> None:
 
 
 def test_a_set_that_repeats_itself_is_merged_as_it_is(run: Any, tmp_path: Path) -> None:
-    """Weights write a row several times: that is no duplicate between sets, whatever the blocks are."""
+    """Weights write a row several times: that is no duplicate between sets, whatever the blocks
+    are."""
     a, b = (write(tmp_path / f"{n}.jsonl", rows(20, start)) for n, start in (("a", 0), ("b", 20)))
     run(a, "a", weights=[3.0]), run(b, "b")
-    merged = merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "all"), duplicates="drop")
+    merged = merge(
+        [str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "all"), duplicates="drop"
+    )
     assert merged["num_comparisons"] == 80
     assert merged["input"]["between"] == {"duplicates": 0, "contradictions": 0, "dropped": True}
 
 
-def test_hashes_do_not_depend_on_the_block(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hashes_do_not_depend_on_the_block(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from rmega.data import integrity
 
     dataset = run(write(tmp_path / "a.jsonl", rows(30)))
@@ -191,56 +284,107 @@ def test_hashes_do_not_depend_on_the_block(run: Any, tmp_path: Path, monkeypatch
     assert all(np.array_equal(a, b) for a, b in zip(whole, integrity._hashes(dataset), strict=True))
 
 
-@pytest.mark.parametrize("policy, reason", [("left-prompt", None), ("right", "identical_after_cut"),
-                                            ("drop", "overlong")])
-def test_cut_rows_are_kept_or_listed(run: Any, tmp_path: Path, shared_dir: Path, policy: str,
-                                     reason: str | None) -> None:
-    """80 conversations that are nearly all too long for 512 tokens of a small vocabulary: none is missing unsaid."""
-    with gzip.open(shared_dir / "data" / "ultrafeedback-cleaned-1k" / "train.argilla-schema.jsonl.gz", "rb") as file:
+@pytest.mark.parametrize(
+    "policy, reason",
+    [("left-prompt", None), ("right", "identical_after_cut"), ("drop", "overlong")],
+)
+def test_cut_rows_are_kept_or_listed(
+    run: Any, tmp_path: Path, shared_dir: Path, policy: str, reason: str | None
+) -> None:
+    """80 conversations that are nearly all too long for 512 tokens of a small vocabulary: none is
+    missing unsaid."""
+    with gzip.open(
+        shared_dir / "data" / "ultrafeedback-cleaned-1k" / "train.argilla-schema.jsonl.gz", "rb"
+    ) as file:
         data = write(tmp_path / "uf.jsonl", [json.loads(next(file)) for _ in range(80)])
     kept = run(data, overlong=policy)
     listed = tmp_path / "out.rejected.jsonl"
-    missing = [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
-    assert len(kept) + len(missing) == 80 and {m["reason"] for m in missing} == ({reason} if reason else set())
+    missing = (
+        [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
+    )
+    assert len(kept) + len(missing) == 80 and {m["reason"] for m in missing} == (
+        {reason} if reason else set()
+    )
     assert kept.manifest["input"]["rejected"] == ({reason: len(missing)} if reason else {})
     assert len({m["line"] for m in missing}) == len(missing)
 
 
 def test_ranked_rows_with_ties(run: Any, tmp_path: Path) -> None:
-    ranked = [{"prompt": f"p{i}", "responses": [{"content": f"{c}{i}", "score": s} for c, s in
-                                               zip("abcd", (i % 3, 1, 1, 1), strict=True)]} for i in range(30)]
+    ranked = [
+        {
+            "prompt": f"p{i}",
+            "responses": [
+                {"content": f"{c}{i}", "score": s}
+                for c, s in zip("abcd", (i % 3, 1, 1, 1), strict=True)
+            ],
+        }
+        for i in range(30)
+    ]
     dataset = run(write(tmp_path / "d.jsonl", ranked))  # ten ties are no fault
     assert [r["reason"] for r in rejected(tmp_path)] == ["tie"] * 10 and len(dataset) == 20
     assert dataset.manifest["num_pairs"] == 60 and dataset.get(0).graded
     assert dataset.manifest["position_heuristic"] == {"first_wins": 30, "pairs": 60}
 
 
-def test_the_missing_column_is_named(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_missing_column_is_named(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bad = [{"prompt": f"p {i}", "chosen": "b"} for i in range(2)]
-    run(write(tmp_path / "d.jsonl", [*rows(10), *bad, {"prompt": "p", "rejected": "b"}]), max_rejected=0.5)
-    assert "left out: 3 x a column the schema needs is missing or null: rejected 2 x, chosen" in capsys.readouterr().err
+    run(
+        write(tmp_path / "d.jsonl", [*rows(10), *bad, {"prompt": "p", "rejected": "b"}]),
+        max_rejected=0.5,
+    )
+    assert (
+        "left out: 3 x a column the schema needs is missing or null: rejected 2 x, chosen"
+        in capsys.readouterr().err
+    )
 
 
 def test_grouped_rows(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "CHUNK_BYTES", 300)
-    data = [{"prompt": f"prompt {i // 2}", "response": f"reply {i}", "helpfulness": i % 2} for i in range(60)]
-    dataset = run(write(tmp_path / "d.jsonl", [*data, {"prompt": "alone", "response": "x", "helpfulness": 1}]))
+    data = [
+        {"prompt": f"prompt {i // 2}", "response": f"reply {i}", "helpfulness": i % 2}
+        for i in range(60)
+    ]
+    dataset = run(
+        write(tmp_path / "d.jsonl", [*data, {"prompt": "alone", "response": "x", "helpfulness": 1}])
+    )
     assert len(dataset) == 30 and [r["reason"] for r in rejected(tmp_path)] == ["too_few_responses"]
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    ([*rows(10), b'{"prompt": "a', *rows(10, 10)], r"d.jsonl:11: not a JSON object.*--max-rejected 0.01"),
-    ([*rows(10), {"prompt": "a", "chosen": "b"}, *rows(10, 10)], r"d.jsonl:11: a column .* missing or null .rejected"),
-    ([{"prompt": "a", "rejected": "b"}] * 3, r"d.jsonl: no known schema has the columns prompt, rejected; nearest is "
-                                             r"strings \(prompt, chosen, rejected .*\); missing: chosen\. "),
-    ([{"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": None}],
-     r"nearest is messages \(.*; missing: rejected \(it is null\)"),
-    ([{"prompt": "a", "chosen": 3, "rejected": 4}], "nearest is messages .*; but chosen is int, not a list of mess"),
-    ([{"text": "a"}], "no known schema has the columns text"),
-    ([b"{", b"\xff"], r"d.jsonl:1: not a JSON object.*no row of its beginning can be read"),
-    ([b"", b" "], "d.jsonl: no rows"),
-    ([rows(1)[0]] * 2 + [{**rows(1)[0], "chosen": "same", "rejected": "same"}] * 8, "10 rows are faulty|of 10 rows"),
-])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            [*rows(10), b'{"prompt": "a', *rows(10, 10)],
+            r"d.jsonl:11: not a JSON object.*--max-rejected 0.01",
+        ),
+        (
+            [*rows(10), {"prompt": "a", "chosen": "b"}, *rows(10, 10)],
+            r"d.jsonl:11: a column .* missing or null .rejected",
+        ),
+        (
+            [{"prompt": "a", "rejected": "b"}] * 3,
+            r"d.jsonl: no known schema has the columns prompt, rejected; nearest is "
+            r"strings \(prompt, chosen, rejected .*\); missing: chosen\. ",
+        ),
+        (
+            [{"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": None}],
+            r"nearest is messages \(.*; missing: rejected \(it is null\)",
+        ),
+        (
+            [{"prompt": "a", "chosen": 3, "rejected": 4}],
+            "nearest is messages .*; but chosen is int, not a list of mess",
+        ),
+        ([{"text": "a"}], "no known schema has the columns text"),
+        ([b"{", b"\xff"], r"d.jsonl:1: not a JSON object.*no row of its beginning can be read"),
+        ([b"", b" "], "d.jsonl: no rows"),
+        (
+            [rows(1)[0]] * 2 + [{**rows(1)[0], "chosen": "same", "rejected": "same"}] * 8,
+            "10 rows are faulty|of 10 rows",
+        ),
+    ],
+)
 def test_bad_rows_stop_the_run(run: Any, tmp_path: Path, data: list[Any], message: str) -> None:
     path = write(tmp_path / "d.jsonl", data)
     with pytest.raises(ValueError, match=message) as caught:
@@ -252,14 +396,22 @@ def test_bad_rows_stop_the_run(run: Any, tmp_path: Path, data: list[Any], messag
 
 def test_flags_are_checked(run: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", rows(5))
-    for flags, message in (({"max_length": 1}, "--max-length"), ({"overlong": "x"}, "--overlong"),
-                           ({"format": "x"}, "--format x: unknown"), ({"duplicates": "x"}, "--duplicates"),
-                           ({"holdout_action": "x"}, "--holdout-action"), ({"valid_fraction": 1.0}, "--valid-fraction"),
-                           ({"max_rejected": -1.0}, "--max-rejected"), ({"workers": -1}, "--workers"),
-                           ({"reward_token": "<none>"}, "--reward-token"), ({"weights": [1.0, 1.0]}, "--weights"),
-                           ({"map": "x"}, "--map x: expected FILE.py:FUNCTION"), ({"map": f"{path}:f"}, "--map"),
-                           ({"holdout": ["/none.jsonl"]}, "--holdout /none.jsonl"),
-                           ({"max_length": 4, "overlong": "error"}, "d.jsonl:1: a conversation of")):
+    for flags, message in (
+        ({"max_length": 1}, "--max-length"),
+        ({"overlong": "x"}, "--overlong"),
+        ({"format": "x"}, "--format x: unknown"),
+        ({"duplicates": "x"}, "--duplicates"),
+        ({"holdout_action": "x"}, "--holdout-action"),
+        ({"valid_fraction": 1.0}, "--valid-fraction"),
+        ({"max_rejected": -1.0}, "--max-rejected"),
+        ({"workers": -1}, "--workers"),
+        ({"reward_token": "<none>"}, "--reward-token"),
+        ({"weights": [1.0, 1.0]}, "--weights"),
+        ({"map": "x"}, "--map x: expected FILE.py:FUNCTION"),
+        ({"map": f"{path}:f"}, "--map"),
+        ({"holdout": ["/none.jsonl"]}, "--holdout /none.jsonl"),
+        ({"max_length": 4, "overlong": "error"}, "d.jsonl:1: a conversation of"),
+    ):
         with pytest.raises(ValueError, match=message):
             run(path, **flags)
         assert not list(tmp_path.glob("out*"))
@@ -279,7 +431,9 @@ def test_an_existing_output_is_refused(run: Any, tmp_path: Path) -> None:
     assert len(run(tmp_path / "b.jsonl", force=True)) == 9
 
 
-def test_resume_goes_on_where_it_stopped(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_goes_on_where_it_stopped(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sources, "CHUNK_BYTES", 1500)
     path = write(tmp_path / "d.jsonl", [*rows(200), b"{", *rows(50, 200)])
     run(path, "whole")
@@ -291,6 +445,7 @@ def test_resume_goes_on_where_it_stopped(run: Any, tmp_path: Path, monkeypatch: 
             if len(calls) == number:
                 raise KeyboardInterrupt
             append(self, *args)
+
         return stopping
 
     monkeypatch.setattr(WorkFolder, "append", stop_at(7))
@@ -298,9 +453,13 @@ def test_resume_goes_on_where_it_stopped(run: Any, tmp_path: Path, monkeypatch: 
         run(path)
     assert not exists(tmp_path / "out") and (tmp_path / "out.partial").is_dir()
     monkeypatch.setattr(WorkFolder, "append", append)
-    with pytest.raises(ValueError, match="holds an interrupted run .* --resume goes on with it, --force"):
+    with pytest.raises(
+        ValueError, match="holds an interrupted run .* --resume goes on with it, --force"
+    ):
         run(path)
-    with pytest.raises(ValueError, match="--resume: --max-length differs from the interrupted run's .512 then, 100"):
+    with pytest.raises(
+        ValueError, match="--resume: --max-length differs from the interrupted run's .512 then, 100"
+    ):
         run(path, resume=True, max_length=100)
     # as after a kill: a torn journal line, and data written that the journal does not know
     with (tmp_path / "out.partial" / "journal").open("a") as stream:
@@ -308,17 +467,25 @@ def test_resume_goes_on_where_it_stopped(run: Any, tmp_path: Path, monkeypatch: 
     with (tmp_path / "out.partial" / "tokens").open("ab") as stream:
         stream.write(b"12345")
     calls.clear()
-    monkeypatch.setattr(WorkFolder, "append", lambda self, *args: (calls.append(1), append(self, *args))[1])
+    monkeypatch.setattr(
+        WorkFolder, "append", lambda self, *args: (calls.append(1), append(self, *args))[1]
+    )
     run(path, resume=True)
-    assert 0 < len(calls) < len(range(0, path.stat().st_size, 1500)) - 4  # the first chunks were not done again
+    assert (
+        0 < len(calls) < len(range(0, path.stat().st_size, 1500)) - 4
+    )  # the first chunks were not done again
     assert files_of(tmp_path, "out") == files_of(tmp_path, "whole")
     with pytest.raises(ValueError, match="a dataset is there already"):
         run(path, resume=True)
 
 
-def test_a_changed_input_is_not_resumed(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_input_is_not_resumed(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(tmp_path / "d.jsonl", rows(20))
-    monkeypatch.setattr(preprocess, "finish", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        preprocess, "finish", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         run(path)
     monkeypatch.undo()
@@ -328,7 +495,9 @@ def test_a_changed_input_is_not_resumed(run: Any, tmp_path: Path, monkeypatch: p
     assert len(run(path, force=True)) == 21
 
 
-def test_validation_split_and_holdout(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_validation_split_and_holdout(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = [{**row, "chosen": f"{row['chosen']} {j}"} for row in rows(100) for j in range(3)]
     path = write(tmp_path / "d.jsonl", data)
     train = run(path, valid_fraction=0.1)
@@ -338,14 +507,18 @@ def test_validation_split_and_holdout(run: Any, tmp_path: Path, capsys: pytest.C
     assert not prompts[0] & prompts[1]
     assert train.manifest["split"]["part"] == "train" and valid.manifest["split"]["part"] == "valid"
     assert verify(train) == verify(valid) == []
-    held = write(tmp_path / "held.jsonl", [*rows(10), {"prompt": rows(1, 10)[0]["prompt"], "chosen": "x"},
-                                           *rows(5, 5000)])
+    held = write(
+        tmp_path / "held.jsonl",
+        [*rows(10), {"prompt": rows(1, 10)[0]["prompt"], "chosen": "x"}, *rows(5, 5000)],
+    )
     dataset = run(path, "reported", holdout=[str(held)])
     assert dataset.manifest["holdout"] == {"prompts": 11, "comparisons": 33, "held_out_prompts": 16}
     assert len(dataset) == 300
     assert "11 of its 16 prompts also occur here" in capsys.readouterr().err
     dataset = run(path, "dropped", holdout=[str(held)], holdout_action="drop")
-    assert len(dataset) == 267 and {r["reason"] for r in rejected(tmp_path, "dropped")} == {"holdout"}
+    assert len(dataset) == 267 and {r["reason"] for r in rejected(tmp_path, "dropped")} == {
+        "holdout"
+    }
 
 
 def test_sources_and_weights(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,7 +528,9 @@ def test_sources_and_weights(run: Any, tmp_path: Path, monkeypatch: pytest.Monke
     names = [dataset.sources[i] for i in dataset.source_ids]
     assert names.count("wiki") == 80 and 10 < names.count("b") < 30
     assert dataset.manifest["left_out_by_weight"] == 40 - names.count("b") and verify(dataset) == []
-    many = write(tmp_path / "many.jsonl", [{**r, "source": f"url {i}"} for i, r in enumerate(rows(40))])
+    many = write(
+        tmp_path / "many.jsonl", [{**r, "source": f"url {i}"} for i, r in enumerate(rows(40))]
+    )
     monkeypatch.setattr("rmega.preferences.assemble.MAX_SOURCES", 10)
     assert run([many, b], "few").sources == ["b", "many"]
 
@@ -373,18 +548,31 @@ def f(row):
     return Comparison(prompt=[{"role": "user", "content": f"p{n}"}], scores=[2.0, 1.0], graded=True,
                       responses=[[{"role": "assistant", "content": t}] for t in "ab"])
 """)
-    dataset = run(write(tmp_path / "d.jsonl", [{"n": n} for n in range(100)]), map=f"{tmp_path}/my_map.py:f")
+    dataset = run(
+        write(tmp_path / "d.jsonl", [{"n": n} for n in range(100)]), map=f"{tmp_path}/my_map.py:f"
+    )
     reasons = [r["reason"] for r in rejected(tmp_path)]
-    assert len(dataset) == 87 and reasons.count("skipped_by_map") == 10 and reasons.count("map_failed") == 3
+    assert (
+        len(dataset) == 87
+        and reasons.count("skipped_by_map") == 10
+        and reasons.count("map_failed") == 3
+    )
     assert dataset.get(0).source == dataset.get(1).source == "d" and dataset.get(1).graded
     (tmp_path / "bad.py").write_text("1/0")
-    for spec, message in ((f"{tmp_path}/bad.py:f", "ZeroDivisionError"), (f"{tmp_path}/my_map.py:g", "no function g")):
+    for spec, message in (
+        (f"{tmp_path}/bad.py:f", "ZeroDivisionError"),
+        (f"{tmp_path}/my_map.py:g", "no function g"),
+    ):
         with pytest.raises(ValueError, match=message):
             run(tmp_path / "d.jsonl", "x", map=spec)
 
 
-def test_a_dead_worker_is_reported(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker.Converter, "convert", lambda self, chunk: os.kill(os.getpid(), signal.SIGKILL))
+def test_a_dead_worker_is_reported(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        worker.Converter, "convert", lambda self, chunk: os.kill(os.getpid(), signal.SIGKILL)
+    )
     with pytest.raises(OSError, match="a worker process died"):
         run(write(tmp_path / "d.jsonl", rows(5)), workers=2)
 
@@ -401,32 +589,75 @@ def test_workers_can_be_spawned(run: Any, tmp_path: Path, stories260k: Path) -> 
 
 
 def tool(*flags: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, ROOT / "tools" / "preprocess_pref.py", *map(str, flags)], text=True,
-                          capture_output=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)}, **options)
+    return subprocess.run(
+        [sys.executable, ROOT / "tools" / "preprocess_pref.py", *map(str, flags)],
+        text=True,
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        **options,
+    )
 
 
 def test_the_tool(tmp_path: Path, stories260k: Path) -> None:
-    flags = ["--tokenizer", stories260k, "--output-prefix", tmp_path / "out", "--max-length", 256, "--workers", 2]
+    flags = [
+        "--tokenizer",
+        stories260k,
+        "--output-prefix",
+        tmp_path / "out",
+        "--max-length",
+        256,
+        "--workers",
+        2,
+    ]
     path = tmp_path / "d.jsonl.gz"
     path.write_bytes(gzip.compress(b"".join(json.dumps(r).encode() + b"\n" for r in rows(50))))
     done = tool("--input", path, *flags)
     assert done.returncode == 0 and len(open_preferences(tmp_path / "out")) == 50, done.stderr
     done = tool("--input", path, *flags)
-    assert done.returncode == 2 and "error: --output-prefix" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "error: --output-prefix" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     done = tool("--input", tmp_path / "none.jsonl", *flags, "--force")
-    assert done.returncode == 2 and f"error: --input {tmp_path}/none.jsonl: no such file or folder\n" in done.stderr
+    assert (
+        done.returncode == 2
+        and f"error: --input {tmp_path}/none.jsonl: no such file or folder\n" in done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
 def test_killed_and_resumed(tmp_path: Path, stories260k: Path) -> None:
     long = " and so on" * 200
-    path = write(tmp_path / "d.jsonl", [{**row, "chosen": row["chosen"] + long} for row in rows(5000)])
-    flags = ["--input", path, "--tokenizer", stories260k, "--max-length", 4096, "--workers", 2, "--output-prefix"]
-    command = [sys.executable, ROOT / "tools" / "preprocess_pref.py", *map(str, flags), tmp_path / "out"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                               start_new_session=True)
+    path = write(
+        tmp_path / "d.jsonl", [{**row, "chosen": row["chosen"] + long} for row in rows(5000)]
+    )
+    flags = [
+        "--input",
+        path,
+        "--tokenizer",
+        stories260k,
+        "--max-length",
+        4096,
+        "--workers",
+        2,
+        "--output-prefix",
+    ]
+    command = [
+        sys.executable,
+        ROOT / "tools" / "preprocess_pref.py",
+        *map(str, flags),
+        tmp_path / "out",
+    ]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
     journal = tmp_path / "out.partial" / "journal"
     deadline = time.monotonic() + 60
     while not (journal.exists() and journal.read_text().count("\n") > 5):
@@ -443,19 +674,40 @@ def test_killed_and_resumed(tmp_path: Path, stories260k: Path) -> None:
 
 # ---- hostile input
 
+
 def hostile(rng: np.random.Generator) -> Any:
     """A random value of any type and depth, with texts that hurt."""
     kind = int(rng.integers(0, 12))
     if kind < 4:
-        return str(rng.choice(["", " ", "text", "a\ud800", "\x00", "<|im_end|>", "</s>", "\n\nHuman: a\n\nAssistant: b",
-                               "x" * 3000, "[{", "1e999", "🙂" * 50]))
+        return str(
+            rng.choice(
+                [
+                    "",
+                    " ",
+                    "text",
+                    "a\ud800",
+                    "\x00",
+                    "<|im_end|>",
+                    "</s>",
+                    "\n\nHuman: a\n\nAssistant: b",
+                    "x" * 3000,
+                    "[{",
+                    "1e999",
+                    "🙂" * 50,
+                ]
+            )
+        )
     if kind < 7:
-        return [None, True, float("nan"), -1, 10 ** 30, 1.5, float("inf")][int(rng.integers(0, 7))]
+        return [None, True, float("nan"), -1, 10**30, 1.5, float("inf")][int(rng.integers(0, 7))]
     if kind < 9:
         return [hostile(rng) for _ in range(rng.integers(0, 4))]
     if kind < 11:
-        return {str(rng.choice(["role", "content", "from", "value", "score", "rank", "tool_calls", "x"])): hostile(rng)
-                for _ in range(rng.integers(0, 4))}
+        return {
+            str(
+                rng.choice(["role", "content", "from", "value", "score", "rank", "tool_calls", "x"])
+            ): hostile(rng)
+            for _ in range(rng.integers(0, 4))
+        }
     deep: Any = "x"
     for _ in range(int(rng.integers(1, 200))):
         deep = [deep] if rng.integers(2) else {"content": deep}
@@ -466,18 +718,30 @@ def templates() -> list[Row]:
     """A good row of every schema, to be spoiled."""
     turn, reply = [{"role": "user", "content": "q"}], [{"role": "assistant", "content": "a"}]
     other = [{"role": "assistant", "content": "b"}]
-    return [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": turn, "chosen": reply, "rejected": other},
-            {"chosen": turn + reply, "rejected": turn + other, "chosen-rating": 1, "rejected-rating": 0},
-            {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"},
-             "rejected": {"from": "gpt", "value": "b"}},
-            {"instruction": "q", "input": "", "output": ["a", "b"], "history": []},
-            {"prompt": "q", "responses": [{"content": "a", "score": 1}, {"content": "b", "score": 0}]},
-            {"prompt": "q", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2}]},
-            {"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": 1},
-            {"prompt": "q", "chosen": ["a"], "rejected": ["b"]}, {"prompt": "q", "response": "a", "helpfulness": 1},
-            {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
-            {"conversation_a": turn + reply, "conversation_b": turn + other, "winner": "model_a"},
-            {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 0}]
+    return [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": turn, "chosen": reply, "rejected": other},
+        {
+            "chosen": turn + reply,
+            "rejected": turn + other,
+            "chosen-rating": 1,
+            "rejected-rating": 0,
+        },
+        {
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "a"},
+            "rejected": {"from": "gpt", "value": "b"},
+        },
+        {"instruction": "q", "input": "", "output": ["a", "b"], "history": []},
+        {"prompt": "q", "responses": [{"content": "a", "score": 1}, {"content": "b", "score": 0}]},
+        {"prompt": "q", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2}]},
+        {"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": 1},
+        {"prompt": "q", "chosen": ["a"], "rejected": ["b"]},
+        {"prompt": "q", "response": "a", "helpfulness": 1},
+        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+        {"conversation_a": turn + reply, "conversation_b": turn + other, "winner": "model_a"},
+        {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 0},
+    ]
 
 
 def spoil(row: Row, rng: np.random.Generator) -> Row:
@@ -485,7 +749,9 @@ def spoil(row: Row, rng: np.random.Generator) -> Row:
     for _ in range(int(rng.integers(1, 4))):
         key = str(rng.choice([*row, "prompt", "tools", "system", "margin", "source"]))
         where: Any = row
-        while isinstance(where.get(key) if isinstance(where, dict) else None, dict) and rng.integers(2):
+        while isinstance(
+            where.get(key) if isinstance(where, dict) else None, dict
+        ) and rng.integers(2):
             where = where[key]
             key = str(rng.choice([*where, "role"]))
         if rng.integers(4):
@@ -501,13 +767,23 @@ def test_hostile_rows(run: Any, tmp_path: Path) -> None:
     for number, template in enumerate(templates()):
         good = [template] * 40
         if "helpfulness" in template:  # two rows to a comparison
-            good = [{**template, "prompt": f"q{i // 2}", "response": f"a{i}", "helpfulness": i % 2} for i in range(40)]
-        lines = [json.dumps(row) for row in good] + [json.dumps(spoil(template, rng)) for _ in range(620)]
+            good = [
+                {**template, "prompt": f"q{i // 2}", "response": f"a{i}", "helpfulness": i % 2}
+                for i in range(40)
+            ]
+        lines = [json.dumps(row) for row in good] + [
+            json.dumps(spoil(template, rng)) for _ in range(620)
+        ]
         raw = [line.encode("utf-8", "surrogatepass") for line in lines]
-        for i in rng.choice(np.arange(50, 660), 60, replace=False).tolist():  # and bytes that are no text
+        for i in rng.choice(
+            np.arange(50, 660), 60, replace=False
+        ).tolist():  # and bytes that are no text
             at = int(rng.integers(0, len(raw[i])))
-            raw[i] = [raw[i][:at], raw[i][:at] + rng.bytes(3) + raw[i][at:],
-                      raw[i].replace(b'"', b"", 1)][i % 3].replace(b"\n", b"")
+            raw[i] = [
+                raw[i][:at],
+                raw[i][:at] + rng.bytes(3) + raw[i][at:],
+                raw[i].replace(b'"', b"", 1),
+            ][i % 3].replace(b"\n", b"")
         path = write(tmp_path / f"{number}.jsonl", [line or b"0" for line in raw])
         dataset = run(path, str(number), max_rejected=1.0, duplicates="keep")
         listed = rejected(tmp_path, str(number))
@@ -526,10 +802,10 @@ def test_hostile_files(tmp_path: Path, stories260k: Path) -> None:
     good = {p: p.read_bytes() for p in write_all(tmp_path / "good", rows(25))}
     for number in range(3000):
         path = list(good)[number % len(good)]
-        data = bytearray(good[path][:int(rng.integers(20, 4000))])
+        data = bytearray(good[path][: int(rng.integers(20, 4000))])
         for _ in range(int(rng.integers(0, 4))):
             at = int(rng.integers(0, len(data)))
-            data[at:at + int(rng.integers(0, 3))] = rng.bytes(int(rng.integers(0, 4)))
+            data[at : at + int(rng.integers(0, 3))] = rng.bytes(int(rng.integers(0, 4)))
         if number % 7 == 0:
             data = bytearray(rng.bytes(int(rng.integers(1, 400))))
         target = tmp_path / f"x{path.name}"

@@ -20,7 +20,10 @@ import pytest
 from rmega.preferences import resolve, sources
 from rmega.preferences.comparison import Rejected
 
-ROWS = [{"prompt": f"question {i} é国", "chosen": f"good {i}", "rejected": f"bad\n{i}"} for i in range(700)]
+ROWS = [
+    {"prompt": f"question {i} é国", "chosen": f"good {i}", "rejected": f"bad\n{i}"}
+    for i in range(700)
+]
 
 
 def jsonl(rows: list[dict[str, Any]]) -> bytes:
@@ -30,10 +33,16 @@ def jsonl(rows: list[dict[str, Any]]) -> bytes:
 JSONL = jsonl(ROWS)
 
 
-def read(*specs: Any, hashes: dict[str, str] | None = None, **options: Any) -> list[tuple[int, Any]]:
+def read(
+    *specs: Any, hashes: dict[str, str] | None = None, **options: Any
+) -> list[tuple[int, Any]]:
     inputs = sources.resolve([str(s) for s in specs], **options)
-    return [(number, row) for i, source in enumerate(inputs) for chunk in sources.read_chunks(source, i, hashes)
-            for number, row, _ in sources.decode(chunk)]
+    return [
+        (number, row)
+        for i, source in enumerate(inputs)
+        for chunk in sources.read_chunks(source, i, hashes)
+        for number, row, _ in sources.decode(chunk)
+    ]
 
 
 def write_all(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
@@ -53,14 +62,23 @@ def write_all(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
     for name, new in (("a.arrow", pa.ipc.new_stream), ("b.arrow", pa.ipc.new_file)):
         with pa.OSFile(str(folder / name), "wb") as sink, new(sink, table.schema) as out:
             out.write_table(table, max_chunksize=333)
-    return [path("a.jsonl", lines), path("bom.jsonl", b"\xef\xbb\xbf" + lines),
-            path("crlf.jsonl", lines.replace(b"\n", b"\r\n")), path("no_end.jsonl", lines[:-1]),
-            path("a.jsonl.gz", gzip.compress(lines)),
-            path("two.jsonl.gz", gzip.compress(lines[:700]) + gzip.compress(lines[700:])),
-            path("a.jsonl.zst", pa.compress(lines, "zstd", asbytes=True)), path("a.json", json.dumps(rows).encode()),
-            path("data.json", json.dumps({"version": 1, "data": rows}).encode()), path("lines.json", lines),
-            path("a.csv", text.getvalue().encode()), path("a.csv.gz", gzip.compress(text.getvalue().encode())),
-            folder / "a.parquet", folder / "a.arrow", folder / "b.arrow"]
+    return [
+        path("a.jsonl", lines),
+        path("bom.jsonl", b"\xef\xbb\xbf" + lines),
+        path("crlf.jsonl", lines.replace(b"\n", b"\r\n")),
+        path("no_end.jsonl", lines[:-1]),
+        path("a.jsonl.gz", gzip.compress(lines)),
+        path("two.jsonl.gz", gzip.compress(lines[:700]) + gzip.compress(lines[700:])),
+        path("a.jsonl.zst", pa.compress(lines, "zstd", asbytes=True)),
+        path("a.json", json.dumps(rows).encode()),
+        path("data.json", json.dumps({"version": 1, "data": rows}).encode()),
+        path("lines.json", lines),
+        path("a.csv", text.getvalue().encode()),
+        path("a.csv.gz", gzip.compress(text.getvalue().encode())),
+        folder / "a.parquet",
+        folder / "a.arrow",
+        folder / "b.arrow",
+    ]
 
 
 def test_every_kind_gives_the_same_rows(tmp_path: Path) -> None:
@@ -81,11 +99,16 @@ def test_csv_cells_may_hold_messages(tmp_path: Path) -> None:
         writer.writerow(["prompt", "chosen", "rejected", "scores"])
         writer.writerow(["[1, 2]", json.dumps(messages), repr(messages), "[1, 0]"])
         writer.writerow(["a", "", "b"])
-        writer.writerow(["a", "\udcff".encode("utf-8", "surrogatepass").decode("utf-8", "replace"), "[x", "c"])
+        writer.writerow(
+            ["a", "\udcff".encode("utf-8", "surrogatepass").decode("utf-8", "replace"), "[x", "c"]
+        )
     items = read(path)
-    assert items[0] == (2, {"prompt": "[1, 2]", "chosen": messages, "rejected": messages, "scores": [1, 0]})
+    assert items[0] == (
+        2,
+        {"prompt": "[1, 2]", "chosen": messages, "rejected": messages, "scores": [1, 0]},
+    )
     assert items[1][1].reason == "broken_row" and items[2][1]["rejected"] == "[x"
-    path.write_bytes(b"prompt,chosen,rejected\na,b,\xff\nx,\"y\nz\",w\n\nv,w,x\n")
+    path.write_bytes(b'prompt,chosen,rejected\na,b,\xff\nx,"y\nz",w\n\nv,w,x\n')
     numbers, rows = zip(*read(path), strict=True)
     assert numbers == (2, 3, 6) and rows[0].reason == "not_utf8" and rows[1]["chosen"] == "y\nz"
     path.write_text('a,b\n1,2\n3,"4\n5,6\n')
@@ -107,7 +130,11 @@ def test_broken_lines_keep_their_numbers(tmp_path: Path) -> None:
     for _ in range(500):
         nested = [nested]
     (tmp_path / "b.json").write_text(json.dumps([{"a": nested}, 5, {"a": 1}]))
-    assert [getattr(row, "reason", row) for _, row in read(tmp_path / "b.json")] == ["too_deep", "broken_row", {"a": 1}]
+    assert [getattr(row, "reason", row) for _, row in read(tmp_path / "b.json")] == [
+        "too_deep",
+        "broken_row",
+        {"a": 1},
+    ]
 
 
 def test_huge_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,27 +158,36 @@ def test_chunks_do_not_split_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_grouping_adjacent_rows() -> None:
     def chunks() -> Iterator[sources.Chunk]:
         for first, keys in ((1, "aab"), (4, "b"), (5, "bcc")):
-            yield sources.Chunk(0, first, [(first + i, {"prompt": k}, "") for i, k in enumerate(keys)])
+            yield sources.Chunk(
+                0, first, [(first + i, {"prompt": k}, "") for i, k in enumerate(keys)]
+            )
 
     items = [item for chunk in sources.group_rows(chunks(), "prompt") for item in chunk.payload]
-    assert [(n, "".join(r["prompt"] for r in row["rows"])) for n, row, _ in items] == [(1, "aa"), (3, "bbb"), (6, "cc")]
+    assert [(n, "".join(r["prompt"] for r in row["rows"])) for n, row, _ in items] == [
+        (1, "aa"),
+        (3, "bbb"),
+        (6, "cc"),
+    ]
 
 
-@pytest.mark.parametrize(("name", "data", "message"), [
-    ("a.jsonl.gz", gzip.compress(JSONL)[:-2000], "gzip cannot be read on after line"),
-    ("a.jsonl.gz", b"not gzip", "gzip cannot be read on after line 0"),
-    ("a.jsonl.zst", b"not zstd at all", "zstd cannot be read on"),
-    ("a.json", b'[{"a": 1},\n{"a": ]', "a.json:2: broken JSON"),
-    ("a.json", b"[]", "no rows"),
-    ("a.json", b"5", "no rows"),
-    ("a.json", b"\xff\xfe", "byte 0 is not UTF-8"),
-    ("a.json", b"[" * 200_000, "nested too deeply"),
-    ("a.parquet", b"PAR1 nothing PAR1", "cannot be read as parquet"),
-    ("a.arrow", b"nothing", "cannot be read as arrow"),
-    ("a.jsonl", b"", "the file is empty"),
-    ("a.txt", b"x", "unknown kind of file"),
-    ("a.parquet.gz", b"x", "unpack it first"),
-])
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl.gz", gzip.compress(JSONL)[:-2000], "gzip cannot be read on after line"),
+        ("a.jsonl.gz", b"not gzip", "gzip cannot be read on after line 0"),
+        ("a.jsonl.zst", b"not zstd at all", "zstd cannot be read on"),
+        ("a.json", b'[{"a": 1},\n{"a": ]', "a.json:2: broken JSON"),
+        ("a.json", b"[]", "no rows"),
+        ("a.json", b"5", "no rows"),
+        ("a.json", b"\xff\xfe", "byte 0 is not UTF-8"),
+        ("a.json", b"[" * 200_000, "nested too deeply"),
+        ("a.parquet", b"PAR1 nothing PAR1", "cannot be read as parquet"),
+        ("a.arrow", b"nothing", "cannot be read as arrow"),
+        ("a.jsonl", b"", "the file is empty"),
+        ("a.txt", b"x", "unknown kind of file"),
+        ("a.parquet.gz", b"x", "unpack it first"),
+    ],
+)
 def test_unreadable_files_are_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=message) as caught:
@@ -161,23 +197,39 @@ def test_unreadable_files_are_named(tmp_path: Path, name: str, data: bytes, mess
 
 def test_folders_globs_and_splits(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    for name in ("b.jsonl", "a.jsonl", "sub/c.jsonl", "README.md", "dataset_info.json", ".hidden.jsonl"):
+    for name in (
+        "b.jsonl",
+        "a.jsonl",
+        "sub/c.jsonl",
+        "README.md",
+        "dataset_info.json",
+        ".hidden.jsonl",
+    ):
         (tmp_path / name).write_bytes(JSONL)
 
     def names(*specs: Any, **options: Any) -> list[str]:
-        return [s.name.removeprefix(f"{tmp_path}/") for s in sources.resolve([str(s) for s in specs], **options)]
+        return [
+            s.name.removeprefix(f"{tmp_path}/")
+            for s in sources.resolve([str(s) for s in specs], **options)
+        ]
 
     assert names(tmp_path) == ["a.jsonl", "b.jsonl", "sub/c.jsonl"]
     assert names(tmp_path / "?.jsonl") == ["a.jsonl", "b.jsonl"]
     assert names(tmp_path / "**" / "*.jsonl") == ["a.jsonl", "b.jsonl", "sub/c.jsonl"]
     (tmp_path / "sub" / "train-00000.jsonl").write_bytes(JSONL)
     (tmp_path / "sub" / "test-00000.jsonl").write_bytes(JSONL)
-    with pytest.raises(ValueError, match="holds several splits .test, train.; choose one with --split"):
+    with pytest.raises(
+        ValueError, match="holds several splits .test, train.; choose one with --split"
+    ):
         names(tmp_path / "sub")
     assert names(tmp_path / "sub", split="train") == ["sub/train-00000.jsonl"]
     (tmp_path / "none").mkdir()
-    for spec, message in ((tmp_path / "none", "no data file"), (tmp_path / "x.jsonl", "no such file"),
-                          (tmp_path / "*.csv", "no file matches"), (tmp_path / "nowhere" / "x", "no such file")):
+    for spec, message in (
+        (tmp_path / "none", "no data file"),
+        (tmp_path / "x.jsonl", "no such file"),
+        (tmp_path / "*.csv", "no file matches"),
+        (tmp_path / "nowhere" / "x", "no such file"),
+    ):
         with pytest.raises(ValueError, match=message):
             names(spec)
     with pytest.raises(ValueError, match="2 given for 1 values"):
@@ -199,9 +251,18 @@ def test_hub_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.load_dataset = load_dataset  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", fake)
     assert [row for _, row in read("org/set:config", split="test", revision="abc")] == ROWS
-    assert asked == {"name": "org/set", "config": "config", "split": "test", "revision": "abc", "streaming": True}
+    assert asked == {
+        "name": "org/set",
+        "config": "config",
+        "split": "test",
+        "revision": "abc",
+        "streaming": True,
+    }
     assert len(read("org/set")) == 700 and asked["split"] == "train"
-    message = "org/broken: no such file here, and as the name of a hub data set .* it cannot be read .no network"
+    message = (
+        "org/broken: no such file here, and as the name of a hub data set .* it cannot be read .no"
+        " network"
+    )
     with pytest.raises(ValueError, match=message):
         read("org/broken")
 
@@ -233,14 +294,17 @@ def test_a_path_to_nothing_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.Mo
         resolve.check_folder_or_hub_name(name, "--model")
 
 
-def test_retries_of_the_hub_are_one_line(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_retries_of_the_hub_are_one_line(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     logger = logging.getLogger("huggingface_hub.utils._http")
     with resolve.one_line_for_retries():
         for attempt in range(6):
             logger.warning("'no route' thrown while requesting HEAD https://hub")
             logger.warning(f"Retrying in 1s [Retry {attempt}/5].")
         logger.warning("a token is needed")
-    assert capsys.readouterr().err.count("does not answer") == 1 and [r.message for r in caplog.records] == [
-        "a token is needed"]
+    assert capsys.readouterr().err.count("does not answer") == 1 and [
+        r.message for r in caplog.records
+    ] == ["a token is needed"]
     logger.warning("Retrying in 1s")
     assert len(caplog.records) == 2

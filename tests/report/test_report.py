@@ -1,4 +1,5 @@
-"""The pages: whole, harmless whatever the data says, and the same numbers as the judgement; curves of a run."""
+"""The pages: whole, harmless whatever the data says, and the same numbers as the judgement; curves
+of a run."""
 
 from __future__ import annotations
 
@@ -17,10 +18,18 @@ from rmega.evaluation.results import Judged, judge, worst_mistakes
 from rmega.preferences.comparison import Comparison
 from rmega.report import figures, page
 from rmega.report.evaluation import MAX_TEXT, write_evaluation_report
-from rmega.report.training import read_metrics, run_verdict, running_median, smoothed, write_run_report
+from rmega.report.training import (
+    read_metrics,
+    run_verdict,
+    running_median,
+    smoothed,
+    write_run_report,
+)
 
-EVIL = ("<script>alert('x')</script><img src=http://example.com/a.png onerror=alert(1)> & \"quoted\" \ud800 \x1b[31m "
-        "$x$ 中文")
+EVIL = (
+    "<script>alert('x')</script><img src=http://example.com/a.png onerror=alert(1)> & \"quoted\""
+    " \ud800 \x1b[31m $x$ 中文"
+)
 
 
 class Page(HTMLParser):
@@ -60,7 +69,8 @@ class Page(HTMLParser):
 
 
 def check(path: Path) -> Page:
-    """Self-contained, no script, every tag closed, every id once, every reference inside the page."""
+    """Self-contained, no script, every tag closed, every id once, every reference inside the
+    page."""
     text = path.read_text(encoding="utf-8")
     got = Page(text)
     assert got.open == [] and "script" not in got.tags and "img" not in got.tags
@@ -76,16 +86,31 @@ def make_items(count: int = 60, k: int = 2, **more) -> list[Judged]:
     rng = np.random.default_rng(0)
     out = []
     for i in range(count):
-        c = Comparison(prompt=[{"role": "user", "content": f"{EVIL} {i}"}], scores=[float(k - j) for j in range(k)],
-                       responses=[[{"role": "assistant", "content": f"{EVIL}{'x' * (3000 if i % 2 else 9)}"}]] * k)
-        out.append(Judged(rewards=rng.normal(np.linspace(1, 0, k), 1), scores=np.array(c.scores), comparison=c,
-                          lengths=rng.integers(5, 3000, k), source=f"{EVIL}{i % 3}", where=f"file:{i}", **more))
+        c = Comparison(
+            prompt=[{"role": "user", "content": f"{EVIL} {i}"}],
+            scores=[float(k - j) for j in range(k)],
+            responses=[[{"role": "assistant", "content": f"{EVIL}{'x' * (3000 if i % 2 else 9)}"}]]
+            * k,
+        )
+        out.append(
+            Judged(
+                rewards=rng.normal(np.linspace(1, 0, k), 1),
+                scores=np.array(c.scores),
+                comparison=c,
+                lengths=rng.integers(5, 3000, k),
+                source=f"{EVIL}{i % 3}",
+                where=f"file:{i}",
+                **more,
+            )
+        )
     return out
 
 
 def render(tmp_path: Path, sets: dict[str, list[Judged]]) -> Page:
     results = {n: judge(items) for n, items in sets.items()}
-    path = write_evaluation_report(tmp_path / "r", EVIL, results, sets, {n: worst_mistakes(i) for n, i in sets.items()})
+    path = write_evaluation_report(
+        tmp_path / "r", EVIL, results, sets, {n: worst_mistakes(i) for n, i in sets.items()}
+    )
     assert path == tmp_path / "r" / "report.html"
     return check(path)
 
@@ -117,8 +142,15 @@ def test_benchmark_tables(tmp_path):
     """RewardBench 2, whole and in part, and RM-Bench find their tables on the page."""
     pytest.importorskip("matplotlib")
     items = []
-    for name, k, id_ in (("Factuality", 4, "1"), ("Precise IF", 4, "2"), ("Math", 4, "3"), ("Safety", 4, "4"),
-                         ("Focus", 4, "5"), ("Ties", 3, "ref:6"), ("Ties", 3, "tied:6")):
+    for name, k, id_ in (
+        ("Factuality", 4, "1"),
+        ("Precise IF", 4, "2"),
+        ("Math", 4, "3"),
+        ("Safety", 4, "4"),
+        ("Focus", 4, "5"),
+        ("Ties", 3, "ref:6"),
+        ("Ties", 3, "tied:6"),
+    ):
         (item,) = make_items(1, k, id=id_, benchmark="reward-bench-2")
         item.source, item.scores = name, np.array([1.0, float(id_ == "tied:6"), *[0.0] * (k - 2)])
         item.rewards = np.arange(k, 0, -1.0)
@@ -143,32 +175,68 @@ def test_odd_sets_still_draw(tmp_path):
     single[0].rewards = np.array([3.0, 2.0])
     for item in none:
         item.scores = np.zeros(2)
-    assert "No pair to judge" in render(tmp_path, {"ties": ties, "single": single, "none": none}).text
+    assert (
+        "No pair to judge" in render(tmp_path, {"ties": ties, "single": single, "none": none}).text
+    )
 
 
 @pytest.mark.slow
 def test_pages_in_a_browser(tmp_path):
-    """A real browser draws both pages, nothing sticks out of the page's width, and every plot has its colours."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+    """A real browser draws both pages, nothing sticks out of the page's width, and every plot has
+    its colours."""
+    browser = next(
+        filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None
+    )
     if browser is None:
         pytest.skip("no chromium on this machine")
     image = pytest.importorskip("matplotlib.image")
     items = make_items(200)
-    write_evaluation_report(tmp_path, "a model", {"one": judge(items)}, {"one": items}, {"one": worst_mistakes(items)})
-    rows = [train_row(s) for s in range(1, 101)] + [eval_row(s, 0.6, length_gap=0.1, ece=0.1, temperature=1.0,
-                                                             mean_margin=0.5, num_ties=0, reward_mean=0.1, reward_std=1,
-                                                             length_controlled_accuracy=0.6) for s in (50, 100)]
+    write_evaluation_report(
+        tmp_path, "a model", {"one": judge(items)}, {"one": items}, {"one": worst_mistakes(items)}
+    )
+    rows = [train_row(s) for s in range(1, 101)] + [
+        eval_row(
+            s,
+            0.6,
+            length_gap=0.1,
+            ece=0.1,
+            temperature=1.0,
+            mean_margin=0.5,
+            num_ties=0,
+            reward_mean=0.1,
+            reward_std=1,
+            length_controlled_accuracy=0.6,
+        )
+        for s in (50, 100)
+    ]
     run = write_run_report(write_run(tmp_path / "run", rows))
     for page_path in (tmp_path / "report.html", run):
         shot = tmp_path / "shot.png"
-        done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-                               "--window-size=1200,2000", f"--user-data-dir={tmp_path / 'profile'}",
-                               f"--screenshot={shot}", page_path.as_uri()], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [
+                browser,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--hide-scrollbars",
+                "--window-size=1200,2000",
+                f"--user-data-dir={tmp_path / 'profile'}",
+                f"--screenshot={shot}",
+                page_path.as_uri(),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0 and shot.is_file(), done.stderr[-2000:]
         pixels = image.imread(shot)[..., :3]  # [2000, 1200, 3]
-        assert (pixels[:, 1145:] > 0.99).all() and (pixels[:, :55] > 0.99).all()  # the margins are white
+        assert (pixels[:, 1145:] > 0.99).all() and (
+            pixels[:, :55] > 0.99
+        ).all()  # the margins are white
         blue = (np.abs(pixels - np.array([0.0, 0.447, 0.698])) < 0.02).all(-1)
-        assert blue[600:, :600].sum() > 500 and (pixels[:600].min(-1) < 0.3).sum() > 2000  # plots below, words above
+        assert (
+            blue[600:, :600].sum() > 500 and (pixels[:600].min(-1) < 0.3).sum() > 2000
+        )  # plots below, words above
         shot.unlink()
 
 
@@ -182,21 +250,42 @@ def test_missing_matplotlib_is_one_line(monkeypatch, tmp_path):
 
 
 def test_escape():
-    assert page.escape("<a href=\"x\">'&") == "&lt;a href=&quot;x&quot;&gt;&#x27;&amp;"
+    assert page.escape('<a href="x">\'&') == "&lt;a href=&quot;x&quot;&gt;&#x27;&amp;"
     assert page.escape("a\tb\nc\x00\x1b\ud800") == "a\tb\nc\ufffd\ufffd?"
 
 
 # ---- a run
 
+
 def train_row(step: int, **more) -> dict:
-    return {"type": "train", "step": step, "lr": 1e-5, "loss": 0.7 - step / 1000, "acc": 0.5 + step / 1000,
-            "chosen_score_mean": step / 100, "rejected_score_mean": -step / 100, "grad_norm": 2.0,
-            "pairs_per_second": 6.0, "time": 0.6, "num_pairs": 64, "num_tokens": 9000, **more}
+    return {
+        "type": "train",
+        "step": step,
+        "lr": 1e-5,
+        "loss": 0.7 - step / 1000,
+        "acc": 0.5 + step / 1000,
+        "chosen_score_mean": step / 100,
+        "rejected_score_mean": -step / 100,
+        "grad_norm": 2.0,
+        "pairs_per_second": 6.0,
+        "time": 0.6,
+        "num_pairs": 64,
+        "num_tokens": 9000,
+        **more,
+    }
 
 
 def eval_row(step: int, accuracy: float, name: str = "hh", half: float = 0.03, **more) -> dict:
-    return {"type": "eval", "step": step, "name": name, "accuracy": accuracy, "accuracy_low": accuracy - half,
-            "accuracy_high": accuracy + half, "num_pairs": 900, **more}
+    return {
+        "type": "eval",
+        "step": step,
+        "name": name,
+        "accuracy": accuracy,
+        "accuracy_low": accuracy - half,
+        "accuracy_high": accuracy + half,
+        "num_pairs": 900,
+        **more,
+    }
 
 
 def write_run(path: Path, rows, tail: str = "") -> Path:
@@ -210,11 +299,20 @@ def test_run_page(tmp_path):
     rows = [train_row(s) for s in range(1, 101)]
     rows += [eval_row(50, 0.6), eval_row(100, 0.65), eval_row(100, 0.5, "llmbar")]
     run = write_run(tmp_path / "run <b>", rows)
-    (run / "config.json").write_text(json.dumps({"model": {"hf_model": EVIL}, "data": {"data_path": ["a", "b"]}}))
+    (run / "config.json").write_text(
+        json.dumps({"model": {"hf_model": EVIL}, "data": {"data_path": ["a", "b"]}})
+    )
     assert write_run_report(run) == run / "report.html"
     got = check(run / "report.html")
     assert got.tags.count("svg") == 7 and "65.0 %" in got.text and "data.data_path" in got.text
-    for title in ("Loss", "Training accuracy", "Mean rewards", "Learning rate", "Gradient norm", "Throughput"):
+    for title in (
+        "Loss",
+        "Training accuracy",
+        "Mean rewards",
+        "Learning rate",
+        "Gradient norm",
+        "Throughput",
+    ):
         assert title in got.text
     assert "run <b>" in got.text and "6,400 pairs seen" in got.text
 
@@ -223,43 +321,73 @@ def test_the_head_of_a_page(tmp_path):
     """How far, how long, of what; a run of an earlier version is asked for what its files have."""
     from rmega.report.training import head
 
-    rows = [train_row(s, time=0.5, num_pairs=160) for s in (10, 20)] + [train_row(23, time=2.0, num_pairs=48)]
-    config = {"model": {"hf_model": "m"}, "train": {"train_steps": None},
-              "run": {"steps": 23, "layout": "tp 1, pp 1, dp 2", "precision": "bf16 (fast)"}}
-    assert head(rows, config) == ["finished: 23 of 23 steps; 0:00:16; 368 pairs seen",
-                                  "m; tp 1, pp 1, dp 2; bf16 (fast)"]
-    assert head(rows[:2], config)[0].startswith("not finished, or still going on: 20 of 23 steps; 0:00:10; ")
+    rows = [train_row(s, time=0.5, num_pairs=160) for s in (10, 20)] + [
+        train_row(23, time=2.0, num_pairs=48)
+    ]
+    config = {
+        "model": {"hf_model": "m"},
+        "train": {"train_steps": None},
+        "run": {"steps": 23, "layout": "tp 1, pp 1, dp 2", "precision": "bf16 (fast)"},
+    }
+    assert head(rows, config) == [
+        "finished: 23 of 23 steps; 0:00:16; 368 pairs seen",
+        "m; tp 1, pp 1, dp 2; bf16 (fast)",
+    ]
+    assert head(rows[:2], config)[0].startswith(
+        "not finished, or still going on: 20 of 23 steps; 0:00:10; "
+    )
     assert head([{**rows[0], "train_seconds": 75.0}], {"train": {"train_steps": 10}}) == [
-        "finished: 10 of 10 steps; 0:01:15; 160 pairs seen"]
+        "finished: 10 of 10 steps; 0:01:15; 160 pairs seen"
+    ]
     assert head([{"step": 3}], {}) == ["step 3"] and head([], {}) == []
 
 
 def test_words_and_marks_of_a_short_run(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [train_row(s, lr=2.5e-5 / s) for s in range(1, 24, 2)]
-    got = check(write_run_report(write_run(tmp_path / "short", rows + [eval_row(20, 0.911), eval_row(23, 0.911)])))
-    assert "last tenth" not in got.text and "Loss, last row" in got.text and "first and last row" in got.text
-    assert "the best of the run, as it was at step 20 already" in got.text and "the best was" not in got.text
+    got = check(
+        write_run_report(
+            write_run(tmp_path / "short", rows + [eval_row(20, 0.911), eval_row(23, 0.911)])
+        )
+    )
+    assert (
+        "last tenth" not in got.text
+        and "Loss, last row" in got.text
+        and "first and last row" in got.text
+    )
+    assert (
+        "the best of the run, as it was at step 20 already" in got.text
+        and "the best was" not in got.text
+    )
     assert "2.5e-05" in got.text and "1e-05" in got.text
     marked = (tmp_path / "short" / "report.html").read_text().count("<use ")
     many = [train_row(s) for s in range(1, 101)]
-    write_run_report(write_run(tmp_path / "long", many + [eval_row(20, 0.911), eval_row(23, 0.911)]))
+    write_run_report(
+        write_run(tmp_path / "long", many + [eval_row(20, 0.911), eval_row(23, 0.911)])
+    )
     ticks_alone = (tmp_path / "long" / "report.html").read_text().count("<use ")
     assert marked >= ticks_alone + 6 * len(rows) - 40  # a mark for each point of six curves
 
 
 def test_run_page_of_little(tmp_path):
     pytest.importorskip("matplotlib")
-    for name, rows in {"one": [train_row(1)], "eval": [eval_row(0, 0.5)],
-                       "bare": [{"type": "train", "step": 1, "loss": 0.7, "grad_norm": None}],
-                       "broken": [train_row(s, loss=math.nan, grad_norm=math.nan) for s in range(30)]}.items():
+    for name, rows in {
+        "one": [train_row(1)],
+        "eval": [eval_row(0, 0.5)],
+        "bare": [{"type": "train", "step": 1, "loss": 0.7, "grad_norm": None}],
+        "broken": [train_row(s, loss=math.nan, grad_norm=math.nan) for s in range(30)],
+    }.items():
         check(write_run_report(write_run(tmp_path / name, rows), tmp_path / f"{name}.html"))
 
 
 def test_read_metrics(tmp_path):
     rows = [train_row(1), train_row(2), train_row(2, loss=9.0), eval_row(2, 0.6), eval_row(2, 0.7)]
     train, evals = read_metrics(write_run(tmp_path / "r", rows, tail='{"type": "tra'))
-    assert [r["step"] for r in train] == [1, 2] and train[1]["loss"] == 9.0 and evals[0]["accuracy"] == 0.7
+    assert (
+        [r["step"] for r in train] == [1, 2]
+        and train[1]["loss"] == 9.0
+        and evals[0]["accuracy"] == 0.7
+    )
     with pytest.raises(ValueError, match="metrics.jsonl:1: not a row"):
         read_metrics(write_run(tmp_path / "s", [{"x": 1}, train_row(1)]))
     with pytest.raises(ValueError, match="no such file"):
@@ -273,19 +401,31 @@ def test_run_verdicts():
         return {(v["about"], v["level"]) for v in run_verdict(train, evals, config or {})}
 
     good = [train_row(s) for s in range(1, 101)]
-    assert levels(good, [eval_row(100, 0.65)]) == {("evaluation", "good"), ("loss", "good"), ("rewards", "good")}
+    assert levels(good, [eval_row(100, 0.65)]) == {
+        ("evaluation", "good"),
+        ("loss", "good"),
+        ("rewards", "good"),
+    }
     assert ("evaluation", "warn") in levels(good, [])
-    assert ("evaluation", "warn") in levels(good, [eval_row(50, 0.75), eval_row(100, 0.6)])  # it was better before
+    assert ("evaluation", "warn") in levels(
+        good, [eval_row(50, 0.75), eval_row(100, 0.6)]
+    )  # it was better before
     assert ("evaluation", "bad") in levels(good, [eval_row(100, 0.4)])
-    assert ("stability", "warn") in levels([*good, train_row(101, grad_norm=99.0), train_row(102, grad_norm=99.0)], [])
+    assert ("stability", "warn") in levels(
+        [*good, train_row(101, grad_norm=99.0), train_row(102, grad_norm=99.0)], []
+    )
     assert ("stability", "bad") in levels([train_row(0, loss=None), *good], [])
     assert ("loss", "warn") in levels([train_row(s, loss=s) for s in range(30)], [])
     assert ("loss", "note") in levels([train_row(s, loss=s) for s in range(9)], [])
-    assert ("loss", "bad") in levels([*good, *(train_row(s, loss=math.nan) for s in range(101, 120))], [])
+    assert ("loss", "bad") in levels(
+        [*good, *(train_row(s, loss=math.nan) for s in range(101, 120))], []
+    )
     reverse = [train_row(s, chosen_score_mean=-1, rejected_score_mean=1) for s in range(9)]
     assert ("rewards", "bad") in levels(reverse, [])
     assert ("rewards", "warn") in levels([train_row(s, chosen_score_mean=9) for s in range(9)], [])
-    noisy = [train_row(s, chosen_score_mean=0.1 + s % 2, rejected_score_mean=0.5) for s in range(100)]
+    noisy = [
+        train_row(s, chosen_score_mean=0.1 + s % 2, rejected_score_mean=0.5) for s in range(100)
+    ]
     assert ("rewards", "note") in levels(noisy, [])  # 0.1 apart, which the batches differ by anyway
 
 

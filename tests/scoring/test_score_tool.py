@@ -1,4 +1,5 @@
-"""tools/score.py: every form of row, order, bad rows, interruption, processes; against plain transformers."""
+"""tools/score.py: every form of row, order, bad rows, interruption, processes; against plain
+transformers."""
 
 from __future__ import annotations
 
@@ -36,13 +37,20 @@ def reference(model) -> Reference:
 
 
 def write(path: Path, rows: list) -> str:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return str(path)
 
 
-def run(model: Path, tmp_path: Path, rows: list | str, name: str = "out.jsonl", **flags) -> list[dict]:
+def run(
+    model: Path, tmp_path: Path, rows: list | str, name: str = "out.jsonl", **flags
+) -> list[dict]:
     source = rows if isinstance(rows, str) else write(tmp_path / f"{name}.in.jsonl", rows)
-    assert main(ScoreArgs(model=str(model), input=(source,), output=str(tmp_path / name), **flags)) == 0
+    assert (
+        main(ScoreArgs(model=str(model), input=(source,), output=str(tmp_path / name), **flags))
+        == 0
+    )
     return read(tmp_path / name)
 
 
@@ -56,23 +64,48 @@ FORMS = [
     ({"messages": chat(Q, A)}, [chat(Q, A)], False),
     ({"conversation": chat(Q, A)}, [chat(Q, A)], False),
     ({"conversations": [chat(Q, A), chat(Q, B)]}, [chat(Q, A), chat(Q, B)], True),
-    ({"conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]}, [chat(Q, A)], False),
+    (
+        {"conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]},
+        [chat(Q, A)],
+        False,
+    ),
     ({"prompt": Q, "response": A}, [chat(Q, A)], False),
     ({"prompt": chat(Q, A)[:1], "completion": chat(Q, A)[1:]}, [chat(Q, A)], False),
     ({"prompt": Q, "responses": [A, B, A]}, [chat(Q, A), chat(Q, B), chat(Q, A)], True),
     ({"prompt": Q, "responses": [A]}, [chat(Q, A)], True),
-    ({"prompt": Q, "responses": [{"content": B, "score": 1}, {"content": A, "score": 1}]},
-     [chat(Q, B), chat(Q, A)], True),
+    (
+        {"prompt": Q, "responses": [{"content": B, "score": 1}, {"content": A, "score": 1}]},
+        [chat(Q, B), chat(Q, A)],
+        True,
+    ),
     ({"prompt": Q, "responses": [B, A], "ranks": [2, 1]}, [chat(Q, B), chat(Q, A)], True),
     ({"prompt": Q, "chosen": A, "rejected": B}, [chat(Q, A), chat(Q, B)], True),
     ({"prompt": Q, "chosen": A, "rejected": A}, [chat(Q, A), chat(Q, A)], True),
     ({"chosen": chat(Q, A), "rejected": chat(Q, A)}, [chat(Q, A), chat(Q, A)], True),
-    ({"prompt": Q, "chosen": [A, B], "rejected": [B + "!"]}, [chat(Q, A), chat(Q, B), chat(Q, B + "!")], True),
-    ({"prompt": Q, "response_1": B, "response_2": A, "preference_strength": 0}, [chat(Q, B), chat(Q, A)], True),
-    ({"conversation_a": chat(Q, A), "conversation_b": chat(Q, B), "winner": "tie"}, [chat(Q, A), chat(Q, B)], True),
+    (
+        {"prompt": Q, "chosen": [A, B], "rejected": [B + "!"]},
+        [chat(Q, A), chat(Q, B), chat(Q, B + "!")],
+        True,
+    ),
+    (
+        {"prompt": Q, "response_1": B, "response_2": A, "preference_strength": 0},
+        [chat(Q, B), chat(Q, A)],
+        True,
+    ),
+    (
+        {"conversation_a": chat(Q, A), "conversation_b": chat(Q, B), "winner": "tie"},
+        [chat(Q, A), chat(Q, B)],
+        True,
+    ),
     ({"instruction": Q, "input": "now", "output": A}, [chat(f"{Q}\nnow", A)], False),
-    ({"chosen": f"\n\nHuman: {Q}\n\nAssistant: {A}", "rejected": f"\n\nHuman: {Q}\n\nAssistant: {B}"},
-     [chat(Q, A), chat(Q, B)], True),
+    (
+        {
+            "chosen": f"\n\nHuman: {Q}\n\nAssistant: {A}",
+            "rejected": f"\n\nHuman: {Q}\n\nAssistant: {B}",
+        },
+        [chat(Q, A), chat(Q, B)],
+        True,
+    ),
     ({"prompt": Q, "response": ""}, [chat(Q, "")], False),
     ({"text": "<s>user: x"}, ["<s>user: x"], False),
 ]
@@ -84,21 +117,36 @@ def test_forms(number):
     assert scorable(row)[:2] == (conversations, several)
 
 
-@pytest.mark.parametrize(("row", "reason"), [
-    ({"a": 1}, "missing_field"), ({"messages": chat(Q, A)[:1]}, "no_reply"),
-    ({"prompt": Q, "response": 3}, "wrong_type"),
-    ({"prompt": Q, "responses": [A, None]}, "wrong_type"), ({"prompt": Q, "chosen": A}, "missing_field"),
-    ({"messages": [{"role": "pilot", "content": "x"}]}, "unknown_role"), ({"response": A}, "missing_field"),
-    ({"text": ""}, "empty_response"), ({"messages": []}, "missing_field"), ({"messages": "hello"}, "wrong_type")])
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"a": 1}, "missing_field"),
+        ({"messages": chat(Q, A)[:1]}, "no_reply"),
+        ({"prompt": Q, "response": 3}, "wrong_type"),
+        ({"prompt": Q, "responses": [A, None]}, "wrong_type"),
+        ({"prompt": Q, "chosen": A}, "missing_field"),
+        ({"messages": [{"role": "pilot", "content": "x"}]}, "unknown_role"),
+        ({"response": A}, "missing_field"),
+        ({"text": ""}, "empty_response"),
+        ({"messages": []}, "missing_field"),
+        ({"messages": "hello"}, "wrong_type"),
+    ],
+)
 def test_rows_without_a_conversation(row, reason):
     with pytest.raises(Rejected) as error:
         scorable(row)
     assert error.value.reason == reason
 
 
-@pytest.mark.parametrize(("row", "said"), [
-    ({"conversations": 3}, "(conversations is int, not a list of messages)"), ({"conversations": []}, "is empty"),
-    ({"prompt": Q}, "missing: response, or a list of responses"), ({"prompt": Q, "chosen": A}, "missing: rejected)")])
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"conversations": 3}, "(conversations is int, not a list of messages)"),
+        ({"conversations": []}, "is empty"),
+        ({"prompt": Q}, "missing: response, or a list of responses"),
+        ({"prompt": Q, "chosen": A}, "missing: rejected)"),
+    ],
+)
 def test_what_a_row_lacks_is_named(row, said):
     with pytest.raises(Rejected) as error:
         scorable(row)
@@ -108,18 +156,23 @@ def test_what_a_row_lacks_is_named(row, said):
 def test_a_system_column_and_tools():
     row = {"system": "Be brief.", "prompt": Q, "response": A, "tools": '[{"name": "f"}]'}
     conversations, _, tools = scorable(row)
-    assert conversations == [[{"role": "system", "content": "Be brief."}, *chat(Q, A)]] and tools == [{"name": "f"}]
+    assert conversations == [
+        [{"role": "system", "content": "Be brief."}, *chat(Q, A)]
+    ] and tools == [{"name": "f"}]
 
 
 def test_the_schema_is_that_of_the_whole_file(tmp_path):
-    """A row whose responses both begin with its prompt is still a row of strings among rows of strings."""
-    rows = [{"prompt": "To be", "chosen": "To be or not", "rejected": "To be it"}] + \
-        [{"prompt": "Q?", "chosen": "yes", "rejected": "no"}] * 3
+    """A row whose responses both begin with its prompt is still a row of strings among rows of
+    strings."""
+    rows = [{"prompt": "To be", "chosen": "To be or not", "rejected": "To be it"}] + [
+        {"prompt": "Q?", "chosen": "yes", "rejected": "no"}
+    ] * 3
     got = [row for row, _ in read_rows(resolve([write(tmp_path / "a.jsonl", rows)]))]
     assert got[0].conversations == [chat("To be", "To be or not"), chat("To be", "To be it")]
 
 
 # ---- rewards
+
 
 def test_every_form_equals_transformers(model, reference, tmp_path):
     rows = [{"id": f"r{i}", **row} for i, (row, _, _) in enumerate(FORMS)]
@@ -150,7 +203,9 @@ def test_windows_do_not_matter(model, tmp_path, monkeypatch):
     whole = run(model, tmp_path, rows)
     monkeypatch.setattr("rmega.scoring.batch.WINDOW_ROWS", 4)
     for a, b in zip(whole, run(model, tmp_path, rows, "small.jsonl"), strict=True):
-        assert a["index"] == b["index"] and a["reward"] == pytest.approx(b["reward"], rel=1e-5, abs=1e-5)
+        assert a["index"] == b["index"] and a["reward"] == pytest.approx(
+            b["reward"], rel=1e-5, abs=1e-5
+        )
 
 
 def test_best_of(model, reference, tmp_path, capsys):
@@ -191,15 +246,26 @@ def test_a_bad_row_ends_the_program(model, tmp_path, bad):
 def test_bad_rows_skipped_keep_their_place(model, tmp_path, capsys):
     good = {"prompt": Q, "response": A}
     lines = run(model, tmp_path, [good, *BAD, good], skip_bad=True)
-    assert [sorted(line) for line in lines] == [["index", "reward"], *[["error", "index"]] * 3, ["index", "reward"]]
+    assert [sorted(line) for line in lines] == [
+        ["index", "reward"],
+        *[["error", "index"]] * 3,
+        ["index", "reward"],
+    ]
     assert all(f".jsonl:{line['index'] + 1}: " in line["error"] for line in lines[1:4])
     assert "3 bad rows" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    ({"model": "/nowhere/at/all"}, "--model /nowhere"), ({"input": ("/nowhere.jsonl",)}, "no such file"),
-    ({"workers": 0}, "--workers 0"), ({"resume": True}, "--resume needs --output"), ({"format": "odd"}, "--format odd"),
-    ({"resume": True, "force": True}, "--resume and --force")])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"model": "/nowhere/at/all"}, "--model /nowhere"),
+        ({"input": ("/nowhere.jsonl",)}, "no such file"),
+        ({"workers": 0}, "--workers 0"),
+        ({"resume": True}, "--resume needs --output"),
+        ({"format": "odd"}, "--format odd"),
+        ({"resume": True, "force": True}, "--resume and --force"),
+    ],
+)
 def test_flags(model, tmp_path, flags, message):
     source = write(tmp_path / "a.jsonl", [{"prompt": Q, "response": A}])
     with pytest.raises(ValueError, match=message):
@@ -222,6 +288,7 @@ def test_output_is_not_overwritten(model, tmp_path):
 
 # ---- interruption
 
+
 @pytest.mark.parametrize("kept", [0.35, 0.9])
 def test_resume_gives_the_same_file(model, tmp_path, monkeypatch, kept):
     rows = [{"id": i, "prompt": f"{Q} {i // 3}", "response": f"{A} {i}"} for i in range(24)]
@@ -237,10 +304,16 @@ def test_resume_gives_the_same_file(model, tmp_path, monkeypatch, kept):
 
     scored = []
     real = score_files.score_rows
-    monkeypatch.setattr(score_files, "score_rows", lambda s, r, *a: scored.extend(x.index for x in r) or real(s, r, *a))
+    monkeypatch.setattr(
+        score_files,
+        "score_rows",
+        lambda s, r, *a: scored.extend(x.index for x in r) or real(s, r, *a),
+    )
     again = run(model, tmp_path, rows, skip_bad=True, resume=True)
     first = half.count(b"\n")
-    assert scored[1:] == list(range(first, 24)) and scored[0] < first  # one old row is scored again as a check
+    assert (
+        scored[1:] == list(range(first, 24)) and scored[0] < first
+    )  # one old row is scored again as a check
     assert [list(line) for line in again] == [list(line) for line in whole]
     rewards = [[line["reward"] for line in lines if "reward" in line] for lines in (again, whole)]
     assert rewards[0] == pytest.approx(rewards[1], rel=1e-5, abs=1e-5)
@@ -272,6 +345,7 @@ def test_resume_refuses_a_foreign_file(model, tmp_path):
 
 
 # ---- processes
+
 
 def _rank(rank, world_size, model, source, output):
     return main(ScoreArgs(model=model, input=(source,), output=output))
@@ -305,8 +379,13 @@ def test_a_worker_that_dies_is_an_error(model):
 
 def test_stdin_to_stdout_is_quiet(model):
     rows = "".join(json.dumps({"prompt": Q, "response": f"{A} {i}"}) + "\n" for i in range(3))
-    done = subprocess.run([sys.executable, str(ROOT / "tools" / "score.py"), "--model", str(model)], input=rows,
-                          capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "score.py"), "--model", str(model)],
+        input=rows,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["index"] for line in done.stdout.splitlines()] == [0, 1, 2]
     assert "scored 3 rows (3 responses)" in done.stderr and "no chat template" in done.stderr
@@ -315,18 +394,25 @@ def test_stdin_to_stdout_is_quiet(model):
 
 # ---- shared beginnings
 
+
 def saved(groups, sequences):
     from rmega.preferences.tokenizer import common_prefix_length
 
-    return sum(common_prefix_length([sequences[i] for i in g]) * (len(g) - 1) for g in groups if len(g) > 1)
+    return sum(
+        common_prefix_length([sequences[i] for i in g]) * (len(g) - 1) for g in groups if len(g) > 1
+    )
 
 
 def test_groups_save_most_of_all_cuts_of_the_sorted_row():
     rng = np.random.default_rng(0)
     for _ in range(60):
         stems = [rng.integers(0, 3, rng.integers(0, 6)) for _ in range(3)]
-        sequences = [np.concatenate([stems[rng.integers(3)], rng.integers(0, 3, rng.integers(1, 4))]).astype(np.int32)
-                     for _ in range(rng.integers(1, 8))]
+        sequences = [
+            np.concatenate([stems[rng.integers(3)], rng.integers(0, 3, rng.integers(1, 4))]).astype(
+                np.int32
+            )
+            for _ in range(rng.integers(1, 8))
+        ]
         groups = group_by_prefix(sequences, at_least=1)
         assert sorted(i for g in groups for i in g) == list(range(len(sequences)))
         order = sorted(range(len(sequences)), key=lambda i: sequences[i].tolist())
@@ -339,7 +425,9 @@ def test_groups_save_most_of_all_cuts_of_the_sorted_row():
 
 
 def test_groups_of_nested_and_of_many_equal_beginnings():
-    nested = [np.arange(n, dtype=np.int32) for n in range(20, 2020, 2)]  # each begins with the one before
+    nested = [
+        np.arange(n, dtype=np.int32) for n in range(20, 2020, 2)
+    ]  # each begins with the one before
     groups = group_by_prefix(nested)
     assert sorted(i for g in groups for i in g) == list(range(len(nested)))
     equal = [np.array([*range(50), i], dtype=np.int32) for i in range(1000)]

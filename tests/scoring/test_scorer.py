@@ -1,4 +1,5 @@
-"""Scoring: the training path's rewards, whatever the grouping, from an export or a checkpoint, on one rank or more."""
+"""Scoring: the training path's rewards, whatever the grouping, from an export or a checkpoint, on
+one rank or more."""
 
 from __future__ import annotations
 
@@ -28,8 +29,9 @@ def reward_model(stories260k, tmp_path_factory) -> Path:
     from transformers import LlamaForSequenceClassification
 
     torch.manual_seed(0)
-    model = LlamaForSequenceClassification.from_pretrained(stories260k, num_labels=1, pad_token_id=0,
-                                                           dtype=torch.float32)
+    model = LlamaForSequenceClassification.from_pretrained(
+        stories260k, num_labels=1, pad_token_id=0, dtype=torch.float32
+    )
     target = tmp_path_factory.mktemp("stories")
     model.save_pretrained(target)
     for file in stories260k.glob("tokenizer*"):
@@ -38,7 +40,9 @@ def reward_model(stories260k, tmp_path_factory) -> Path:
 
 
 def items() -> list[list[np.ndarray]]:
-    return [[np.concatenate([c.prefix, s]) for s in c.suffixes] for c in random_comparisons(40, seed=6)]
+    return [
+        [np.concatenate([c.prefix, s]) for s in c.suffixes] for c in random_comparisons(40, seed=6)
+    ]
 
 
 def by_transformers(folder: Path, texts) -> torch.Tensor:
@@ -46,7 +50,12 @@ def by_transformers(folder: Path, texts) -> torch.Tensor:
 
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        return torch.tensor([model(torch.as_tensor(np.asarray(t, dtype=np.int64))[None]).logits[0, 0] for t in texts])
+        return torch.tensor(
+            [
+                model(torch.as_tensor(np.asarray(t, dtype=np.int64))[None]).logits[0, 0]
+                for t in texts
+            ]
+        )
 
 
 def close(a, b) -> None:
@@ -59,10 +68,17 @@ def flat(rewards) -> list[float]:
 
 
 def test_equal_texts_are_computed_once(folder: Path, monkeypatch) -> None:
-    """A product's rows may round differently in different places, so two passes would not give a tie."""
+    """A product's rows may round differently in different places, so two passes would not give a
+    tie."""
     computed, pack = [], scorer_module.pack
-    monkeypatch.setattr(scorer_module, "pack", lambda group, **options: (
-        computed.append(sum(len(c.suffixes) for c in group)), pack(group, **options))[1])
+    monkeypatch.setattr(
+        scorer_module,
+        "pack",
+        lambda group, **options: (
+            computed.append(sum(len(c.suffixes) for c in group)),
+            pack(group, **options),
+        )[1],
+    )
     a, b = items()[0][:2]
     with scorer(folder) as s:
         first, second = s.score_tokens([[a, b, list(a), a], [b]])
@@ -77,7 +93,9 @@ def test_against_transformers_in_any_grouping(folder: Path) -> None:
         with scorer(folder, max_tokens=capacity) as s:
             done: list[int] = []
             close(flat(s.score_tokens(texts, done.append)), expected)
-            close(flat(s.score_tokens([[t] for own in texts for t in own])), expected)  # nothing shared
+            close(
+                flat(s.score_tokens([[t] for own in texts for t in own])), expected
+            )  # nothing shared
             assert sum(done) == len(texts)
     with scorer(folder) as s:
         many = texts * 8  # more than are packed together
@@ -103,21 +121,37 @@ def test_ranks_share_the_work(folder: Path) -> None:
 
 
 QUESTION = {"role": "user", "content": "Tell me a story."}
-ANSWERS = [{"role": "assistant", "content": text} for text in
-           ("Once upon a time there was a cat.", "No.", "Once upon a time there was a dog who liked to run.")]
+ANSWERS = [
+    {"role": "assistant", "content": text}
+    for text in (
+        "Once upon a time there was a cat.",
+        "No.",
+        "Once upon a time there was a dog who liked to run.",
+    )
+]
 
 
 def test_conversations(reward_model: Path) -> None:
-    """The same rewards one by one, together, as a comparison, and by transformers on the same ids."""
+    """The same rewards one by one, together, as a comparison, and by transformers on the same
+    ids."""
     with scorer(reward_model) as s:
-        conversations = [[QUESTION, answer] for answer in ANSWERS] + [[{**QUESTION, "content": "Hi"}, ANSWERS[0]]]
+        conversations = [[QUESTION, answer] for answer in ANSWERS] + [
+            [{**QUESTION, "content": "Hi"}, ANSWERS[0]]
+        ]
         together = s.score_conversations(conversations)
         close([s.score_conversations([c])[0] for c in conversations], together)
-        comparison = Comparison(prompt=[QUESTION], responses=[[a] for a in ANSWERS], scores=[2.0, 1.0, 0.0],
-                                graded=False, source="")
+        comparison = Comparison(
+            prompt=[QUESTION],
+            responses=[[a] for a in ANSWERS],
+            scores=[2.0, 1.0, 0.0],
+            graded=False,
+            source="",
+        )
         close(s.score_comparisons([comparison])[0], together[:3])
         ids = [s.tokenizer.encode_conversation(c) for c in conversations]
-    assert len({len(i) for i in ids}) > 1 and len({i[-1] for i in ids}) == 1  # all end with the reward token
+    assert (
+        len({len(i) for i in ids}) > 1 and len({i[-1] for i in ids}) == 1
+    )  # all end with the reward token
     close(by_transformers(reward_model, ids), together)
 
 
@@ -132,7 +166,9 @@ def test_half_precision_keeps_the_order(folder: Path) -> None:
 
 
 def test_what_is_no_reward_model_is_refused(stories260k: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--model .*stories260k: not a reward model .*LlamaForCausalLM"):
+    with pytest.raises(
+        ValueError, match="--model .*stories260k: not a reward model .*LlamaForCausalLM"
+    ):
         load_scorer(stories260k)
     with pytest.raises(ValueError, match="no config.json"):
         load_scorer(tmp_path)

@@ -1,4 +1,5 @@
-"""The server: OpenRLHF's JSON, limits, batching, a thousand requests at once on loopback, and its end."""
+"""The server: OpenRLHF's JSON, limits, batching, a thousand requests at once on loopback, and its
+end."""
 
 from __future__ import annotations
 
@@ -62,7 +63,15 @@ class Lengths:
 class Client:
     """Calls the application without a network."""
 
-    def __init__(self, *, key: str | None = None, load=None, wait: float = 0.0, max_tokens: int = 1000, **limits):
+    def __init__(
+        self,
+        *,
+        key: str | None = None,
+        load=None,
+        wait: float = 0.0,
+        max_tokens: int = 1000,
+        **limits,
+    ):
         self.scorer = Lengths()
         self.queue = ScoringQueue(load or (lambda: self.scorer), max_tokens=max_tokens, wait=wait)
         self.service = RewardService(self.queue, Limits(**limits), model="m", api_key=key)
@@ -74,8 +83,12 @@ class Client:
     def ask(self, path: str, body=None, **options):
         return asyncio.run(self.send(path, body, **options))
 
-    async def send(self, path: str, body=None, *, method: str | None = None, headers=(), delay: float = 0.0):
-        data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+    async def send(
+        self, path: str, body=None, *, method: str | None = None, headers=(), delay: float = 0.0
+    ):
+        data = (
+            body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+        )
         parts = [data[i : i + 50] for i in range(0, len(data), 50)] or [b""]
         parts.reverse()
         answer = {"body": b""}
@@ -93,10 +106,19 @@ class Client:
             else:
                 answer["body"] += message.get("body", b"")
 
-        scope = {"type": "http", "http_version": "1.1", "method": method or ("GET" if body is None else "POST"),
-                 "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http",
-                 "headers": [(k.lower().encode(), v.encode()) for k, v in headers], "client": ("127.0.0.1", 1),
-                 "server": ("127.0.0.1", 2)}
+        scope = {
+            "type": "http",
+            "http_version": "1.1",
+            "method": method or ("GET" if body is None else "POST"),
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "scheme": "http",
+            "headers": [(k.lower().encode(), v.encode()) for k, v in headers],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 2),
+        }
         await self.app(scope, receive, send)
         return answer["status"], json.loads(answer["body"]), answer["headers"]
 
@@ -116,7 +138,8 @@ def client():
 
 
 def test_get_reward_speaks_openrlhf(client):
-    """Fields that OpenRLHF's client posts and reads: openrlhf/utils/agent.py, openrlhf/cli/serve_rm.py."""
+    """Fields that OpenRLHF's client posts and reads: openrlhf/utils/agent.py,
+    openrlhf/cli/serve_rm.py."""
     body = {"query": ["abc", "defgh"], "prompts": ["a", "d"], "labels": [None, "x"]}
     status, answer, _ = client().ask("/get_reward", body)
     assert status == 200 and answer["rewards"] == answer["scores"] == [3.0, 5.0]
@@ -127,63 +150,95 @@ def test_get_reward_speaks_openrlhf(client):
 
 def test_score_takes_every_form(client):
     one = client()
-    assert one.ask("/score", {"conversations": [chat("q", "abc"), chat("q", "ab")]})[1]["rewards"] == [3.0, 2.0]
-    assert one.ask("/score", {"messages": chat("q", "abcd")})[1] == {"rewards": [4.0], "num_tokens": [4]}
+    assert one.ask("/score", {"conversations": [chat("q", "abc"), chat("q", "ab")]})[1][
+        "rewards"
+    ] == [3.0, 2.0]
+    assert one.ask("/score", {"messages": chat("q", "abcd")})[1] == {
+        "rewards": [4.0],
+        "num_tokens": [4],
+    }
     assert one.ask("/score", {"prompt": "q", "responses": ["a", "abc"]})[1]["rewards"] == [1.0, 3.0]
     assert one.ask("/score", {"conversations": []})[1]["rewards"] == []
 
 
-@pytest.mark.parametrize(("path", "body", "status", "says"), [
-    ("/get_reward", b"", 400, "no body"), ("/get_reward", b'{"query": ["a"', 400, "not JSON"),
-    ("/score", b"\xff\xfe{}", 400, "not UTF-8 (byte 1)"), ("/score", b"[" * 100_000, 400, "nested too deeply"),
-    ("/get_reward", [1], 422, "not list"), ("/get_reward", {}, 422, "query: a list of texts"),
-    ("/get_reward", {"query": {"a": 1}}, 422, "query: a list"),
-    ("/get_reward", {"query": ["a", 3]}, 422, "query[1]: int, no text"),
-    ("/get_reward", {"query": ["a", ""]}, 422, "query[1]: an empty text"),
-    ("/get_reward", {"query": ["a", "b"], "prompts": ["a"]}, 422, "prompts: 1 for 2"),
-    ("/get_reward", {"query": ["a", "b" * 101]}, 422, "query[1]: 101 tokens, at most 100"),
-    ("/get_reward", {"query": ["b" * 26_000]}, 422, "query[0]: 26,000 characters"),
-    ("/get_reward", {"query": ["a"] * 9}, 422, "at most 8 in a request"),
-    ("/score", {"conversation": "x"}, 422, "conversation"),
-    ("/score", {"messages": [{"role": "user"}]}, 422, "content"),
-    ("/score", {"messages": chat("q", "a")[:1]}, 422, "does not end with a turn of the assistant"),
-    ("/score", {"messages": [{"role": "x", "content": "y"}]}, 422, "'x'"),
-    ("/score", {"conversations": [chat("q", "a"), "text"]}, 422, "conversation 2"),
-    ("/score", {"conversations": 3}, 422, "conversations is int, not a list of messages"),
-    ("/score", {"messages": chat("q", "a" * 101)}, 422, "conversation 1: 101 tokens"),
-    ("/score", {"messages": chat("q", "a" * 5000)}, 413, "larger than 4,000 bytes"),
-    ("/nothing", {"query": ["a"]}, 404, "/nothing"), ("/health", {}, 405, "Method Not Allowed"),
-    ("/score", None, 405, "GET /score")])
+@pytest.mark.parametrize(
+    ("path", "body", "status", "says"),
+    [
+        ("/get_reward", b"", 400, "no body"),
+        ("/get_reward", b'{"query": ["a"', 400, "not JSON"),
+        ("/score", b"\xff\xfe{}", 400, "not UTF-8 (byte 1)"),
+        ("/score", b"[" * 100_000, 400, "nested too deeply"),
+        ("/get_reward", [1], 422, "not list"),
+        ("/get_reward", {}, 422, "query: a list of texts"),
+        ("/get_reward", {"query": {"a": 1}}, 422, "query: a list"),
+        ("/get_reward", {"query": ["a", 3]}, 422, "query[1]: int, no text"),
+        ("/get_reward", {"query": ["a", ""]}, 422, "query[1]: an empty text"),
+        ("/get_reward", {"query": ["a", "b"], "prompts": ["a"]}, 422, "prompts: 1 for 2"),
+        ("/get_reward", {"query": ["a", "b" * 101]}, 422, "query[1]: 101 tokens, at most 100"),
+        ("/get_reward", {"query": ["b" * 26_000]}, 422, "query[0]: 26,000 characters"),
+        ("/get_reward", {"query": ["a"] * 9}, 422, "at most 8 in a request"),
+        ("/score", {"conversation": "x"}, 422, "conversation"),
+        ("/score", {"messages": [{"role": "user"}]}, 422, "content"),
+        (
+            "/score",
+            {"messages": chat("q", "a")[:1]},
+            422,
+            "does not end with a turn of the assistant",
+        ),
+        ("/score", {"messages": [{"role": "x", "content": "y"}]}, 422, "'x'"),
+        ("/score", {"conversations": [chat("q", "a"), "text"]}, 422, "conversation 2"),
+        ("/score", {"conversations": 3}, 422, "conversations is int, not a list of messages"),
+        ("/score", {"messages": chat("q", "a" * 101)}, 422, "conversation 1: 101 tokens"),
+        ("/score", {"messages": chat("q", "a" * 5000)}, 413, "larger than 4,000 bytes"),
+        ("/nothing", {"query": ["a"]}, 404, "/nothing"),
+        ("/health", {}, 405, "Method Not Allowed"),
+        ("/score", None, 405, "GET /score"),
+    ],
+)
 def test_bad_requests(client, path, body, status, says):
     limits = {"max_body_bytes": 4000} if status == 413 else {"max_body_bytes": 200_000}
     one = client(max_conversations=8, **limits)
     got, answer, _ = one.ask(path, body)
     assert (got, set(answer)) == (status, {"error"}) and says in answer["error"]
-    assert one.ask("/score", {"messages": chat("q", "abc")})[1]["rewards"] == [3.0]  # and the server goes on
+    assert one.ask("/score", {"messages": chat("q", "abc")})[1]["rewards"] == [
+        3.0
+    ]  # and the server goes on
     assert one.service.in_flight == one.service.buffered == 0
 
 
 def test_too_large_by_its_header_is_refused_unread(client):
-    status, answer, _ = client(max_body_bytes=100).ask("/score", {}, headers=[("Content-Length", "101")])
+    status, answer, _ = client(max_body_bytes=100).ask(
+        "/score", {}, headers=[("Content-Length", "101")]
+    )
     assert status == 413 and "100 bytes" in answer["error"]
 
 
 def test_a_slow_body_is_given_up(client):
-    assert client(body_seconds=0.05).ask("/score", {"messages": chat("q", "a" * 300)}, delay=0.04)[0] == 408
+    assert (
+        client(body_seconds=0.05).ask("/score", {"messages": chat("q", "a" * 300)}, delay=0.04)[0]
+        == 408
+    )
 
 
 def test_cut_is_reported(client):
     one = client(cut=True, max_length=10)
     _, answer, _ = one.ask("/score", {"conversations": [chat("q", "a" * 5), chat("q", "a" * 50)]})
     assert answer == {"rewards": [5.0, 10.0], "num_tokens": [5, 10], "cut": [1]}
-    assert one.ask("/get_reward", {"query": ["a" * 50]})[1]["extra_logs"] == {"num_tokens": [10.0], "cut": [1.0]}
+    assert one.ask("/get_reward", {"query": ["a" * 50]})[1]["extra_logs"] == {
+        "num_tokens": [10.0],
+        "cut": [1.0],
+    }
 
 
 def test_a_key(client):
     one = client(key="sesame")
     assert one.ask("/health")[0] == 200
-    for headers, status in (((), 401), ([("Authorization", "Bearer open")], 401), ([("X-API-Key", "sesame")], 200),
-                            ([("Authorization", "Bearer sesame")], 200)):
+    for headers, status in (
+        ((), 401),
+        ([("Authorization", "Bearer open")], 401),
+        ([("X-API-Key", "sesame")], 200),
+        ([("Authorization", "Bearer sesame")], 200),
+    ):
         assert one.ask("/get_reward", {"query": ["a"]}, headers=headers)[0] == status
         assert one.ask("/info", headers=headers)[0] == status
 
@@ -191,7 +246,10 @@ def test_a_key(client):
 def test_while_loading(client):
     gate, made = threading.Event(), Lengths()
     one = client(load=lambda: gate.wait(20) and made)
-    assert one.ask("/health")[:2] == (503, {"status": "loading", "model": "m", "queue": 0, "scored": 0})
+    assert one.ask("/health")[:2] == (
+        503,
+        {"status": "loading", "model": "m", "queue": 0, "scored": 0},
+    )
     status, answer, headers = one.ask("/score", {"messages": chat("q", "a")})
     assert status == 503 and "loading" in answer["error"] and int(headers[b"retry-after"]) > 0
     gate.set()
@@ -235,7 +293,9 @@ def test_concurrent_requests_share_batches_and_a_large_one_does_not_block(client
     one = client(wait=0.05, max_tokens=100)
 
     async def burst():
-        return await asyncio.gather(*(one.send("/get_reward", {"query": ["a" * (1 + i % 7)]}) for i in range(60)))
+        return await asyncio.gather(
+            *(one.send("/get_reward", {"query": ["a" * (1 + i % 7)]}) for i in range(60))
+        )
 
     assert [a[1]["rewards"] for a in asyncio.run(burst())] == [[1.0 + i % 7] for i in range(60)]
     assert len(one.scorer.batches) < 12 and max(map(sum, one.scorer.batches)) <= 100
@@ -258,18 +318,25 @@ def test_close_answers_what_waits(client):
     futures = [one.queue.submit([[1] * n]) for n in range(1, 6)]
     start = time.monotonic()
     one.queue.close()
-    assert [f.result(0) for f in futures] == [[float(n)] for n in range(1, 6)] and time.monotonic() - start < 4
+    assert [f.result(0) for f in futures] == [
+        [float(n)] for n in range(1, 6)
+    ] and time.monotonic() - start < 4
 
 
 # ---- the program
+
 
 class Server:
     """tools/serve.py in a process of its own, on a free port of the loopback."""
 
     def __init__(self, *flags: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tools" / "serve.py"), "--port", "0", *flags], text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            [sys.executable, str(ROOT / "tools" / "serve.py"), "--port", "0", *flags],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         line = self.process.stdout.readline()
         assert " at http://127.0.0.1:" in line, line + self.process.communicate()[1]
         self.port = int(line.rsplit(":", 1)[1])
@@ -285,8 +352,14 @@ class Server:
                         raise
                     await asyncio.sleep(0.2)
             data = b"" if body is None else json.dumps(body).encode()
-            lines = [f"{'GET' if body is None else 'POST'} {path} HTTP/1.1", "Host: x", "Connection: close",
-                     f"Content-Length: {len(data)}", "", ""]
+            lines = [
+                f"{'GET' if body is None else 'POST'} {path} HTTP/1.1",
+                "Host: x",
+                "Connection: close",
+                f"Content-Length: {len(data)}",
+                "",
+                "",
+            ]
             writer.write("\r\n".join(lines).encode() + data)
             answer = await reader.read()
             writer.close()
@@ -332,7 +405,10 @@ def test_a_thousand_requests_at_once(server, model):
     words = "the cat sat on a red mat and saw one big dog run".split()
     bodies, expected, kinds = [], [], {}
     for i in range(NUM_REQUESTS):
-        question, answer = f"What is {i % 50}?", " ".join(words[(i * k) % len(words)] for k in range(1, 3 + i % 17))
+        question, answer = (
+            f"What is {i % 50}?",
+            " ".join(words[(i * k) % len(words)] for k in range(1, 3 + i % 17)),
+        )
         conversation = chat(question, answer)
         key = (question, answer)
         if key not in kinds:
@@ -340,8 +416,16 @@ def test_a_thousand_requests_at_once(server, model):
         if i % 2:
             bodies.append(("/score", {"conversations": [conversation]}))
         else:  # as OpenRLHF sends it: templated text; the sampler stopped before the last new line
-            bodies.append(("/get_reward", {"query": [reference.text(conversation).rstrip("\n")], "prompts": [question],
-                                           "labels": [""]}))
+            bodies.append(
+                (
+                    "/get_reward",
+                    {
+                        "query": [reference.text(conversation).rstrip("\n")],
+                        "prompts": [question],
+                        "labels": [""],
+                    },
+                )
+            )
         expected.append(kinds[key])
 
     async def all_of_them():
@@ -361,15 +445,19 @@ def test_both_endpoints_agree(server, model):
     conversation = chat("Who?", "A cat.")
 
     async def both():
-        return await asyncio.gather(server.post("/score", {"messages": conversation}),
-                                    server.post("/get_reward", {"query": [reference.text(conversation)]}))
+        return await asyncio.gather(
+            server.post("/score", {"messages": conversation}),
+            server.post("/get_reward", {"query": [reference.text(conversation)]}),
+        )
 
     (_, a), (_, b) = asyncio.run(both())
     assert a["rewards"] == pytest.approx(b["rewards"], rel=1e-5)
 
 
 def test_sigterm_answers_what_was_taken(server):
-    """The last test of the server: requests that are waiting when the signal comes are answered; exit code 0."""
+    """The last test of the server: requests that are waiting when the signal comes are answered;
+    exit code 0."""
+
     async def burst():
         body = {"query": [f"<s>user: {i}\nassistant: {'word ' * 60}" for i in range(150)]}
         before = (await server.post("/info", None))[1]["requests"]
@@ -381,7 +469,9 @@ def test_sigterm_answers_what_was_taken(server):
         return await asyncio.gather(*tasks)
 
     answers = asyncio.run(burst())
-    assert [status for status, _ in answers] == [200] * 8 and all(len(a["rewards"]) == 150 for _, a in answers)
+    assert [status for status, _ in answers] == [200] * 8 and all(
+        len(a["rewards"]) == 150 for _, a in answers
+    )
     code, out, err = server.stop()
     assert code == 0 and "stopped after" in out, err
     assert "no chat template" in err and "warn" not in err.lower() and "Traceback" not in err, err
@@ -406,9 +496,15 @@ def test_a_model_that_cannot_be_read_ends_the_program():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    ({"port": 70000}, "--port 70000"), ({"max_queue": 0}, "--max-queue 0"),
-    ({"host": "no such host"}, "--host no such"), ({"api_key_file": "/nowhere"}, "/nowhere")])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"port": 70000}, "--port 70000"),
+        ({"max_queue": 0}, "--max-queue 0"),
+        ({"host": "no such host"}, "--host no such"),
+        ({"api_key_file": "/nowhere"}, "/nowhere"),
+    ],
+)
 def test_flags(flags, message):
     with pytest.raises((ValueError, OSError), match=message):
         main(ServeArgs(model="m", **{"port": 0, **flags}))

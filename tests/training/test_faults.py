@@ -1,4 +1,5 @@
-"""What clusters do to a run: killed ranks, a full disk, damaged files, a node that vanishes; counted in a table.
+"""What clusters do to a run: killed ranks, a full disk, damaged files, a node that vanishes;
+counted in a table.
 
 One of each is in the default suite, all ranks and 20 signals with the slow tests.
 """
@@ -48,7 +49,8 @@ def unbroken(stories260k, data, tmp_path_factory):
 
 
 def killed(rank: int, world_size: int, argv: list[str], where: str, victim: int) -> int:
-    """A run whose rank ``victim`` ends by SIGKILL in a forward pass of step 5, or half way in its second file."""
+    """A run whose rank ``victim`` ends by SIGKILL in a forward pass of step 5, or half way in its
+    second file."""
     import rmega.checkpointing.snapshot as snapshot
     import rmega.training.train as engine
 
@@ -87,17 +89,32 @@ def killed(rank: int, world_size: int, argv: list[str], where: str, victim: int)
     return runs.train(rank, world_size, argv)
 
 
-@pytest.mark.parametrize("where,layout,victim", [
-    pytest.param(where, layout, victim, marks=[] if (where, layout, victim) in QUICK else pytest.mark.slow)
-    for layout in LAYOUTS for where in ("a forward pass", "a save", "an asynchronous save")
-    for victim in range(RANKS[layout])])
+@pytest.mark.parametrize(
+    "where,layout,victim",
+    [
+        pytest.param(
+            where,
+            layout,
+            victim,
+            marks=[] if (where, layout, victim) in QUICK else pytest.mark.slow,
+        )
+        for layout in LAYOUTS
+        for where in ("a forward pass", "a save", "an asynchronous save")
+        for victim in range(RANKS[layout])
+    ],
+)
 def test_kill_9(where, layout, victim, stories260k, data, unbroken, tmp_path):
     run = tmp_path / "run"
     argv = runs.flags(stories260k, data, run, steps=STEPS, save_interval=2, **LAYOUTS[layout])
     with runs.fault(f"kill -9 during {where}, each rank of dp2 and of tp2,pp2", SAME):
         with pytest.raises(RuntimeError, match="died|failed"):
-            run_distributed(killed, RANKS[layout], argv + (["--no-async-save"] if where == "a save" else []), where,
-                            victim)
+            run_distributed(
+                killed,
+                RANKS[layout],
+                argv + (["--no-async-save"] if where == "a save" else []),
+                where,
+                victim,
+            )
         assert (run / "iter_0000002").is_dir()
         if where != "a forward pass":
             assert not (run / "iter_0000004").exists() and (run / "iter_0000004.partial").exists()
@@ -114,7 +131,10 @@ def test_twenty_signals(stories260k, data, unbroken, tmp_path):
         often = [None, 1, 2][number % 3]  # or while an earlier checkpoint is still being written
         argv = runs.flags(stories260k, data, run, steps=STEPS, dp=2, save_interval=often)
         with runs.fault("SIGTERM at a random step, to one of two ranks", SAME):
-            assert run_distributed(runs.train, 2, argv, {after: ("SIGTERM", rng.randrange(2))}) == [75, 75]
+            assert run_distributed(runs.train, 2, argv, {after: ("SIGTERM", rng.randrange(2))}) == [
+                75,
+                75,
+            ]
             assert run_distributed(runs.train, 2, argv) == [0, 0]
             runs.assert_same(run / f"iter_{STEPS:07d}", unbroken())
 
@@ -124,8 +144,11 @@ def small_disk(tmp_path):
     """A disk of 12 MB, of which a checkpoint takes about 4."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)], capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
     yield folder
@@ -133,13 +156,18 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk(small_disk, stories260k, data, unbroken):
-    """The saves that do not fit are said and training goes on; the last one is an error; what was there is good."""
+    """The saves that do not fit are said and training goes on; the last one is an error; what was
+    there is good."""
     from rmega.checkpointing import run_folder
 
     run = small_disk / "run"
     argv = runs.flags(stories260k, data, run, steps=STEPS, dp=2, save_interval=1)
-    with runs.fault("a disk that fills during a save", f"earlier checkpoints stay whole; with more room, {SAME}"):
-        with pytest.raises(RuntimeError, match="OSError: .*iter_0000006: checkpoint not written; earlier ones"):
+    with runs.fault(
+        "a disk that fills during a save", f"earlier checkpoints stay whole; with more room, {SAME}"
+    ):
+        with pytest.raises(
+            RuntimeError, match="OSError: .*iter_0000006: checkpoint not written; earlier ones"
+        ):
             run_distributed(runs.train, 2, argv)
         kept = run_folder.list_iterations(run)
         assert kept and kept[-1] < STEPS
@@ -150,13 +178,21 @@ def test_a_full_disk(small_disk, stories260k, data, unbroken):
         runs.assert_same(run / f"iter_{STEPS:07d}", unbroken())
 
 
-@pytest.mark.parametrize("how", ["one bit changed", pytest.param("cut short", marks=pytest.mark.slow),
-                                 pytest.param("gone", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "one bit changed",
+        pytest.param("cut short", marks=pytest.mark.slow),
+        pytest.param("gone", marks=pytest.mark.slow),
+    ],
+)
 def test_a_damaged_shard(how, stories260k, data, unbroken, tmp_path):
     run = tmp_path / "run"
     argv = runs.flags(stories260k, data, run, steps=STEPS, dp=2, save_interval=2)
-    with runs.fault("a shard of the newest checkpoint changed in one bit, cut short, or gone",
-                    f"it is named before the model is built, the checkpoint before it is taken, and {SAME}"):
+    with runs.fault(
+        "a shard of the newest checkpoint changed in one bit, cut short, or gone",
+        f"it is named before the model is built, the checkpoint before it is taken, and {SAME}",
+    ):
         assert run_distributed(runs.train, 2, argv) == [0, 0]
         shutil.rmtree(run / "iter_0000006")
         (run / "latest_checkpointed_iteration.txt").write_text("4\n")
@@ -188,17 +224,22 @@ def wait_for_a_step(process: subprocess.Popen) -> None:
 
 
 def test_a_killed_rank_takes_the_others_down(stories260k, data, tmp_path):
-    """Under the launcher: rank 1 is killed from outside; all is over within a minute, and the last line says why."""
+    """Under the launcher: rank 1 is killed from outside; all is over within a minute, and the last
+    line says why."""
     with runs.fault("kill -9 of a rank from outside, under tools/launch.py", DOWN):
         process = runs.start(2, runs.flags(stories260k, data, tmp_path / "run", steps=10_000, dp=2))
         wait_for_a_step(process)
-        (victim,) = [int(p) for p in os.listdir("/proc") if p.isdigit() and _is_rank(p, process.pid, "1")]
+        (victim,) = [
+            int(p) for p in os.listdir("/proc") if p.isdigit() and _is_rank(p, process.pid, "1")
+        ]
         os.kill(victim, signal.SIGKILL)
         begun = time.monotonic()
         out, _ = process.communicate(timeout=90)
         assert time.monotonic() - begun < 60
         assert process.returncode == 128 + 9
-        assert out.splitlines()[-1] == "launch: rank 1 failed first: was ended by signal 9 (SIGKILL)"
+        assert (
+            out.splitlines()[-1] == "launch: rank 1 failed first: was ended by signal 9 (SIGKILL)"
+        )
         assert "Traceback" not in out
 
 
@@ -228,17 +269,23 @@ def spoilt_program(folder: Path, spoil: str) -> Path:
 
 
 def test_an_error_of_one_rank_is_one_traceback(stories260k, data, tmp_path):
-    """Rank 1 raises in a step: its traceback alone, its reason in the last line, the exit code of the program."""
-    program = spoilt_program(tmp_path, """
+    """Rank 1 raises in a step: its traceback alone, its reason in the last line, the exit code of
+    the program."""
+    program = spoilt_program(
+        tmp_path,
+        """
 original, steps = rmega.training.train.train_step, []
 def train_step(*args):
     steps.append(0)
     if os.environ["RANK"] == "1" and len(steps) == 3:
         raise RuntimeError("the cat sat on the keyboard")
     return original(*args)
-rmega.training.train.train_step = train_step""")
+rmega.training.train.train_step = train_step""",
+    )
     with runs.fault("an error inside one rank, under tools/launch.py", DOWN):
-        process = runs.start(2, runs.flags(stories260k, data, tmp_path / "run", steps=10_000, dp=2), program=program)
+        process = runs.start(
+            2, runs.flags(stories260k, data, tmp_path / "run", steps=10_000, dp=2), program=program
+        )
         wait_for_a_step(process)
         begun = time.monotonic()
         out, _ = process.communicate(timeout=90)
@@ -251,17 +298,30 @@ rmega.training.train.train_step = train_step""")
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_second_interrupt_aborts(ranks, stories260k, data, tmp_path):
-    """SIGINT begins a save that takes an hour here; a second one ends the run at once and leaves no checkpoint."""
-    program = spoilt_program(tmp_path, "rmega.checkpointing.snapshot.SnapshotWriter.write = lambda self: time.sleep(3600)")
-    process = runs.start(ranks, runs.flags(stories260k, data, tmp_path / "run", steps=10_000), program=program,
-                         launcher="launch" if ranks > 1 else "python")
-    with runs.fault("SIGINT twice, the second during the save", "the run ends at once and leaves no half checkpoint"):
+    """SIGINT begins a save that takes an hour here; a second one ends the run at once and leaves no
+    checkpoint."""
+    program = spoilt_program(
+        tmp_path,
+        "rmega.checkpointing.snapshot.SnapshotWriter.write = lambda self: time.sleep(3600)",
+    )
+    process = runs.start(
+        ranks,
+        runs.flags(stories260k, data, tmp_path / "run", steps=10_000),
+        program=program,
+        launcher="launch" if ranks > 1 else "python",
+    )
+    with runs.fault(
+        "SIGINT twice, the second during the save",
+        "the run ends at once and leaves no half checkpoint",
+    ):
         wait_for_a_step(process)
         process.send_signal(signal.SIGINT)
         for line in process.stdout:
             if line.startswith("stopping after step "):
                 break
-        time.sleep(2.0)  # two within a moment are one: a launcher passes on what the terminal sent already
+        time.sleep(
+            2.0
+        )  # two within a moment are one: a launcher passes on what the terminal sent already
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         begun = time.monotonic()
@@ -276,10 +336,15 @@ def two_nodes():
     """Two network namespaces with a cable between them: 10.77.0.1 and 10.77.0.2."""
     names = [f"rmega{os.getpid() % 10000}{x}" for x in "ab"]
     commands = [f"ip netns add {n}" for n in names]
-    commands += [f"ip link add {names[0]}v netns {names[0]} type veth peer name {names[1]}v netns {names[1]}"]
+    commands += [
+        f"ip link add {names[0]}v netns {names[0]} type veth peer name {names[1]}v netns {names[1]}"
+    ]
     for i, n in enumerate(names):
-        commands += [f"ip -n {n} addr add 10.77.0.{i + 1}/24 dev {n}v", f"ip -n {n} link set {n}v up",
-                     f"ip -n {n} link set lo up"]
+        commands += [
+            f"ip -n {n} addr add 10.77.0.{i + 1}/24 dev {n}v",
+            f"ip -n {n} link set {n}v up",
+            f"ip -n {n} link set lo up",
+        ]
     if not shutil.which("ip"):
         pytest.skip("no program ip here (Debian: iproute2)")
     try:
@@ -297,43 +362,80 @@ def on_two_nodes(nodes: list[str], argv: list[str]) -> list[subprocess.Popen]:
     """A run with a launcher and one rank on each node."""
     processes = []
     for i, name in enumerate(nodes):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(runs.ROOT),
-                       "GLOO_SOCKET_IFNAME": f"{name}v"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(runs.ROOT),
+            "GLOO_SOCKET_IFNAME": f"{name}v",
+        }
         for gone in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(gone, None)
-        processes.append(subprocess.Popen(
-            ["ip", "netns", "exec", name, os.sys.executable, str(runs.ROOT / "tools" / "launch.py"),
-             *"--nnodes 2 --nproc-per-node 1 --rdzv-backend static --master-addr 10.77.0.1".split(),
-             *f"--master-port 29555 --node-rank {i}".split(),
-             str(runs.ROOT / "examples" / "pretrain_reward.py"), *argv],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        processes.append(
+            subprocess.Popen(
+                [
+                    "ip",
+                    "netns",
+                    "exec",
+                    name,
+                    os.sys.executable,
+                    str(runs.ROOT / "tools" / "launch.py"),
+                    *"--nnodes 2 --nproc-per-node 1 --rdzv-backend static --master-addr 10.77.0.1".split(),
+                    *f"--master-port 29555 --node-rank {i}".split(),
+                    str(runs.ROOT / "examples" / "pretrain_reward.py"),
+                    *argv,
+                ],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
     return processes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["dp2", "pp2"])
 def test_a_node_that_vanishes(layout, two_nodes, stories260k, data, unbroken, tmp_path):
-    """The cable between two launchers of one rank each is cut: both end and say what they lost; with the cable back the
-    run goes on."""
+    """The cable between two launchers of one rank each is cut: both end and say what they lost;
+    with the cable back the run goes on."""
     run = tmp_path / "run"
-    flags = dict(save_interval=2, distributed_timeout_minutes=0.2,
-                 **(LAYOUTS["dp2"] if layout == "dp2" else {"pp": 2, "num_layers_in_first_pipeline_stage": 3}))
-    with runs.fault("a node vanishes: the cable between two launchers is cut (dp2, pp2)",
-                    "both sides end within a minute and say so; with the cable back the run goes on"):
-        processes = on_two_nodes(two_nodes, runs.flags(stories260k, data, run, steps=10_000, **flags))
+    flags = dict(
+        save_interval=2,
+        distributed_timeout_minutes=0.2,
+        **(
+            LAYOUTS["dp2"]
+            if layout == "dp2"
+            else {"pp": 2, "num_layers_in_first_pipeline_stage": 3}
+        ),
+    )
+    with runs.fault(
+        "a node vanishes: the cable between two launchers is cut (dp2, pp2)",
+        "both sides end within a minute and say so; with the cable back the run goes on",
+    ):
+        processes = on_two_nodes(
+            two_nodes, runs.flags(stories260k, data, run, steps=10_000, **flags)
+        )
         for line in processes[0].stdout:
             if line.startswith("saved "):
                 break
-        subprocess.run(["ip", "-n", two_nodes[1], "link", "set", f"{two_nodes[1]}v", "down"], check=True)
+        subprocess.run(
+            ["ip", "-n", two_nodes[1], "link", "set", f"{two_nodes[1]}v", "down"], check=True
+        )
         begun = time.monotonic()
         for process in processes:
             out, _ = process.communicate(timeout=120)
             assert process.returncode not in (0, 75)
-            assert "error: rank" in out and ("no answer from another rank" in out or "lost the connection" in out), out
+            assert "error: rank" in out and (
+                "no answer from another rank" in out or "lost the connection" in out
+            ), out
         assert time.monotonic() - begun < 60
-        subprocess.run(["ip", "-n", two_nodes[1], "link", "set", f"{two_nodes[1]}v", "up"], check=True)
+        subprocess.run(
+            ["ip", "-n", two_nodes[1], "link", "set", f"{two_nodes[1]}v", "up"], check=True
+        )
         done = max(int(f.name[5:]) for f in run.glob("iter_*") if not f.suffix)
-        processes = on_two_nodes(two_nodes, runs.flags(stories260k, data, run, steps=done + 3, **flags))
+        processes = on_two_nodes(
+            two_nodes, runs.flags(stories260k, data, run, steps=done + 3, **flags)
+        )
         outs = [process.communicate(timeout=120)[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0], outs
         assert f"done: {done + 3} steps" in outs[0] and "going on from" in outs[0]

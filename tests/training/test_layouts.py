@@ -1,4 +1,5 @@
-"""Layout parity: every layout gives the single rank's losses, gradients, parameters and rewards (fp32, 1e-5)."""
+"""Layout parity: every layout gives the single rank's losses, gradients, parameters and rewards
+(fp32, 1e-5)."""
 
 from __future__ import annotations
 
@@ -11,15 +12,33 @@ from tests.hf_fixtures import hf_config, tiny, write_folder
 from tests.tiny import VOCAB, InMemory, random_comparisons, tiny_llama
 
 TOLERANCE = 1e-5
-LAYOUTS = ["tp2", "tp2,sp", "pp2", "pp2,vpp2", "dp2", "dp2,plainopt", "tp2,pp2", "tp2,recompute", "tp2,sp,selective",
-           "pp2,first1,last3", "dp2,overlap"]
+LAYOUTS = [
+    "tp2",
+    "tp2,sp",
+    "pp2",
+    "pp2,vpp2",
+    "dp2",
+    "dp2,plainopt",
+    "tp2,pp2",
+    "tp2,recompute",
+    "tp2,sp,selective",
+    "pp2,first1,last3",
+    "dp2,overlap",
+]
 
 
 def run(rank: int, world_size: int, text: str, folder: str, switches: dict) -> object:
     from rmega.training.parity import Layout, layout_config, run_layout
 
-    config = layout_config(Layout.parse(text), hf_model=folder, steps=3, global_batch_size=10, max_tokens=260, lr=1e-3,
-                           **switches)
+    config = layout_config(
+        Layout.parse(text),
+        hf_model=folder,
+        steps=3,
+        global_batch_size=10,
+        max_tokens=260,
+        lr=1e-3,
+        **switches,
+    )
     return run_layout(config, InMemory(random_comparisons(24, seed=1)))
 
 
@@ -51,14 +70,33 @@ def test_parity(text, folder, single):
     assert max(differences.values()) <= TOLERANCE, differences
 
 
-LONG = ["dp3", "dp4,overlap", "tp4", "tp4,sp,recompute", "tp2,dp2", "tp2,sp,dp2,overlap", "tp2,sp,dp2,plainopt", "pp4",
-        "pp2,dp2", "pp2,last3", "pp4,first1,last3", "pp2,vpp4", "pp4,vpp2", "pp2,vpp2,dp2", "tp2,pp2,vpp2",
-        "tp2,sp,pp2,recompute", "tp2,sp,pp2,selective", "tp2,sp,pp2,dp2", "tp2,pp2,vpp2,dp2,overlap"]
+LONG = [
+    "dp3",
+    "dp4,overlap",
+    "tp4",
+    "tp4,sp,recompute",
+    "tp2,dp2",
+    "tp2,sp,dp2,overlap",
+    "tp2,sp,dp2,plainopt",
+    "pp4",
+    "pp2,dp2",
+    "pp2,last3",
+    "pp4,first1,last3",
+    "pp2,vpp4",
+    "pp4,vpp2",
+    "pp2,vpp2,dp2",
+    "tp2,pp2,vpp2",
+    "tp2,sp,pp2,recompute",
+    "tp2,sp,pp2,selective",
+    "tp2,sp,pp2,dp2",
+    "tp2,pp2,vpp2,dp2,overlap",
+]
 
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
-    """Eight layers and four key/value groups, a reward model of each backbone, and its single rank's result."""
+    """Eight layers and four key/value groups, a reward model of each backbone, and its single
+    rank's result."""
     from rmega.models import BACKBONES
     from rmega.models.weights import hf_shapes
 
@@ -66,14 +104,25 @@ def deep(tmp_path_factory):
 
     def of(family: str):
         if family not in made:
-            geometry = tiny(family, num_layers=8, hidden_size=64, ffn_hidden_size=96, num_attention_heads=8,
-                            num_query_groups=4, head_dim=8, vocab_size=VOCAB, max_position_embeddings=512)
+            geometry = tiny(
+                family,
+                num_layers=8,
+                hidden_size=64,
+                ffn_hidden_size=96,
+                num_attention_heads=8,
+                num_query_groups=4,
+                head_dim=8,
+                vocab_size=VOCAB,
+                max_position_embeddings=512,
+            )
             rng = np.random.default_rng(4)
             tensors = {}
             for name, shape in hf_shapes(BACKBONES[family].weight_table(geometry)).items():
                 values = rng.standard_normal(shape, dtype=np.float32)
                 scale = 0.5 if "embed" in name else 0.8 / shape[-1] ** 0.5
-                tensors[name] = torch.from_numpy(1 + 0.2 * values if len(shape) == 1 else np.float32(scale) * values)
+                tensors[name] = torch.from_numpy(
+                    1 + 0.2 * values if len(shape) == 1 else np.float32(scale) * values
+                )
             config = hf_config(geometry, BACKBONES[family].ARCHITECTURE, num_labels=1)
             folder = write_folder(tmp_path_factory.mktemp(family), config, tensors)
             made[family] = (folder, result_of("1", folder))
@@ -94,8 +143,14 @@ def test_parity_of_the_longer_matrix(text, family, deep):
     assert max(differences.values()) <= TOLERANCE, differences
 
 
-@pytest.mark.parametrize("switches", [{"share_prefix": False}, {"prune_last_layer": False},
-                                      {"share_prefix": False, "prune_last_layer": False}])
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"share_prefix": False},
+        {"prune_last_layer": False},
+        {"share_prefix": False, "prune_last_layer": False},
+    ],
+)
 @pytest.mark.parametrize("text", ["1", "tp2,sp", "pp2"])
 def test_savings_are_exact(text, switches, folder, single):
     from rmega.training.parity import compare
@@ -115,40 +170,81 @@ def test_padded_heads_are_exact(tmp_path):
 
 def test_heads_that_do_not_divide_are_refused(tmp_path):
     folder = tiny_llama(tmp_path, heads=9, groups=3, hidden=72, head_dim=8)
-    with pytest.raises(RuntimeError, match="--tp 2 does not divide the model's 3 key/value heads.*--pad-attention"):
+    with pytest.raises(
+        RuntimeError, match="--tp 2 does not divide the model's 3 key/value heads.*--pad-attention"
+    ):
         result_of("tp2", folder)
 
 
-def test_the_tool_prints_a_table_and_fails_beyond_the_tolerance(shared_dir, stories260k, tmp_path, monkeypatch, capsys):
-    """tools/check_layouts.py on real comparisons; a tolerance that nothing meets gives exit code 1."""
+def test_the_tool_prints_a_table_and_fails_beyond_the_tolerance(
+    shared_dir, stories260k, tmp_path, monkeypatch, capsys
+):
+    """tools/check_layouts.py on real comparisons; a tolerance that nothing meets gives exit code
+    1."""
     from tests.runs import make_data
     from tools import check_layouts
 
     data = make_data(shared_dir, stories260k, tmp_path)
-    argv = ["check_layouts.py", "--hf-model", str(stories260k), "--data-path", data, "--layouts", "tp2", "--steps", "2"]
-    for more, code, says in (([], 0, "  ok"), (["--tolerance", "1e-12"], 1, "  DIFFERS (gradient of ")):
+    argv = [
+        "check_layouts.py",
+        "--hf-model",
+        str(stories260k),
+        "--data-path",
+        data,
+        "--layouts",
+        "tp2",
+        "--steps",
+        "2",
+    ]
+    for more, code, says in (
+        ([], 0, "  ok"),
+        (["--tolerance", "1e-12"], 1, "  DIFFERS (gradient of "),
+    ):
         monkeypatch.setattr("sys.argv", argv + more)
         assert check_layouts.main() == code
         (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tp2 ")]
         assert says in row
 
 
-def test_the_tool_measures_rounding_by_other_packs(shared_dir, stories260k, tmp_path, monkeypatch, capsys):
-    """Two comparisons fit into a pack of any size that is cut, yet one rank is held against other sums."""
+def test_the_tool_measures_rounding_by_other_packs(
+    shared_dir, stories260k, tmp_path, monkeypatch, capsys
+):
+    """Two comparisons fit into a pack of any size that is cut, yet one rank is held against other
+    sums."""
     from tests.runs import make_data
     from tools import check_layouts
 
     data = make_data(shared_dir, stories260k, tmp_path)
-    monkeypatch.setattr("sys.argv", ["check_layouts.py", "--hf-model", str(stories260k), "--data-path", data,
-                                     "--layouts", "1", "--steps", "1", "--global-batch-size", "2"])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "check_layouts.py",
+            "--hf-model",
+            str(stories260k),
+            "--data-path",
+            data,
+            "--layouts",
+            "1",
+            "--steps",
+            "1",
+            "--global-batch-size",
+            "2",
+        ],
+    )
     assert check_layouts.main() == 0
-    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(check_layouts.OTHER_PACKS)]
+    (row,) = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith(check_layouts.OTHER_PACKS)
+    ]
     differences = [float(cell) for cell in row.removeprefix(check_layouts.OTHER_PACKS).split()]
     assert len(differences) == 5 and 0 < differences[2] < 1e-4  # gradients
 
 
-@pytest.mark.parametrize("text,says", [("tp2,cp2", "context parallelism is not supported"),
-                                       ("tp2,x3", "'x3' is not one of")])
+@pytest.mark.parametrize(
+    "text,says",
+    [("tp2,cp2", "context parallelism is not supported"), ("tp2,x3", "'x3' is not one of")],
+)
 def test_layouts_that_are_not_understood(text, says):
     from rmega.training.parity import Layout
 
@@ -162,16 +258,26 @@ def half(rank: int, world_size: int, text: str, folder: str, dtype: str, scale: 
     from rmega.training import train
     from rmega.training.parity import Layout, build, layout_config, make_batcher
 
-    config = layout_config(Layout.parse(text), hf_model=folder, steps=6, global_batch_size=6, max_tokens=260, lr=1e-3)
+    config = layout_config(
+        Layout.parse(text), hf_model=folder, steps=6, global_batch_size=6, max_tokens=260, lr=1e-3
+    )
     config.optimizer.initial_loss_scale = scale
     wrapped, optimizer, scheduler, geometry, _ = build(config, DTYPES[dtype])
     batcher = make_batcher(config, InMemory(random_comparisons(24, seed=1)), geometry)
     out = []
     for step in range(6):
         documents = batcher.documents(6 * step)
-        report = train.train_step(wrapped, optimizer, batcher.packs(documents), config.loss, len(documents))
+        report = train.train_step(
+            wrapped, optimizer, batcher.packs(documents), config.loss, len(documents)
+        )
         scheduler.step(1)
-        out.append((report.loss, report.updated, float(optimizer.get_loss_scale()) if dtype == "fp16" else 1.0))
+        out.append(
+            (
+                report.loss,
+                report.updated,
+                float(optimizer.get_loss_scale()) if dtype == "fp16" else 1.0,
+            )
+        )
     return out
 
 
@@ -181,17 +287,24 @@ def test_half_precision_follows_fp32(text, dtype, tolerance, folder):
     from rmega.training.parity import Layout
 
     exact = run_distributed(half, 1, "1", str(folder), "fp32", 1.0)[0]
-    for seen in run_distributed(half, Layout.parse(text).world_size, text, str(folder), dtype, 256.0):
+    for seen in run_distributed(
+        half, Layout.parse(text).world_size, text, str(folder), dtype, 256.0
+    ):
         assert all(updated for _, updated, _ in seen)
-        assert [loss for loss, *_ in seen] == pytest.approx([loss for loss, *_ in exact], rel=tolerance)
+        assert [loss for loss, *_ in seen] == pytest.approx(
+            [loss for loss, *_ in exact], rel=tolerance
+        )
 
 
 @pytest.mark.parametrize("text", ["1", "pp2"])
 def test_fp16_overflow_skips_and_lowers_the_scale(text, folder):
-    """A loss scale far too high: updates are skipped on every rank alike until it is low enough, then go on."""
+    """A loss scale far too high: updates are skipped on every rank alike until it is low enough,
+    then go on."""
     from rmega.training.parity import Layout
 
-    results = run_distributed(half, Layout.parse(text).world_size, text, str(folder), "fp16", 2.0**36)
+    results = run_distributed(
+        half, Layout.parse(text).world_size, text, str(folder), "fp16", 2.0**36
+    )
     for seen in results:
         assert not seen[0][1] and seen[-1][2] < 2.0**36
         assert [(u, s) for _, u, s in seen] == [(u, s) for _, u, s in results[0]]

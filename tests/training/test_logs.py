@@ -14,21 +14,48 @@ import pytest
 from rmega.training.logs import COLUMNS, MetricsLog, Progress, duration, memory_mb, train_line
 from tests.conftest import ROOT
 
-ROW = {"lr": 3.958e-7, "eta": "2:59:41", "time": 0.7083, "data_time": 0.0016, "memory": 18024, "loss": 0.62877,
-       "acc": 0.5, "chosen_score_mean": -0.01, "rejected_score_mean": 0.25, "grad_norm": 1.5, "num_samples": 640,
-       "num_tokens": 65536, "shared": 0.25, "fill": 0.999, "pairs/s": 6.4}
+ROW = {
+    "lr": 3.958e-7,
+    "eta": "2:59:41",
+    "time": 0.7083,
+    "data_time": 0.0016,
+    "memory": 18024,
+    "loss": 0.62877,
+    "acc": 0.5,
+    "chosen_score_mean": -0.01,
+    "rejected_score_mean": 0.25,
+    "grad_norm": 1.5,
+    "num_samples": 640,
+    "num_tokens": 65536,
+    "shared": 0.25,
+    "fill": 0.999,
+    "pairs/s": 6.4,
+}
 
 
 def test_the_line_has_the_form_that_readers_know() -> None:
     line = train_line(10, 15230, ROW)
-    assert line.startswith("Iter(train) [   10/15230]  lr: 3.9580e-07  eta: 2:59:41  time: 0.7083  data_time: 0.0016  "
-                           "memory: 18024  loss: 0.6288  acc: 0.5000  chosen_score_mean: -0.0100")
+    assert line.startswith(
+        "Iter(train) [   10/15230]  lr: 3.9580e-07  eta: 2:59:41  time: 0.7083  data_time: 0.0016  "
+        "memory: 18024  loss: 0.6288  acc: 0.5000  chosen_score_mean: -0.0100"
+    )
     assert [part.split(":")[0] for part in line.split("]  ")[1].split("  ")] == list(COLUMNS)
-    assert "grad_norm" not in train_line(10, 15230, {**ROW, "grad_norm": None})  # an overflow has none
+    assert "grad_norm" not in train_line(
+        10, 15230, {**ROW, "grad_norm": None}
+    )  # an overflow has none
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00:00"), (-3, "0:00:00"), (59.6, "0:01:00"), (10781, "2:59:41"),
-                                               (86400, "1 day, 0:00:00"), (2 * 86400 + 61, "2 days, 0:01:01")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0:00:00"),
+        (-3, "0:00:00"),
+        (59.6, "0:01:00"),
+        (10781, "2:59:41"),
+        (86400, "1 day, 0:00:00"),
+        (2 * 86400 + 61, "2 days, 0:01:01"),
+    ],
+)
 def test_duration(seconds, text) -> None:
     assert duration(seconds) == text
 
@@ -40,10 +67,17 @@ def rows(folder) -> list[dict]:
 def test_rows_are_there_at_once(tmp_path) -> None:
     log = MetricsLog(str(tmp_path / "run"))
     log.row("train", 1, {"loss": 0.5})
-    assert rows(tmp_path / "run") == [{"type": "train", "step": 1, "loss": 0.5}]  # before close: a killed run keeps it
+    assert rows(tmp_path / "run") == [
+        {"type": "train", "step": 1, "loss": 0.5}
+    ]  # before close: a killed run keeps it
     log.row("eval", 1, {"name": "held out", "accuracy": 0.75})
     log.close()
-    assert rows(tmp_path / "run")[1] == {"type": "eval", "step": 1, "name": "held out", "accuracy": 0.75}
+    assert rows(tmp_path / "run")[1] == {
+        "type": "eval",
+        "step": 1,
+        "name": "held out",
+        "accuracy": 0.75,
+    }
 
 
 def test_a_resumed_run_writes_no_step_twice(tmp_path) -> None:
@@ -55,7 +89,12 @@ def test_a_resumed_run_writes_no_step_twice(tmp_path) -> None:
     log = MetricsLog(str(tmp_path), resumed_at=3)
     log.row("train", 4, {"loss": 9.0})
     log.close()
-    assert [(r["step"], r["loss"]) for r in rows(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 9.0)]
+    assert [(r["step"], r["loss"]) for r in rows(tmp_path)] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, 1 / 3),
+        (4, 9.0),
+    ]
 
 
 def test_a_line_that_was_cut_by_a_crash(tmp_path) -> None:
@@ -102,30 +141,51 @@ def test_tensorboard_is_on_where_it_is_installed(tmp_path, monkeypatch, capsys) 
     MetricsLog(None, tensorboard="auto").close()  # no folder: nothing to write to
     with pytest.raises(ValueError, match="--tensorboard needs --save"):
         MetricsLog(None, tensorboard="on")
-    for resumed_at, steps in ((None, (1, 2, 3)), (2, (3, 4))):  # stopped after 3, gone on from the checkpoint of 2
+    for resumed_at, steps in (
+        (None, (1, 2, 3)),
+        (2, (3, 4)),
+    ):  # stopped after 3, gone on from the checkpoint of 2
         log = MetricsLog(str(tmp_path / "run"), resumed_at=resumed_at, tensorboard="auto")
         for step in steps:
             log.row("train", step, {"loss": step + (0.5 if resumed_at else 0.0), "eta": "0:00:01"})
         log.close()
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert events.Tags()["scalars"] == ["train/loss"]
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 3.5), (4, 4.5)]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 3.5),
+        (4, 4.5),
+    ]
 
 
 def test_trackers_get_the_numbers(tmp_path, monkeypatch) -> None:
     calls = []
     board = types.ModuleType("torch.utils.tensorboard")
     board.SummaryWriter = lambda folder, purge_step: types.SimpleNamespace(
-        add_scalar=lambda *a: calls.append(a), close=lambda: calls.append("closed"))
+        add_scalar=lambda *a: calls.append(a), close=lambda: calls.append("closed")
+    )
     wandb = types.ModuleType("wandb")
-    wandb.init = lambda **kw: calls.append((kw["id"], kw["resume"])) or types.SimpleNamespace(
-        id="abc", log=lambda numbers, step: calls.append((numbers, step)), finish=lambda: calls.append("finished"))
+    wandb.init = lambda **kw: (
+        calls.append((kw["id"], kw["resume"]))
+        or types.SimpleNamespace(
+            id="abc",
+            log=lambda numbers, step: calls.append((numbers, step)),
+            finish=lambda: calls.append("finished"),
+        )
+    )
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     log = MetricsLog(str(tmp_path), tensorboard="on", wandb_project="x")
     log.row("eval", 7, {"name": "hh", "accuracy": 0.5})
     log.close()
-    assert calls == [(None, None), ("eval/hh/accuracy", 0.5, 7), ({"eval/hh/accuracy": 0.5}, 7), "closed", "finished"]
+    assert calls == [
+        (None, None),
+        ("eval/hh/accuracy", 0.5, 7),
+        ({"eval/hh/accuracy": 0.5}, 7),
+        "closed",
+        "finished",
+    ]
     MetricsLog(str(tmp_path), resumed_at=7, wandb_project="x").close()
     assert calls[5:] == [("abc", "allow"), "finished"]  # the same run goes on
     MetricsLog(str(tmp_path), wandb_project="x").close()
@@ -133,26 +193,38 @@ def test_trackers_get_the_numbers(tmp_path, monkeypatch) -> None:
 
 
 def test_a_tracker_that_fails_ends_no_training(tmp_path, monkeypatch, capsys) -> None:
-    """A full disk or a lost connection: said once, then without it; metrics.jsonl tries again with the next row."""
+    """A full disk or a lost connection: said once, then without it; metrics.jsonl tries again with
+    the next row."""
+
     def fails(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     board = types.ModuleType("torch.utils.tensorboard")
-    board.SummaryWriter = lambda folder, purge_step: types.SimpleNamespace(add_scalar=fails, close=fails)
+    board.SummaryWriter = lambda folder, purge_step: types.SimpleNamespace(
+        add_scalar=fails, close=fails
+    )
     wandb = types.ModuleType("wandb")
-    wandb.init = lambda **kw: types.SimpleNamespace(id="abc", log=lambda numbers, step: None, finish=fails)
+    wandb.init = lambda **kw: types.SimpleNamespace(
+        id="abc", log=lambda numbers, step: None, finish=fails
+    )
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     log = MetricsLog(str(tmp_path), tensorboard="auto", wandb_project="x")
     file = log._file
     with monkeypatch.context() as patch:
-        patch.setattr(log, "_file", types.SimpleNamespace(write=file.write, flush=fails, close=file.close))
+        patch.setattr(
+            log, "_file", types.SimpleNamespace(write=file.write, flush=fails, close=file.close)
+        )
         log.row("train", 1, {"loss": 0.5})
     log.row("train", 2, {"loss": 0.25})
     log.close()
     assert [r["step"] for r in rows(tmp_path)] == [1, 2]
     said = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[1].strip() for line in said] == ["metrics.jsonl", "tensorboard", "wandb"]
+    assert [line.split(":")[1].strip() for line in said] == [
+        "metrics.jsonl",
+        "tensorboard",
+        "wandb",
+    ]
     assert all("No space left" in line for line in said)
 
 
@@ -169,13 +241,26 @@ def test_a_full_disk_at_the_end(tmp_path, capsys) -> None:
 def test_wandb_offline(tmp_path) -> None:
     """The real package, without a network: in a process of its own, because it starts a service."""
     pytest.importorskip("wandb", reason="needs wandb (pip install 'rmega[track]')")
-    code = ("import sys\nfrom rmega.training.logs import MetricsLog\n"
-            "log = MetricsLog(sys.argv[1], wandb_project='rm', config={'lr': 1e-5})\n"
-            "log.row('train', 1, {'loss': 0.625})\nlog.close()")
-    env = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(ROOT), "WANDB_SILENT": "true",
-           "WANDB_CONFIG_DIR": str(tmp_path / "config"), "WANDB_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], env=env, capture_output=True, text=True,
-                          timeout=120)
+    code = (
+        "import sys\nfrom rmega.training.logs import MetricsLog\n"
+        "log = MetricsLog(sys.argv[1], wandb_project='rm', config={'lr': 1e-5})\n"
+        "log.row('train', 1, {'loss': 0.625})\nlog.close()"
+    )
+    env = {
+        **os.environ,
+        "WANDB_MODE": "offline",
+        "PYTHONPATH": str(ROOT),
+        "WANDB_SILENT": "true",
+        "WANDB_CONFIG_DIR": str(tmp_path / "config"),
+        "WANDB_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run")],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     [record] = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     assert record.stem == f"run-{(tmp_path / 'run' / 'wandb_run_id').read_text().strip()}"

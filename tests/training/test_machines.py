@@ -1,4 +1,5 @@
-"""Two machines: network and host names of their own, one file system. Needs root and Linux network namespaces."""
+"""Two machines: network and host names of their own, one file system. Needs root and Linux network
+namespaces."""
 
 from __future__ import annotations
 
@@ -31,8 +32,10 @@ def possible() -> str:
 
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory):
-    """start(i, command, env=..., hide=folder) -> Popen on machine i; each knows its own name as a loopback address, as
-    many distributions set it up, and that of the other as an address of the network between them."""
+    """start(i, command, env=..., hide=folder) -> Popen on machine i; each knows its own name as a
+    loopback address, as many distributions set it up, and that of the other as an address of the
+    network between them.
+    """
     if why := possible():
         pytest.skip(why)
     folder, key = tmp_path_factory.mktemp("machines"), uuid.uuid4().hex[:6]
@@ -45,9 +48,23 @@ def machines(tmp_path_factory):
         for i, name in enumerate(names):
             ip("netns", "add", name)
             other = ADDRESS.format(net, 2 - i)
-            (folder / f"hosts{i}").write_text(f"127.0.0.1 localhost\n127.0.1.1 node{i}\n{other} node{1 - i}\n")
-        ip("link", "add", f"rm{key}0", "netns", names[0], "type", "veth", "peer", "name", f"rm{key}1",
-           "netns", names[1])
+            (folder / f"hosts{i}").write_text(
+                f"127.0.0.1 localhost\n127.0.1.1 node{i}\n{other} node{1 - i}\n"
+            )
+        ip(
+            "link",
+            "add",
+            f"rm{key}0",
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            f"rm{key}1",
+            "netns",
+            names[1],
+        )
         for i, name in enumerate(names):
             ip("-n", name, "addr", "add", ADDRESS.format(net, i + 1) + "/24", "dev", f"rm{key}{i}")
             ip("-n", name, "link", "set", "lo", "up")
@@ -56,11 +73,32 @@ def machines(tmp_path_factory):
         def start(i: int, command: list[str], hide: Path | None = None) -> subprocess.Popen:
             inside = f"mount --bind {folder}/hosts{i} /etc/hosts && hostname node{i} && "
             inside += f"mount -t tmpfs none {hide} && " if hide else ""
-            env = {k: v for k, v in os.environ.items() if k not in ("GLOO_SOCKET_IFNAME", "MASTER_ADDR")}
+            env = {
+                k: v
+                for k, v in os.environ.items()
+                if k not in ("GLOO_SOCKET_IFNAME", "MASTER_ADDR")
+            }
             return subprocess.Popen(
-                ["ip", "netns", "exec", names[i], "unshare", "--mount", "--uts", "bash", "-c", inside + 'exec "$@"',
-                 "bash", *command], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                env={**env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+                [
+                    "ip",
+                    "netns",
+                    "exec",
+                    names[i],
+                    "unshare",
+                    "--mount",
+                    "--uts",
+                    "bash",
+                    "-c",
+                    inside + 'exec "$@"',
+                    "bash",
+                    *command,
+                ],
+                cwd=ROOT,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={**env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            )
 
         yield start
     finally:
@@ -73,11 +111,29 @@ def data(shared_dir: Path, stories260k: Path, tmp_path_factory) -> str:
     return make_data(shared_dir, stories260k, tmp_path_factory.mktemp("data"), count=40)
 
 
-def run_on_both(machines, argv: list[str], launch: list[str], hide: Path | None = None) -> list[tuple[int, str]]:
+def run_on_both(
+    machines, argv: list[str], launch: list[str], hide: Path | None = None
+) -> list[tuple[int, str]]:
     """(exit code, output) of each machine's launcher."""
-    started = [machines(i, [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
-                            *(word.format(i=i) for word in launch), "examples/pretrain_reward.py", *argv],
-                        hide=hide if i else None) for i in range(2)]
+    started = [
+        machines(
+            i,
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nnodes",
+                "2",
+                "--nproc-per-node",
+                "1",
+                *(word.format(i=i) for word in launch),
+                "examples/pretrain_reward.py",
+                *argv,
+            ],
+            hide=hide if i else None,
+        )
+        for i in range(2)
+    ]
     try:
         out = [process.communicate(timeout=180)[0] for process in started]
     finally:
@@ -88,22 +144,53 @@ def run_on_both(machines, argv: list[str], launch: list[str], hide: Path | None 
 
 def rows(run: Path) -> list[tuple]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [(row["loss"], row["grad_norm"], row["chosen_score_mean"]) for row in lines if row["type"] == "train"]
+    return [
+        (row["loss"], row["grad_norm"], row["chosen_score_mean"])
+        for row in lines
+        if row["type"] == "train"
+    ]
 
 
-@pytest.mark.parametrize("launch", [
-    ["--rdzv-backend", "c10d", "--rdzv-endpoint", "node0:29472", "--rdzv-id", "7"],  # examples/slurm/run.sh
-    pytest.param(["--node-rank", "{i}", "--master-addr", "node0", "--master-port", "29471"], marks=pytest.mark.slow),
-], ids=["c10d", "static"])
+@pytest.mark.parametrize(
+    "launch",
+    [
+        [
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "node0:29472",
+            "--rdzv-id",
+            "7",
+        ],  # examples/slurm/run.sh
+        pytest.param(
+            ["--node-rank", "{i}", "--master-addr", "node0", "--master-port", "29471"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["c10d", "static"],
+)
 def test_two_machines_are_two_processes(machines, data, stories260k, tmp_path, launch):
     run, alone = tmp_path / "run", tmp_path / "alone"
     both = run_on_both(machines, flags(stories260k, data, run, steps=4, tp=2), launch)
     assert [code for code, _ in both] == [0, 0], both[0][1] + both[1][1]
     assert "network: gloo goes over rm" in both[0][1]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           "examples/pretrain_reward.py", *flags(stories260k, data, alone, steps=4, tp=2)], cwd=ROOT,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True,
-                          text=True, timeout=180)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "examples/pretrain_reward.py",
+            *flags(stories260k, data, alone, steps=4, tp=2),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
     assert done.returncode == 0, done.stderr
     assert "network:" not in done.stdout
     assert len(rows(run)) == 4 and rows(run) == rows(alone)
@@ -112,12 +199,15 @@ def test_two_machines_are_two_processes(machines, data, stories260k, tmp_path, l
 
 def test_a_run_folder_that_is_not_shared_is_refused(machines, data, stories260k, tmp_path):
     (tmp_path / "local").mkdir()
-    both = run_on_both(machines, flags(stories260k, data, tmp_path / "local" / "run", steps=2, tp=2),
-                       ["--node-rank", "{i}", "--master-addr", "node0", "--master-port", "29473"],
-                       hide=tmp_path / "local")
+    both = run_on_both(
+        machines,
+        flags(stories260k, data, tmp_path / "local" / "run", steps=2, tp=2),
+        ["--node-rank", "{i}", "--master-addr", "node0", "--master-port", "29473"],
+        hide=tmp_path / "local",
+    )
     assert all(code for code, _ in both)
     assert "rank 1 on node1 cannot see there what rank 0 on another machine wrote" in both[0][1]
-    assert "Traceback (most recent call last):\n  File \"examples" not in both[0][1]
+    assert 'Traceback (most recent call last):\n  File "examples' not in both[0][1]
     assert not list((tmp_path / "local" / "run").iterdir())  # no mark is left
 
 
@@ -140,7 +230,9 @@ def test_what_a_gpu_is_told_leaves_the_users_own(monkeypatch):
     monkeypatch.delenv("PYTORCH_ALLOC_CONF")
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
     _prepare_cuda(2)
-    assert "PYTORCH_ALLOC_CONF" not in os.environ and os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert (
+        "PYTORCH_ALLOC_CONF" not in os.environ and os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    )
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
     _prepare_cuda(2)
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"

@@ -16,8 +16,20 @@ from tests.dist import run_distributed
 def report(**changed):
     from rmega.training.train import StepReport
 
-    usual = dict(loss=0.6, acc=0.5, chosen_score_mean=0.1, rejected_score_mean=0.0, grad_norm=2.0, updated=True,
-                 num_pairs=4, num_samples=4, num_tokens=100, real_tokens=100, num_microbatches=1, padding=0)
+    usual = dict(
+        loss=0.6,
+        acc=0.5,
+        chosen_score_mean=0.1,
+        rejected_score_mean=0.0,
+        grad_norm=2.0,
+        updated=True,
+        num_pairs=4,
+        num_samples=4,
+        num_tokens=100,
+        real_tokens=100,
+        num_microbatches=1,
+        padding=0,
+    )
     return StepReport(**{**usual, **changed})
 
 
@@ -28,7 +40,12 @@ def watch():
 
     watch = Watch()
     for step in range(20):
-        assert watch.look(step, report(grad_norm=1.5 + step % 3, chosen_score_mean=0.1 * (step % 5)), [1, 2]) == []
+        assert (
+            watch.look(
+                step, report(grad_norm=1.5 + step % 3, chosen_score_mean=0.1 * (step % 5)), [1, 2]
+            )
+            == []
+        )
     return watch
 
 
@@ -43,7 +60,7 @@ def test_the_first_steps_have_no_usual():
     from rmega.training.monitor import Watch
 
     watch = Watch()
-    assert [watch.look(step, report(grad_norm=10.0 ** step), [1]) for step in range(5)] == [[]] * 5
+    assert [watch.look(step, report(grad_norm=10.0**step), [1]) for step in range(5)] == [[]] * 5
 
 
 def test_scores_that_leave_their_range_are_said_once(watch):
@@ -51,7 +68,9 @@ def test_scores_that_leave_their_range_are_said_once(watch):
     assert line == "warning: step 20: mean scores 4.50 (chosen) and 3.00 (rejected) have left +-4"
     assert watch.look(21, report(chosen_score_mean=4.6, rejected_score_mean=3.0), [1]) == []
     assert watch.look(22, report(), [1]) == []
-    (line,) = watch.look(23, report(chosen_score_mean=0.0, rejected_score_mean=-4.01), [1])  # left it anew
+    (line,) = watch.look(
+        23, report(chosen_score_mean=0.0, rejected_score_mean=-4.01), [1]
+    )  # left it anew
     assert "-4.01 (rejected)" in line
 
 
@@ -64,20 +83,25 @@ def test_scores_that_jump(watch):
         assert watch.look(step, report(chosen_score_mean=-3.5, rejected_score_mean=-3.4), [1]) == []
 
 
-@pytest.mark.parametrize("changed", [dict(loss=math.nan, grad_norm=math.nan), dict(grad_norm=math.inf),
-                                     dict(grad_norm=None)])
+@pytest.mark.parametrize(
+    "changed",
+    [dict(loss=math.nan, grad_norm=math.nan), dict(grad_norm=math.inf), dict(grad_norm=None)],
+)
 def test_skipped_updates_are_counted(watch, changed):
     for step, (row, count) in enumerate([(1, 1), (2, 2), (0, 2), (1, 3)]):
         said = watch.look(20 + step, report(updated=not row, **(changed if row else {})), [3, 4])
         assert (watch.skipped_in_a_row, watch.skipped) == (row, count)
         assert len(said) == bool(row)
-        assert all(f"update skipped ({row} in a row, {count} in all); comparisons [3, 4]" in line for line in said)
+        assert all(
+            f"update skipped ({row} in a row, {count} in all); comparisons [3, 4]" in line
+            for line in said
+        )
 
 
 def spiked(rank: int, world_size: int, argv: list[str], at: int) -> str:
-    """What a run says whose loss is 300 times itself in step ``at``, and whose scores are 3.5 higher from there on."""
+    """What a run says whose loss is 300 times itself in step ``at``, and whose scores are 3.5
+    higher from there on."""
     import rmega.training.train as engine
-
     from examples import pretrain_reward
 
     pair_loss, train_step, step = engine.pair_loss, engine.train_step, [0]
@@ -102,12 +126,18 @@ def spiked(rank: int, world_size: int, argv: list[str], at: int) -> str:
 
 @pytest.mark.parametrize("layout", [{}, {"dp": 2}])
 def test_a_run_says_it(layout, shared_dir, stories260k, tmp_path):
-    """On one rank or two: the spike with the documents of its batch, then the scores, each once and by one rank."""
+    """On one rank or two: the spike with the documents of its batch, then the scores, each once and
+    by one rank."""
     data = runs.make_data(shared_dir, stories260k, tmp_path)
-    argv = runs.flags(stories260k, data, steps=16, loss="ranking", penalty="none", lr=1e-6, **layout)
+    argv = runs.flags(
+        stories260k, data, steps=16, loss="ranking", penalty="none", lr=1e-6, **layout
+    )
     out = "".join(run_distributed(spiked, 2 if layout else 1, argv, 14))
     warnings = [line for line in out.splitlines() if line.startswith("warning: step")]
     assert len(warnings) == 2, warnings
-    assert warnings[0].startswith("warning: step 14: gradient norm ") and " times the usual " in warnings[0]
+    assert (
+        warnings[0].startswith("warning: step 14: gradient norm ")
+        and " times the usual " in warnings[0]
+    )
     assert len(json.loads(warnings[0].split("comparisons ")[1])) == 6
     assert warnings[1].startswith("warning: step 15: ") and "scores" in warnings[1]

@@ -14,7 +14,8 @@ from tests.tiny import InMemory, random_comparisons, tiny_llama
 
 
 def measure(rank: int, world_size: int, text: str, folder: str, dtype: str) -> dict:
-    """(planned, measured) bytes of this rank after one step; activations of one forward pass of one micro-batch."""
+    """(planned, measured) bytes of this rank after one step; activations of one forward pass of one
+    micro-batch."""
     from megatron.core import parallel_state
 
     from rmega.precision import DTYPES
@@ -22,7 +23,9 @@ def measure(rank: int, world_size: int, text: str, folder: str, dtype: str) -> d
     from rmega.training.parity import Layout, build, layout_config, make_batcher
 
     layout = Layout.parse(text)
-    config = layout_config(layout, hf_model=folder, steps=1, global_batch_size=8, max_tokens=100_000, lr=1e-3)
+    config = layout_config(
+        layout, hf_model=folder, steps=1, global_batch_size=8, max_tokens=100_000, lr=1e-3
+    )
     wrapped, optimizer, _, geometry, _ = build(config, DTYPES[dtype])
     batcher = make_batcher(config, InMemory(random_comparisons(24, seed=1)), geometry)
     packs = batcher.packs(batcher.documents(0))
@@ -38,18 +41,33 @@ def measure(rank: int, world_size: int, text: str, folder: str, dtype: str) -> d
         return tensor
 
     hold = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (hold.append(t), note(t))[1], lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (hold.append(t), note(t))[1], lambda t: t
+    ):
         train.forward_backward(wrapped, packs, config.loss)
     states = [part.optimizer for part in optimizer.chained_optimizers]
     moments = sum(v.nbytes for o in states for s in o.state.values() for v in s.values() if v.ndim)
-    copies = sum(p.nbytes for o in states for g in o.param_groups for p in g["params"]) if dtype == "bf16" else 0
-    stages = plan.plan_stages(config, geometry, replicas=layout.dp, bytes_per_element=2 if dtype == "bf16" else 4,
-                              tokens=packs[0].num_tokens, microbatches=1)
-    return {"plan": stages[parallel_state.get_pipeline_model_parallel_rank()],
-            "parameters": sum(p.numel() for chunk in wrapped for p in chunk.parameters()),
-            "weights": sum(p.nbytes for chunk in wrapped for p in chunk.parameters()),
-            "gradients": sum(b.grad_data.nbytes for chunk in wrapped for b in chunk.buffers),
-            "optimizer": moments + copies, "activations": sum(kept.values())}
+    copies = (
+        sum(p.nbytes for o in states for g in o.param_groups for p in g["params"])
+        if dtype == "bf16"
+        else 0
+    )
+    stages = plan.plan_stages(
+        config,
+        geometry,
+        replicas=layout.dp,
+        bytes_per_element=2 if dtype == "bf16" else 4,
+        tokens=packs[0].num_tokens,
+        microbatches=1,
+    )
+    return {
+        "plan": stages[parallel_state.get_pipeline_model_parallel_rank()],
+        "parameters": sum(p.numel() for chunk in wrapped for p in chunk.parameters()),
+        "weights": sum(p.nbytes for chunk in wrapped for p in chunk.parameters()),
+        "gradients": sum(b.grad_data.nbytes for chunk in wrapped for b in chunk.buffers),
+        "optimizer": moments + copies,
+        "activations": sum(kept.values()),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +75,21 @@ def folder(tmp_path_factory):
     return str(tiny_llama(tmp_path_factory.mktemp("tiny"), hidden=128, ffn=320, layers=6))
 
 
-@pytest.mark.parametrize("text,dtype", [("1", "fp32"), ("1", "bf16"), ("tp2", "fp32"), ("tp2,sp", "fp32"),
-                                        ("pp2", "fp32"), ("dp2", "bf16"), ("pp2,first2,last4", "bf16")])
+@pytest.mark.parametrize(
+    "text,dtype",
+    [
+        ("1", "fp32"),
+        ("1", "bf16"),
+        ("tp2", "fp32"),
+        ("tp2,sp", "fp32"),
+        ("pp2", "fp32"),
+        ("dp2", "bf16"),
+        ("pp2,first2,last4", "bf16"),
+    ],
+)
 def test_planned_bytes_are_there(text, dtype, folder):
-    """Weights exactly, gradients and optimizer up to padding of buffers, activations within a quarter."""
+    """Weights exactly, gradients and optimizer up to padding of buffers, activations within a
+    quarter."""
     from rmega.training.parity import Layout
 
     for seen in run_distributed(measure, Layout.parse(text).world_size, text, folder, dtype):
@@ -90,23 +119,49 @@ def test_micro_batches_in_flight():
     assert in_flight(0, 4, 2, 100) == (3 * 2 + 4 + 1) / 2
 
 
-INTERNLM2_20B = {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "hidden_size": 6144,
-                 "num_hidden_layers": 48, "num_attention_heads": 48, "num_key_value_heads": 8,
-                 "intermediate_size": 16384, "vocab_size": 92544, "max_position_embeddings": 32768,
-                 "rms_norm_eps": 1e-5, "rope_theta": 1000000, "bias": False, "hidden_act": "silu",
-                 "tie_word_embeddings": False}
-LLAMA_3_70B = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8192,
-               "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
-               "intermediate_size": 28672, "vocab_size": 128256, "max_position_embeddings": 8192,
-               "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "attention_bias": False, "hidden_act": "silu",
-               "tie_word_embeddings": False}
+INTERNLM2_20B = {
+    "model_type": "internlm2",
+    "architectures": ["InternLM2ForCausalLM"],
+    "hidden_size": 6144,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 48,
+    "num_key_value_heads": 8,
+    "intermediate_size": 16384,
+    "vocab_size": 92544,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000,
+    "bias": False,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+LLAMA_3_70B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "intermediate_size": 28672,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
 
 
 @pytest.fixture(scope="module")
 def big_models(tmp_path_factory):
-    """config.json of two large models, and no weights: (folder, million parameters without the language-model head)."""
+    """config.json of two large models, and no weights: (folder, million parameters without the
+    language-model head)."""
     found = {}
-    for name, config, size in (("internlm2-20b", INTERNLM2_20B, 19_293), ("llama-3-70b", LLAMA_3_70B, 69_503)):
+    for name, config, size in (
+        ("internlm2-20b", INTERNLM2_20B, 19_293),
+        ("llama-3-70b", LLAMA_3_70B, 69_503),
+    ):
         found[name] = (tmp_path_factory.mktemp(name), size)
         (found[name][0] / "config.json").write_text(json.dumps(config))
     return found
@@ -133,29 +188,63 @@ def test_a_layout_larger_than_the_machine(name, big_models, data, capsys):
     """512 ranks planned in this one process, from config.json and the lengths of the data alone."""
     folder, size = big_models[name]
     begun = time.monotonic()
-    assert dry("--hf-model", str(folder), "--data-path", data, "--tp", "8", "--pp", "4", "--dp", "16", "--precision",
-               "bf16", "--device-memory-gb", "80") == 0
+    assert (
+        dry(
+            "--hf-model",
+            str(folder),
+            "--data-path",
+            data,
+            "--tp",
+            "8",
+            "--pp",
+            "4",
+            "--dp",
+            "16",
+            "--precision",
+            "bf16",
+            "--device-memory-gb",
+            "80",
+        )
+        == 0
+    )
     assert time.monotonic() - begun < 20
     out = capsys.readouterr().out
-    assert "= 512 ranks" in out and out.count("\nstage ") == 4 and "pipeline bubble" in out and "fits" in out
-    rows = [[float(x) for x in line.replace(" M ", " ").split()[2:]] for line in out.splitlines()
-            if line.startswith("stage ")]
+    assert (
+        "= 512 ranks" in out
+        and out.count("\nstage ") == 4
+        and "pipeline bubble" in out
+        and "fits" in out
+    )
+    rows = [
+        [float(x) for x in line.replace(" M ", " ").split()[2:]]
+        for line in out.splitlines()
+        if line.startswith("stage ")
+    ]
     assert sum(row[1] for row in rows) * 8 == pytest.approx(size, rel=1e-3)
-    layers, parameters, weights, gradients, optimizer, activations, total = rows[1]  # in the middle: nothing but layers
+    layers, parameters, weights, gradients, optimizer, activations, total = rows[
+        1
+    ]  # in the middle: nothing but layers
     assert weights == pytest.approx(parameters * 2 / 1e3, abs=0.01)
     assert gradients == pytest.approx(parameters * 4 / 1e3, abs=0.01)
     assert optimizer == pytest.approx(parameters * 12 / 16 / 1e3, abs=0.01)
     assert total == pytest.approx(weights + gradients + optimizer + activations, abs=0.03)
 
 
-@pytest.mark.parametrize("argv,says", [
-    (["--tp", "2", "--pp", "1", "--device-memory-gb", "80"], "this layout needs .* GB on each rank of stage 0"),
-    (["--tp", "3"], "--tp 3 does not divide the model's 8 key/value heads"),
-    (["--pp", "5"], "--pp 5 does not divide the model's 48 layers"),
-    (["--pp", "4", "--vpp", "5"], "--vpp 5 does not divide"),
-    (["--cp", "2"], "--cp 2: context parallelism is not supported"),
-    (["--dp", "128"], "--global-batch-size 64 is smaller than the 128 data-parallel ranks"),
-    (["--sp"], "--sp needs --tp greater than 1")])
+@pytest.mark.parametrize(
+    "argv,says",
+    [
+        (
+            ["--tp", "2", "--pp", "1", "--device-memory-gb", "80"],
+            "this layout needs .* GB on each rank of stage 0",
+        ),
+        (["--tp", "3"], "--tp 3 does not divide the model's 8 key/value heads"),
+        (["--pp", "5"], "--pp 5 does not divide the model's 48 layers"),
+        (["--pp", "4", "--vpp", "5"], "--vpp 5 does not divide"),
+        (["--cp", "2"], "--cp 2: context parallelism is not supported"),
+        (["--dp", "128"], "--global-batch-size 64 is smaller than the 128 data-parallel ranks"),
+        (["--sp"], "--sp needs --tp greater than 1"),
+    ],
+)
 def test_refused_before_anything_is_read(argv, says, big_model, data):
     with pytest.raises(ValueError, match=says):
         dry("--hf-model", str(big_model), "--data-path", data, *argv)

@@ -1,6 +1,7 @@
 """Whole runs on real text with a model of 260 thousand weights: torchrun, resume, export.
 
-Runs that need no torchrun of their own call the same ``main`` inside the waiting processes of ``tests.dist``.
+Runs that need no torchrun of their own call the same ``main`` inside the waiting processes of
+``tests.dist``.
 """
 
 from __future__ import annotations
@@ -43,20 +44,57 @@ def tool(name: str, *argv: str) -> int:
 def data(shared_dir: Path, stories260k: Path, tmp_path_factory) -> dict[str, str]:
     """Prefixes of a few hundred real comparisons."""
     folder = tmp_path_factory.mktemp("data")
-    sources = {"hh": ("hh-rlhf/mix.train.pairs.jsonl.gz", 200), "valid": ("hh-rlhf/mix.eval.pairs.jsonl.gz", 40),
-               "uf": ("ultrafeedback-cleaned-1k/train.argilla-schema.jsonl.gz", 45)}
+    sources = {
+        "hh": ("hh-rlhf/mix.train.pairs.jsonl.gz", 200),
+        "valid": ("hh-rlhf/mix.eval.pairs.jsonl.gz", 40),
+        "uf": ("ultrafeedback-cleaned-1k/train.argilla-schema.jsonl.gz", 45),
+    }
     for name, (file, count) in sources.items():
         with gzip.open(shared_dir / "data" / file, "rt", encoding="utf-8") as lines:
-            (folder / f"{name}.jsonl").write_text("".join(next(lines) for _ in range(count)), encoding="utf-8")
-        assert tool("preprocess_pref.py", "--input", str(folder / f"{name}.jsonl"), "--tokenizer", str(stories260k),
-                    "--output-prefix", str(folder / name), "--max-length", "512", "--workers", "1") == 0
+            (folder / f"{name}.jsonl").write_text(
+                "".join(next(lines) for _ in range(count)), encoding="utf-8"
+            )
+        assert (
+            tool(
+                "preprocess_pref.py",
+                "--input",
+                str(folder / f"{name}.jsonl"),
+                "--tokenizer",
+                str(stories260k),
+                "--output-prefix",
+                str(folder / name),
+                "--max-length",
+                "512",
+                "--workers",
+                "1",
+            )
+            == 0
+        )
     return {name: str(folder / name) for name in sources}
 
 
 def argv(stories260k: Path, data: str, *more: str) -> list[str]:
-    return ["--hf-model", str(stories260k), "--data-path", data, "--train-steps", str(STEPS), "--global-batch-size",
-            str(PAIRS), "--lr", "2e-3", "--precision", "fp32", "--matmul-precision", "highest", "--log-interval", "1",
-            "--max-tokens-per-microbatch", "6000", *more]
+    return [
+        "--hf-model",
+        str(stories260k),
+        "--data-path",
+        data,
+        "--train-steps",
+        str(STEPS),
+        "--global-batch-size",
+        str(PAIRS),
+        "--lr",
+        "2e-3",
+        "--precision",
+        "fp32",
+        "--matmul-precision",
+        "highest",
+        "--log-interval",
+        "1",
+        "--max-tokens-per-microbatch",
+        "6000",
+        *more,
+    ]
 
 
 def train_cli(rank: int, world_size: int, arguments: list[str]) -> int:
@@ -78,13 +116,39 @@ def losses(run: Path | str) -> list[float]:
 def tp2_pp2(data, stories260k, tmp_path_factory) -> tuple[Path, str]:
     """The acceptance's own command line: (run folder, what it printed)."""
     run = tmp_path_factory.mktemp("run") / "tp2_pp2"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--master-port", "0",
-               "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
-               "examples/pretrain_reward.py", *LAYOUT, *argv(stories260k, data["hh"]),
-               "--valid-data-path", data["valid"], "--save", str(run), "--save-interval", "3"]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "4",
+        "--master-port",
+        "0",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+        "examples/pretrain_reward.py",
+        *LAYOUT,
+        *argv(stories260k, data["hh"]),
+        "--valid-data-path",
+        data["valid"],
+        "--save",
+        str(run),
+        "--save-interval",
+        "3",
+    ]
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return run, done.stdout
 
@@ -92,22 +156,45 @@ def tp2_pp2(data, stories260k, tmp_path_factory) -> tuple[Path, str]:
 @pytest.fixture(scope="module")
 def single(data, stories260k, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("run") / "single"
-    assert run_distributed(train_cli, 1, [*argv(stories260k, data["hh"]), "--valid-data-path", data["valid"], "--save",
-                                          str(run)]) == [0]
+    assert run_distributed(
+        train_cli,
+        1,
+        [*argv(stories260k, data["hh"]), "--valid-data-path", data["valid"], "--save", str(run)],
+    ) == [0]
     return run
 
 
 def test_first_loss_is_the_known_one_and_it_falls(tp2_pp2) -> None:
     run, said = tp2_pp2
     curve = losses(run)
-    assert len(curve) == STEPS and curve[0] == pytest.approx(START, abs=2e-7) and round(START, 6) == 0.628770
+    assert (
+        len(curve) == STEPS
+        and curve[0] == pytest.approx(START, abs=2e-7)
+        and round(START, 6) == 0.628770
+    )
     assert curve[-1] < curve[0] - 0.005
-    cosine = [1e-3 * (1 + math.cos(math.pi * step / (STEPS + 1))) for step in range(1, STEPS + 1)]  # no step at lr 0
+    cosine = [
+        1e-3 * (1 + math.cos(math.pi * step / (STEPS + 1))) for step in range(1, STEPS + 1)
+    ]  # no step at lr 0
     assert [row["lr"] for row in rows(run)] == pytest.approx(cosine, rel=1e-6)
     assert rows(run)[0]["acc"] == 0.5 and rows(run)[0]["chosen_score_mean"] == 0.0  # all ties: half
     lines = [line for line in said.splitlines() if line.startswith("Iter(train)")]
-    assert len(lines) == STEPS and f"Iter(train) [1/{STEPS}]  lr: " in lines[0] and "loss: 0.6288" in lines[0]
-    for name in ("eta", "time", "data_time", "memory", "acc", "grad_norm", "num_samples", "num_tokens", "pairs/s"):
+    assert (
+        len(lines) == STEPS
+        and f"Iter(train) [1/{STEPS}]  lr: " in lines[0]
+        and "loss: 0.6288" in lines[0]
+    )
+    for name in (
+        "eta",
+        "time",
+        "data_time",
+        "memory",
+        "acc",
+        "grad_norm",
+        "num_samples",
+        "num_tokens",
+        "pairs/s",
+    ):
         assert f"{name}: " in lines[0]
     assert "new head (zero)" in said and "tp 2, pp 2, dp 1" in said
     assert said.count(f"done: {STEPS} steps") == 1  # one rank speaks
@@ -127,11 +214,19 @@ def test_it_equals_the_single_process_run(tp2_pp2, single) -> None:
 
 
 def test_resume_goes_on_as_if_nothing_had_been(tp2_pp2, data, stories260k, tmp_path) -> None:
-    """From the middle: the same layout gives the same numbers, bit for bit; one rank gives them to 1e-5."""
+    """From the middle: the same layout gives the same numbers, bit for bit; one rank gives them to
+    1e-5."""
     run, _ = tp2_pp2
     half = run / "iter_0000003"
     for name, layout, ranks in (("same", LAYOUT, 4), ("other", [], 1)):
-        arguments = [*layout, *argv(stories260k, data["hh"]), "--load", str(half), "--save", str(tmp_path / name)]
+        arguments = [
+            *layout,
+            *argv(stories260k, data["hh"]),
+            "--load",
+            str(half),
+            "--save",
+            str(tmp_path / name),
+        ]
         assert run_distributed(train_cli, ranks, arguments) == [0] * ranks
     assert [row["step"] for row in rows(tmp_path / "same")] == [4, 5, 6]
     assert losses(tmp_path / "same") == losses(run)[3:]
@@ -140,24 +235,53 @@ def test_resume_goes_on_as_if_nothing_had_been(tp2_pp2, data, stories260k, tmp_p
 
 def test_a_finished_run_is_not_run_again(single, data, stories260k) -> None:
     before = (single / "metrics.jsonl").read_text()
-    again = [*argv(stories260k, data["hh"]), "--valid-data-path", data["valid"], "--load", str(single), "--save",
-             str(single)]
+    again = [
+        *argv(stories260k, data["hh"]),
+        "--valid-data-path",
+        data["valid"],
+        "--load",
+        str(single),
+        "--save",
+        str(single),
+    ]
     ((code, said),) = run_distributed(runs.train_and_say, 1, again)
-    assert code == 0 and said.splitlines()[-1] == f"nothing to do: the run is complete at step {STEPS}"
+    assert (
+        code == 0 and said.splitlines()[-1] == f"nothing to do: the run is complete at step {STEPS}"
+    )
     assert "Iter(val)" not in said and (single / "metrics.jsonl").read_text() == before
 
 
-def test_only_sets_without_an_evaluation_are_evaluated_at_the_end(single, data, stories260k, tmp_path) -> None:
-    """A run that was stopped between the last evaluations of two sets: the second is made, the first has one row."""
+def test_only_sets_without_an_evaluation_are_evaluated_at_the_end(
+    single, data, stories260k, tmp_path
+) -> None:
+    """A run that was stopped between the last evaluations of two sets: the second is made, the
+    first has one row."""
     run = tmp_path / "run"
     shutil.copytree(single, run)
-    ((code, said),) = run_distributed(runs.train_and_say, 1, [
-        *argv(stories260k, data["hh"]), "--valid-data-path", data["valid"], f"other={data['uf']}", "--load", str(run),
-        "--save", str(run)])
+    ((code, said),) = run_distributed(
+        runs.train_and_say,
+        1,
+        [
+            *argv(stories260k, data["hh"]),
+            "--valid-data-path",
+            data["valid"],
+            f"other={data['uf']}",
+            "--load",
+            str(run),
+            "--save",
+            str(run),
+        ],
+    )
     assert code == 0 and "head from the checkpoint" in said and "new head" not in said
-    assert [(row["step"], row["name"]) for row in rows(run, "eval")] == [(0, "valid"), (STEPS, "valid"),
-                                                                         (STEPS, "other")]
-    assert json.loads((run / f"iter_{STEPS:07d}" / "rmega.json").read_text())["head"] == "new head (zero)"
+    assert [(row["step"], row["name"]) for row in rows(run, "eval")] == [
+        (0, "valid"),
+        (STEPS, "valid"),
+        (STEPS, "other"),
+    ]
+    assert (
+        json.loads((run / f"iter_{STEPS:07d}" / "rmega.json").read_text())["head"]
+        == "new head (zero)"
+    )
 
 
 def scored(rank: int, world_size: int, run: str) -> str:
@@ -183,8 +307,14 @@ def test_ranking_loss_starts_at_ln_2_and_replicas_agree(data, stories260k, tmp_p
     at = arguments.index("--train-steps")
     arguments[at : at + 2] = ["--train-epochs", "1"]
     for ranks in (1, 2):
-        assert run_distributed(train_cli, ranks, [*arguments, "--save", str(tmp_path / str(ranks)), "--tp", "1",
-                                                  "--dp", str(ranks)]) == [0] * ranks
+        assert (
+            run_distributed(
+                train_cli,
+                ranks,
+                [*arguments, "--save", str(tmp_path / str(ranks)), "--tp", "1", "--dp", str(ranks)],
+            )
+            == [0] * ranks
+        )
     assert losses(tmp_path / "1")[0] == pytest.approx(math.log(2), abs=2e-7)
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
     count = len(open_preferences(data["uf"]))
@@ -205,12 +335,20 @@ def test_the_export_gives_the_same_rewards_in_transformers(tp2_pp2, data, tmp_pa
 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     dataset = open_preferences(data["valid"])
-    texts = [[np.concatenate([c.prefix, s]) for s in c.suffixes] for c in (dataset.get(i) for i in range(12))]
+    texts = [
+        [np.concatenate([c.prefix, s]) for s in c.suffixes]
+        for c in (dataset.get(i) for i in range(12))
+    ]
     with torch.no_grad():
-        theirs = [[float(model(torch.from_numpy(t.astype(np.int64))[None]).logits[0, 0]) for t in own] for own in texts]
+        theirs = [
+            [float(model(torch.from_numpy(t.astype(np.int64))[None]).logits[0, 0]) for t in own]
+            for own in texts
+        ]
     largest = np.abs(theirs).max()
     assert largest > 0.01
     for source in (run, run / "iter_0000006", tmp_path / "hf"):
         with scorer(source) as s:
-            assert np.abs(np.array(s.score_tokens(texts)) - np.array(theirs)).max() <= 1e-5 * largest
+            assert (
+                np.abs(np.array(s.score_tokens(texts)) - np.array(theirs)).max() <= 1e-5 * largest
+            )
     shutil.rmtree(tmp_path / "hf")

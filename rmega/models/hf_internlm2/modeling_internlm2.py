@@ -1,10 +1,13 @@
-"""InternLM2 as a reward model, for transformers 4.44 to 5: a decoder, and one number read at a sequence's last token.
+"""InternLM2 as a reward model, for transformers 4.44 to 5: a decoder, and one number read at a
+sequence's last token.
 
-Rewards do not depend on padding side, batch size or neighbours: positions are counted over the tokens that the
-attention mask keeps, and rotary frequencies are computed in each call (a buffer outside the state dict would come back
-uninitialised in transformers 5). There is no key/value cache: a reward is read once.
+Rewards do not depend on padding side, batch size or neighbours: positions are counted over the
+tokens that the attention mask keeps, and rotary frequencies are computed in each call (a buffer
+outside the state dict would come back uninitialised in transformers 5). There is no key/value
+cache: a reward is read once.
 
-Shape letters: B batch, T tokens, h hidden size, a query heads, g key/value groups, d head dimension.
+Shape letters: B batch, T tokens, h hidden size, a query heads, g key/value groups, d head
+dimension.
 """
 
 import torch
@@ -17,24 +20,34 @@ from .configuration_internlm2 import InternLM2Config
 
 
 def rotary_tables(config, position_ids, dtype):
-    """cos and sin [B, 1, T, d] for positions [B, T], computed in fp32 and rounded to ``dtype`` at the end."""
+    """cos and sin [B, 1, T, d] for positions [B, T], computed in fp32 and rounded to ``dtype`` at
+    the end."""
     scaling = config.rope_parameters
     kind = scaling["rope_type"]
     d, device = config.head_dim, position_ids.device
-    base = torch.full((position_ids.shape[0], 1), float(scaling["rope_theta"]), device=device)  # [B, 1]
+    base = torch.full(
+        (position_ids.shape[0], 1), float(scaling["rope_theta"]), device=device
+    )  # [B, 1]
     if kind == "dynamic":
-        # A sequence longer than the model was trained on gets a larger base: by its own length, not the batch's.
-        length = (position_ids.amax(dim=1, keepdim=True) + 1).clamp_min(config.max_position_embeddings)
-        stretch = scaling["factor"] * length / config.max_position_embeddings - (scaling["factor"] - 1)
+        # A sequence longer than the model was trained on gets a larger base: by its own length, not
+        # the batch's.
+        length = (position_ids.amax(dim=1, keepdim=True) + 1).clamp_min(
+            config.max_position_embeddings
+        )
+        stretch = scaling["factor"] * length / config.max_position_embeddings - (
+            scaling["factor"] - 1
+        )
         base = base * stretch ** (d / (d - 2))
     exponent = torch.arange(0, d, 2, device=device, dtype=torch.float32) / d
-    frequency = 1.0 / base ** exponent  # [B, d/2]
+    frequency = 1.0 / base**exponent  # [B, d/2]
     if kind == "linear":
         frequency = frequency / scaling["factor"]
     elif kind == "llama3":
         turns = scaling["original_max_position_embeddings"] * frequency / (2 * torch.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast, left alone; 0: slow, stretched in full
+        keep = ((turns - low) / (high - low)).clamp(
+            0, 1
+        )  # 1: fast, left alone; 0: slow, stretched in full
         frequency = keep * frequency + (1 - keep) * frequency / scaling["factor"]
     elif kind not in ("default", "dynamic"):
         raise ValueError(f"rotary scaling of type {kind} is not supported")
@@ -57,7 +70,9 @@ class InternLM2RMSNorm(nn.Module):
 
     def forward(self, x):
         wide = x.float()
-        return self.weight * (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype)
+        return self.weight * (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()).to(
+            x.dtype
+        )
 
 
 class InternLM2Attention(nn.Module):
@@ -69,7 +84,9 @@ class InternLM2Attention(nn.Module):
         self.per_group = config.num_attention_heads // self.groups
         width = (config.num_attention_heads + 2 * self.groups) * self.head_dim
         self.wqkv = nn.Linear(config.hidden_size, width, bias=False)
-        self.wo = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        self.wo = nn.Linear(
+            config.num_attention_heads * self.head_dim, config.hidden_size, bias=False
+        )
 
     def forward(self, x, cos, sin, mask):
         B, T, _ = x.shape
@@ -125,10 +142,14 @@ class InternLM2Model(InternLM2PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         if config.bias or config.hidden_act != "silu":
-            raise ValueError("attention biases and activations other than silu are not supported: see config.json "
-                             f"(bias={config.bias}, hidden_act={config.hidden_act})")
+            raise ValueError(
+                "attention biases and activations other than silu are not supported: see"
+                f" config.json (bias={config.bias}, hidden_act={config.hidden_act})"
+            )
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([InternLM2DecoderLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList(
+            [InternLM2DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        )
         self.norm = InternLM2RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
@@ -138,20 +159,34 @@ class InternLM2Model(InternLM2PreTrainedModel):
     def set_input_embeddings(self, value):
         self.tok_embeddings = value
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, return_dict=True,
-                **unused):
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        return_dict=True,
+        **unused,
+    ):
         x = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         B, T, _ = x.shape
-        kept = torch.ones(B, T, dtype=torch.bool, device=x.device) if attention_mask is None else attention_mask.bool()
+        kept = (
+            torch.ones(B, T, dtype=torch.bool, device=x.device)
+            if attention_mask is None
+            else attention_mask.bool()
+        )
         if position_ids is None:
             position_ids = (kept.cumsum(dim=1) - 1).clamp_min(0)
         cos, sin = rotary_tables(self.config, position_ids, x.dtype)
         mask = None
         if T > 1 and not bool((kept[:, 1:] <= kept[:, :-1]).all()):
-            # Something other than right padding. (Padding on the right is never seen by a token before it.)
-            # Every position sees itself, so that a row of padding gives numbers, not NaN.
+            # Something other than right padding. (Padding on the right is never seen by a token
+            # before it.) Every position sees itself, so that a row of padding gives numbers, not
+            # NaN.
             ones = torch.ones(T, T, dtype=torch.bool, device=x.device)
-            mask = (kept[:, None, :] & ones.tril() | torch.eye(T, dtype=torch.bool, device=x.device))[:, None]
+            mask = (
+                kept[:, None, :] & ones.tril() | torch.eye(T, dtype=torch.bool, device=x.device)
+            )[:, None]
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
         x = self.norm(x)
@@ -159,7 +194,8 @@ class InternLM2Model(InternLM2PreTrainedModel):
 
 
 class InternLM2ForRewardModel(InternLM2PreTrainedModel):
-    """``logits`` [B, 1]: the reward, read at the last token that the attention mask keeps (the reward token)."""
+    """``logits`` [B, 1]: the reward, read at the last token that the attention mask keeps (the
+    reward token)."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -173,30 +209,52 @@ class InternLM2ForRewardModel(InternLM2PreTrainedModel):
     def set_input_embeddings(self, value):
         self.model.tok_embeddings = value
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, return_dict=True,
-                **unused):
-        hidden = self.model(input_ids, attention_mask, position_ids, inputs_embeds).last_hidden_state
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        return_dict=True,
+        **unused,
+    ):
+        hidden = self.model(
+            input_ids, attention_mask, position_ids, inputs_embeds
+        ).last_hidden_state
         rows = torch.arange(hidden.shape[0], device=hidden.device)
-        last = hidden.shape[1] - 1 if attention_mask is None else attention_mask.cumsum(dim=1).argmax(dim=1)
+        last = (
+            hidden.shape[1] - 1
+            if attention_mask is None
+            else attention_mask.cumsum(dim=1).argmax(dim=1)
+        )
         # One number per sequence: fp32 costs nothing and keeps close rewards apart.
         logits = F.linear(hidden[rows, last].float(), self.v_head.weight.float())
         return SequenceClassifierOutput(logits=logits) if return_dict else (logits,)
 
     @torch.no_grad()
     def get_scores(self, tokenizer, conversations, batch_size=8):
-        """Rewards of conversations (each a list of {"role", "content"}), as floats in the order given."""
-        texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=False) for c in conversations]
-        ids = [tokenizer.encode(text, add_special_tokens=False) + [self.config.reward_token_id] for text in texts]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # like lengths together: little padding
+        """Rewards of conversations (each a list of {"role", "content"}), as floats in the order
+        given."""
+        texts = [
+            tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=False)
+            for c in conversations
+        ]
+        ids = [
+            tokenizer.encode(text, add_special_tokens=False) + [self.config.reward_token_id]
+            for text in texts
+        ]
+        order = sorted(
+            range(len(ids)), key=lambda i: len(ids[i])
+        )  # like lengths together: little padding
         scores = [0.0] * len(ids)
         for start in range(0, len(ids), batch_size):
-            chosen = order[start:start + batch_size]
+            chosen = order[start : start + batch_size]
             length = max(len(ids[i]) for i in chosen)
             tokens = torch.zeros(len(chosen), length, dtype=torch.long)
             mask = torch.zeros_like(tokens)
             for row, i in enumerate(chosen):
-                tokens[row, :len(ids[i])] = torch.tensor(ids[i])
-                mask[row, :len(ids[i])] = 1
+                tokens[row, : len(ids[i])] = torch.tensor(ids[i])
+                mask[row, : len(ids[i])] = 1
             logits = self(tokens.to(self.device), mask.to(self.device)).logits
             for row, i in enumerate(chosen):
                 scores[i] = logits[row, 0].item()
