@@ -124,7 +124,11 @@ def preprocess(program, stories260k, tmp_path):
         ("empty.jsonl", b"", "the file is empty"),
         ("blank.jsonl", b"\n\n\n", "no rows"),
         ("other.jsonl", b'{"a": 1}\n', "no known schema"),
-        ("cut.jsonl.gz", gzip.compress(json.dumps(ROWS[0]).encode() * 500, mtime=0)[:60], "cannot be read"),
+        (
+            "cut.jsonl.gz",
+            gzip.compress(json.dumps(ROWS[0]).encode() * 500, mtime=0)[:60],
+            "cannot be read",
+        ),
         ("rows.xlsx", b"PK", "unknown kind of file"),
     ],
 )

@@ -1,7 +1,6 @@
 """Does a layout change anything? Run a few steps in each, and hold every number against one rank.
 
-    python tools/check_layouts.py --hf-model MODEL --data-path PREFIX --layouts "tp2 pp2 tp2,sp dp2
-    tp2,pp2 pp2,vpp2"
+    python tools/check_layouts.py --hf-model MODEL --data-path PREFIX --layouts "tp2 pp2 tp2,sp dp2 tp2,pp2 pp2,vpp2"
 
 A layout is written tpN, ppN, vppN, dpN, sp, overlap, plainopt, recompute, selective, firstN, lastN,
 pad, joined by commas. Processes are started here, on this machine. Exit code 1 where a difference

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Score conversations with a reward model: one line of JSON per row, in the order of the input.
 
-    python tools/score.py --model MODEL --input rows.jsonl --output rewards.jsonl python
-    tools/score.py --model RUN < rows.jsonl > rewards.jsonl python tools/score.py --model MODEL
-    --input prompts_with_replies.jsonl --best-of python tools/score.py --model MODEL --input
-    big.jsonl.gz --output rewards.jsonl --workers 4 --resume
+    python tools/score.py --model MODEL --input rows.jsonl --output rewards.jsonl
+    python tools/score.py --model RUN < rows.jsonl > rewards.jsonl
+    python tools/score.py --model MODEL --input prompts_with_replies.jsonl --best-of
+    python tools/score.py --model MODEL --input big.jsonl.gz --output rewards.jsonl --workers 4 --resume
 
 A row is {"messages": [...]}, {"prompt": ..., "response": ...}, {"prompt": ..., "responses": [...]},
 {"text": ...} (already templated), or a row of any preference schema. Its line is {"index", "id",
