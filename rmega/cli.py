@@ -33,9 +33,11 @@ def parse_args(
     unknown or malformed, with a last line that names the flag which may have been meant: also one
     of ``also``, which the caller reads itself.
     """
-    prog = prog or "/".join(
-        Path(sys.argv[0]).parts[-2:]
-    )  # tools/score.py, from wherever it was called
+    # tools/score.py from wherever it was called; an installed program by its name
+    called = Path(sys.argv[0])
+    prog = prog or (
+        called.name if called.name.startswith("rmega-") else "/".join(called.parts[-2:])
+    )
     speaks = os.environ.get("RANK", "0") == "0"
     try:
         return tyro.cli(

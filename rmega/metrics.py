@@ -150,7 +150,7 @@ def accuracy_by_margin(
     return out
 
 
-# ---------------------------------------------------------------------------------------------- correlation
+# ---- correlation
 
 
 def ranks(x: np.ndarray) -> np.ndarray:
@@ -187,7 +187,7 @@ def kendall_tau_b(x: np.ndarray, y: np.ndarray) -> float:
     return float((a * b).sum()) / norm if norm > 0 else math.nan
 
 
-# ---------------------------------------------------------------------------------------------- length
+# ---- length
 
 
 def length_controlled_accuracy(
@@ -299,7 +299,7 @@ def length_report(
     }
 
 
-# ---------------------------------------------------------------------------------------------- calibration
+# ---- calibration
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -402,7 +402,7 @@ def calibration(d: np.ndarray, num_bins: int = 10) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------------------------------- more than two
+# ---- more than two
 
 
 def ranked_report(rewards: list[np.ndarray], scores: list[np.ndarray]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def _operator(name: str, fake):
     ).default  # the overload itself: finding it at each call takes a microsecond
 
 
-# ---- gather_last_token ------------------------------------------------------------------------------------------
+# ---- gather_last_token
 
 
 def gather_last_token(hidden: Tensor, last: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ _gather_last_token = _operator(
 _operator("gather_last_token_backward", lambda grad, last, t: grad.new_empty(t, grad.shape[1]))
 
 
-# ---- pairwise_loss ----------------------------------------------------------------------------------------------
+# ---- pairwise_loss
 
 
 def pairwise_loss(
@@ -279,7 +279,7 @@ _operator(
 )
 
 
-# ---- gather_prefix_kv -------------------------------------------------------------------------------------------
+# ---- gather_prefix_kv
 
 
 def gather_prefix_kv(
@@ -330,7 +330,7 @@ _operator(
 )
 
 
-# ---- fused elementwise ------------------------------------------------------------------------------------------
+# ---- fused elementwise
 # For fp32 and bf16, on a GPU also fp16: other dtypes ("native" or not) are plain torch.
 
 _ELEMENTWISE = {
@@ -415,7 +415,7 @@ def rope_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 _rope = _operator("rope", lambda x, cos, sin, backwards: x.new_empty(x.shape))
 
 
-# ---- linear -----------------------------------------------------------------------------------------------------
+# ---- linear
 # The three products of a linear layer in half precision on a CPU, where torch's are slow: in bfloat16 on CPUs with AMX
 # natively (csrc/cpu/linear.cpp); in fp32, rounded once at the end, on CPUs that have no instructions for the dtype.
 # Elsewhere torch's. They have no gradient of their own: megatron-core's linear layers call them in their forward and

@@ -93,7 +93,7 @@ def commands_of(path: Path) -> Iterator[Command]:
 COMMANDS = [command for path in DOCUMENTS for command in commands_of(path)]
 
 
-# ---------------------------------------------------------------------------------------------- parsing
+# ---- parsing
 
 
 class Parsed(BaseException):
@@ -128,7 +128,7 @@ def parse_python(program: str, argv: list[str], monkeypatch: pytest.MonkeyPatch)
     argparse."""
     import argparse
 
-    from rmega import cli
+    import tyro
 
     def stop_after(original):
         def wrapper(*args, **kwargs):
@@ -140,11 +140,8 @@ def parse_python(program: str, argv: list[str], monkeypatch: pytest.MonkeyPatch)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [program, *argv])
         patch.chdir(ROOT)
-        if (
-            "parse_args" in (ROOT / program).read_text()
-            and "rmega.cli" in (ROOT / program).read_text()
-        ):
-            patch.setattr(cli, "parse_args", stop_after(cli.parse_args))
+        if "rmega" in (ROOT / program).read_text():
+            patch.setattr(tyro, "cli", stop_after(tyro.cli))
         else:
             patch.setattr(
                 argparse.ArgumentParser,
@@ -228,7 +225,7 @@ def test_the_documents_have_commands():
     assert sum(c.fenced for c in COMMANDS) > 20
 
 
-# ---------------------------------------------------------------------------------------------- running
+# ---- running
 
 # What makes a command small enough for two cores and a model of 260 thousand weights; a flag given
 # twice counts last.

@@ -146,7 +146,7 @@ def test_a_run_folder_that_is_not_there_comes_before_matplotlib(
     from rmega.report import figures
 
     monkeypatch.setattr(figures, "find_spec", lambda name: None)
-    from tools import report_run
+    from rmega.commands import report_run
 
     with pytest.raises(ValueError, match="nope: no such folder"):
         report_run.main(report_run.ReportArgs(run=str(tmp_path / "nope")))

@@ -24,6 +24,7 @@ LAYERS = [
     {"models", "checkpointing"},
     {"evaluation", "scoring"},
     {"report", "export", "training"},
+    {"commands"},
 ]
 FOUNDATIONS = {"config", "cli", "io", "hub"}  # import nothing of ours but each other
 # Within a layer: who may import whom.

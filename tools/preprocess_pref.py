@@ -1,20 +1,9 @@
-"""Preference data of any common schema -> a dataset that rmega trains on (PREFIX.bin, .idx, .json).
-
-python tools/preprocess_pref.py --input train.jsonl.gz --tokenizer MODEL --output-prefix data/train
-"""
-
-from __future__ import annotations
+#!/usr/bin/env python
+"""Preference data of any common schema -> a dataset that rmega trains on (PREFIX.bin, .idx, .json)."""
 
 import sys
 
-from rmega.cli import parse_args, run_tool
-
-
-def main() -> None:
-    from rmega.preferences.preprocess import PreprocessArgs, preprocess
-
-    preprocess(parse_args(PreprocessArgs, description=__doc__))
-
+from rmega.commands.preprocess import cli
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    sys.exit(cli())

@@ -1,41 +1,9 @@
 #!/usr/bin/env python
-"""Draw a training run: python tools/report_run.py RUN writes RUN/report.html from
-RUN/metrics.jsonl.
-
-One page with curves and a verdict that needs no network; may be called while the run goes on.
-"""
-
-from __future__ import annotations
+"""Draw a training run: python tools/report_run.py RUN writes RUN/report.html from"""
 
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from rmega.cli import parse_args, run_tool  # noqa: E402
-
-
-@dataclass(kw_only=True)
-class ReportArgs:
-    """Draw a training run from its metrics.jsonl."""
-
-    run: Annotated[str, tyro.conf.Positional]
-    """Folder of the run (its --save)."""
-    out: str | None = None
-    """Where to write the page; default RUN/report.html."""
-
-
-def main(args: ReportArgs) -> None:
-    if not Path(args.run).is_dir():  # before what the page needs is asked for
-        raise ValueError(f"{args.run}: no such folder")
-    from rmega.report.training import write_run_report
-
-    print(f"report: {write_run_report(args.run, args.out)}")
-
+from rmega.commands.report_run import cli
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main, parse_args(ReportArgs)))
+    sys.exit(cli())

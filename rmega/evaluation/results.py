@@ -226,7 +226,7 @@ def flat_summary(judgement: dict[str, Any]) -> dict[str, float | int | None]:
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in flat.items()}
 
 
-# ---------------------------------------------------------------------------------------------- verdict
+# ---- verdict
 
 FEW = 20  # pairs on one side below which a difference of accuracies is not worth a word
 

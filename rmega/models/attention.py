@@ -109,7 +109,7 @@ def packed_attention_ref(
     return out.reshape(tq, a * d)
 
 
-# --------------------------------------------------------------------------------------------------------------- cpu
+# ---- cpu
 
 
 def packed_attention_flash(

@@ -95,7 +95,7 @@ def _section(
     return "".join(out)
 
 
-# ---------------------------------------------------------------------------------------------- figures
+# ---- figures
 
 
 def _figures(prefix: str, j: dict[str, Any], items: Sequence[Judged]) -> list[str]:
@@ -288,7 +288,7 @@ def _length_figure(prefix: str, pairs: Any, j: dict[str, Any], *, wide: bool) ->
     )
 
 
-# ---------------------------------------------------------------------------------------------- tables, text
+# ---- tables, text
 
 
 def _mistake(n: int, w: dict[str, Any], unit: str) -> str:

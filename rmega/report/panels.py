@@ -72,7 +72,7 @@ def tiles(j: dict[str, Any]) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------------- figures
+# ---- figures
 
 
 def reliability_figure(prefix: str, c: dict[str, Any]) -> str:
@@ -193,7 +193,7 @@ def sources_figure(prefix: str, j: dict[str, Any]) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------------- tables, text
+# ---- tables, text
 
 
 def tables(j: dict[str, Any]) -> str:

@@ -153,7 +153,7 @@ def _window(rows: Sequence[Row]) -> int:
     return max(1, min(50, len(rows) // 10))
 
 
-# ---------------------------------------------------------------------------------------------- verdict
+# ---- verdict
 
 
 def run_verdict(train: list[Row], evals: list[Row], config: Row) -> list[dict[str, str]]:
@@ -340,7 +340,7 @@ def _median(x: np.ndarray) -> str:
     return "-" if np.isnan(x).all() else f"{np.nanmedian(x):.3g}"
 
 
-# ---------------------------------------------------------------------------------------------- figures
+# ---- figures
 
 
 def _figures(train: list[Row], evals: list[Row]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from rmega.data.stats import describe, lengths_of, pairs, show, summarise
 from rmega.preferences.preprocess import PreprocessArgs, preprocess
 from rmega.preferences.tokenizer import PairTokenizer
 from rmega.report.dataset import histogram, report
-from tests.conftest import ROOT
 
 R = 99
 
@@ -155,10 +153,8 @@ def test_the_page_stands_alone(dataset: PreferenceDataset) -> None:
 @pytest.fixture
 def tool(capsys: pytest.CaptureFixture[str]) -> Any:
     """tool(args) -> (exit code, stdout, stderr) of tools/inspect_data.py, in this process."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    import inspect_data
-
     from rmega.cli import parse_args
+    from rmega.commands import inspect_data
 
     def call(*args: Any) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -166,8 +162,7 @@ def tool(capsys: pytest.CaptureFixture[str]) -> Any:
         code = run_tool(inspect_data.main, parsed)
         return code, *capsys.readouterr()
 
-    yield call
-    sys.path.remove(str(ROOT / "tools"))
+    return call
 
 
 def test_the_tool_on_real_tokens(tool: Any, tmp_path: Path, stories260k: Path) -> None:

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rmega.commands.evaluate import EvaluateArgs, main
 from rmega.evaluation.probes import pick, prompt_probe, swap_probe
 from rmega.evaluation.results import Judged, length_flag
 from rmega.evaluation.rows import judged, read_eval_set
 from rmega.evaluation.scores import match_scores, read_scores
 from rmega.preferences.comparison import Comparison
 from rmega.preferences.sources import resolve
-from tools.evaluate import EvaluateArgs, main
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples" / "data" / "demo.valid.jsonl"

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from rmega.commands.evaluate import EvaluateArgs, main
 from rmega.data.batching import Batcher
 from rmega.data.indexed import StoredComparison, open_preferences
 from rmega.evaluation import files
@@ -32,7 +33,6 @@ from tests import runs
 from tests.dist import run_distributed
 from tests.report.test_report import check
 from tests.tiny import InMemory, random_comparisons
-from tools.evaluate import EvaluateArgs, main
 
 STEPS = 4
 

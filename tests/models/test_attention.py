@@ -308,7 +308,7 @@ def test_memory_is_linear_in_tokens():
     assert grown < 30  # MB; inputs, output and gradients are 0.8 MB each
 
 
-# ---- choosing, and the varlen path --------------------------------------------------------------------------------
+# ---- choosing, and the varlen path
 
 
 def test_choosing_a_backend():

@@ -71,7 +71,7 @@ def opcheck(op, args):
     torch.library.opcheck(getattr(torch.ops.rmega, op).default, args)
 
 
-# ---- choice of implementation -----------------------------------------------------------------------------------
+# ---- choice of implementation
 
 
 def test_implementation_choice():
@@ -103,7 +103,7 @@ def test_a_named_request_that_cannot_be_met_raises(monkeypatch):
         ops.gather_last_token(torch.ones(1, 1), torch.tensor([0]))
 
 
-# ---- gather_last_token ------------------------------------------------------------------------------------------
+# ---- gather_last_token
 
 
 @BOTH
@@ -173,7 +173,7 @@ def test_gather_last_token_names_shapes():
         ops.gather_last_token(torch.ones(3, 2), torch.tensor([0], dtype=torch.int32))
 
 
-# ---- pairwise_loss ----------------------------------------------------------------------------------------------
+# ---- pairwise_loss
 
 OPTIONS = [
     dict(loss=loss, penalty=penalty, label_smoothing=smoothing, barrier_clamp=clamp)
@@ -401,7 +401,7 @@ def test_pairwise_loss_opcheck(dtype):
     )
 
 
-# ---- gather_prefix_kv -------------------------------------------------------------------------------------------
+# ---- gather_prefix_kv
 
 SEGMENTS = {  # prefix_start, prefix_len, own_start, own_len
     "one pair": ([0, 0, 0], [0, 4, 4], [0, 4, 7], [4, 3, 2]),
@@ -507,7 +507,7 @@ def test_gather_prefix_kv_refuses_segments_outside():
         ops.gather_prefix_kv(x[0], one, one, one, one)
 
 
-# ---- fused elementwise: every instruction set that this CPU has ---------------------------------------------------
+# ---- fused elementwise: every instruction set that this CPU has
 
 
 def assert_kernel(op, plain, inputs, wrt, dtype):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rmega.commands.score import ScoreArgs, main, ranking_text
 from rmega.preferences.comparison import Rejected
 from rmega.preferences.scorable import read_rows, scorable
 from rmega.preferences.sources import resolve
@@ -21,7 +22,6 @@ from rmega.scoring.scorer import _parts, group_by_prefix
 from tests.conftest import ROOT
 from tests.dist import run_distributed
 from tests.reward_fixture import Reference, chat, make_reward_model
-from tools.score import ScoreArgs, main, ranking_text
 
 Q, A, B = "Tell me a story", "Once upon a time there was a cat.", "No."
 

@@ -22,11 +22,11 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
 from rmega import distributed  # noqa: E402
+from rmega.commands.serve import ServeArgs, main  # noqa: E402
 from rmega.scoring.queue import ScoringQueue  # noqa: E402
 from rmega.scoring.server import Limits, RewardService, make_app  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
 from tests.reward_fixture import Reference, chat, make_reward_model  # noqa: E402
-from tools.serve import ServeArgs, main  # noqa: E402
 
 NUM_REQUESTS = 1000
 

@@ -181,8 +181,8 @@ def test_the_tool_prints_a_table_and_fails_beyond_the_tolerance(
 ):
     """tools/check_layouts.py on real comparisons; a tolerance that nothing meets gives exit code
     1."""
+    from rmega.commands import check_layouts
     from tests.runs import make_data
-    from tools import check_layouts
 
     data = make_data(shared_dir, stories260k, tmp_path)
     argv = [
@@ -211,8 +211,8 @@ def test_the_tool_measures_rounding_by_other_packs(
 ):
     """Two comparisons fit into a pack of any size that is cut, yet one rank is held against other
     sums."""
+    from rmega.commands import check_layouts
     from tests.runs import make_data
-    from tools import check_layouts
 
     data = make_data(shared_dir, stories260k, tmp_path)
     monkeypatch.setattr(

@@ -398,7 +398,7 @@ def test_a_poisoned_comparison_is_skipped_and_named(layout, stories260k, data, t
 
 
 def test_too_many_skipped_updates_leave_a_file_that_replays(stories260k, data, tmp_path):
-    from tools import replay
+    from rmega.commands import replay
 
     run = tmp_path / "run"
     (said,) = run_distributed(
@@ -423,7 +423,7 @@ def test_too_many_skipped_updates_leave_a_file_that_replays(stories260k, data, t
 
 
 def test_replay_takes_its_file_as_the_refusal_names_it(tmp_path):
-    from tools import replay
+    from rmega.commands import replay
 
     with pytest.raises(
         ValueError, match="skipped_5.json: not a file that a run left for replaying"
@@ -432,7 +432,7 @@ def test_replay_takes_its_file_as_the_refusal_names_it(tmp_path):
 
 
 def replayed(rank: int, world_size: int, file: str):
-    from tools import replay
+    from rmega.commands import replay
 
     return replay.replay(file)
 

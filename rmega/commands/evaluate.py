@@ -1,0 +1,208 @@
+"""Judge a reward model, or scores from a file: accuracy with intervals, length bias, calibration,
+probes, a report.
+
+    python tools/evaluate.py --model MODEL --data eval.jsonl --report report/
+    python tools/evaluate.py --scores scores.jsonl --data eval.jsonl --json result.json
+    torchrun --nproc-per-node 8 tools/evaluate.py --model MODEL --data eval.jsonl
+
+With --scores neither torch nor a model is needed. Formats of scores files:
+rmega/evaluation/scores.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from rmega.cli import parse_args, run_tool
+from rmega.evaluation.probes import NUM_PROBED
+
+
+@dataclass(kw_only=True)
+class EvaluateArgs:
+    """Judge a reward model (--model) or scores from files (--scores) on preference data."""
+
+    data: list[str]
+    """Files of any known schema (.jsonl .json .csv .parquet, also .gz), globs, folders or hub data
+    sets."""
+    model: str | None = None
+    """Hugging Face folder of a reward model, or the folder of a run."""
+    scores: list[str] | None = None
+    """Files of scores instead of a model, one per --data file, in the same order."""
+    format: str = "auto"
+    """Name of the schema, if it is not recognised rightly (an unknown name prints all names)."""
+    split: str | None = None
+    """Split of hub data sets and of folders with several."""
+    limit: int | None = None
+    """Only the first rows of each file."""
+    tokenizer: str | None = None
+    """Folder of a tokenizer: response lengths in its tokens instead of characters."""
+    dtype: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """Arithmetic of --model."""
+    probes: int = NUM_PROBED
+    """With --model: score so many comparisons again in other forms (responses reversed, blanked,
+    under the wrong prompt). 0: none."""
+    json: str | None = None
+    """File for all numbers."""
+    report: str | None = None
+    """Folder for report.html, one page with plots that needs no network (needs the extra plots)."""
+    save_scores: str | None = None
+    """Folder for the rewards, one file per --data file, as --scores reads them."""
+
+
+def main(args: EvaluateArgs) -> None:
+    from rmega.evaluation.probes import pick, prompt_probe, swap_probe
+    from rmega.evaluation.results import judge, to_json, worst_mistakes
+    from rmega.evaluation.rows import judged, read_eval_set
+    from rmega.evaluation.table import table_of
+    from rmega.preferences.sources import resolve
+
+    if (args.model is None) == (args.scores is None):
+        raise ValueError("give either --model or --scores")
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit}: must be at least 1")
+    if args.report:
+        from rmega.report.figures import require_matplotlib
+
+        require_matplotlib("--report")  # before an hour of scoring, not after it
+    speaks = os.environ.get("RANK", "0") == "0"  # under torchrun every rank scores, one speaks
+    say: Callable[[str], None] = print if speaks else lambda line: None
+    sets = [
+        read_eval_set(source, args.format, args.limit)
+        for source in resolve(args.data, split=args.split, flag="--data")
+    ]
+    labels = [d.label if [s.label for s in sets].count(d.label) == 1 else d.name for d in sets]
+    for data in sets:
+        say(data.summary())
+    length, unit = length_counter(args.tokenizer)
+    results: dict[str, Any] = {}
+    with ExitStack() as stack:
+        scorer = None
+        if args.model:
+            from rmega.scoring import scorer
+
+            scorer = stack.enter_context(scorer.scorer(args.model, dtype=args.dtype))
+            rewards = model_rewards(scorer, sets)
+        else:
+            rewards = file_rewards(args.scores or [], sets)
+        items = {
+            label: [
+                judged(row, values, length) for row, values in zip(data.judgeable, own, strict=True)
+            ]
+            for label, data, own in zip(labels, sets, rewards, strict=True)
+        }
+        if len(items) > 1:
+            items["all files"] = [item for own in items.values() for item in own]
+        for label, own in items.items():
+            probes: dict[str, Any] = {}
+            if scorer is not None and args.probes > 0:
+                some = pick(own, args.probes)
+                probes = {
+                    "swap": swap_probe(some, scorer.score_comparisons),
+                    "prompt": prompt_probe(some, scorer.score_comparisons),
+                }
+            results[label] = judge(own, length_unit=unit, probes=probes)
+            say(f"\n{table_of(label, results[label])}")
+    for label, data in zip(labels, sets, strict=True):
+        results[label] |= {"data": data.name, "schema": data.schema, "left_out": data.left_out}
+    if not speaks:
+        return
+
+    subject = args.model or ", ".join(args.scores or [])
+    if args.save_scores:
+        save_scores(Path(args.save_scores), sets, rewards)
+    if args.json:
+        path = Path(args.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        numbers = to_json({"format_version": 1, "subject": subject, "sets": results})
+        path.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        say(f"\nnumbers: {path}")
+    if args.report:
+        from rmega.report.evaluation import write_evaluation_report
+
+        page = write_evaluation_report(
+            Path(args.report),
+            subject,
+            results,
+            items,
+            {label: worst_mistakes(own) for label, own in items.items()},
+        )
+        say(f"\nreport: {page}")
+
+
+def length_counter(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
+    """How long a text is, and the word for the unit."""
+    if tokenizer is None:
+        return len, "characters"
+    from rmega.hub import check_folder_or_hub_name
+
+    check_folder_or_hub_name(tokenizer, "--tokenizer")
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    return lambda text: len(loaded(text, add_special_tokens=False)["input_ids"]), "tokens"
+
+
+def model_rewards(scorer: Any, sets: list[Any]) -> list[list[np.ndarray]]:
+    """Rewards of every judgeable row of every set, best response first."""
+    from rmega.training.logs import Progress
+
+    out = []
+    for data in sets:
+        bar = Progress(f"scoring {data.label}", len(data.judgeable))
+        rewards = scorer.score_comparisons([row.comparison for row in data.judgeable], bar.advance)
+        bar.clear()
+        out.append([np.array(r) for r in rewards])
+    return out
+
+
+def file_rewards(paths: list[str], sets: list[Any]) -> list[list[np.ndarray]]:
+    """Rewards of every judgeable row of every set, best response first, from scores files."""
+    from rmega.evaluation.rows import rewards_in_order
+    from rmega.evaluation.scores import match_scores, read_scores
+
+    if len(paths) != len(sets):
+        raise ValueError(
+            f"--scores: {len(paths)} files for {len(sets)} data files: "
+            f"{', '.join(data.name for data in sets)}"
+        )
+    out = []
+    for path, data in zip(paths, sets, strict=True):
+        matched = match_scores(read_scores(path), [row.id for row in data.rows], data.name)
+        out.append(
+            [
+                rewards_in_order(row, given)
+                for row, given in zip(data.rows, matched, strict=True)
+                if row.comparison is not None
+            ]
+        )
+    return out
+
+
+def save_scores(folder: Path, sets: list[Any], rewards: list[list[np.ndarray]]) -> None:
+    """One line per data row, in the order the row writes its responses; an empty list for rows that
+    were left out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (data, own) in enumerate(zip(sets, rewards, strict=True)):
+        same = [d.label for d in sets].count(data.label) > 1
+        path, left = folder / f"{data.label}{f'.{number}' if same else ''}.scores.jsonl", iter(own)
+        with open(path, "w", encoding="utf-8") as file:
+            for row in data.rows:
+                values = [] if row.comparison is None else next(left)
+                if row.comparison is not None and row.comparison.positions is not None:
+                    values = values[np.argsort(row.comparison.positions)]
+                line = {"scores": [float(v) for v in values]}
+                file.write(json.dumps(line if row.id is None else {"id": row.id, **line}) + "\n")
+        print(f"rewards: {path}")
+
+
+def cli() -> int:
+    """Parse the command line, run, return the exit code."""
+    return run_tool(main, parse_args(EvaluateArgs))

@@ -1,0 +1,70 @@
+"""Write a checkpoint as a Hugging Face folder, and prove that the folder gives the training's
+rewards.
+
+    python tools/convert_to_hf.py --load RUN --output FOLDER
+
+Reads any layout on one process without building the model. Exit code 0: written and proven; 1: the
+proof failed, and the folder holds a file UNVERIFIED; 2: nothing was written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from rmega.cli import parse_args, run_tool
+
+
+@dataclasses.dataclass(kw_only=True)
+class Args:
+    """Write a checkpoint as a Hugging Face folder, and prove that the folder gives the training's
+    rewards."""
+
+    load: str
+    """Run folder (--save of the training), or one of its iter_ folders."""
+    output: str
+    """Folder to write."""
+    iteration: str = "latest"
+    """Which checkpoint of the run: a number, latest, or best (by accuracy on the first held-out
+    set)."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Of the written weights. auto: that of the training's arithmetic (--precision). Checkpoints
+    hold fp32 weights, so bfloat16 and float16 round them once here, as each step of the training
+    did; float32 rounds nothing."""
+    format: Literal["auto", "internlm2", "llama"] = "auto"
+    """internlm2: InternLM2ForRewardModel with its code. llama: LlamaForSequenceClassification,
+    which every serving engine loads without remote code. auto: the family that was trained. The
+    same rewards either way."""
+    max_shard_size: str = "5GB"
+    """Largest size of one file."""
+    force: bool = False
+    """Replace the output folder if it exists."""
+    no_proof: bool = False
+    """Do not score with the result; the folder stays marked as unverified. For machines too small
+    for the model."""
+    only_proof: bool = False
+    """Write no weights: prove the folder that --output already holds."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(Args, argv, prog="tools/convert_to_hf.py")
+
+    from rmega.export import convert
+
+    return convert.convert(
+        run=Path(args.load),
+        output=Path(args.output),
+        iteration=args.iteration,
+        dtype=args.dtype,
+        family=args.format,
+        max_shard_size=args.max_shard_size,
+        force=args.force,
+        proof=not args.no_proof,
+        write=not args.only_proof,
+    )
+
+
+def cli() -> int:
+    """Parse the command line, run, return the exit code."""
+    return run_tool(main)

@@ -1,0 +1,134 @@
+"""Look into a preference dataset.
+
+python tools/inspect_data.py PREFIX                     counts, lengths, savings, heuristics
+python tools/inspect_data.py PREFIX show 0 17           comparisons as text
+python tools/inspect_data.py PREFIX verify              checksums, bounds, fingerprint
+python tools/inspect_data.py PREFIX report --output page.html
+python tools/inspect_data.py PREFIX merge OTHER ... --output ALL
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional
+
+from rmega.cli import parse_args, run_tool
+from rmega.config import NONE
+
+
+@dataclasses.dataclass(kw_only=True)
+class InspectArgs:
+    prefix: Positional[str]
+    """The dataset, without suffix."""
+    action: Positional[Literal["stats", "show", "verify", "report", "merge"]] = "stats"
+    """What to do."""
+    rest: Annotated[Positional[list[str]], NONE] = dataclasses.field(default_factory=list)
+    """show: numbers of comparisons (from 0). merge: the other datasets."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer; default: the one the dataset was written with, if it is still
+    there."""
+    output: str | None = None
+    """report: the HTML file. merge: where to write."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """merge: comparisons that lie in several of the datasets. drop: keep the first, and none of
+    those that contradict each other."""
+    force: bool = False
+    """Replace an existing output."""
+    json: bool = False
+    """stats: print JSON."""
+    colour: Literal["auto", "always", "never"] = "auto"
+    """show: colours."""
+
+
+def main(args: InspectArgs) -> int:
+    from rmega.data.indexed import open_preferences
+    from rmega.data.stats import describe, show, summarise
+
+    if args.rest and args.action not in ("show", "merge"):
+        raise ValueError(f"{args.action}: takes no further arguments ({' '.join(args.rest)})")
+    dataset = open_preferences(args.prefix)
+    if args.action == "stats":
+        summary = summarise(dataset)
+        print(json.dumps(summary, indent=1) if args.json else "\n".join(describe(summary)))
+    elif args.action == "show":
+        tokenizer = load_tokenizer(args.tokenizer, dataset.manifest, needed=True)
+        colour = args.colour == "always" or (args.colour == "auto" and sys.stdout.isatty())
+        for number in args.rest or ["0"]:
+            if not number.isdigit():
+                raise ValueError(f"show {number}: not the number of a comparison")
+            print("\n".join(show(dataset, int(number), tokenizer, colour=colour)))
+    elif args.action == "verify":
+        from rmega.data.integrity import verify
+
+        tokenizer = load_tokenizer(args.tokenizer, dataset.manifest, needed=False)
+        wrong = verify(dataset, tokenizer)
+        print(
+            "\n".join(wrong)
+            if wrong
+            else (
+                f"{args.prefix}: sound ({len(dataset):,} comparisons;"
+                f" {'fingerprint of the tokenizer' if tokenizer else 'tokenizer not there, fingerprint not'}"
+                " checked)"
+            )
+        )
+        return 1 if wrong else 0
+    elif args.action == "merge":
+        from rmega.data.integrity import merge
+
+        if not args.rest or not args.output:
+            raise ValueError("merge: name the other datasets, and --output")
+        manifest = merge(
+            [args.prefix, *args.rest], args.output, force=args.force, duplicates=args.duplicates
+        )
+        between = manifest["input"]["between"]
+        if between["duplicates"] or between["contradictions"]:
+            end = (
+                f"left out, listed in {args.output}.rejected.jsonl"
+                if between["dropped"]
+                else "kept (--duplicates drop leaves them out)"
+            )
+            print(
+                f"between the datasets: {between['duplicates']:,} comparisons again,"
+                f" {between['contradictions']:,} that contradict each other; {end}"
+            )
+        print(
+            f"{args.output}: {manifest['num_comparisons']:,} comparisons,"
+            f" {manifest['num_tokens']:,} tokens"
+        )
+    else:
+        from rmega.report.dataset import report
+
+        output = Path(args.output or f"{args.prefix}.html")
+        if output.exists() and not args.force:
+            raise ValueError(f"--output {output}: exists already; --force replaces it")
+        output.write_text(
+            report(dataset, load_tokenizer(args.tokenizer, dataset.manifest, needed=False)),
+            encoding="utf-8",
+        )
+        print(output)
+    return 0
+
+
+def load_tokenizer(name: str | None, manifest: dict[str, Any], *, needed: bool) -> Any:
+    """The transformers tokenizer, or None if it is not there and not needed."""
+    wanted = name or manifest.get("tokenizer")
+    if not wanted or (name is None and not os.path.isdir(wanted)):
+        if needed:
+            raise ValueError(
+                f"--tokenizer: {wanted or 'the tokenizer'} is not here; name its folder"
+            )
+        return None
+    from rmega.preferences.tokenizer import PairTokenizer
+
+    return PairTokenizer.load(wanted).tokenizer
+
+
+def cli() -> int:
+    """Parse the command line, run, return the exit code."""
+    return run_tool(main, parse_args(InspectArgs, description=__doc__))

@@ -1,0 +1,261 @@
+"""Score conversations with a reward model: one line of JSON per row, in the order of the input.
+
+    python tools/score.py --model MODEL --input rows.jsonl --output rewards.jsonl
+    python tools/score.py --model RUN < rows.jsonl > rewards.jsonl
+    python tools/score.py --model MODEL --input prompts_with_replies.jsonl --best-of
+    python tools/score.py --model MODEL --input big.jsonl.gz --output rewards.jsonl --workers 4 --resume
+
+A row is {"messages": [...]}, {"prompt": ..., "response": ...}, {"prompt": ..., "responses": [...]},
+{"text": ...} (already templated), or a row of any preference schema. Its line is {"index", "id",
+"reward"}, or "rewards" in the order in which the row writes its responses (chosen before rejected),
+which tools/evaluate.py --scores reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rmega.cli import parse_args, run_tool
+
+
+@dataclass(kw_only=True)
+class ScoreArgs:
+    """Score conversations with a reward model, one line of JSON per row."""
+
+    model: str
+    """Hugging Face folder or hub name of a reward model, folder of a run, or one of its
+    checkpoints."""
+    input: tuple[str, ...] = ("-",)
+    """Files (.jsonl .json .csv .parquet, also .gz), globs, folders; - is standard input (JSONL)."""
+    output: str | None = None
+    """File to write; standard output without it. It has this name only when it is whole (until then
+    .partial)."""
+    best_of: bool = False
+    """Rank the responses of each row: adds their "order", best first. Without --output the ranking
+    is text to read."""
+    skip_bad: bool = False
+    """A row that cannot be scored gives a line with an "error" instead of ending the program."""
+    resume: bool = False
+    """Go on with an interrupted --output: rows that it holds are not scored again."""
+    force: bool = False
+    """Replace --output if it exists."""
+    workers: int = 1
+    """Processes, each with its own copy of the model. Under torchrun leave it at 1: its processes
+    share the work."""
+    dtype: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """Arithmetic. auto: bf16 where this machine is the faster with it."""
+    max_tokens: int = 8192
+    """Most tokens of a pack; a longer conversation has a pack to itself."""
+    format: str = "auto"
+    """Schema of preference rows, if it is not recognised rightly (an unknown name prints all
+    names)."""
+    limit: int | None = None
+    """Only the first rows of each input."""
+
+
+def main(args: ScoreArgs) -> int:
+    for flag, value in (
+        ("--workers", args.workers),
+        ("--max-tokens", args.max_tokens),
+        ("--limit", args.limit),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} {value}: must be at least 1")
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and args.workers > 1:
+        raise ValueError("--workers: torchrun started several processes already")
+    if world_size > 1 and "-" in args.input:
+        raise ValueError(
+            "--input: standard input can be read by one process only; name files under torchrun"
+        )
+    if args.resume and args.force:
+        raise ValueError("give one of --resume and --force")
+    try:
+        return score(args, rank)
+    except (ValueError, OSError):
+        if rank:  # every rank meets the same error, one speaks
+            return 2
+        raise
+
+
+def inputs_of(args: ScoreArgs) -> list[Any]:
+    """The inputs in the order of the flag."""
+    from rmega.preferences.sources import Input, resolve
+
+    found = []
+    for spec in args.input:
+        if spec == "-":
+            if sys.stdin is None or sys.stdin.isatty():
+                raise ValueError("--input: name a file, or pipe rows of JSON into standard input")
+            found.append(Input(name="/dev/stdin", label="stdin", kind="lines"))
+        else:
+            found += resolve([spec])
+    return found
+
+
+@contextlib.contextmanager
+def scoring(args: ScoreArgs):
+    """(info of the model, its messages, function from windows to results), in this process or in
+    workers."""
+    from rmega.scoring import batch
+
+    if args.workers > 1:
+        workers = batch.Workers(
+            args.workers, args.model, max_tokens=args.max_tokens, dtype=args.dtype
+        )
+        try:
+            yield workers.info, workers.messages, workers.map
+        finally:
+            workers.close()
+        return
+    from rmega.scoring.scorer import scorer
+
+    with scorer(args.model, dtype=args.dtype, max_tokens=args.max_tokens) as one:
+        yield (
+            one.describe(),
+            one.tokenizer.messages if one.tokenizer else [],
+            lambda stream: ((w, batch.score_rows(one, w.rows)) for w in stream),
+        )
+
+
+def score(args: ScoreArgs, rank: int) -> int:
+    """Read, score, write."""
+    from rmega.preferences.schemas import schema_named
+    from rmega.preferences.scorable import read_rows
+    from rmega.scoring.batch import Output, ScoringProgress, Window, line_of, windows
+
+    if args.format != "auto":
+        schema_named(args.format)
+    inputs = inputs_of(args)  # a wrong path is said before the model is read
+
+    def say(line: str) -> None:
+        if rank == 0:
+            print(line, file=sys.stderr, flush=True)
+
+    output = (
+        Output(args.output, resume=args.resume, force=args.force) if rank == 0 else None
+    )  # all score, one writes
+    counts = dict.fromkeys(("rows", "responses", "tokens", "bad", "cut"), 0)
+    try:
+        with scoring(args) as (info, messages, results_of):
+            limit = info.get("max_length")
+            say(
+                f"{args.model}: {info['family']}, {info['dtype']} on {info['device']}, reward token"
+                f" {info.get('reward_token_id')},"
+                f" {f'at most {limit} tokens' if limit else 'no limit of length'}"
+            )
+            for message in messages:
+                say(message)
+            rows = read_rows(inputs, args.format, args.limit)
+            skip, check = from_first_rank(
+                (output.num_rows, output.last and output.last[0]) if output else None
+            )
+            for row, _ in itertools.islice(rows, skip):
+                if row.index == check:
+                    [(_, [result])] = results_of([Window([row])])
+                    if output:
+                        output.check(
+                            row,
+                            result,
+                            best_of=args.best_of,
+                            tolerance=1e-3 if info["dtype"] == "fp32" else 0.1,
+                        )
+                skip -= 1
+            if skip:
+                raise ValueError(
+                    f"--resume: {args.output} holds {skip:,} rows more than the input: another"
+                    " --input"
+                )
+            if output and output.num_rows:
+                say(f"going on after {output.num_rows:,} rows of {output.partial}")
+            progress, start = ScoringProgress(rank == 0), time.monotonic()
+            for window, results in results_of(windows(rows, args.max_tokens)):
+                text = []
+                for row, result in zip(window.rows, results, strict=True):
+                    if args.best_of and result.error is None and len(result.rewards) < 2:
+                        result.error = (
+                            "one response; --best-of ranks several (prompt and responses)"
+                        )
+                    counts["rows"] += 1
+                    counts["bad"] += result.error is not None
+                    counts["responses"] += len(result.rewards)
+                    counts["tokens"] += result.num_tokens
+                    counts["cut"] += result.num_cut
+                    if result.error is not None and not args.skip_bad:
+                        if output:
+                            output.write("".join(text))
+                        progress.clear()
+                        raise ValueError(f"{row.where}: {result.error} (--skip-bad goes on)")
+                    line = line_of(row, result, best_of=args.best_of)
+                    as_text = args.best_of and args.output is None
+                    text.append(
+                        ranking_text(row, line)
+                        if as_text
+                        else json.dumps(line, ensure_ascii=False) + "\n"
+                    )
+                if output:
+                    output.write("".join(text))
+                progress.show(counts["rows"], counts["responses"], window.done)
+            progress.clear()
+            if not counts["rows"] and not (output and output.num_rows):
+                raise ValueError(f"--input {' '.join(args.input)}: no rows")
+            if output:
+                output.finish()
+            say(summary(counts, time.monotonic() - start, info.get("max_length")))
+    finally:
+        if output:
+            output.close()
+    return 0
+
+
+def from_first_rank(value: Any) -> Any:
+    """The first rank's value on every rank of torchrun."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return value
+    import torch.distributed as dist
+
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def summary(counts: dict[str, int], seconds: float, max_length: int | None) -> str:
+    """One line: what was done, what was not, how fast."""
+    parts = [f"{counts['responses']:,} responses"]
+    if counts["bad"]:
+        parts.append(f"{counts['bad']:,} bad rows")
+    if counts["cut"]:
+        parts.append(f"{counts['cut']:,} responses cut to {max_length} tokens as in training")
+    rate = (
+        f"{counts['responses'] / seconds:,.1f} responses/s, {counts['tokens'] / seconds:,.0f}"
+        " tokens/s"
+    )
+    return f"scored {counts['rows']:,} rows ({', '.join(parts)}) in {seconds:,.1f} s: {rate}"
+
+
+def ranking_text(row: Any, line: dict[str, Any]) -> str:
+    """A row's responses for a reader, best first."""
+    if "error" in line:
+        return f"row {row.index}: {line['error']}\n\n"
+    out = [f"row {row.index}{f' (id {row.id})' if row.id is not None else ''}, best first:"]
+    for place, number in enumerate(line["order"], 1):
+        conversation = row.conversations[number]
+        reply = conversation if isinstance(conversation, str) else conversation[-1]["content"]
+        shown = " ".join(reply.split())
+        out.append(
+            f"{place:3}. {line['rewards'][number]:+9.4f}  response {number + 1}: "
+            f"{shown[:90]}{'...' if len(shown) > 90 else ''}"
+        )
+    return "\n".join(out) + "\n\n"
+
+
+def cli() -> int:
+    """Parse the command line, run, return the exit code."""
+    return run_tool(main, parse_args(ScoreArgs))

@@ -1,0 +1,147 @@
+"""Serve a reward model over HTTP for RLHF loops: OpenRLHF's /get_reward and a plain /score.
+
+    python tools/serve.py --model MODEL --port 5000
+    curl -s localhost:5000/score -d '{"conversations": [[{"role": "user", "content": "Hi"},
+                                                         {"role": "assistant", "content": "Hello!"}]]}'
+
+In OpenRLHF: --reward.remote_url http://127.0.0.1:5000/get_reward. Needs pip install 'rmega[serve]'.
+SIGTERM and Ctrl-C let the requests that were taken finish, then the program ends with exit code 0.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rmega.cli import parse_args, run_tool
+
+
+@dataclass(kw_only=True)
+class ServeArgs:
+    """Serve a reward model over HTTP: POST /get_reward, POST /score, GET /health, GET /info."""
+
+    model: str
+    """Hugging Face folder or hub name of a reward model, folder of a run, or one of its
+    checkpoints."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Other machines reach the server only if you name another one, such as
+    0.0.0.0."""
+    port: int = 5000
+    """Port; 0: any free one (it is printed)."""
+    api_key_file: str | None = None
+    """File with a key that requests must carry (Authorization: Bearer KEY). The environment
+    variable RMEGA_API_KEY does the same."""
+    dtype: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """Arithmetic. auto: bf16 where this machine is the faster with it."""
+    max_tokens: int = 8192
+    """Most tokens of a batch; a longer conversation has one to itself."""
+    wait_ms: float = 5.0
+    """How long the first request of a batch waits for others."""
+    max_length: int | None = None
+    """Most tokens of a conversation. Default: as in training, else the model's positions."""
+    overlong: Literal["refuse", "cut"] = "refuse"
+    """What happens to longer ones: 422, or cut as in training and reported."""
+    max_conversations: int = 1024
+    """Most conversations in a request (422)."""
+    max_body_mb: float = 32.0
+    """Largest body of a request (413)."""
+    max_queue: int = 8192
+    """Most conversations waiting; more are refused with 429 and Retry-After."""
+    stop_seconds: int = 300
+    """Longest time that the requests which were taken may need after SIGTERM."""
+    access_log: bool = False
+    """A line per request."""
+
+
+def main(args: ServeArgs) -> None:
+    for flag, value in (
+        ("--max-tokens", args.max_tokens),
+        ("--max-conversations", args.max_conversations),
+        ("--max-body-mb", args.max_body_mb),
+        ("--max-queue", args.max_queue),
+        ("--max-length", args.max_length),
+    ):
+        if value is not None and value <= 0:
+            raise ValueError(f"{flag} {value}: must be greater than 0")
+    if not 0 <= args.port < 65536:
+        raise ValueError(f"--port {args.port}: must lie between 0 and 65535")
+    if args.wait_ms < 0:
+        raise ValueError(f"--wait-ms {args.wait_ms}: must not be negative")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "tools/serve.py is one process; start one per port instead of using torchrun"
+        )
+    key = api_key(args.api_key_file)
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise ValueError(f"{error.name} is not installed (pip install 'rmega[serve]')") from None
+    from rmega.scoring.queue import ScoringQueue
+    from rmega.scoring.server import Limits, RewardService, listen, make_app, run
+
+    sockets = [listen(args.host, args.port)]  # a port in use is said before the model is read
+    where = f"http://{args.host}:{sockets[0].getsockname()[1]}"
+    if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
+        print(
+            f"--host {args.host}: whoever reaches this machine can use the server; --api-key-file"
+            " asks for a key",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def load() -> Any:
+        from rmega.scoring.scorer import load_scorer
+
+        scorer = load_scorer(args.model, dtype=args.dtype, max_tokens=args.max_tokens)
+        if scorer.tokenizer is None:
+            raise ValueError(f"--model {args.model}: has no tokenizer")
+        for message in scorer.tokenizer.messages:
+            print(message, file=sys.stderr)
+        info = scorer.describe()
+        print(
+            f"serving {args.model} ({info['family']}, {info['dtype']} on {info['device']}) at"
+            f" {where}",
+            flush=True,
+        )
+        return scorer
+
+    limits = Limits(
+        max_body_bytes=int(args.max_body_mb * 2**20),
+        max_conversations=args.max_conversations,
+        max_length=args.max_length,
+        cut=args.overlong == "cut",
+        max_queue=args.max_queue,
+    )
+    queue = ScoringQueue(load, max_tokens=args.max_tokens, wait=args.wait_ms / 1000)
+    service = RewardService(queue, limits, model=args.model, api_key=key)
+    config = uvicorn.Config(
+        make_app(service),
+        log_level="info" if args.access_log else "error",
+        access_log=args.access_log,
+        timeout_graceful_shutdown=args.stop_seconds,
+        lifespan="off",
+    )
+    run(uvicorn.Server(config), service, sockets)
+    print(
+        f"stopped after {queue.num_scored:,} conversations in {service.num_requests:,} requests",
+        flush=True,
+    )
+
+
+def api_key(path: str | None) -> str | None:
+    """The key of --api-key-file, else of the environment, else None."""
+    if path is not None:
+        key = Path(path).read_text(encoding="utf-8").strip()
+        if not key:
+            raise ValueError(f"--api-key-file {path}: empty")
+        return key
+    return os.environ.get("RMEGA_API_KEY") or None
+
+
+def cli() -> int:
+    """Parse the command line, run, return the exit code."""
+    return run_tool(main, parse_args(ServeArgs))

@@ -1,0 +1,36 @@
+"""Train a reward model; examples/pretrain_reward.py is the same composition, to be copied and changed."""
+
+from __future__ import annotations
+
+from rmega.cli import parse_args
+from rmega.config import TrainingConfig
+from rmega.training.stopping import run_ranks
+
+
+def main(argv: list[str] | None = None, *, prog: str | None = None) -> int:
+    config = parse_args(TrainingConfig, argv, prog=prog)
+
+    if config.parallel.dry_run:
+        from rmega.training.plan import dry_run
+
+        return dry_run(config)
+
+    from rmega import distributed
+
+    config.check(distributed.world_size())
+    from rmega.training.run import Run
+
+    run = Run(config)
+    run.load_data()
+    code = 0
+    if not run.is_complete():
+        run.build()
+        run.restore_or_start()
+        code = run.train()
+    distributed.finish()
+    return code
+
+
+def cli() -> int:
+    """Parse the command line, run, return the exit code."""
+    return run_ranks(main)
