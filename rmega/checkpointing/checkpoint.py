@@ -3,7 +3,7 @@
 RUN/iter_0000010/            written under a temporary name and renamed when every rank is done
     *.distcp, .metadata, ... megatron-core's dist_checkpointing: one key per tensor, global shapes
     hf/                      tokenizer and config.json of the base model
-    rmega.json               format version, iteration, consumed comparisons, configuration, geometry, manifest, proof,
+    rmega.json               format version, iteration, consumed comparisons, configuration, geometry, manifest, verification,
                              and "files": size and crc32 of every other file; written last
 RUN/latest_checkpointed_iteration.txt   the tracker, written after the folder has its name
 """
