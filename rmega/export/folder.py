@@ -47,7 +47,7 @@ def write_config(folder: Path, geometry: Geometry, info: dict[str, Any], dtype: 
     )
     write_json(folder / "config.json", config)
     if geometry.family == "internlm2":
-        code = Path(__file__).parent / "models" / "hf_internlm2"
+        code = Path(__file__).parents[1] / "models" / "hf_internlm2"
         for file in ("configuration_internlm2.py", "modeling_internlm2.py"):
             shutil.copyfile(code / file, folder / file)
 
