@@ -33,10 +33,8 @@ WITHIN = {
     ("data", "distributed"),
     ("checkpointing", "models"),
     ("evaluation", "scoring"),
-    # Gone with the deletions that follow: merge (RANK_FACTORS), hand-made progress bars.
+    # Gone with the deletions that follow: merge (RANK_FACTORS).
     ("data", "preferences"),
-    ("export", "training"),
-    ("scoring", "training"),
 }
 
 
