@@ -13,7 +13,7 @@ from typing import Any
 
 from rmega import __version__
 from rmega.evaluation.files import eval_rows
-from rmega.models import BACKBONES
+from rmega.models import BACKBONES, hf_internlm2
 from rmega.models.geometry import Geometry
 
 UNVERIFIED = "UNVERIFIED"
@@ -47,7 +47,7 @@ def write_config(folder: Path, geometry: Geometry, info: dict[str, Any], dtype: 
     )
     write_json(folder / "config.json", config)
     if geometry.family == "internlm2":
-        code = Path(__file__).parent / "models" / "hf_internlm2"
+        code = Path(hf_internlm2.__file__).parent
         for file in ("configuration_internlm2.py", "modeling_internlm2.py"):
             shutil.copyfile(code / file, folder / file)
 

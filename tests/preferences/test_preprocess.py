@@ -19,7 +19,7 @@ import pytest
 
 from rmega.data.indexed import exists, open_preferences
 from rmega.data.integrity import merge, verify
-from rmega.preferences import preprocess, sources, worker
+from rmega.preferences import dedup, preprocess, sources, worker
 from rmega.preferences.assemble import WorkFolder
 from rmega.preferences.preprocess import PreprocessArgs
 from rmega.preferences.tokenizer import PairTokenizer
@@ -817,7 +817,7 @@ def test_hostile_files(tmp_path: Path, stories260k: Path) -> None:
                 converter = worker.Converter(tokenizer, [plan], None)
                 for chunk in sources.read_chunks(source, 0):
                     result = converter.convert(chunk)
-                    documents = len(result.documents) // worker.checks.DOCUMENT.itemsize
+                    documents = len(result.documents) // dedup.DOCUMENT.itemsize
                     assert documents + len(result.rejected) == result.num_rows
             except ValueError as error:
                 assert "\n" not in str(error) and path.name in str(error), error
