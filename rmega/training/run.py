@@ -335,7 +335,7 @@ class Run:
         step, limit = self.state.iteration, self.config.optimizer.max_skipped_steps
         where = "without --save there is no file to replay the batch from"
         if self.saver:
-            self._note_saved(None, self.saver.wait)
+            self._note_saved(self.saver.wait)
             # No update was made since the weights went wrong, if they did: these are the ones that
             # the batch met.
             run = Path(self.config.checkpoint.save)
