@@ -33,8 +33,6 @@ WITHIN = {
     ("data", "distributed"),
     ("checkpointing", "models"),
     ("evaluation", "scoring"),
-    # Gone with the deletions that follow: merge (RANK_FACTORS).
-    ("data", "preferences"),
 }
 
 
