@@ -33,9 +33,6 @@ WITHIN = {
     ("data", "distributed"),
     ("checkpointing", "models"),
     ("evaluation", "scoring"),
-    # Gone with the deletions that follow: hand-made progress bars.
-    ("export", "training"),
-    ("scoring", "training"),
 }
 
 

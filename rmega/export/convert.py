@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from rmega.checkpointing import run_folder
 from rmega.config import TrainArgs
 from rmega.export.folder import (
@@ -25,7 +27,6 @@ from rmega.export.model_card import client_duties, kept_comparisons, usage, writ
 from rmega.export.write_weights import DTYPES, CheckpointTensors, export_weights, parse_size
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
-from rmega.training.logs import Progress
 
 
 def say(text: str = "") -> None:
@@ -189,16 +190,12 @@ def _write(
             )
         write_config(partial, geometry, info, dtype)
         source = CheckpointTensors(folder)
-        bar = Progress("writing", len(BACKBONES[geometry.family].weight_table(geometry)))
+        table = BACKBONES[geometry.family].weight_table(geometry)
+        bar = tqdm(desc="writing", total=len(table), leave=False, disable=None)
         writer = export_weights(
-            source,
-            geometry,
-            partial,
-            dtype=dtype,
-            max_shard_bytes=shard_bytes,
-            progress=bar.advance,
+            source, geometry, partial, dtype=dtype, max_shard_bytes=shard_bytes, progress=bar.update
         )
-        bar.clear()
+        bar.close()
         recipe = write_recipe(
             partial,
             info=info,
