@@ -110,10 +110,12 @@ def hh(count: int) -> list[Row]:
 
 def argilla(count: int) -> list[Row]:
     """The columns of UltraFeedback as argilla publishes it: one turn, answers of 12 to 30
-    sentences, empty ratings."""
+    sentences, empty ratings; every sixth prompt brings a text of more than 2,000 characters."""
     w, rows = Writer(2), []
     for i in range(count):
         question = f"{w.random.choice(w.questions)} ({i})"
+        if i % 6 == 5:
+            question = f"{w.answer(40, 50)}\n{question}"
         sides = {
             f"{side}{end}": value
             for side in ("chosen", "rejected")
