@@ -14,6 +14,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 _timeout = datetime.timedelta(minutes=10)  # of every group; ``initialize`` sets it
 
@@ -53,9 +54,10 @@ def device() -> torch.device:
 
 
 def log(message: str = "") -> None:
-    """Print on rank 0 only."""
+    """Print on rank 0 only, without tearing a progress bar that is on the terminal."""
     if rank() == 0:
-        print(message, flush=True)
+        with tqdm.external_write_mode():
+            print(message, flush=True)
 
 
 def quiet_engine() -> None:

@@ -33,10 +33,6 @@ WITHIN = {
     ("data", "distributed"),
     ("checkpointing", "models"),
     ("evaluation", "scoring"),
-    # Gone with the deletions that follow: merge (RANK_FACTORS), hand-made progress bars.
-    ("data", "preferences"),
-    ("export", "training"),
-    ("scoring", "training"),
 }
 
 

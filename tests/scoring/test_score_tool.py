@@ -17,7 +17,6 @@ from rmega.commands.score import ScoreArgs, main, ranking_text
 from rmega.preferences.comparison import Rejected
 from rmega.preferences.scorable import read_rows, scorable
 from rmega.preferences.sources import resolve
-from rmega.scoring.batch import Window, Workers
 from rmega.scoring.scorer import _parts, group_by_prefix
 from tests.conftest import ROOT
 from tests.dist import run_distributed
@@ -260,7 +259,7 @@ def test_bad_rows_skipped_keep_their_place(model, tmp_path, capsys):
     [
         ({"model": "/nowhere/at/all"}, "--model /nowhere"),
         ({"input": ("/nowhere.jsonl",)}, "no such file"),
-        ({"workers": 0}, "--workers 0"),
+        ({"max_tokens": 0}, "--max-tokens 0"),
         ({"resume": True}, "--resume needs --output"),
         ({"format": "odd"}, "--format odd"),
         ({"resume": True, "force": True}, "--resume and --force"),
@@ -351,30 +350,15 @@ def _rank(rank, world_size, model, source, output):
     return main(ScoreArgs(model=model, input=(source,), output=output))
 
 
-def test_torchrun_and_workers_give_the_same(model, tmp_path):
+def test_torchrun_gives_the_same(model, tmp_path):
     rows = [{"prompt": f"{Q} {i % 5}", "response": f"{A} {i}"} for i in range(40)]
     one = run(model, tmp_path, rows)
     source = str(tmp_path / "out.jsonl.in.jsonl")
     assert run_distributed(_rank, 2, str(model), source, str(tmp_path / "two.jsonl")) == [0, 0]
-    workers = run(model, tmp_path, source, "workers.jsonl", workers=2, max_tokens=16)
-    for other in (read(tmp_path / "two.jsonl"), workers):
-        assert [line["index"] for line in other] == list(range(40))
-        expected = [line["reward"] for line in one]
-        assert [line["reward"] for line in other] == pytest.approx(expected, rel=1e-5, abs=1e-5)
-
-
-def test_a_worker_that_dies_is_an_error(model):
-    from rmega.preferences.scorable import ScorableRow
-
-    workers = Workers(1, str(model), max_tokens=64)
-    try:
-        window = Window([ScorableRow(0, "f:1", conversations=[chat(Q, A)])])
-        assert len(next(iter(workers.map([window])))[1][0].rewards) == 1
-        workers._processes[0].kill()
-        with pytest.raises(ValueError, match="worker 1 of 1 ended with exit code -9"):
-            list(workers.map([window, window]))
-    finally:
-        workers.close()
+    two = read(tmp_path / "two.jsonl")
+    assert [line["index"] for line in two] == list(range(40))
+    expected = [line["reward"] for line in one]
+    assert [line["reward"] for line in two] == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def test_stdin_to_stdout_is_quiet(model):
