@@ -182,7 +182,7 @@ def _write(
                 " reward before it"
             )
             info = {**info, "pad_token_id": example["pad_token_id"]}
-        elif info["pad_token_id"] in example["token_ids"] and geometry.family == "llama":
+        elif info["pad_token_id"] in example["token_ids"] and not BACKBONES[geometry.family].code:
             say(
                 f"warning: pad token {example['pad_token']} (id {info['pad_token_id']}) occurs in"
                 " texts and the tokenizer has no free one: transformers 4 would read rewards too"
