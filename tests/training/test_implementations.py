@@ -13,7 +13,7 @@ from megatron.core.extensions import transformer_engine as core_te
 from rmega.config import DataArgs, ModelArgs, TrainArgs, TrainingConfig
 from rmega.training import train
 
-GPU = torch.device("cuda", 0)
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
 def config(**model) -> TrainingConfig:
@@ -52,7 +52,7 @@ def parts_of(dtype=torch.bfloat16, fused_weight_gradients=True):
     return [SimpleNamespace(config=core)], optimizer
 
 
-def line(settings=None, device=torch.device("cpu"), **parts) -> str:
+def line(settings=None, device=CPU, **parts) -> str:
     return train.implementations(settings or config(), *parts_of(**parts), device)
 
 
