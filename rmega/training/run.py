@@ -67,6 +67,9 @@ class Run:
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
         p = config.parallel
+        distributed.prepare_cuda(
+            p.tensor_model_parallel_size, deterministic=config.train.deterministic
+        )
         distributed.quiet_engine()
         preflight.check_save(config)
         self.folder = resolve_model(config.model.hf_model)
@@ -195,7 +198,7 @@ class Run:
         log(f"layout: {self.layout}")
         log(
             f"compute: {self.precision.description}; "
-            f"{train.implementations(c, self.device, self.precision.dtype, self.optimizer)}"
+            f"{train.implementations(c, self.wrapped, self.optimizer, self.device)}"
         )
 
     def restore_or_start(self) -> None:
