@@ -124,9 +124,7 @@ class Saver:
     def _verify(self, iterations: list[int]) -> dict[int, str | None]:
         """Iteration -> what is wrong with this rank's share of its files; run by the thread."""
         share = (rank(), dist.get_world_size())
-        return {
-            i: damage(run_folder.iteration_dir(self.run, i), share=share) for i in iterations
-        }
+        return {i: damage(run_folder.iteration_dir(self.run, i), share=share) for i in iterations}
 
     def start(
         self,
@@ -158,11 +156,14 @@ class Saver:
         failure, to_verify = prepared
         if failure:
             raise OSError(f"{final}: checkpoint not written: {failure}")
-        self._snapshot = self._take(
-            partial_folder, state, to_verify, wrapped, optimizer, scheduler
-        )
+        self._snapshot = self._take(partial_folder, state, to_verify, wrapped, optimizer, scheduler)
         self._finish_with = (
-            dataclasses.asdict(state), info, tuple(hf_files), final, partial_folder, best
+            dataclasses.asdict(state),
+            info,
+            tuple(hf_files),
+            final,
+            partial_folder,
+            best,
         )
         # Small, and it holds references into the optimizer: written before training continues.
         if rank() == 0:
@@ -203,9 +204,7 @@ class Saver:
                     if error:
                         raise OSError(f"rank {number}: {error.splitlines()[0]}")
                 snapshot.writer.finish(snapshot.metadata, [results for _, results, *_ in ranks])
-                written = {
-                    name: value for _, _, files, _ in ranks for name, value in files.items()
-                }
+                written = {name: value for _, _, files, _ in ranks for name, value in files.items()}
                 self._complete(partial_folder, hf_files, {**state, **info}, written)
                 run_folder.announce(self.run, state["iteration"])
                 run_folder.publish_checkpoint(partial_folder, final)
@@ -241,9 +240,7 @@ class Saver:
         # Nothing older may be removed before all of this would survive a power cut.
         sync_tree(folder)
 
-    def _prune(
-        self, iteration: int, found: list[dict[int, str | None]], best: int | None
-    ) -> None:
+    def _prune(self, iteration: int, found: list[dict[int, str | None]], best: int | None) -> None:
         """Remove what ``keep_last`` allows; a failure to do so is a warning, for the checkpoint is
         written."""
         verified = {iteration, *(found[0] or ())}

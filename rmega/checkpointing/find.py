@@ -77,9 +77,7 @@ def _on_rank_0(compute) -> Any:
     return box[0]
 
 
-def find(
-    load_dir: Path | str, flag: str = "--load", purpose: str = "resuming from"
-) -> Path | None:
+def find(load_dir: Path | str, flag: str = "--load", purpose: str = "resuming from") -> Path | None:
     """The newest healthy checkpoint of a run folder, or the checkpoint folder itself; None where a
     run has none yet.
 
@@ -156,7 +154,9 @@ def _split(
                 f" away from ({', '.join(left)}); name one: {flag} {path / left[-1]}"
             )
         if not candidates:
-            raise ValueError(f"{flag} {path}: {where}; remove that file to start from the beginning")
+            raise ValueError(
+                f"{flag} {path}: {where}; remove that file to start from the beginning"
+            )
         log(f"warning: {where}; an older checkpoint is taken")
     return candidates, left
 

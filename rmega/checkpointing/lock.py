@@ -76,7 +76,9 @@ class RunLock:
             self._waiting_since = time.monotonic()
             self._make_folder()
             if not self._try():
-                log(f"waiting for another run in {self.run} to end ({_describe(self._watch.holder)})")
+                log(
+                    f"waiting for another run in {self.run} to end ({_describe(self._watch.holder)})"
+                )
         begun = time.monotonic()
         while self._descriptor is None and not self._try():
             now = time.monotonic()
@@ -205,9 +207,7 @@ def _describe(holder: dict[str, Any]) -> str:
     if not holder:
         return "which has only begun"
     job = f", Slurm job {holder['slurm_job']}" if "slurm_job" in holder else ""
-    return (
-        f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}{job}"
-    )
+    return f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}{job}"
 
 
 def _same_file(descriptor: int, path: Path) -> bool:

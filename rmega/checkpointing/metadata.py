@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
@@ -86,10 +85,3 @@ def _check(metadata: Any) -> None:
     for place in metadata.storage_data.values():
         if Path(place.relative_path).name != place.relative_path:
             raise ValueError(f"{place.relative_path!r} is not a file of this folder")
-
-
-class CheckpointReader(FileSystemReader):
-    """torch's reader of a checkpoint folder, with ``read_metadata`` of this file."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return read_metadata(Path(self.path))

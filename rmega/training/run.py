@@ -3,6 +3,7 @@ composes."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -15,6 +16,7 @@ import torch
 
 from rmega import distributed, ops, precision
 from rmega.checkpointing import checkpoint, run_folder
+from rmega.checkpointing.lock import hold
 from rmega.checkpointing.run_folder import check_shared
 from rmega.config import MIN_COMPARISONS, TrainingConfig
 from rmega.data.balance import CostModel
@@ -87,8 +89,27 @@ class Run:
             seed=config.train.seed,
             timeout_minutes=p.distributed_timeout_minutes,
         )
+        self._held = contextlib.ExitStack()
+        self._held.enter_context(hold(config.checkpoint.save))
+        try:
+            self._begin(config)
+        except BaseException:
+            self._held.close()
+            raise
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Give the run folder's lock back."""
+        self._held.close()
+
+    def _begin(self, config: TrainingConfig) -> None:
         if config.checkpoint.save:
             check_shared(config.checkpoint.save)
+            preflight.check_save(config)  # another run may have ended since
+            if distributed.rank() == 0:
+                run_folder.clean(config.checkpoint.save)
         else:
             log(
                 "note: no --save: weights and metrics of this run will not be kept (--save FOLDER"
@@ -225,8 +246,12 @@ class Run:
                 json.dumps({**c.as_dict(), "run": known}, indent=1), encoding="utf-8"
             )
         if c.checkpoint.save:
-            run_folder.clean(c.checkpoint.save)
-            self.saver = checkpoint.Saver(c.checkpoint.save, self.optimizer)
+            if self.found and distributed.rank() == 0 and preflight.resumes_in_place(c):
+                aside = run_folder.set_aside_newer(c.checkpoint.save, self.state.iteration)
+                log(aside) if aside else None
+            self.saver = checkpoint.Saver(
+                c.checkpoint.save, self.optimizer, keep_last=c.checkpoint.keep_last
+            )
             self.saver.reserve(
                 wrapped=self.wrapped, optimizer=self.optimizer, scheduler=self.scheduler
             )
@@ -483,6 +508,7 @@ class Run:
                 scheduler=self.scheduler,
                 info=self._info(),
                 hf_files=self._hf_files(),
+                best=self.best[1] if self.best else None,
             )
         except OSError as error:
             if last:
@@ -505,11 +531,8 @@ class Run:
             say(progress, f"warning: {error}; training goes on")
             return
         if folder is not None:
-            run_folder.prune(
-                self.config.checkpoint.save,
-                self.config.checkpoint.keep_last,
-                self.best[1] if self.best else None,
-            )
+            for line in self.saver.warnings:
+                say(progress, line)
             say(
                 progress,
                 f"saved {folder} in {time.monotonic() - self._save_begun:.1f} s (training waited "
