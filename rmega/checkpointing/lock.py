@@ -74,7 +74,6 @@ class RunLock:
         patience ends). Raises ValueError, naming the holder, at the end of patience."""
         if self._waiting_since is None:
             self._waiting_since = time.monotonic()
-            self._make_folder()
             if not self._try():
                 log(
                     f"waiting for another run in {self.run} to end ({_describe(self._watch.holder)})"
@@ -108,7 +107,11 @@ class RunLock:
         self._remove_folder()
 
     def _try(self) -> bool:
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._make_folder()
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # a run that never used the folder has just removed it
+            return False
         try:
             supported = True
             try:
