@@ -108,7 +108,7 @@ preprocess() { # preprocess PREFIX INPUT FLAGS...
 }
 if [[ -n "$valid" ]]; then
     preprocess "$output/data/valid" "$valid"
-    preprocess "$output/data/train" "$data" --holdout "$valid" --holdout-action drop
+    preprocess "$output/data/train" "$data" --holdout "$valid"
     valid_prefix="$output/data/valid"
 else
     preprocess "$output/data/train" "$data" "${own_split[@]}"
