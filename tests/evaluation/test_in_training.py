@@ -545,7 +545,7 @@ def test_after_a_resume(single, data, small_llama, tmp_path):
     info = run / "iter_0000002" / "rmega.json"
     noted_seconds = json.loads(info.read_text())["train_seconds"]
     assert 0 < noted_seconds < 60
-    info.write_text(json.dumps({**json.loads(info.read_text()), "train_seconds": 4000.0}))
+    runs.edit_info(info.parent, train_seconds=4000.0)
     argv = flags(small_llama, data, run, eval_interval=2)
     ((code, said),) = run_distributed(runs.train_and_say, 1, argv)
     assert (
@@ -573,10 +573,7 @@ def test_after_a_resume(single, data, small_llama, tmp_path):
             f"{line}\n" for line in metrics.read_text().splitlines() if json.loads(line)["step"] < 4
         )
     )
-    info = run / "iter_0000004" / "rmega.json"
-    info.write_text(
-        json.dumps({k: v for k, v in json.loads(info.read_text()).items() if k != "train_seconds"})
-    )
+    runs.edit_info(run / "iter_0000004", drop="train_seconds")
     ((_, said),) = run_distributed(runs.train_and_say, 1, argv)
     assert said.splitlines()[-1].endswith(" since the resume at step 4")
 
