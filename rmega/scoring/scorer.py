@@ -23,6 +23,7 @@ import torch
 
 from rmega import distributed, precision
 from rmega.checkpointing import checkpoint, run_folder
+from rmega.checkpointing.find import find
 from rmega.data.balance import CostModel, balanced_bins
 from rmega.data.packing import pack
 from rmega.hub import resolve_model
@@ -73,7 +74,7 @@ def load_scorer(
     ``dtype`` is fp32, bf16, fp16 or auto. Under torchrun the ranks share the work. Raises
     ValueError naming ``flag`` where there is no reward model.
     """
-    found = run_folder.find(path, flag, "weights from") if Path(path).is_dir() else None
+    found = find(path, flag, "weights from") if Path(path).is_dir() else None
     device = distributed.initialize()
     chosen = precision.choose_together(dtype, "auto", device)
     if found is not None:

@@ -206,7 +206,7 @@ def test_requeue_goes_on(how, slurm, small_llama, tmp_path):
         ask(
             slurm, "scontrol", "update", f"jobid={job}", "StartTime=now"
         )  # Slurm holds it back for two minutes
-        wait_for(logged("going on from"))
+        wait_for(logged("resuming from"))
         wait_for(logged("done: 40 steps"))
         steps = [
             int(line.split("[")[1].split("/")[0])
