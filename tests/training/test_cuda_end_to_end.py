@@ -105,7 +105,7 @@ def test_from_data_to_an_exported_folder(small_llama, tmp_path, device):
     assert call(export, str(whole), str(tmp_path / "export")) == 0
     assert not list((tmp_path / "export").glob("UNVERIFIED*"))
     result = call(evaluate, str(whole), str(rows), str(tmp_path / "evaluation.json"))
-    (numbers,) = (value for name, value in result.items() if name == rows.name)
+    (numbers,) = result["sets"].values()
     assert numbers["num_pairs"] == 30 and 0 <= numbers["accuracy"] <= 1
     ours, exported = (
         call(score, str(model), str(rows), str(tmp_path / f"{model.name}.jsonl"))
@@ -113,5 +113,6 @@ def test_from_data_to_an_exported_folder(small_llama, tmp_path, device):
     )
     values = [torch.tensor([row["rewards"] for row in answer]) for answer in (ours, exported)]
     assert values[0].shape == (30, 2) and values[0].std() > 0
-    tolerance = 1e-2 if device == "cuda" else 1e-4  # scored in bf16 on a GPU, in fp32 on a CPU
-    assert torch.allclose(*values, rtol=tolerance, atol=tolerance * values[0].abs().max().item())
+    # The checkpoint holds fp32 weights, the export bf16 ones; a GPU also computes in bf16.
+    tolerance = (4 if device == "cuda" else 1) * 2.0**-8
+    assert (values[0] - values[1]).abs().max() <= tolerance * values[0].abs().max()
