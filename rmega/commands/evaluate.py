@@ -44,8 +44,9 @@ class EvaluateArgs:
     """Only the first rows of each file."""
     tokenizer: str | None = None
     """Folder of a tokenizer: response lengths in its tokens instead of characters."""
-    dtype: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
-    """Arithmetic of --model."""
+    dtype: Literal["fp32", "bf16", "fp16", "auto"] | None = None
+    """Arithmetic of --model. Default: bf16 on a GPU, fp32 on a CPU. auto: bf16 where it is faster
+    here."""
     probes: int = NUM_PROBED
     """With --model: score so many comparisons again in other forms (responses reversed, blanked,
     under the wrong prompt). 0: none."""
