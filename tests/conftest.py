@@ -12,6 +12,18 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # tests.dist, examples and tools are no installed packages
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item):
+    """Only tests marked ``gpu`` see one, themselves and in the programs that they start: the others
+    compare CPU computations, some of them on more ranks than a machine has GPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("gpu") is None:
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            if "torch" in sys.modules:
+                patch.setattr(sys.modules["torch"].cuda, "is_available", lambda: False)
+        return (yield)
+
+
 @pytest.fixture(scope="session")
 def small_llama(tmp_path_factory) -> Path:
     """A Llama of 260 thousand random weights with a tokenizer, as a Hugging Face folder."""

@@ -216,23 +216,3 @@ def test_interface_towards():
 
     assert interface_towards("127.0.0.1") != "lo"
     assert interface_towards("no.such.host.invalid") == interface_towards("192.0.2.1")
-
-
-def test_what_a_gpu_is_told_leaves_the_users_own(monkeypatch):
-    from rmega.distributed import _prepare_cuda
-
-    for name in ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        monkeypatch.setenv(name, "")  # so that what the function sets is taken back
-        monkeypatch.delenv(name)
-    _prepare_cuda(1)
-    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
-    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
-    _prepare_cuda(2)
-    assert (
-        "PYTORCH_ALLOC_CONF" not in os.environ and os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
-    )
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
-    _prepare_cuda(2)
-    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
