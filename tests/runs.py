@@ -1,10 +1,9 @@
-"""Whole training runs for tests: data from real comparisons, runs in worker processes or under a
+"""Whole training runs for tests: data from generated comparisons, runs in worker processes or under a
 launcher."""
 
 from __future__ import annotations
 
 import contextlib
-import gzip
 import io
 import itertools
 import os
@@ -15,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from tests.made_rows import messages, write_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 FAULTS: dict[str, list] = {}
@@ -41,12 +42,11 @@ def fault_table() -> str:
     )
 
 
-def make_data(shared: Path, model: Path, folder: Path, count: int = 60) -> str:
-    """The prefix of ``count`` real comparisons, tokenized for ``model``."""
+def make_data(model: Path, folder: Path, count: int = 60) -> str:
+    """The prefix of ``count`` comparisons, tokenized for ``model``."""
     from rmega.preferences.preprocess import PreprocessArgs, preprocess
 
-    with gzip.open(shared / "data" / "hh-rlhf" / "mix.train.pairs.jsonl.gz", "rt") as file:
-        (folder / "rows.jsonl").write_text("".join(itertools.islice(file, count)))
+    write_lines(folder / "rows.jsonl", messages(count))
     preprocess(
         PreprocessArgs(
             input=(str(folder / "rows.jsonl"),),

@@ -152,14 +152,18 @@ def length_counter(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
 
 def model_rewards(scorer: Any, sets: list[Any]) -> list[list[np.ndarray]]:
     """Rewards of every judgeable row of every set, best response first."""
-    from rmega.training.logs import Progress
+    from tqdm import tqdm
 
     out = []
     for data in sets:
-        bar = Progress(f"scoring {data.label}", len(data.judgeable))
-        rewards = scorer.score_comparisons([row.comparison for row in data.judgeable], bar.advance)
-        bar.clear()
-        out.append([np.array(r) for r in rewards])
+        with tqdm(
+            desc=f"scoring {data.label}",
+            total=len(data.judgeable),
+            leave=False,
+            disable=None if os.environ.get("RANK", "0") == "0" else True,
+        ) as bar:
+            comparisons = [row.comparison for row in data.judgeable]
+            out.append([np.array(r) for r in scorer.score_comparisons(comparisons, bar.update)])
     return out
 
 

@@ -124,7 +124,7 @@ def transformers_rewards(
     """fp32 rewards [n] by plain transformers from a written folder, in padded batches."""
     import transformers
 
-    if geometry.family == "internlm2":
+    if BACKBONES[geometry.family].code:
         load = transformers.AutoModel.from_pretrained
         options = {"trust_remote_code": True}  # the two files that this very export wrote
     else:

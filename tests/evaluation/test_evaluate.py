@@ -53,13 +53,25 @@ def length_rows(rows):
 
 
 def test_llmbar_length_heuristic(tmp_path, shared_dir, capsys):
+    """The published figure: longer responses win 27.2 % of LLMBar's pairs."""
     data = shared_dir / "data" / "llmbar" / "eval.pairs.jsonl"
+    check_length_heuristic(tmp_path, data, capsys, 0.272, "(0.232 to 0.317)", 419)
+
+
+def test_length_heuristic(tmp_path, preference_files, capsys):
+    data = preference_files / "longer_is_worse.jsonl"
+    check_length_heuristic(tmp_path, data, capsys, 0.270, "(0.193 to 0.364)", 100)
+
+
+def check_length_heuristic(tmp_path, data, capsys, accuracy, interval, pairs):
+    """Scores that are lengths, on pairs whose longer response is usually the worse one."""
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
     scores = write(tmp_path / "s.jsonl", length_rows(rows))
-    got = evaluate(tmp_path, data=[str(data)], scores=[scores])["eval.pairs"]
-    assert round(got["accuracy"], 3) == 0.272 and got["num_pairs"] == 419
+    got = evaluate(tmp_path, data=[str(data)], scores=[scores])[data.stem]
+    assert round(got["accuracy"], 3) == accuracy and got["num_pairs"] == pairs
     assert (
-        round(got["length"]["always_longer"], 3) == 0.272 and length_flag(got["length"]) == "strong"
+        round(got["length"]["always_longer"], 3) == accuracy
+        and length_flag(got["length"]) == "strong"
     )
     assert {v["about"]: v["level"] for v in got["verdict"]} | {
         "accuracy": "bad",
@@ -67,7 +79,7 @@ def test_llmbar_length_heuristic(tmp_path, shared_dir, capsys):
     } == {v["about"]: v["level"] for v in got["verdict"]}
     printed = capsys.readouterr().out
     assert (
-        "0.272  (0.232 to 0.317)" in printed
+        f"{accuracy:.3f}  {interval}" in printed
         and "Strong length bias, towards longer responses" in printed
     )
 
@@ -76,8 +88,8 @@ def test_llmbar_length_heuristic(tmp_path, shared_dir, capsys):
     got = evaluate(
         tmp_path, data=[other], scores=[write(tmp_path / "t.jsonl", length_rows(swapped))]
     )["swapped"]
-    assert round(got["accuracy"], 3) == 0.728 and length_flag(got["length"]) == "strong"
-    assert round(got["swap"]["accuracy"], 3) == 0.272
+    assert round(got["accuracy"], 3) == 1 - accuracy and length_flag(got["length"]) == "strong"
+    assert round(got["swap"]["accuracy"], 3) == accuracy
 
 
 def test_works_without_torch_transformers_matplotlib(tmp_path):
@@ -428,18 +440,18 @@ def test_probes_forgive_rounding():
     assert len(pick(items, 7)) == 7 and pick(items, 100) == items
 
 
-def test_model_path(tmp_path, stories260k, capsys):
+def test_model_path(tmp_path, small_llama, capsys):
     """A real folder: rewards equal plain transformers, probes hold, and saved scores give the same
     numbers."""
     torch = pytest.importorskip("torch")
     from transformers import AutoTokenizer, LlamaForSequenceClassification
 
     torch.manual_seed(0)
-    model = LlamaForSequenceClassification.from_pretrained(stories260k, num_labels=1)
+    model = LlamaForSequenceClassification.from_pretrained(small_llama, num_labels=1)
     torch.nn.init.normal_(model.score.weight, std=0.1)
     model.config.pad_token_id = 0
     model.save_pretrained(tmp_path / "rm")
-    AutoTokenizer.from_pretrained(stories260k).save_pretrained(tmp_path / "rm")
+    AutoTokenizer.from_pretrained(small_llama).save_pretrained(tmp_path / "rm")
     args = dict(data=[str(DEMO)], limit=12)
     got = evaluate(
         tmp_path, model=str(tmp_path / "rm"), probes=6, save_scores=str(tmp_path / "saved"), **args

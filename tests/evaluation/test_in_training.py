@@ -279,30 +279,30 @@ def test_files_hold_what_the_judge_said_and_stale_ones_go(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def data(shared_dir, stories260k, tmp_path_factory) -> dict[str, Path]:
-    """Prefixes of real comparisons, with the rows that they were made of beside them
+def data(preference_files, small_llama, tmp_path_factory) -> dict[str, Path]:
+    """Prefixes of comparisons, with the rows that they were made of beside them
     (PREFIX.jsonl). Short ones: a row that is too long is cut for all its responses together when
     it is stored, for each alone when it is scored.
     """
     from rmega.preferences.preprocess import PreprocessArgs, preprocess
 
     out = {}
-    for name, file, count, step in (
-        ("pairs", "hh-rlhf/mix.eval.pairs.jsonl.gz", 50, 7),  # 7: every source
-        ("ranked", "gsm8k-solutions/all.ranked.jsonl", 12, 1),
+    for name, file, count in (
+        ("pairs", "messages.jsonl.gz", 50),
+        ("ranked", "solutions.jsonl", 12),
     ):
         prefix = tmp_path_factory.mktemp("data") / name
         with (gzip.open if file.endswith(".gz") else open)(
-            shared_dir / "data" / file, "rt", encoding="utf-8"
+            preference_files / file, "rt", encoding="utf-8"
         ) as lines:
             short = (line for line in lines if len(line) < (1200 if name == "pairs" else 2400))
-            rows = itertools.islice(short, 0, count * step, step)
+            rows = itertools.islice(short, count)
             prefix.with_suffix(".jsonl").write_text("".join(rows), encoding="utf-8")
         with contextlib.redirect_stdout(io.StringIO()):
             preprocess(
                 PreprocessArgs(
                     input=(f"{prefix}.jsonl",),
-                    tokenizer=str(stories260k),
+                    tokenizer=str(small_llama),
                     output_prefix=str(prefix),
                     max_length=1024,
                 )
@@ -322,13 +322,13 @@ def flags(model, data, run, **more) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def single(data, stories260k, tmp_path_factory) -> tuple[Path, str]:
+def single(data, small_llama, tmp_path_factory) -> tuple[Path, str]:
     """(run folder, what it printed) of one rank with probes at each of its three evaluations."""
     run = tmp_path_factory.mktemp("single") / "run"
     ((code, said),) = run_distributed(
         runs.train_and_say,
         1,
-        flags(stories260k, data, run, eval_interval=2, save_interval=2, eval_probes="every"),
+        flags(small_llama, data, run, eval_interval=2, save_interval=2, eval_probes="every"),
     )
     assert code == 0
     return run, said
@@ -374,9 +374,9 @@ def inverted(judgement: dict) -> dict:
     [{"dp": 2}, {"tp": 2, "sp": True}, {"pp": 2, "num_layers_in_first_pipeline_stage": 3}],
     ids=["dp2", "tp2,sp", "pp2"],
 )
-def test_every_layout_judges_as_one_rank(layout, single, data, stories260k, tmp_path):
+def test_every_layout_judges_as_one_rank(layout, single, data, small_llama, tmp_path):
     argv = flags(
-        stories260k, data, tmp_path / "run", load=single[0], **layout
+        small_llama, data, tmp_path / "run", load=single[0], **layout
     )  # trained already: it only evaluates
     assert run_distributed(runs.train, 2, argv) == [0, 0]
     ours, alone = files.read_evaluations(tmp_path / "run"), files.read_evaluations(single[0])
@@ -512,21 +512,21 @@ def partial(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
         engine._rewards_of = original
 
 
-def test_a_run_that_depends_on_the_order_is_caught(data, stories260k, tmp_path):
+def test_a_run_that_depends_on_the_order_is_caught(data, small_llama, tmp_path):
     """The probe scores anew, through the packs of the training; "off" leaves it away, "last" keeps
     it for the end."""
-    argv = flags(stories260k, data, tmp_path / "run", steps=2, eval_interval=1)
+    argv = flags(small_llama, data, tmp_path / "run", steps=2, eval_interval=1)
     ((_, said),) = run_distributed(partial, 1, argv)
     judged = files.read_evaluations(tmp_path / "run")["pairs"]
     assert judged[2]["swap"]["changed_share"] > 0.2 and judged[2]["prompt"]["blank_accuracy"] == 1
     assert "[!!] pairs: Scored again with the responses in reverse order" in said
     assert "changed_share" not in judged[0]["swap"] and "changed_share" not in judged[1]["swap"]
-    argv = flags(stories260k, data, tmp_path / "off", steps=1, eval_probes="off")
+    argv = flags(small_llama, data, tmp_path / "off", steps=1, eval_probes="off")
     assert run_distributed(runs.train, 1, argv) == [0]
     assert "changed_share" not in files.read_evaluations(tmp_path / "off")["pairs"][1]["swap"]
 
 
-def test_after_a_resume(single, data, stories260k, tmp_path):
+def test_after_a_resume(single, data, small_llama, tmp_path):
     """Evaluations of later steps are gone, those before stay; the last line tells both times, where
     it can."""
     import shutil
@@ -544,7 +544,7 @@ def test_after_a_resume(single, data, stories260k, tmp_path):
     noted_seconds = json.loads(info.read_text())["train_seconds"]
     assert 0 < noted_seconds < 60
     info.write_text(json.dumps({**json.loads(info.read_text()), "train_seconds": 4000.0}))
-    argv = flags(stories260k, data, run, eval_interval=2)
+    argv = flags(small_llama, data, run, eval_interval=2)
     ((code, said),) = run_distributed(runs.train_and_say, 1, argv)
     assert (
         code == 0
@@ -579,11 +579,11 @@ def test_after_a_resume(single, data, stories260k, tmp_path):
     assert said.splitlines()[-1].endswith(" since the resume at step 4")
 
 
-def test_a_disk_error_does_not_end_the_run(data, stories260k, tmp_path):
+def test_a_disk_error_does_not_end_the_run(data, small_llama, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "evaluations").write_text("in the way")
-    ((code, said),) = run_distributed(runs.train_and_say, 1, flags(stories260k, data, run, steps=1))
+    ((code, said),) = run_distributed(runs.train_and_say, 1, flags(small_llama, data, run, steps=1))
     assert code == 0 and "done: 1 steps" in said and (run / "iter_0000001").is_dir()
     warnings = [
         line for line in said.splitlines() if line.startswith(f"warning: {run}/evaluations/")
