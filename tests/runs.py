@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -183,6 +184,15 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     }
     dcp.load(found, storage_reader=reader, no_dist=True)
     return found
+
+
+def edit_info(folder: Path, *, drop: str = "", **fields) -> None:
+    """Change fields of a checkpoint's rmega.json, or drop one, as if it had been written so."""
+    from rmega.checkpointing.run_folder import INFO, info_text
+
+    info = {**json.loads((folder / INFO).read_text()), **fields}
+    info.pop(drop, None)
+    (folder / INFO).write_text(info_text(info))
 
 
 def assert_same(one: Path, other: Path) -> None:

@@ -476,7 +476,7 @@ def test_nothing_is_built_for_a_run_that_cannot_start(
     shard.write_bytes(shard.read_bytes()[:-1])
     refused(
         program("examples/pretrain_reward.py", *flags, "--load", tmp_path / "done"),
-        "no good checkpoint",
+        "no healthy checkpoint",
         shard.name,
     )
 

@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from rmega.checkpointing import run_folder
+from rmega.checkpointing.find import damage
 from rmega.config import TrainArgs
 from rmega.export.folder import (
     RECIPE,
@@ -105,7 +106,7 @@ def convert(
     shard_bytes = parse_size(max_shard_size)
     folder = find_checkpoint(run, iteration)
     info = run_folder.read_info(folder)
-    if problem := run_folder.damage(folder, checksums=False):
+    if problem := damage(folder):
         raise ValueError(
             f"--load {folder}: damaged ({problem}); another checkpoint can be named by --iteration"
         )

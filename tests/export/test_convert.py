@@ -27,6 +27,7 @@ from rmega.models.weights import hf_shapes
 from tests.conftest import ROOT
 from tests.dist import run_distributed
 from tests.hf_fixtures import FAMILIES, Stage, hf_config, hf_tensors, tiny, write_folder
+from tests.runs import edit_info
 from tests.tiny import InMemory, random_comparisons
 
 REWARD, PAD = 3, 2
@@ -439,7 +440,7 @@ def test_few_comparisons_verify_nothing(runs, tmp_path) -> None:
     shutil.copytree(runs["llama"], run)
     path = run / "iter_0000010" / "rmega.json"
     info = json.loads(path.read_text())
-    path.write_text(json.dumps({**info, "verification": info["verification"][:3]}))
+    edit_info(path.parent, verification=info["verification"][:3])
     assert convert(run=run, output=tmp_path / "out") == 1
     assert "at least 16" in (tmp_path / "out" / UNVERIFIED).read_text()
 
@@ -471,14 +472,17 @@ def test_a_full_disk_leaves_nothing(runs, tmp_path, monkeypatch) -> None:
     ("spoil", "message"),
     [
         (lambda d: change(d, format_version=99), "checkpoint format version 99; this rmega reads"),
-        (lambda d: (change(d, files={}), (d / ".metadata").unlink()), "not a readable checkpoint"),
+        (
+            lambda d: (change(d, files=None), (d / ".metadata").unlink()),
+            "not a readable checkpoint",
+        ),
         (lambda d: next(d.glob("__0_*.distcp")).unlink(), "damaged .*No such file"),
         (lambda d: cut(next(d.glob("__0_*.distcp"))), "damaged .*bytes instead of"),
         (
-            lambda d: (change(d, files={}), next(d.glob("__0_*.distcp")).unlink()),
+            lambda d: (change(d, files=None), next(d.glob("__0_*.distcp")).unlink()),
             "missing; the checkpoint is not compl",
         ),
-        (lambda d: (change(d, files={}), cut(next(d.glob("__0_*.distcp")), 9)), "broken at"),
+        (lambda d: (change(d, files=None), cut(next(d.glob("__0_*.distcp")), 9)), "broken at"),
         (lambda d: change(d, pad_token_id=REWARD), "pad_token_id and reward_token_id are both"),
     ],
 )
@@ -496,8 +500,7 @@ def test_a_checkpoint_that_cannot_be_read(spoil, message, runs, tmp_path) -> Non
 
 
 def change(folder: Path, **fields) -> None:
-    info = json.loads((folder / "rmega.json").read_text())
-    (folder / "rmega.json").write_text(json.dumps({**info, **fields}))
+    edit_info(folder, **fields)
 
 
 def cut(file: Path, share: int = 2) -> None:
@@ -548,9 +551,7 @@ def test_an_export_of_a_run_that_goes_on_says_so(plan, planned, runs, tmp_path, 
     comparisons)."""
     run = tmp_path / "run"
     shutil.copytree(runs["llama"], run)
-    path = run / "iter_0000010" / "rmega.json"
-    info = json.loads(path.read_text())
-    path.write_text(json.dumps({**info, "num_comparisons": 368, "config": {"train": plan}}))
+    edit_info(run / "iter_0000010", num_comparisons=368, config={"train": plan})
     assert convert(run=run, output=tmp_path / "out", verify=False) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     said = f"note: {run / 'iter_0000010'} is step 10 of the {planned} that the run is planned for"

@@ -159,6 +159,7 @@ def test_a_full_disk(small_disk, small_llama, data, unbroken):
     """The saves that do not fit are said and training goes on; the last one is an error; what was
     there is good."""
     from rmega.checkpointing import run_folder
+    from rmega.checkpointing.find import damage
 
     run = small_disk / "run"
     argv = runs.flags(small_llama, data, run, steps=STEPS, dp=2, save_interval=1)
@@ -171,7 +172,7 @@ def test_a_full_disk(small_disk, small_llama, data, unbroken):
             run_distributed(runs.train, 2, argv)
         kept = run_folder.list_iterations(run)
         assert kept and kept[-1] < STEPS
-        assert all(run_folder.damage(run_folder.iteration_dir(run, i)) is None for i in kept)
+        assert all(damage(run_folder.iteration_dir(run, i)) is None for i in kept)
         assert not list(run.glob("*.partial"))
         subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
         assert run_distributed(runs.train, 2, argv) == [0, 0]
@@ -208,7 +209,7 @@ def test_a_damaged_shard(how, small_llama, data, unbroken, tmp_path):
         (code, said), (other, nothing) = run_distributed(runs.train_and_say, 2, argv)
         assert (code, other, nothing) == (0, 0, "")
         assert f"warning: damaged checkpoint left out: {shard}" in said
-        assert f"going on from {run / 'iter_0000002'}" in said
+        assert f"resuming from {run / 'iter_0000002'}" in said
         assert said.index("damaged checkpoint") < said.index("\nmodel: ")
         runs.assert_same(run / f"iter_{STEPS:07d}", unbroken())
 
@@ -438,4 +439,4 @@ def test_a_node_that_vanishes(layout, two_nodes, small_llama, data, unbroken, tm
         )
         outs = [process.communicate(timeout=120)[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0], outs
-        assert f"done: {done + 3} steps" in outs[0] and "going on from" in outs[0]
+        assert f"done: {done + 3} steps" in outs[0] and "resuming from" in outs[0]

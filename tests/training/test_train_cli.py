@@ -297,7 +297,7 @@ def scored(rank: int, world_size: int, run: str) -> str:
 
 def test_scoring_does_not_claim_to_go_on(single) -> None:
     (said,) = run_distributed(scored, 1, str(single))
-    assert f"weights from {single / f'iter_{STEPS:07d}'}\n" in said and "going on" not in said
+    assert f"weights from {single / f'iter_{STEPS:07d}'}\n" in said and "resuming" not in said
 
 
 def test_ranking_loss_starts_at_ln_2_and_replicas_agree(data, small_llama, tmp_path) -> None:
