@@ -86,9 +86,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     names = list(rows[0])
     cells = [[_cell(row[n]) for n in names] for row in rows]
     widths = [max(len(n), *(len(c[i]) for c in cells)) for i, n in enumerate(names)]
-    line = lambda values: (
-        "| " + " | ".join(v.ljust(w) for v, w in zip(values, widths, strict=True)) + " |"
-    )  # noqa: E731
+
+    def line(values: list[str]) -> str:
+        return "| " + " | ".join(v.ljust(w) for v, w in zip(values, widths, strict=True)) + " |"
+
     return "\n".join([line(names), line(["-" * w for w in widths]), *(line(c) for c in cells)])
 
 

@@ -108,7 +108,7 @@ preprocess() { # preprocess PREFIX INPUT FLAGS...
 }
 if [[ -n "$valid" ]]; then
     preprocess "$output/data/valid" "$valid"
-    preprocess "$output/data/train" "$data" --holdout "$valid" --holdout-action drop
+    preprocess "$output/data/train" "$data" --holdout "$valid"
     valid_prefix="$output/data/valid"
 else
     preprocess "$output/data/train" "$data" "${own_split[@]}"
@@ -143,13 +143,13 @@ else
     touch "$output/trained"
 fi
 
-step 4/6 "export to a Hugging Face folder, proven against the training's rewards"
+step 4/6 "export to a Hugging Face folder, verified against the training's rewards"
 if [[ -e "$output/export/config.json" && ! -e "$output/export/UNVERIFIED" ]]; then
     echo "$output/export: already there"
 else
     "$PYTHON" tools/convert_to_hf.py --load "$output/run" --output "$output/export" --force >"$output/convert.log" ||
         { cat "$output/convert.log"; fail "the export failed"; }
-    grep -E '^(wrote|proof|proven)' "$output/convert.log"
+    grep -E '^(wrote|verification|verified)' "$output/convert.log"
     echo "how to serve it with transformers, vLLM and SGLang: $output/export/README.md"
 fi
 

@@ -213,9 +213,9 @@ class CheckpointArgs:
     exit_duration_min: float | None = None
     """Save and leave with exit code 75 after so many minutes, for a queue that starts the job
     again."""
-    num_proof_comparisons: int = 16
-    """Comparisons kept with a checkpoint, with which an export proves itself: held-out ones, and
-    further ones of the training set where these are too few."""
+    num_verification_comparisons: int = 16
+    """Comparisons kept with each checkpoint, which verify its exports: held-out ones, filled up
+    with ones of the training set where these are too few."""
 
 
 @dataclasses.dataclass(kw_only=True)

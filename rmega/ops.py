@@ -446,12 +446,17 @@ def active_products(device: str | torch.device, dtype: torch.dtype) -> str:
 
 @functools.cache
 def _has_instructions(dtype: torch.dtype) -> bool:
-    """Whether oneDNN makes ATen's products of this dtype here. If not they are loops: on a core
-    with AVX2, where fp32 runs at 80 GFLOP/s, they were measured at 0.5 to 1.5 (9 where the
-    second operand is transposed).
+    """Whether this CPU multiplies in ``dtype`` itself. Without such instructions ATen's matmuls are
+    loops (0.5 to 10 GFLOP/s per core on AVX2, where fp32 reaches 80), or oneDNN emulates bf16 with
+    AVX-512 at a fifth of the rate of fp32.
     """
-    supported = getattr(torch.ops.mkldnn, _HALF[dtype], None)  # not there in a build without oneDNN
-    return supported is not None and supported()
+    supported = getattr(torch.ops.mkldnn, _HALF[dtype], None)  # absent in a build without oneDNN
+    if supported is None or not supported():
+        return False
+    emulated = dtype is torch.bfloat16 and torch.cpu._is_avx512_supported()
+    return (
+        not emulated or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

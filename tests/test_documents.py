@@ -531,5 +531,7 @@ def test_quick_start(tmp_path, stories260k):
         timeout=280,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "proven" in done.stdout and (tmp_path / "runs" / "quickstart" / "finished").is_file()
+    assert (
+        "\nverified\n" in done.stdout and (tmp_path / "runs" / "quickstart" / "finished").is_file()
+    )
     shutil.rmtree(tmp_path / "runs")

@@ -33,8 +33,7 @@ WITHIN = {
     ("data", "distributed"),
     ("checkpointing", "models"),
     ("evaluation", "scoring"),
-    # Gone with the deletions that follow: merge (RANK_FACTORS), hand-made progress bars.
-    ("data", "preferences"),
+    # Gone with the deletions that follow: hand-made progress bars.
     ("export", "training"),
     ("scoring", "training"),
 }

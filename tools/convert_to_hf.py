@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write a checkpoint as a Hugging Face folder, and prove that the folder gives the training's"""
+"""Write a checkpoint as a verified Hugging Face folder (see rmega/commands/export.py)."""
 
 import sys
 

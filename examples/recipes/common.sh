@@ -1,5 +1,5 @@
 # What the recipes share; sourced by them. Overrides come as variables: MODEL, DATA, OUT, NPROC, PYTHON, and VALID_FRACTION
-# (the share split off for validation; of a small set take more, because an export is proven with 16 held-out comparisons).
+# (the share split off for validation; of a small set take more, because an export is verified with 16 held-out comparisons).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PYTHON=${PYTHON:-python}

@@ -3,7 +3,7 @@
 RUN/iter_0000010/            written under a temporary name and renamed when every rank is done
     *.distcp, .metadata, ... megatron-core's dist_checkpointing: one key per tensor, global shapes
     hf/                      tokenizer and config.json of the base model
-    rmega.json               format version, iteration, consumed comparisons, configuration, geometry, manifest, proof,
+    rmega.json               format version, iteration, consumed comparisons, configuration, geometry, manifest, verification,
                              and "files": size and crc32 of every other file; written last
 RUN/latest_checkpointed_iteration.txt   the tracker, written after the folder has its name
 """
@@ -158,8 +158,11 @@ def _every_parameter_known(optimizer) -> Iterator[None]:
 
 
 def _allocate_state(optimizer) -> None:
-    """Give torch's Adam the state that it makes itself only in its first step; zeros, as it
-    would."""
+    """Give Adam the state that it creates itself only in its first step: zeros, as it would.
+
+    torch's also wants a step counter; FusedAdam of Transformer Engine and apex counts in its
+    groups, and Megatron-Core knows how to fill it.
+    """
     for part in optimizer.chained_optimizers:
         inner = part.optimizer
         if isinstance(inner, torch.optim.Adam):
@@ -171,6 +174,8 @@ def _allocate_state(optimizer) -> None:
                             exp_avg=torch.zeros_like(p),
                             exp_avg_sq=torch.zeros_like(p),
                         )
+        elif inner is not None:
+            part.init_state_fn(inner, part.config)  # leaves state alone that is there
 
 
 def _prepare_loading(optimizer) -> None:

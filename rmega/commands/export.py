@@ -1,10 +1,9 @@
-"""Write a checkpoint as a Hugging Face folder, and prove that the folder gives the training's
-rewards.
+"""Write a checkpoint as a Hugging Face folder, and verify that it gives the training's rewards.
 
     python tools/convert_to_hf.py --load RUN --output FOLDER
 
-Reads any layout on one process without building the model. Exit code 0: written and proven; 1: the
-proof failed, and the folder holds a file UNVERIFIED; 2: nothing was written.
+Reads any layout on one process without building the model. Exit code 0: written and verified; 1: the
+verification failed, and the folder holds a file UNVERIFIED; 2: nothing was written.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from rmega.cli import parse_args, run_tool
 
 @dataclasses.dataclass(kw_only=True)
 class Args:
-    """Write a checkpoint as a Hugging Face folder, and prove that the folder gives the training's
+    """Write a checkpoint as a Hugging Face folder, and verify that it gives the training's
     rewards."""
 
     load: str
@@ -40,11 +39,11 @@ class Args:
     """Largest size of one file."""
     force: bool = False
     """Replace the output folder if it exists."""
-    no_proof: bool = False
-    """Do not score with the result; the folder stays marked as unverified. For machines too small
-    for the model."""
-    only_proof: bool = False
-    """Write no weights: prove the folder that --output already holds."""
+    verify: bool = True
+    """Compare the folder's rewards with those of the training. --no-verify leaves it marked as
+    UNVERIFIED: for machines too small to run the model."""
+    verify_only: bool = False
+    """Write no weights: verify the folder that --output already holds."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,8 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         family=args.format,
         max_shard_size=args.max_shard_size,
         force=args.force,
-        proof=not args.no_proof,
-        write=not args.only_proof,
+        verify=args.verify,
+        write=not args.verify_only,
     )
 
 

@@ -4,7 +4,6 @@ python tools/inspect_data.py PREFIX                     counts, lengths, savings
 python tools/inspect_data.py PREFIX show 0 17           comparisons as text
 python tools/inspect_data.py PREFIX verify              checksums, bounds, fingerprint
 python tools/inspect_data.py PREFIX report --output page.html
-python tools/inspect_data.py PREFIX merge OTHER ... --output ALL
 """
 
 from __future__ import annotations
@@ -26,18 +25,15 @@ from rmega.config import NONE
 class InspectArgs:
     prefix: Positional[str]
     """The dataset, without suffix."""
-    action: Positional[Literal["stats", "show", "verify", "report", "merge"]] = "stats"
+    action: Positional[Literal["stats", "show", "verify", "report"]] = "stats"
     """What to do."""
     rest: Annotated[Positional[list[str]], NONE] = dataclasses.field(default_factory=list)
-    """show: numbers of comparisons (from 0). merge: the other datasets."""
+    """show: numbers of comparisons (from 0)."""
     tokenizer: str | None = None
     """Folder of the tokenizer; default: the one the dataset was written with, if it is still
     there."""
     output: str | None = None
-    """report: the HTML file. merge: where to write."""
-    duplicates: Literal["keep", "drop"] = "keep"
-    """merge: comparisons that lie in several of the datasets. drop: keep the first, and none of
-    those that contradict each other."""
+    """report: the HTML file."""
     force: bool = False
     """Replace an existing output."""
     json: bool = False
@@ -50,7 +46,7 @@ def main(args: InspectArgs) -> int:
     from rmega.data.indexed import open_preferences
     from rmega.data.stats import describe, show, summarise
 
-    if args.rest and args.action not in ("show", "merge"):
+    if args.rest and args.action != "show":
         raise ValueError(f"{args.action}: takes no further arguments ({' '.join(args.rest)})")
     dataset = open_preferences(args.prefix)
     if args.action == "stats":
@@ -78,39 +74,14 @@ def main(args: InspectArgs) -> int:
             )
         )
         return 1 if wrong else 0
-    elif args.action == "merge":
-        from rmega.data.integrity import merge
-
-        if not args.rest or not args.output:
-            raise ValueError("merge: name the other datasets, and --output")
-        manifest = merge(
-            [args.prefix, *args.rest], args.output, force=args.force, duplicates=args.duplicates
-        )
-        between = manifest["input"]["between"]
-        if between["duplicates"] or between["contradictions"]:
-            end = (
-                f"left out, listed in {args.output}.rejected.jsonl"
-                if between["dropped"]
-                else "kept (--duplicates drop leaves them out)"
-            )
-            print(
-                f"between the datasets: {between['duplicates']:,} comparisons again,"
-                f" {between['contradictions']:,} that contradict each other; {end}"
-            )
-        print(
-            f"{args.output}: {manifest['num_comparisons']:,} comparisons,"
-            f" {manifest['num_tokens']:,} tokens"
-        )
     else:
-        from rmega.report.dataset import report
+        from rmega.report.dataset import write_dataset_report
 
         output = Path(args.output or f"{args.prefix}.html")
         if output.exists() and not args.force:
             raise ValueError(f"--output {output}: exists already; --force replaces it")
-        output.write_text(
-            report(dataset, load_tokenizer(args.tokenizer, dataset.manifest, needed=False)),
-            encoding="utf-8",
-        )
+        tokenizer = load_tokenizer(args.tokenizer, dataset.manifest, needed=False)
+        write_dataset_report(output, dataset, tokenizer)
         print(output)
     return 0
 

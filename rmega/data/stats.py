@@ -146,6 +146,14 @@ def _padded(lengths: Lengths, size: int) -> int:
     )
 
 
+def heuristic_text(share: dict[str, Any]) -> str:
+    """Accuracy of a rule with its 95 % interval; "-" where no pair can tell."""
+    if not share["pairs"]:
+        return "-"
+    low, high = share["interval"]
+    return f"{share['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {share['pairs']:,} pairs"
+
+
 def describe(summary: dict[str, Any]) -> list[str]:
     """The summary as lines of text."""
 
@@ -158,15 +166,6 @@ def describe(summary: dict[str, Any]) -> list[str]:
             else "-"
         )
 
-    def heuristic(name: str, none: str) -> str:
-        s = summary[name]
-        if not s["pairs"]:
-            return none
-        return (
-            f"{s['accuracy']:.3f} [{s['interval'][0]:.3f}, {s['interval'][1]:.3f}] of"
-            f" {s['pairs']:,} pairs"
-        )
-
     tokens, num = summary["tokens"], max(1, summary["comparisons"])
     responses = ", ".join(f"{n:,} with {k}" for k, n in summary["responses_per_comparison"].items())
     margin = (
@@ -175,6 +174,9 @@ def describe(summary: dict[str, Any]) -> list[str]:
         else ""
     )
     saved = 1 - tokens["stored"] / tokens["without_sharing"] if tokens["without_sharing"] else 0.0
+    position = heuristic_text(summary["position_heuristic"])
+    if position == "-":
+        position = "- (the order in the rows is the label itself)"
     lines = [
         f"comparisons          {summary['comparisons']:,} (responses: {responses})",
         (
@@ -195,11 +197,8 @@ def describe(summary: dict[str, Any]) -> list[str]:
             f" {tokens['without_sharing'] / num:,.0f} without the shared prefix,"
             f" {tokens['padded_in_fours'] / num:,.0f} padded in fours"
         ),
-        f"longer response wins {heuristic('length_heuristic', '-')}",
-        (
-            "first response wins "
-            f" {heuristic('position_heuristic', '- (the order in the rows is the label itself)')}"
-        ),
+        f"longer response wins {heuristic_text(summary['length_heuristic'])}",
+        f"first response wins  {position}",
         "scripts              "
         + (", ".join(f"{k} {v:,}" for k, v in summary["scripts"].items()) or "-"),
     ]

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -94,15 +93,10 @@ def _origin(dataset: Any) -> dict[str, Any]:
     """Of which files a dataset was made, as tools/evaluate.py says it. What was left out of one
     that was split is not known for its parts."""
     manifest = dataset.manifest
-    parts = manifest.get("input", {}).get("merged") or [manifest.get("input", {})]
-    schemas = dict.fromkeys(
-        str(file.get("schema", "")) for part in parts for file in part.get("files", ())
-    )
-    left: Counter[str] = Counter()
-    for part in parts:
-        left.update(part.get("rejected", {}))
+    made_of = manifest.get("input", {})
+    schemas = dict.fromkeys(str(file.get("schema", "")) for file in made_of.get("files", ()))
     return {
         "data": dataset.prefix,
         "schema": ", ".join(schemas),
-        "left_out": {} if manifest.get("split") else dict(left),
+        "left_out": {} if manifest.get("split") else made_of.get("rejected", {}),
     }

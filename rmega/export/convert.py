@@ -1,4 +1,4 @@
-"""From a run to a Hugging Face folder that is proven: the steps in order, and what happens when one
+"""From a run to a verified Hugging Face folder: the steps in order, and what happens when one
 fails."""
 
 from __future__ import annotations
@@ -91,11 +91,11 @@ def convert(
     family: str = "auto",
     max_shard_size: str = "5GB",
     force: bool = False,
-    proof: bool = True,
+    verify: bool = True,
     write: bool = True,
 ) -> int:
-    """Export one checkpoint of ``run`` to ``output`` and prove it. Returns 0, or 1 if the proof
-    failed.
+    """Export one checkpoint of ``run`` to ``output`` and verify it. Returns 0, or 1 if the
+    verification failed.
 
     The folder appears whole or not at all. It holds a file UNVERIFIED from its first moment until
     its rewards have been confirmed. Raises ValueError or OSError, with nothing written, on anything
@@ -121,18 +121,18 @@ def convert(
         dtype = info.get("dtype", "float32") if dtype == "auto" else dtype
         _check_output(output, force)
         _write(folder, info, output, geometry, dtype, shard_bytes)
-        if not proof:
+        if not verify:
             mark_unverified(
                 output,
                 "The rewards of this folder have not been compared with those of the training "
-                "(--no-proof). Prove it with: tools/convert_to_hf.py --only-proof",
+                "(--no-verify). Verify it with: tools/convert_to_hf.py --verify-only",
             )
-            say(f"not proven (--no-proof): {output / UNVERIFIED}")
+            say(f"not verified (--no-verify): {output / UNVERIFIED}")
             _show_usage(output)
             return 0
     else:
         geometry, dtype = _written_geometry(output, trained)
-    return _prove(folder, info, output, geometry, dtype)
+    return _verify(folder, info, output, geometry, dtype)
 
 
 def _check_output(output: Path, force: bool) -> None:
@@ -207,7 +207,7 @@ def _write(
             source=folder.name,
             example=example,
             evaluation=evaluations(folder.parent, info["iteration"]),
-            proof=None,
+            verification=None,
         )
         for file in sorted((folder / "hf").glob("LICENSE*")):
             shutil.copyfile(file, partial / file.name)
@@ -241,20 +241,22 @@ def _written_geometry(output: Path, trained: Geometry) -> tuple[Geometry, str]:
     return geometry, config["dtype"]
 
 
-def _prove(folder: Path, info: dict[str, Any], output: Path, geometry: Geometry, dtype: str) -> int:
-    from rmega.export.verify import prove
+def _verify(
+    folder: Path, info: dict[str, Any], output: Path, geometry: Geometry, dtype: str
+) -> int:
+    from rmega.export.verify import verify_export
 
-    mark_unverified(output, "The proof of this folder has not come to its end.")
+    mark_unverified(output, "The verification of this folder was interrupted.")
     written = json.loads((output / "config.json").read_text(encoding="utf-8"))
     info = {**info, "pad_token_id": written["pad_token_id"]}
     recipe_path = output / RECIPE
     recipe = json.loads(recipe_path.read_text(encoding="utf-8")) if recipe_path.is_file() else {}
     example = recipe.get("example")
-    proof = prove(
+    result = verify_export(
         folder, info, output, geometry, dtype, example=(example or {}).get("token_ids"), say=say
     )
     if example:
-        example["reward"] = proof.example_reward
+        example["reward"] = result.example_reward
     recipe = write_recipe(
         output,
         info=info,
@@ -263,27 +265,27 @@ def _prove(folder: Path, info: dict[str, Any], output: Path, geometry: Geometry,
         source=folder.name,
         example=example,
         evaluation=evaluations(folder.parent, info["iteration"]),
-        proof=dataclasses.asdict(proof),
+        verification=dataclasses.asdict(result),
     )
     write_card(output, recipe, folder / "hf")
-    say(f"proof: {proof.weights}")
-    kept = kept_comparisons(proof.comparisons, proof.held_out)
+    say(f"verification: {result.weights}")
+    kept = kept_comparisons(result.comparisons, result.held_out)
     say(
-        f"proof: {proof.responses} responses of {kept}: largest difference"
-        f" {proof.largest_difference:.3g} on rewards up to {proof.largest_reward:.3g} ="
-        f" {proof.relative_difference:.2g} relative, tolerance {proof.tolerance:.0e}"
+        f"verification: {result.responses} responses of {kept}: largest difference"
+        f" {result.largest_difference:.3g} on rewards up to {result.largest_reward:.3g} ="
+        f" {result.relative_difference:.2g} relative, tolerance {result.tolerance:.0e}"
     )
-    if proof.rounding_effect:
+    if result.rounding_effect:
         say(
-            f"proof: rounding the weights to {dtype} moves a reward by {proof.rounding_effect:.3g}"
+            f"verification: rounding the weights to {dtype} moves a reward by {result.rounding_effect:.3g}"
             " at most"
         )
-    if not proof.passed:
-        mark_unverified(output, proof.why)
-        say(f"NOT PROVEN: {proof.why} The folder is marked: {output / UNVERIFIED}")
+    if not result.passed:
+        mark_unverified(output, result.why)
+        say(f"NOT VERIFIED: {result.why} The folder is marked: {output / UNVERIFIED}")
         return 1
     (output / UNVERIFIED).unlink()
-    say("proven")
+    say("verified")
     _show_usage(output)
     return 0
 

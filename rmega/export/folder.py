@@ -13,7 +13,7 @@ from typing import Any
 
 from rmega import __version__
 from rmega.evaluation.files import eval_rows
-from rmega.models import BACKBONES
+from rmega.models import BACKBONES, hf_internlm2
 from rmega.models.geometry import Geometry
 
 UNVERIFIED = "UNVERIFIED"
@@ -47,7 +47,7 @@ def write_config(folder: Path, geometry: Geometry, info: dict[str, Any], dtype: 
     )
     write_json(folder / "config.json", config)
     if geometry.family == "internlm2":
-        code = Path(__file__).parent / "models" / "hf_internlm2"
+        code = Path(hf_internlm2.__file__).parent
         for file in ("configuration_internlm2.py", "modeling_internlm2.py"):
             shutil.copyfile(code / file, folder / file)
 
@@ -129,7 +129,7 @@ def choose_pad_token(
     choose. The training's own where no token is free.
     """
     used = {*example, info["reward_token_id"]}
-    for kept in info.get("proof") or ():
+    for kept in info.get("verification") or ():
         used.update(kept["prefix"], *kept["suffixes"])
     special = {
         int(index): str(token)
@@ -188,7 +188,7 @@ def write_recipe(
     source: str,
     example: dict[str, Any] | None,
     evaluation: list[dict[str, Any]],
-    proof: dict[str, Any] | None,
+    verification: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """``reward_recipe.json``: everything that a client or a later training must know to get the
     same rewards."""
@@ -213,7 +213,7 @@ def write_recipe(
         "data": {key: value for key, value in manifest.items() if key != "chat_template"},
         "config": info.get("config"),
         "evaluation": evaluation,
-        "proof": proof,
+        "verification": verification,
         "example": example,
     }
     write_json(folder / RECIPE, recipe)

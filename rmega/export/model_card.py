@@ -8,7 +8,7 @@ from typing import Any
 
 
 def kept_comparisons(count: int, held_out: int) -> str:
-    """What a proof was made with: "16 held-out comparisons", "16 comparisons (4 held out, 12 of the
+    """What an export was verified with: "16 held-out comparisons", "16 comparisons (4 held out, 12 of the
     training set)"."""
     if held_out == count:
         return f"{count} held-out comparisons"
@@ -113,7 +113,7 @@ def client_duties(recipe: dict[str, Any]) -> list[str]:
 def write_card(folder: Path, recipe: dict[str, Any], base: Path) -> None:
     """``README.md`` of the export. ``base`` is the folder with the base model's own files (for its
     license)."""
-    proof, license_name = recipe.get("proof"), base_license(base)
+    verification, license_name = recipe.get("verification"), base_license(base)
     head = [
         "---",
         "library_name: transformers",
@@ -152,8 +152,8 @@ def write_card(folder: Path, recipe: dict[str, Any], base: Path) -> None:
         f"| pad token | {recipe['pad_token_id']} {_code(recipe.get('pad_token'))} |",
         "",
     ]
-    lines += ["## Proof", ""]
-    if proof is None:
+    lines += ["## Verification", ""]
+    if verification is None:
         lines += [
             (
                 "**Not verified**: the rewards of this folder have not been compared with those of"
@@ -162,16 +162,16 @@ def write_card(folder: Path, recipe: dict[str, Any], base: Path) -> None:
             "",
         ]
     else:
-        verdict = "agree" if proof["passed"] else "**DO NOT AGREE: do not use this folder**"
+        verdict = "agree" if verification["passed"] else "**DO NOT AGREE: do not use this folder**"
         lines += [
             (
-                f"{proof['responses']} responses of"
-                f" {kept_comparisons(proof['comparisons'], proof['held_out'])}, scored by the"
-                f" training code and by plain transformers {proof['transformers']} from this"
-                f" folder: they {verdict} (largest difference {proof['largest_difference']:.3g} on"
-                f" rewards up to {proof['largest_reward']:.3g}, that is"
-                f" {proof['relative_difference']:.2g}; tolerance {proof['tolerance']:.0e})."
-                f" {proof['weights']}"
+                f"{verification['responses']} responses of"
+                f" {kept_comparisons(verification['comparisons'], verification['held_out'])}, scored by the"
+                f" training code and by plain transformers {verification['transformers']} from this"
+                f" folder: they {verdict} (largest difference {verification['largest_difference']:.3g} on"
+                f" rewards up to {verification['largest_reward']:.3g}, that is"
+                f" {verification['relative_difference']:.2g}; tolerance {verification['tolerance']:.0e})."
+                f" {verification['weights']}"
             ),
             "",
         ]

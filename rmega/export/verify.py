@@ -1,4 +1,4 @@
-"""Proof of an export: every written value is the checkpoint's, and plain transformers gives the
+"""Verification of an export: every written value is the checkpoint's, and plain transformers gives the
 training's rewards.
 
 Both sides compute in fp32 on the same rounded weights, so that one tolerance serves every dtype:
@@ -28,8 +28,8 @@ comparisons."""
 
 
 @dataclasses.dataclass(kw_only=True)
-class Proof:
-    """What a proof found. ``relative_difference`` is what is held against ``tolerance``."""
+class Verification:
+    """What a verification found. ``relative_difference`` is what is held against ``tolerance``."""
 
     passed: bool
     comparisons: int
@@ -157,7 +157,7 @@ def transformers_rewards(
     return torch.cat(rewards) if rewards else torch.zeros(0)
 
 
-def prove(
+def verify_export(
     checkpoint_folder: Path,
     info: dict[str, Any],
     folder: Path,
@@ -166,7 +166,7 @@ def prove(
     *,
     example: Sequence[int] | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> Proof:
+) -> Verification:
     """Hold a written folder against its checkpoint. ``geometry`` is that of the folder (its family
     may be another).
 
@@ -175,7 +175,7 @@ def prove(
     import transformers
 
     source = CheckpointTensors(checkpoint_folder)
-    kept = info.get("proof") or ()
+    kept = info.get("verification") or ()
     items = [
         [[*comparison["prefix"], *suffix] for suffix in comparison["suffixes"]]
         for comparison in kept
@@ -203,10 +203,10 @@ def prove(
         why.append(f"Rewards differ by {relative:.3g} relative, more than {TOLERANCE:.0e}.")
     if len(kept) < MIN_COMPARISONS:
         why.append(
-            f"The checkpoint holds {len(kept)} comparisons for a proof; at least {MIN_COMPARISONS}"
-            " are needed (--num-proof-comparisons of the training)."
+            f"The checkpoint holds {len(kept)} comparisons to verify with; at least {MIN_COMPARISONS}"
+            " are needed (--num-verification-comparisons of the training)."
         )
-    return Proof(
+    return Verification(
         passed=not why,
         comparisons=len(kept),
         held_out=sum(x.get("held_out", True) for x in kept),

@@ -1,8 +1,7 @@
 """The work folder of a preprocessing run, and its end: from the pieces to the dataset.
 
-``PREFIX.partial`` holds everything converted so far in plain growing files and a journal with a
-line per chunk. A run that was killed leaves it; ``--resume`` cuts the files back to the last whole
-journal line and goes on from there.
+``PREFIX.partial`` holds everything converted so far in plain growing files, because a large set does
+not fit into memory. It is removed at the end, also at the end by an error.
 """
 
 from __future__ import annotations
@@ -27,104 +26,48 @@ if TYPE_CHECKING:
     from rmega.preferences.sources import Chunk, Input
     from rmega.preferences.worker import ChunkResult
 
-_FILES = ("tokens", "lengths", "scores", "documents", "rejected")
+_TYPES = {
+    "tokens": np.dtype(np.int32),
+    "lengths": np.dtype(np.int32),
+    "scores": np.dtype(np.float32),
+    "documents": dedup.DOCUMENT,
+}
 MAX_SOURCES = 4096
 
 
 class WorkFolder:
-    """Grows by a chunk at a time; see the head of this file."""
+    """Grows by a chunk at a time; see the head of this file. A context manager."""
 
-    def __init__(
-        self,
-        prefix: str,
-        identity: dict[str, Any],
-        inputs: Sequence[Input],
-        *,
-        resume: bool,
-        force: bool,
-    ) -> None:
-        """``identity``: what a resumed run must share with the interrupted one, by flag."""
+    def __init__(self, prefix: str, inputs: Sequence[Input]) -> None:
         self.prefix, self.inputs = prefix, inputs
         self.folder = Path(f"{prefix}.partial")
         self.hashes: dict[str, str] = {}
-        self.num_chunks = self.num_rows = 0
+        self.num_rows = 0
         self.rejected: Counter[str] = Counter()
         self.missing: Counter[str] = Counter()
-        """Column -> rows that were rejected because it is not there."""
+        """Column -> rows that were rejected because it is missing."""
         self.notes: Counter[str] = Counter()
         self.source_names: list[str] = []
         self.first_fault = ""
         self._names: dict[str, int] = {}
-        identity = json.loads(json.dumps(identity))
-        sizes = dict.fromkeys(_FILES, 0)
-        entries = self._read_journal()
-        if resume and len(entries) > 1:
-            self._check_identity(entries[0], identity)
-            sizes = self._take_up(entries)
-        elif len(entries) > 1 and not force:
-            raise ValueError(
-                f"--output-prefix {prefix}: {self.folder} holds an interrupted run "
-                f"({entries[-1]['rows']:,} rows); --resume goes on with it, --force starts afresh"
-            )
-        else:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-            self._path("journal").write_text(json.dumps(identity) + "\n", encoding="utf-8")
-        self._streams = {name: open(self._path(name), "ab") for name in _FILES}
-        for name, stream in self._streams.items():
-            stream.truncate(sizes[name])
-        self._journal = open(self._path("journal"), "a", encoding="utf-8")
+        shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was killed
+        self.folder.mkdir(parents=True)
+        self._streams = {name: open(self._path(name), "wb") for name in (*_TYPES, "rejected")}
+
+    def __enter__(self) -> WorkFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in self._streams.values():
+            stream.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, name: str) -> Path:
         return self.folder / name
 
-    def _read_journal(self) -> list[dict[str, Any]]:
-        """Whole lines of the journal; the first is the run's identity."""
-        entries = []
-        if self._path("journal").is_file():
-            for line in self._path("journal").read_text(encoding="utf-8").splitlines():
-                try:
-                    entries.append(json.loads(line))
-                except ValueError:  # the last line of a killed run
-                    break
-        return entries
-
-    def _check_identity(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        for flag, value in new.items():
-            if old.get(flag) != value:
-                raise ValueError(
-                    f"--resume: {flag} differs from the interrupted run's ({old.get(flag)} then,"
-                    f" {value} now); run it as before, or start afresh with --force"
-                )
-
-    def _take_up(self, entries: list[dict[str, Any]]) -> dict[str, int]:
-        while len(entries) > 1 and any(
-            self._path(n).stat().st_size < entries[-1]["sizes"][n] for n in _FILES
-        ):
-            entries.pop()  # the machine went down before everything reached the disk
-        self._path("journal").write_text(
-            "".join(json.dumps(e) + "\n" for e in entries), encoding="utf-8"
-        )
-        for entry in entries[1:]:
-            self.source_names += entry["new_sources"]
-            self.first_fault = self.first_fault or entry["first_fault"]
-        self._names = {name: i for i, name in enumerate(self.source_names)}
-        self.num_chunks = len(entries) - 1
-        if self.num_chunks == 0:
-            return dict.fromkeys(_FILES, 0)
-        last = entries[-1]
-        self.num_rows, self.rejected, self.notes = (
-            last["rows"],
-            Counter(last["rejected"]),
-            Counter(last["notes"]),
-        )
-        self.missing = Counter(last.get("missing", {}))
-        return last["sizes"]
-
     def append(self, chunk: Chunk, result: ChunkResult) -> None:
-        """Add a chunk's result; after this it is kept."""
+        """Add a chunk's result."""
         documents = np.frombuffer(result.documents, dedup.DOCUMENT).copy()
-        known = len(self.source_names)
         for name in result.source_names:
             if name not in self._names:
                 self._names[name] = len(self.source_names)
@@ -144,30 +87,16 @@ class WorkFolder:
                 )
         self.notes += result.notes
         self.num_rows += result.num_rows
-        self.num_chunks += 1
-        rejected = "".join(
-            json.dumps([chunk.input_index, *entry]) + "\n" for entry in result.rejected
-        ).encode()
-        for name, data in (
-            ("tokens", result.tokens),
-            ("lengths", result.lengths),
-            ("scores", result.scores),
-            ("documents", documents.tobytes()),
-            ("rejected", rejected),
-        ):
-            self._streams[name].write(data)
-            self._streams[name].flush()
-        entry = {
-            "rows": self.num_rows,
-            "sizes": {n: s.tell() for n, s in self._streams.items()},
-            "rejected": self.rejected,
-            "missing": self.missing,
-            "notes": self.notes,
-            "new_sources": self.source_names[known:],
-            "first_fault": self.first_fault,
-        }
-        self._journal.write(json.dumps(entry) + "\n")
-        self._journal.flush()
+        for name in ("tokens", "lengths", "scores"):
+            self._streams[name].write(getattr(result, name))
+        self._streams["documents"].write(documents.tobytes())
+        self._streams["rejected"].writelines(
+            json.dumps([chunk.input_index, *entry]).encode() + b"\n" for entry in result.rejected
+        )
+
+    def _flush(self) -> None:
+        for stream in self._streams.values():
+            stream.flush()
 
     def check_faults(self, max_rejected: float, at_least: int = 0) -> None:
         """ValueError, with the rejected file written, if too many of the rows are faulty."""
@@ -185,21 +114,16 @@ class WorkFolder:
         )
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """tokens int32, lengths int32 [S], scores float32 [S], documents `checks.DOCUMENT` [N],
+        """tokens int32, lengths int32 [S], scores float32 [S], documents `dedup.DOCUMENT` [N],
         from the files."""
-        types = {
-            "tokens": np.int32,
-            "lengths": np.int32,
-            "scores": np.float32,
-            "documents": dedup.DOCUMENT,
-        }
+        self._flush()
         return {
             name: (
                 np.memmap(self._path(name), dtype, "r").view(np.ndarray)
                 if self._path(name).stat().st_size
                 else np.zeros(0, dtype)
             )
-            for name, dtype in types.items()
+            for name, dtype in _TYPES.items()
         }
 
     def write_rejected(self, further: list[tuple[int, int, str, str]]) -> str | None:
@@ -212,6 +136,7 @@ class WorkFolder:
         if not self.rejected and not further:
             Path(path).unlink(missing_ok=True)
             return None
+        self._flush()
         further = sorted(further)
         with open(f"{path}.tmp", "w", encoding="utf-8") as out:
             for index, line, reason, detail, text in self._merged(further):
@@ -245,24 +170,9 @@ class WorkFolder:
         for entry in further[later:]:
             yield *entry, ""
 
-    def close(self) -> None:
-        """Close the files and leave the folder for --resume."""
-        for stream in (*self._streams.values(), self._journal):
-            stream.close()
-
-    def remove(self) -> None:
-        """Close and delete the folder."""
-        self.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
 
 def select(
-    work: WorkFolder,
-    documents: np.ndarray,
-    *,
-    duplicates: str,
-    held_out: np.ndarray | None,
-    holdout_action: str,
+    work: WorkFolder, documents: np.ndarray, *, duplicates: str, held_out: np.ndarray | None
 ) -> tuple[np.ndarray, list[tuple[int, int, str, str]], dict[str, int]]:
     """(kept [N] bool, further rejected rows, overlap with the held-out set). Counts into
     ``work.rejected``."""
@@ -296,8 +206,7 @@ def select(
             "comparisons": int((inside & keep).sum()),
             "held_out_prompts": len(held_out),
         }
-        if holdout_action == "drop":
-            leave_out(inside, "holdout")
+        leave_out(inside, "holdout")
     return keep, further, overlap
 
 
@@ -309,21 +218,16 @@ def finish(
     schemas: Sequence[str],
     duplicates: str,
     held_out: np.ndarray | None,
-    holdout_action: str,
     valid_fraction: float,
-    split_seed: int,
     max_rejected: float,
 ) -> list[dict[str, Any]]:
-    """Check the whole, write the dataset(s) at ``outputs`` (training, then validation), remove the
-    folder.
+    """Check the whole and write the dataset(s) at ``outputs`` (training, then validation).
 
     ``settings`` is the tokenizer's part of the manifest. Returns the manifests.
     """
     arrays = work.arrays()
     documents = arrays["documents"]
-    keep, further, overlap = select(
-        work, documents, duplicates=duplicates, held_out=held_out, holdout_action=holdout_action
-    )
+    keep, further, overlap = select(work, documents, duplicates=duplicates, held_out=held_out)
     work.check_faults(max_rejected)
     assert int(keep.sum()) + sum(work.rejected.values()) == work.num_rows, (
         "a row is neither kept nor rejected"
@@ -335,9 +239,7 @@ def finish(
         )
     valid = np.zeros(len(documents), bool)
     if valid_fraction:
-        valid = dedup.split_by_prompt(documents, keep, valid_fraction, split_seed)
-    weights = np.array([s.weight for s in work.inputs])
-    times = dedup.draw_by_weight(documents, weights[documents["file"]])
+        valid = dedup.split_by_prompt(documents, keep, valid_fraction)
     names, source_ids = _source_table(work, documents)
     work.write_rejected(further)
     run = {
@@ -349,7 +251,6 @@ def finish(
             {
                 "name": s.name,
                 "schema": schema,
-                "weight": s.weight,
                 "sha256": work.hashes.get(s.name),
                 "split": s.split,
                 "revision": s.revision,
@@ -358,14 +259,11 @@ def finish(
         ],
     }
     manifests, writers = [], []
-    split = {"valid_fraction": valid_fraction, "seed": split_seed}
     try:
         for part, output, mask in zip(
             ("train", "valid"), outputs, (keep & ~valid, keep & valid), strict=False
         ):
-            chosen = np.repeat(np.flatnonzero(mask), times[mask])
-            if not len(chosen):
-                raise ValueError(f"--weights: nothing is left for {output}")
+            chosen = np.flatnonzero(mask)
             writer = PreferenceWriter(output)
             writers.append(writer)
             _copy(arrays, chosen, source_ids, writer)
@@ -377,8 +275,11 @@ def finish(
                         **_heuristics(documents[chosen]),
                         "sources": names,
                         "input": run,
-                        "split": {"part": part, **split} if valid_fraction else None,
-                        "left_out_by_weight": int((times[mask] == 0).sum()),
+                        "split": (
+                            {"part": part, "valid_fraction": valid_fraction}
+                            if valid_fraction
+                            else None
+                        ),
                         "holdout": overlap or None,
                     }
                 )
@@ -389,7 +290,6 @@ def finish(
         for writer in writers:
             writer.abort()
         raise
-    work.remove()
     return manifests
 
 
@@ -401,7 +301,7 @@ def _source_table(work: WorkFolder, documents: np.ndarray) -> tuple[list[str], n
     labels = sorted({s.label for s in work.inputs})
     of_input = np.array([labels.index(s.label) for s in work.inputs], np.uint16)
     work.notes[
-        f"more than {MAX_SOURCES} names in the source column: the files' names stand instead"
+        f"more than {MAX_SOURCES} names in the source column: the files' names are used instead"
     ] += 1
     return labels, of_input[documents["file"]]
 

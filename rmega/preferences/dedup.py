@@ -167,9 +167,7 @@ def find_duplicates(documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return duplicate & ~contradiction, contradiction
 
 
-def split_by_prompt(
-    documents: np.ndarray, keep: np.ndarray, fraction: float, seed: int
-) -> np.ndarray:
+def split_by_prompt(documents: np.ndarray, keep: np.ndarray, fraction: float) -> np.ndarray:
     """True [N] for the validation side: about ``fraction`` of the kept comparisons, whole groups of
     one opening.
 
@@ -183,7 +181,7 @@ def split_by_prompt(
             "--valid-fraction: all comparisons begin with the same question: no split by prompt"
             " exists"
         )
-    rank = np.random.Generator(np.random.Philox(key=seed)).permutation(len(unique))
+    rank = np.random.Generator(np.random.Philox(key=0)).permutation(len(unique))
     before = np.concatenate([[0], np.cumsum(counts[rank])[:-1]])
     wanted = max(1.0, fraction * len(openings))
     chosen = np.zeros(len(unique), bool)
@@ -193,12 +191,3 @@ def split_by_prompt(
     valid = np.zeros(len(documents), bool)
     valid[np.flatnonzero(keep)] = chosen[inverse]
     return valid
-
-
-def draw_by_weight(documents: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """How often each comparison is written, int64 [N]; the fraction of ``weights`` [N] is drawn by
-    the texts' hash."""
-    whole = np.floor(weights)
-    mixed = (documents["prompt"] ^ documents["order"]) * np.uint64(0x9E3779B97F4A7C15)
-    drawn = (mixed >> np.uint64(11)).astype(np.float64) / float(1 << 53)
-    return (whole + (drawn < weights - whole)).astype(np.int64)

@@ -1,10 +1,9 @@
 """From raw preference data to a dataset on disk: read, convert, tokenize in all cores, check,
 write.
 
-Chunks go to worker processes and come back in order; what comes back is appended to a work folder,
-``PREFIX.partial``, with a journal line per chunk, so that an interrupted run can go on. When all
-chunks are there, the checks over the whole set run and the dataset is put in place. Nothing of the
-output depends on the number of workers.
+Chunks go to worker processes and come back in order; what comes back is appended to the files of a
+work folder, ``PREFIX.partial``. After the last chunk, the checks over the whole set run and the
+dataset is put in place. Nothing of the output depends on the number of workers.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Annotated, Any
 
 import numpy as np
@@ -40,7 +38,7 @@ class PreprocessArgs:
 
     input: list[str]
     """Files (.jsonl .json .csv .tsv .parquet .arrow, also .gz .zst), globs, folders, or hub data
-    sets (org/name[:config], modelscope:org/name)."""
+    sets (org/name[:config][@revision], modelscope:org/name)."""
     tokenizer: str
     """Folder or hub name of the tokenizer (usually the model's folder)."""
     output_prefix: str
@@ -63,31 +61,18 @@ class PreprocessArgs:
     to leave it out."""
     split: str | None = None
     """Split of hub data sets and of folders with several (default of hubs: train)."""
-    revision: str | None = None
-    """Revision of hub data sets."""
-    weights: Annotated[list[float], NONE] = field(default_factory=list)
-    """One per --input: how often its comparisons are written; 0.5 writes half of them, drawn by a
-    hash."""
     duplicates: str = "drop"
     """drop leaves out repeated and contradictory comparisons, keep keeps them."""
     holdout: Annotated[list[str], NONE] = field(default_factory=list)
-    """Held-out data (as --input): the prompts that also occur there are reported."""
-    holdout_action: str = "report"
-    """report, or drop to leave those comparisons out."""
+    """Held-out data (as --input): comparisons whose prompt also occurs there are left out."""
     valid_fraction: float = 0.0
-    """Share of the comparisons for PREFIX.valid, split by prompt."""
-    split_seed: int = 0
-    """Chooses the prompts of the validation side."""
+    """Fraction of the comparisons for PREFIX.valid, split by prompt."""
     max_rejected: float = 0.05
     """Stop if more than this share of the rows is faulty."""
     workers: int = 0
     """Processes; 0: one per core."""
     force: bool = False
     """Replace an existing output."""
-    resume: bool = False
-    """Go on with an interrupted run."""
-    trust_remote_code: bool = False
-    """Let the tokenizer run code of its own repository."""
 
 
 def preprocess(args: PreprocessArgs) -> dict[str, Any]:
@@ -102,9 +87,7 @@ def preprocess(args: PreprocessArgs) -> dict[str, Any]:
                 f"--output-prefix {prefix}: a dataset is there already ({output}.*); --force"
                 " replaces it"
             )
-    inputs = sources.resolve(
-        args.input, split=args.split, revision=args.revision, weights=args.weights or None
-    )
+    inputs = sources.resolve(args.input, split=args.split)
     holdout = (
         sources.resolve(args.holdout, split=args.split, flag="--holdout") if args.holdout else []
     )
@@ -114,17 +97,13 @@ def preprocess(args: PreprocessArgs) -> dict[str, Any]:
         chat_template=args.chat_template,
         max_length=args.max_length,
         overlong=args.overlong,
-        trust_remote_code=args.trust_remote_code,
     )
     for message in tokenizer.messages:
         say(f"note: {message}")
     plans = [plan_input(source, args.format, args.map, "--input") for source in inputs]
     converter = Converter(tokenizer, plans, args.map)
     _announce(plans, tokenizer, converter)
-    work = WorkFolder(
-        prefix, _identity(args, inputs, tokenizer), inputs, resume=args.resume, force=args.force
-    )
-    try:
+    with WorkFolder(prefix, inputs) as work:
         _convert_all(converter, plans, work, args)
         held_out = _prompts_of(holdout) if holdout else None
         manifests = finish(
@@ -134,17 +113,9 @@ def preprocess(args: PreprocessArgs) -> dict[str, Any]:
             duplicates=args.duplicates,
             schemas=[p.schema.name if p.schema else str(args.map) for p in plans],
             held_out=held_out,
-            holdout_action=args.holdout_action,
             valid_fraction=args.valid_fraction,
-            split_seed=args.split_seed,
             max_rejected=args.max_rejected,
         )
-    except ValueError:
-        work.remove()
-        raise
-    except BaseException:
-        work.close()
-        raise
     _report(manifests, outputs)
     return manifests[0]
 
@@ -167,7 +138,7 @@ def _report(manifests: list[dict[str, Any]], outputs: list[str]) -> None:
     if overlap:
         say(
             f"held-out data: {overlap['prompts']:,} of its {overlap['held_out_prompts']:,} prompts"
-            f" also occur here, in {overlap['comparisons']:,} comparisons"
+            f" also occur here; their {overlap['comparisons']:,} comparisons are left out"
         )
     for manifest, output in zip(manifests, outputs, strict=True):
         say(
@@ -189,30 +160,10 @@ def _check(args: PreprocessArgs) -> None:
         raise ValueError(f"--max-rejected {args.max_rejected}: must lie from 0 to 1")
     if args.workers < 0:
         raise ValueError(f"--workers {args.workers}: must not be negative")
-    for flag, value, known in (
-        ("--duplicates", args.duplicates, ("drop", "keep")),
-        ("--holdout-action", args.holdout_action, ("report", "drop")),
-    ):
-        if value not in known:
-            raise ValueError(f"{flag} {value}: unknown; known are {', '.join(known)}")
+    if args.duplicates not in ("drop", "keep"):
+        raise ValueError(f"--duplicates {args.duplicates}: unknown; known are drop, keep")
     if args.format != "auto":
         schema_named(args.format)
-
-
-def _identity(
-    args: PreprocessArgs, inputs: list[sources.Input], tokenizer: PairTokenizer
-) -> dict[str, Any]:
-    """What must be the same for --resume to make sense."""
-    return {
-        "--input": [s.identity() for s in inputs],
-        "--tokenizer": tokenizer.fingerprint,
-        "--chat-template": tokenizer.template_hash,
-        "--reward-token": tokenizer.reward_token_id,
-        "--max-length": args.max_length,
-        "--overlong": args.overlong,
-        "--format": args.format,
-        "--map": args.map,
-    }
 
 
 def _announce(plans: list[Plan], tokenizer: PairTokenizer, converter: Converter) -> None:
@@ -280,17 +231,14 @@ def _convert_all(
     converter: Converter, plans: list[Plan], work: WorkFolder, args: PreprocessArgs
 ) -> None:
     workers = args.workers or _num_cores()
-    done = work.num_chunks
-    if done:
-        say(f"--resume: {done} chunks ({work.num_rows:,} rows) are there already")
-    chunks = islice(enumerate(_all_chunks(plans, work.hashes)), done, None)
+    chunks = _all_chunks(plans, work.hashes)
     total = sum(p.source.num_bytes for p in plans)
-    start, size, rows_before = time.monotonic(), 0, work.num_rows
+    start, size = time.monotonic(), 0
     with _progress(total) as bar:
         before = [0]
         for plan in plans:
             before.append(before[-1] + plan.source.num_bytes)
-        for chunk, result in _results(converter, (c for _, c in chunks), workers):
+        for chunk, result in _results(converter, chunks, workers):
             work.append(chunk, result)
             bar.update(
                 min(before[chunk.input_index] + chunk.position, total) - bar.n
@@ -300,7 +248,7 @@ def _convert_all(
             size += chunk.num_bytes
             elapsed = max(time.monotonic() - start, 1e-3)
             bar.set_postfix_str(
-                f"{work.num_rows:,} rows, {(work.num_rows - rows_before) / elapsed:,.0f} rows/s, "
+                f"{work.num_rows:,} rows, {work.num_rows / elapsed:,.0f} rows/s, "
                 f"{size / elapsed / 1e6:.1f} MB/s of text",
                 refresh=False,
             )
@@ -338,7 +286,7 @@ def _results(
                 yield first, future.result()
         except BrokenProcessPool:
             raise OSError(
-                "a worker process died (out of memory?); go on with --resume, or fewer --workers"
+                "a worker process died (out of memory?); try again with fewer --workers"
             ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

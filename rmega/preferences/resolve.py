@@ -7,7 +7,6 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 _KINDS = {
     ".jsonl": "lines",
@@ -23,7 +22,7 @@ _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _NOT_DATA = frozenset(
     {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
 )
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?")
 _SPLITS = {
     "train": "train",
     "test": "test",
@@ -48,7 +47,6 @@ class Input:
     compression: str | None = None
     num_bytes: int = 0
     """Size on disk, 0 if unknown."""
-    weight: float = 1.0
     split: str | None = None
     revision: str | None = None
 
@@ -56,49 +54,16 @@ class Input:
     def unit(self) -> str:
         return "line" if self.kind in ("lines", "csv") else "row"
 
-    def identity(self) -> list[Any]:
-        """Changes when the file does (for --resume)."""
-        if not os.path.exists(self.name):
-            return [self.name, self.split, self.revision]
-        stat = os.stat(self.name)
-        return [self.name, stat.st_size, stat.st_mtime_ns]
 
-
-def resolve(
-    specs: list[str],
-    *,
-    split: str | None = None,
-    revision: str | None = None,
-    weights: list[float] | None = None,
-    flag: str = "--input",
-) -> list[Input]:
-    """Paths, globs, folders, hub names (``org/name[:config]``, ``modelscope:org/name``) -> inputs,
+def resolve(specs: list[str], *, split: str | None = None, flag: str = "--input") -> list[Input]:
+    """Paths, globs, folders, hub names (``[modelscope:]org/name[:config][@revision]``) -> inputs,
     in order."""
-    if weights is not None and len(weights) != len(specs):
-        raise ValueError(f"--weights: {len(weights)} given for {len(specs)} values of {flag}")
-    inputs: list[Input] = []
-    for spec, weight in zip(specs, weights or [1.0] * len(specs), strict=True):
-        if not 0 < weight < 1000:
-            raise ValueError(f"--weights {weight:g}: must lie above 0 and below 1000")
-        inputs += _resolve_one(spec, weight, split, revision, flag)
-    return inputs
+    return [source for spec in specs for source in _resolve_one(spec, split, flag)]
 
 
-def _resolve_one(
-    spec: str, weight: float, split: str | None, revision: str | None, flag: str
-) -> list[Input]:
+def _resolve_one(spec: str, split: str | None, flag: str) -> list[Input]:
     if spec.startswith("modelscope:"):
-        name = spec.removeprefix("modelscope:")
-        return [
-            Input(
-                name=name,
-                label=name,
-                kind="modelscope",
-                weight=weight,
-                split=split,
-                revision=revision,
-            )
-        ]
+        return [_hub_input(spec.removeprefix("modelscope:"), "modelscope", split)]
     if os.path.isdir(spec):
         paths = _files_of_folder(spec, split, flag)
     elif os.path.exists(spec):
@@ -108,15 +73,18 @@ def _resolve_one(
         if not paths:
             raise ValueError(f"{flag} {spec}: no file matches")
     elif _HUB_NAME.fullmatch(spec) and not any(spec.endswith(s) for s in (*_KINDS, *_COMPRESSIONS)):
-        return [
-            Input(name=spec, label=spec, kind="hub", weight=weight, split=split, revision=revision)
-        ]
+        return [_hub_input(spec, "hub", split)]
     else:
         raise ValueError(f"{flag} {spec}: no such file or folder")
-    return [_file_input(p, weight, flag) for p in paths]
+    return [_file_input(p, flag) for p in paths]
 
 
-def _file_input(path: str, weight: float, flag: str) -> Input:
+def _hub_input(spec: str, kind: str, split: str | None) -> Input:
+    name, _, revision = spec.partition("@")
+    return Input(name=name, label=name, kind=kind, split=split, revision=revision or None)
+
+
+def _file_input(path: str, flag: str) -> Input:
     stem, suffix = os.path.splitext(path)
     compression = _COMPRESSIONS.get(suffix.lower())
     if compression:
@@ -138,7 +106,6 @@ def _file_input(path: str, weight: float, flag: str) -> Input:
         kind=kind,
         compression=compression,
         num_bytes=num_bytes,
-        weight=weight,
     )
 
 

@@ -250,7 +250,7 @@ class Run:
             self.config,
             TimeSpent(self.info, self.state.iteration if self.found else None),
         )
-        self._check_proof()
+        self._check_verification()
         stop = StopRequest(c.checkpoint.exit_duration_min)
         if self.state.iteration == 0 and (reason := self._evaluate(stop)):
             return self._leave(f"before the first step: {reason}")
@@ -371,18 +371,18 @@ class Run:
             f"--max-skipped-steps {limit}: so many updates in a row had no finite gradient; {where}"
         )
 
-    def _check_proof(self) -> None:
-        """Say now, not at the export after a week of training, that too few comparisons are there
-        for its proof."""
+    def _check_verification(self) -> None:
+        """Report now, not at the export after a week of training, that too few comparisons are
+        there to verify it."""
         c = self.config
         kept = min(
-            c.checkpoint.num_proof_comparisons,
+            c.checkpoint.num_verification_comparisons,
             sum(map(len, self.valid.values())) + len(self.dataset),
         )
         if c.checkpoint.save and kept < MIN_COMPARISONS:
             log(
-                f"note: an export proves itself with {MIN_COMPARISONS} comparisons, checkpoints of"
-                f" this run will hold {kept} (--num-proof-comparisons)"
+                f"note: verifying an export takes {MIN_COMPARISONS} comparisons, checkpoints of"
+                f" this run will hold {kept} (--num-verification-comparisons)"
             )
 
     def _log(self, step: int, lr: float, window: list, first: int, progress: Progress) -> None:
@@ -540,13 +540,16 @@ class Run:
         """What a checkpoint says of itself beside the tensors."""
         # Held-out comparisons first; where they are too few, the training set's do for comparing
         # two computations.
-        proof = []
+        verification = []
         for source in (*self.valid.values(), self.dataset):
             for i in range(
-                min(self.config.checkpoint.num_proof_comparisons - len(proof), len(source))
+                min(
+                    self.config.checkpoint.num_verification_comparisons - len(verification),
+                    len(source),
+                )
             ):
                 stored = source.get(i)
-                proof.append(
+                verification.append(
                     {
                         "prefix": stored.prefix.tolist(),
                         "suffixes": [s.tolist() for s in stored.suffixes],
@@ -568,5 +571,5 @@ class Run:
             "best": self.best,
             "train_seconds": self.spent.whole,
             "ops": ops.active_implementation(self.device),
-            "proof": proof,
+            "verification": verification,
         }

@@ -22,7 +22,7 @@ from rmega.data.indexed import (
     open_preferences,
     write_index,
 )
-from rmega.data.integrity import merge, verify
+from rmega.data.integrity import verify
 
 REWARD = 99
 MANIFEST = {
@@ -189,27 +189,6 @@ def test_verify_sees_what_is_wrong_inside(tmp_path: Path) -> None:
         assert len(wrong) == 1 and message in wrong[0], wrong
     wrong = verify(open_preferences(write(tmp_path / "d", items, num_comparisons=7)))
     assert wrong == [f"{tmp_path}/d.json: num_comparisons is 7, the data have 10"]
-
-
-def test_merge(tmp_path: Path) -> None:
-    first, second = some(8, 1), some(5, 2)
-    a, b = write(tmp_path / "a", first), write(tmp_path / "b", second)
-    manifest = merge([a, b], str(tmp_path / "all"))
-    dataset = open_preferences(tmp_path / "all")
-    assert all(same(dataset.get(i), item) for i, item in enumerate(first + second))
-    assert (
-        manifest["num_comparisons"] == 13
-        and manifest["scripts"] == {"Latin": 6}
-        and verify(dataset) == []
-    )
-    with pytest.raises(ValueError, match="--force"):
-        merge([a, b], str(tmp_path / "all"))
-    with pytest.raises(ValueError, match="one of those"):
-        merge([a, b], a, force=True)
-    other = write(tmp_path / "c", second, tokenizer_fingerprint="g")
-    with pytest.raises(ValueError, match="differ in tokenizer_fingerprint"):
-        merge([a, other], str(tmp_path / "no"))
-    assert not exists(tmp_path / "no")
 
 
 def test_opening_is_independent_of_size(tmp_path: Path) -> None:

@@ -192,12 +192,7 @@ class Set(InMemory):
         "runs/data/valid",
         {
             "split": None,
-            "input": {
-                "merged": [
-                    {"files": [{"schema": "messages"}], "rejected": {"tie": 2}},
-                    {"rejected": {"tie": 1, "overlong": 1}},
-                ]
-            },
+            "input": {"files": [{"schema": "messages"}], "rejected": {"tie": 3, "overlong": 1}},
         },
     )
 

@@ -1,5 +1,5 @@
-"""A checkpoint of any layout becomes a Hugging Face folder: the same bytes and rewards, and a proof
-that bites."""
+"""A checkpoint of any layout becomes a Hugging Face folder: the same bytes and rewards, and a
+verification that catches one changed value."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def save_run(
     batcher = make_batcher(config, InMemory(random_comparisons(8, seed=1)), geometry)
     documents = batcher.documents(0)
     train.train_step(wrapped, optimizer, batcher.packs(documents), config.loss, len(documents))
-    proof = [
+    verification = [
         {"prefix": c.prefix.tolist(), "suffixes": [s.tolist() for s in c.suffixes]}
         for c in random_comparisons(17, seed=2)
     ]
@@ -67,7 +67,7 @@ def save_run(
         "best": [0.5, 10],
         "reward_token_id": manifest.get("reward_token_id", REWARD),
         "pad_token_id": manifest.get("pad_token_id", PAD),
-        "proof": proof,
+        "verification": verification,
     }
     checkpoint.save(
         run,
@@ -132,7 +132,7 @@ def runs(bases, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def outputs(runs, tmp_path_factory) -> dict[tuple[str, str], Path]:
-    """Both families in both formats, proven."""
+    """Both families in both formats, verified."""
     root = tmp_path_factory.mktemp("outputs")
     out = {}
     for family, run in runs.items():
@@ -158,7 +158,7 @@ def outputs(runs, tmp_path_factory) -> dict[tuple[str, str], Path]:
 def test_round_trip_is_bit_identical(family, text, dtype, tmp_path) -> None:
     folder = reward_folder(tmp_path / "hf", family, dtype=getattr(torch, dtype))
     run = make_run(folder, tmp_path / "run", text, dtype)
-    assert convert(run=run, output=tmp_path / "out", proof=False, max_shard_size="30KB") == 0
+    assert convert(run=run, output=tmp_path / "out", verify=False, max_shard_size="30KB") == 0
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     assert same(weights(tmp_path / "out"), weights(folder))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -179,7 +179,7 @@ def test_internlm2_to_llama_and_back(bases, outputs, tmp_path) -> None:
 def test_same_rewards_in_both_formats(outputs) -> None:
     recipes = {key: json.loads((folder / RECIPE).read_text()) for key, folder in outputs.items()}
     for family in BACKBONES:
-        a, b = (recipes[family, form]["proof"] for form in BACKBONES)
+        a, b = (recipes[family, form]["verification"] for form in BACKBONES)
         assert a["passed"] and a["responses"] >= 34 and a["comparisons"] == 17
         assert a["largest_reward"] == b["largest_reward"] > 0.1
 
@@ -409,8 +409,8 @@ def test_pretrained_llama_as_internlm2(stories260k, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("tensor", ["score.weight", "model.embed_tokens.weight"])
-def test_one_changed_value_fails_the_proof(tensor, runs, outputs, tmp_path, capsys) -> None:
-    """Also a value that no comparison of the proof reads: the last row of the embedding."""
+def test_one_changed_value_fails_the_verification(tensor, runs, outputs, tmp_path, capsys) -> None:
+    """Also a value that no comparison of the verification reads: the last row of the embedding."""
     folder = tmp_path / "out"
     shutil.copytree(outputs["llama", "llama"], folder)
     assert convert(run=runs["llama"], output=folder, write=False) == 0
@@ -419,11 +419,11 @@ def test_one_changed_value_fails_the_proof(tensor, runs, outputs, tmp_path, caps
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert convert(run=runs["llama"], output=folder, write=False) == 1
     assert tensor in (folder / UNVERIFIED).read_text()
-    assert "NOT PROVEN" in capsys.readouterr().out
+    assert "NOT VERIFIED" in capsys.readouterr().out
     assert "DO NOT AGREE" in (folder / "README.md").read_text()
 
 
-def test_rounding_is_named_and_proven(runs, tmp_path, capsys) -> None:
+def test_rounding_is_named_and_verified(runs, tmp_path, capsys) -> None:
     assert convert(run=runs["internlm2"], output=tmp_path / "out", dtype="bfloat16") == 0
     assert "rounding the weights to bfloat16 moves a reward by" in capsys.readouterr().out
     assert {value.dtype for value in weights(tmp_path / "out").values()} == {torch.bfloat16}
@@ -431,12 +431,12 @@ def test_rounding_is_named_and_proven(runs, tmp_path, capsys) -> None:
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
 
 
-def test_few_comparisons_prove_nothing(runs, tmp_path) -> None:
+def test_few_comparisons_verify_nothing(runs, tmp_path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs["llama"], run)
     path = run / "iter_0000010" / "rmega.json"
     info = json.loads(path.read_text())
-    path.write_text(json.dumps({**info, "proof": info["proof"][:3]}))
+    path.write_text(json.dumps({**info, "verification": info["verification"][:3]}))
     assert convert(run=run, output=tmp_path / "out") == 1
     assert "at least 16" in (tmp_path / "out" / UNVERIFIED).read_text()
 
@@ -447,7 +447,7 @@ def test_output_is_not_overwritten(runs, outputs, tmp_path) -> None:
     with pytest.raises(ValueError, match="exists already; --force"):
         convert(run=runs["llama"], output=folder)
     (folder / "extra").write_text("")
-    assert convert(run=runs["llama"], output=folder, force=True, proof=False) == 0
+    assert convert(run=runs["llama"], output=folder, force=True, verify=False) == 0
     assert not (folder / "extra").exists() and (folder / UNVERIFIED).exists()
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match="holds no config.json"):
@@ -548,7 +548,7 @@ def test_an_export_of_a_run_that_goes_on_says_so(plan, planned, runs, tmp_path, 
     path = run / "iter_0000010" / "rmega.json"
     info = json.loads(path.read_text())
     path.write_text(json.dumps({**info, "num_comparisons": 368, "config": {"train": plan}}))
-    assert convert(run=run, output=tmp_path / "out", proof=False) == 0
+    assert convert(run=run, output=tmp_path / "out", verify=False) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     said = f"note: {run / 'iter_0000010'} is step 10 of the {planned} that the run is planned for"
     assert notes == ([said] if planned and planned > 10 else [])
@@ -580,7 +580,7 @@ def test_the_tool_on_the_command_line(runs, tmp_path) -> None:
     )
     assert answer.returncode == 0, answer.stderr
     for words in (
-        "proven",
+        "\nverified\n",
         f"vllm serve {out}",
         "sglang.launch_server",
         "get_score",

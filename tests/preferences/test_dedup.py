@@ -81,24 +81,15 @@ def test_split_keeps_openings_together() -> None:
             )
         )
     rows, keep = table(*items), np.arange(200) % 7 != 0
-    valid = dedup.split_by_prompt(rows, keep, 0.1, seed=0)
+    valid = dedup.split_by_prompt(rows, keep, 0.1)
     openings = np.array([i % 60 for i in range(200)])
     assert not set(openings[valid]) & set(openings[keep & ~valid]) and not (valid & ~keep).any()
     assert 0.1 <= valid.sum() / keep.sum() < 0.13
-    assert np.array_equal(valid, dedup.split_by_prompt(rows, keep, 0.1, seed=0))
-    assert not np.array_equal(valid, dedup.split_by_prompt(rows, keep, 0.1, seed=1))
-    assert dedup.split_by_prompt(rows[:3], np.ones(3, bool), 0.01, 0).sum() == 1
-    assert not dedup.split_by_prompt(rows[:3], np.ones(3, bool), 0.99, 0).all()
+    assert np.array_equal(valid, dedup.split_by_prompt(rows, keep, 0.1))
+    assert dedup.split_by_prompt(rows[:3], np.ones(3, bool), 0.01).sum() == 1
+    assert not dedup.split_by_prompt(rows[:3], np.ones(3, bool), 0.99).all()
     with pytest.raises(ValueError, match="--valid-fraction"):
-        dedup.split_by_prompt(rows[[0, 60]], np.ones(2, bool), 0.5, 0)
-
-
-def test_weights() -> None:
-    rows = table(*(comparison(f"p{i}", "a", "b") for i in range(2000)))
-    assert (dedup.draw_by_weight(rows, np.full(2000, 2.0)) == 2).all()
-    half = dedup.draw_by_weight(rows, np.full(2000, 0.5))
-    assert set(half.tolist()) == {0, 1} and 900 < half.sum() < 1100
-    assert set(dedup.draw_by_weight(rows, np.full(2000, 1.25)).tolist()) == {1, 2}
+        dedup.split_by_prompt(rows[[0, 60]], np.ones(2, bool), 0.5)
 
 
 @pytest.mark.parametrize(

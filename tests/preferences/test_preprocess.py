@@ -1,4 +1,4 @@
-"""The whole line from files to a dataset: counts, order, resume, refusals, and ten thousand hostile
+"""The whole line from files to a dataset: counts, order, refusals, and ten thousand hostile
 inputs."""
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ import numpy as np
 import pytest
 
 from rmega.data.indexed import exists, open_preferences
-from rmega.data.integrity import merge, verify
-from rmega.preferences import preprocess, sources, worker
-from rmega.preferences.assemble import WorkFolder
+from rmega.data.integrity import verify
+from rmega.preferences import dedup, preprocess, sources, worker
 from rmega.preferences.preprocess import PreprocessArgs
 from rmega.preferences.tokenizer import PairTokenizer
 from tests.conftest import ROOT
@@ -210,80 +208,6 @@ def test_what_is_left_out_is_listed(run: Any, tmp_path: Path) -> None:
     )
 
 
-def test_merging_finds_what_lies_in_both(run: Any, tmp_path: Path) -> None:
-    """Merged from stored ids alone, without duplicates: the bytes that preprocessing both files at
-    once gives."""
-
-    def ranked(prompt: str, *scores: int) -> Row:
-        texts = ("Yes, certainly.", "No.", "Perhaps, who knows?")
-        return {
-            "prompt": prompt,
-            "responses": [{"content": t, "score": s} for t, s in zip(texts, scores, strict=True)],
-        }
-
-    first = [ranked(f"Question {i}?", 3, 2, 1) for i in range(40)]
-    second = [ranked(f"Question {i}?", 3, 2, 1) for i in range(30, 50)]  # 30 to 39 again
-    second[0] = ranked("Question 30?", 1, 2, 3)  # the other way round
-    second[1] = ranked("Question 31?", 3, 3, 1)  # a tie where there was none
-    second[2] = ranked("Question 32?", 30, 20, 10)  # the same order: equal
-    second[3] = ranked("Another question 33?", 3, 2, 1)
-    files = [write(tmp_path / f"{n}.jsonl", rows_) for n, rows_ in (("a", first), ("b", second))]
-    for file, name in zip(files, "ab", strict=True):
-        run(file, name)
-    together = run(files, "together", max_rejected=1.0)
-    kept = merge([str(tmp_path / n) for n in "ab"], str(tmp_path / "kept"))
-    assert kept["num_comparisons"] == 60
-    assert kept["input"]["between"] == {"duplicates": 7, "contradictions": 4, "dropped": False}
-    assert not (tmp_path / "kept.rejected.jsonl").exists()
-    merged = merge([str(tmp_path / n) for n in "ab"], str(tmp_path / "all"), duplicates="drop")
-    assert merged["num_comparisons"] == 60 - 7 - 4 == len(together)
-    for suffix in (".bin", ".idx"):
-        assert (tmp_path / f"all{suffix}").read_bytes() == (
-            tmp_path / f"together{suffix}"
-        ).read_bytes()
-    listed = [
-        json.loads(line) for line in (tmp_path / "all.rejected.jsonl").read_text().splitlines()
-    ]
-    assert [(Path(r["file"]).name, r["comparison"], r["reason"]) for r in listed[:4]] == [
-        ("a", 30, "contradiction"),
-        ("a", 31, "contradiction"),
-        ("b", 0, "contradiction"),
-        ("b", 1, "contradiction"),
-    ]
-    assert [r["comparison"] for r in listed[4:]] == [2, 4, 5, 6, 7, 8, 9] and len(listed) == 11
-    assert verify(open_preferences(tmp_path / "all")) == []
-    with pytest.raises(ValueError, match="--duplicates maybe"):
-        merge([str(tmp_path / n) for n in "ab"], str(tmp_path / "no"), duplicates="maybe")
-    turned = write(tmp_path / "c.jsonl", [ranked(f"Question {i}?", 1, 2, 3) for i in range(40)])
-    run(turned, "c")
-    with pytest.raises(ValueError, match="nothing is left"):
-        merge([str(tmp_path / n) for n in "ac"], str(tmp_path / "no"), duplicates="drop")
-
-
-def test_a_set_that_repeats_itself_is_merged_as_it_is(run: Any, tmp_path: Path) -> None:
-    """Weights write a row several times: that is no duplicate between sets, whatever the blocks
-    are."""
-    a, b = (write(tmp_path / f"{n}.jsonl", rows(20, start)) for n, start in (("a", 0), ("b", 20)))
-    run(a, "a", weights=[3.0]), run(b, "b")
-    merged = merge(
-        [str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "all"), duplicates="drop"
-    )
-    assert merged["num_comparisons"] == 80
-    assert merged["input"]["between"] == {"duplicates": 0, "contradictions": 0, "dropped": True}
-
-
-def test_hashes_do_not_depend_on_the_block(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from rmega.data import integrity
-
-    dataset = run(write(tmp_path / "a.jsonl", rows(30)))
-    whole = integrity._hashes(dataset)
-    assert len(np.unique(whole[0])) == 30
-    monkeypatch.setattr(integrity, "_BLOCK", 50)
-    assert all(np.array_equal(a, b) for a, b in zip(whole, integrity._hashes(dataset), strict=True))
-
-
 @pytest.mark.parametrize(
     "policy, reason",
     [("left-prompt", None), ("right", "identical_after_cut"), ("drop", "overlong")],
@@ -401,12 +325,10 @@ def test_flags_are_checked(run: Any, tmp_path: Path) -> None:
         ({"overlong": "x"}, "--overlong"),
         ({"format": "x"}, "--format x: unknown"),
         ({"duplicates": "x"}, "--duplicates"),
-        ({"holdout_action": "x"}, "--holdout-action"),
         ({"valid_fraction": 1.0}, "--valid-fraction"),
         ({"max_rejected": -1.0}, "--max-rejected"),
         ({"workers": -1}, "--workers"),
         ({"reward_token": "<none>"}, "--reward-token"),
-        ({"weights": [1.0, 1.0]}, "--weights"),
         ({"map": "x"}, "--map x: expected FILE.py:FUNCTION"),
         ({"map": f"{path}:f"}, "--map"),
         ({"holdout": ["/none.jsonl"]}, "--holdout /none.jsonl"),
@@ -431,70 +353,6 @@ def test_an_existing_output_is_refused(run: Any, tmp_path: Path) -> None:
     assert len(run(tmp_path / "b.jsonl", force=True)) == 9
 
 
-def test_resume_goes_on_where_it_stopped(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 1500)
-    path = write(tmp_path / "d.jsonl", [*rows(200), b"{", *rows(50, 200)])
-    run(path, "whole")
-    append, calls = WorkFolder.append, []
-
-    def stop_at(number: int) -> Any:
-        def stopping(self: WorkFolder, *args: Any) -> None:
-            calls.append(1)
-            if len(calls) == number:
-                raise KeyboardInterrupt
-            append(self, *args)
-
-        return stopping
-
-    monkeypatch.setattr(WorkFolder, "append", stop_at(7))
-    with pytest.raises(KeyboardInterrupt):
-        run(path)
-    assert not exists(tmp_path / "out") and (tmp_path / "out.partial").is_dir()
-    monkeypatch.setattr(WorkFolder, "append", append)
-    with pytest.raises(
-        ValueError, match="holds an interrupted run .* --resume goes on with it, --force"
-    ):
-        run(path)
-    with pytest.raises(
-        ValueError, match="--resume: --max-length differs from the interrupted run's .512 then, 100"
-    ):
-        run(path, resume=True, max_length=100)
-    # as after a kill: a torn journal line, and data written that the journal does not know
-    with (tmp_path / "out.partial" / "journal").open("a") as stream:
-        stream.write('{"rows": 17')
-    with (tmp_path / "out.partial" / "tokens").open("ab") as stream:
-        stream.write(b"12345")
-    calls.clear()
-    monkeypatch.setattr(
-        WorkFolder, "append", lambda self, *args: (calls.append(1), append(self, *args))[1]
-    )
-    run(path, resume=True)
-    assert (
-        0 < len(calls) < len(range(0, path.stat().st_size, 1500)) - 4
-    )  # the first chunks were not done again
-    assert files_of(tmp_path, "out") == files_of(tmp_path, "whole")
-    with pytest.raises(ValueError, match="a dataset is there already"):
-        run(path, resume=True)
-
-
-def test_a_changed_input_is_not_resumed(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write(tmp_path / "d.jsonl", rows(20))
-    monkeypatch.setattr(
-        preprocess, "finish", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
-    with pytest.raises(KeyboardInterrupt):
-        run(path)
-    monkeypatch.undo()
-    write(path, rows(21))
-    with pytest.raises(ValueError, match="--resume: --input differs"):
-        run(path, resume=True)
-    assert len(run(path, force=True)) == 21
-
-
 def test_validation_split_and_holdout(
     run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -511,23 +369,21 @@ def test_validation_split_and_holdout(
         tmp_path / "held.jsonl",
         [*rows(10), {"prompt": rows(1, 10)[0]["prompt"], "chosen": "x"}, *rows(5, 5000)],
     )
-    dataset = run(path, "reported", holdout=[str(held)])
+    dataset = run(path, "apart", holdout=[str(held)])
     assert dataset.manifest["holdout"] == {"prompts": 11, "comparisons": 33, "held_out_prompts": 16}
-    assert len(dataset) == 300
-    assert "11 of its 16 prompts also occur here" in capsys.readouterr().err
-    dataset = run(path, "dropped", holdout=[str(held)], holdout_action="drop")
-    assert len(dataset) == 267 and {r["reason"] for r in rejected(tmp_path, "dropped")} == {
-        "holdout"
-    }
+    assert (
+        "11 of its 16 prompts also occur here; their 33 comparisons are left out"
+        in capsys.readouterr().err
+    )
+    assert len(dataset) == 267 and {r["reason"] for r in rejected(tmp_path, "apart")} == {"holdout"}
 
 
-def test_sources_and_weights(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a = write(tmp_path / "a.jsonl", [{**r, "source": "wiki"} for r in rows(40)])
     b = write(tmp_path / "b.jsonl", rows(40, 40))
-    dataset = run([a, b], weights=[2.0, 0.5])
+    dataset = run([a, b])
     names = [dataset.sources[i] for i in dataset.source_ids]
-    assert names.count("wiki") == 80 and 10 < names.count("b") < 30
-    assert dataset.manifest["left_out_by_weight"] == 40 - names.count("b") and verify(dataset) == []
+    assert names == ["wiki"] * 40 + ["b"] * 40 and verify(dataset) == []
     many = write(
         tmp_path / "many.jsonl", [{**r, "source": f"url {i}"} for i, r in enumerate(rows(40))]
     )
@@ -626,50 +482,6 @@ def test_the_tool(tmp_path: Path, stories260k: Path) -> None:
         and f"error: --input {tmp_path}/none.jsonl: no such file or folder\n" in done.stderr
     )
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-def test_killed_and_resumed(tmp_path: Path, stories260k: Path) -> None:
-    long = " and so on" * 200
-    path = write(
-        tmp_path / "d.jsonl", [{**row, "chosen": row["chosen"] + long} for row in rows(5000)]
-    )
-    flags = [
-        "--input",
-        path,
-        "--tokenizer",
-        stories260k,
-        "--max-length",
-        4096,
-        "--workers",
-        2,
-        "--output-prefix",
-    ]
-    command = [
-        sys.executable,
-        ROOT / "tools" / "preprocess_pref.py",
-        *map(str, flags),
-        tmp_path / "out",
-    ]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        start_new_session=True,
-    )
-    journal = tmp_path / "out.partial" / "journal"
-    deadline = time.monotonic() + 60
-    while not (journal.exists() and journal.read_text().count("\n") > 5):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not exists(tmp_path / "out")
-    done = tool(*flags, tmp_path / "out", "--resume")
-    assert done.returncode == 0 and "chunks" in done.stderr, done.stderr
-    assert tool(*flags, tmp_path / "whole").returncode == 0
-    assert files_of(tmp_path, "out") == files_of(tmp_path, "whole")
 
 
 # ---- hostile input
@@ -817,8 +629,30 @@ def test_hostile_files(tmp_path: Path, stories260k: Path) -> None:
                 converter = worker.Converter(tokenizer, [plan], None)
                 for chunk in sources.read_chunks(source, 0):
                     result = converter.convert(chunk)
-                    documents = len(result.documents) // worker.checks.DOCUMENT.itemsize
+                    documents = len(result.documents) // dedup.DOCUMENT.itemsize
                     assert documents + len(result.rejected) == result.num_rows
             except ValueError as error:
                 assert "\n" not in str(error) and path.name in str(error), error
                 raise
+
+
+def test_nothing_is_left_of_an_interrupted_run(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "d.jsonl", rows(20))
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preprocess, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["d.jsonl"]
+    monkeypatch.undo()
+    (tmp_path / "out.partial").mkdir()  # as a run that was killed leaves it
+    (tmp_path / "out.partial" / "tokens").write_bytes(b"12345")
+    assert len(run(path)) == 20 and not (tmp_path / "out.partial").exists()
+
+
+def test_at_most_sixteen_flags() -> None:
+    assert len(PreprocessArgs.__dataclass_fields__) <= 16

@@ -445,8 +445,10 @@ def spoken(rank: int, world_size: int, argv: list[str]) -> str:
     return said.getvalue()
 
 
-def test_a_small_held_out_set_is_filled_up_for_the_proof(shared_dir, stories260k, data, tmp_path):
-    """Three held-out comparisons are too few for a proof; training comparisons take the other
+def test_a_small_held_out_set_is_filled_up_for_verification(
+    shared_dir, stories260k, data, tmp_path
+):
+    """Three held-out comparisons are too few to verify an export; training comparisons take the other
     places, and say so."""
     from rmega.data.indexed import open_preferences
 
@@ -455,20 +457,23 @@ def test_a_small_held_out_set_is_filled_up_for_the_proof(shared_dir, stories260k
     run_distributed(
         spoken, 1, runs.flags(stories260k, data, tmp_path / "run", steps=1, valid_data_path=few)
     )
-    kept = json.loads((tmp_path / "run" / "iter_0000001" / "rmega.json").read_text())["proof"]
+    kept = json.loads((tmp_path / "run" / "iter_0000001" / "rmega.json").read_text())[
+        "verification"
+    ]
     assert [c["held_out"] for c in kept] == [True] * 3 + [False] * 13
     assert kept[3]["prefix"] == train.get(0).prefix.tolist()
 
 
 @pytest.mark.parametrize("kept", [4, 16])
-def test_too_few_comparisons_for_a_proof_are_said_at_the_start(kept, stories260k, data, tmp_path):
+def test_too_few_comparisons_to_verify_are_reported_at_the_start(kept, stories260k, data, tmp_path):
     (said,) = run_distributed(
         spoken,
         1,
-        runs.flags(stories260k, data, tmp_path / "run", steps=1, num_proof_comparisons=kept),
+        runs.flags(stories260k, data, tmp_path / "run", steps=1, num_verification_comparisons=kept),
     )
     assert (
-        f"proves itself with 16 comparisons, checkpoints of this run will hold {kept} " in said
+        f"verifying an export takes 16 comparisons, checkpoints of this run will hold {kept} "
+        in said
     ) == (kept < 16)
     absent = [
         name for name in ("transformer_engine", "apex", "flash_attn") if find_spec(name) is None
