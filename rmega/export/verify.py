@@ -1,5 +1,5 @@
-"""Verification of an export: every written value is the checkpoint's, and plain transformers gives the
-training's rewards.
+"""Verification of an export: every written value is the checkpoint's, and plain transformers gives
+the training's rewards.
 
 Both sides compute in fp32 on the same rounded weights, so that one tolerance serves every dtype:
 what remains is summation order. What rounding the weights itself does to the rewards is measured
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 
 from rmega.config import MIN_COMPARISONS
 from rmega.export.write_weights import DTYPES, CheckpointTensors
-from rmega.models import BACKBONES
+from rmega.models import BACKBONES, hf_internlm2
 from rmega.models.geometry import Geometry
 from rmega.models.hf import HfFolder, source_names
 
@@ -111,6 +112,17 @@ def training_rewards(
             distributed.finish()
 
 
+def check_code(folder: Path) -> None:
+    """ValueError where a folder names other code than an export writes: verifying would run it."""
+    own = Path(hf_internlm2.__file__).parent
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    modules = {str(name).partition(".")[0] for name in (config.get("auto_map") or {}).values()}
+    for module in sorted(modules):
+        file, ours = folder / f"{module}.py", own / f"{module}.py"
+        if not (file.is_file() and ours.is_file() and file.read_bytes() == ours.read_bytes()):
+            raise ValueError(f"{file}: not the code that an export writes, so it is not run")
+
+
 @torch.no_grad()
 def transformers_rewards(
     folder: Path,
@@ -125,8 +137,9 @@ def transformers_rewards(
     import transformers
 
     if geometry.family == "internlm2":
+        check_code(folder)
         load = transformers.AutoModel.from_pretrained
-        options = {"trust_remote_code": True}  # the two files that this very export wrote
+        options = {"trust_remote_code": True}  # the two files that an export writes
     else:
         load, options = transformers.AutoModelForSequenceClassification.from_pretrained, {}
     verbosity = transformers.logging.get_verbosity()

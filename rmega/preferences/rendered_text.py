@@ -43,6 +43,7 @@ class RenderedText:
         self._pads = frozenset(map(str, pads - {tokenizer.bos_token, tokenizer.unk_token}))
         self._bos = tokenizer.bos_token
         self._reward = None if reward_token_id is None else convert(reward_token_id)
+        self.writes_reward = self._reward is not None and template.writes(self._reward)
 
     @property
     def frame(self) -> Frame:

@@ -409,6 +409,7 @@ class PairTokenizer:
             "template_hash": self.template_hash,
             "chat_template": self.template,
             "reward_token_id": self.reward_token_id,
+            "template_writes_reward_token": self._rendered.writes_reward,
             "pad_token_id": self.pad_token_id,
             "vocab_size": self.vocab_size,
             "max_length": self.max_length,
