@@ -30,15 +30,20 @@ TINY = Geometry(
 )
 
 
+# Families that are trained under their own name.
+FAMILIES = tuple(name for name, family in BACKBONES.items() if not family.trained_as)
+
+
 def tiny(family: str, **changes: object) -> Geometry:
-    return dataclasses.replace(TINY, family=family, **changes)
+    own = {"qkv_bias": BACKBONES[family].qkv_bias, "qk_norm": BACKBONES[family].qk_norm}
+    return dataclasses.replace(TINY, family=family, **{**own, **changes})
 
 
 def hf_config(geometry: Geometry, architecture: str | None = None, **fields: object) -> dict:
     """A ``config.json`` as other people's tools write it, before transformers 5."""
-    base = {"llama": "LlamaForCausalLM", "internlm2": "InternLM2ForCausalLM"}[geometry.family]
+    family = BACKBONES[geometry.family]
     config = {
-        "architectures": [architecture or base],
+        "architectures": [architecture or family.base_architectures[0]],
         "model_type": geometry.family,
         "hidden_act": "silu",
         "hidden_size": geometry.hidden_size,
@@ -55,8 +60,14 @@ def hf_config(geometry: Geometry, architecture: str | None = None, **fields: obj
         "eos_token_id": 2,
         "tie_word_embeddings": geometry.tie_word_embeddings,
     }
-    if geometry.family == "internlm2":
-        config["bias"] = False
+    config |= {
+        "internlm2": {"bias": False},
+        "mistral": {"sliding_window": None, "head_dim": geometry.head_dim},
+        "qwen2": {"use_sliding_window": False, "sliding_window": 16, "max_window_layers": 1},
+        "qwen3": {"use_sliding_window": False, "head_dim": geometry.head_dim},
+    }.get(geometry.family, {})
+    if geometry.head_dim * geometry.num_attention_heads != geometry.hidden_size:
+        config["head_dim"] = geometry.head_dim
     if geometry.rope_scaling != RopeScaling():
         scaling = dataclasses.asdict(geometry.rope_scaling)
         kind = scaling.pop("rope_type")
@@ -65,19 +76,24 @@ def hf_config(geometry: Geometry, architecture: str | None = None, **fields: obj
     return {**config, **fields}
 
 
+def is_norm(name: str) -> bool:
+    """Whether a Hugging Face tensor is the weight of a norm."""
+    return name.endswith("norm.weight")
+
+
 def hf_tensors(
     geometry: Geometry, *, head: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> dict[str, torch.Tensor]:
     """Random tensors under the names of the family; norms near one, so that activations stay in
-    range."""
+    range, biases near zero."""
     generator = torch.Generator().manual_seed(seed)
     backbone = BACKBONES[geometry.family]
     tensors = {}
     for name, shape in hf_shapes(backbone.weight_table(geometry)).items():
         values = torch.randn(shape, generator=generator)
-        tensors[name] = (1 + 0.1 * values if len(shape) == 1 else 0.2 * values).to(dtype)
+        tensors[name] = (1 + 0.1 * values if is_norm(name) else 0.2 * values).to(dtype)
     if not head:
-        del tensors[backbone.HEAD]
+        del tensors[backbone.names.head]
     return tensors
 
 

@@ -24,13 +24,17 @@ def tiny_llama(
     ffn: int = 96,
     seed: int = 0,
     reward_head: bool = True,
+    family: str = "llama",
     **config,
 ) -> Path:
-    """A random Llama reward model (or causal model) as transformers itself writes it."""
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+    """A random reward model (or causal model) as transformers itself writes it: a Llama, or the
+    same shape of another family."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     torch.manual_seed(seed)
-    c = LlamaConfig(
+    own = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": hidden // heads}}
+    c = AutoConfig.for_model(
+        family,
         vocab_size=VOCAB,
         hidden_size=hidden,
         intermediate_size=ffn,
@@ -41,20 +45,23 @@ def tiny_llama(
         pad_token_id=0,
         num_labels=1,
         rms_norm_eps=1e-5,
-        **config,
+        **{**own.get(family, {}), **config},
     )
-    model = (LlamaForSequenceClassification if reward_head else LlamaForCausalLM)(c)
+    kind = AutoModelForSequenceClassification if reward_head else AutoModelForCausalLM
+    model = kind.from_config(c)
     scatter_weights(model)
     model.save_pretrained(folder)
     return folder
 
 
 def scatter_weights(model: torch.nn.Module) -> None:
-    """Norm weights away from 1 and projections large enough that every part of the model matters to
-    the reward."""
+    """Norm weights away from 1, biases away from 0 and projections large enough that every part of
+    the model matters to the reward."""
     for name, parameter in model.named_parameters():
         with torch.no_grad():
-            if parameter.ndim == 1:
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.5)
+            elif parameter.ndim == 1:
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(

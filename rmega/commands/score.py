@@ -3,7 +3,7 @@
     python tools/score.py --model MODEL --input rows.jsonl --output rewards.jsonl
     python tools/score.py --model RUN < rows.jsonl > rewards.jsonl
     python tools/score.py --model MODEL --input prompts_with_replies.jsonl --best-of
-    python tools/score.py --model MODEL --input big.jsonl.gz --output rewards.jsonl --workers 4 --resume
+    torchrun --nproc-per-node 4 tools/score.py --model MODEL --input big.jsonl.gz --output out.jsonl
 
 A row is {"messages": [...]}, {"prompt": ..., "response": ...}, {"prompt": ..., "responses": [...]},
 {"text": ...} (already templated), or a row of any preference schema. Its line is {"index", "id",
@@ -13,7 +13,6 @@ which tools/evaluate.py --scores reads.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -46,11 +45,8 @@ class ScoreArgs:
     """Go on with an interrupted --output: rows that it holds are not scored again."""
     force: bool = False
     """Replace --output if it exists."""
-    workers: int = 1
-    """Processes, each with its own copy of the model. Under torchrun leave it at 1: its processes
-    share the work."""
-    dtype: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
-    """Arithmetic. auto: bf16 where this machine is the faster with it."""
+    dtype: Literal["fp32", "bf16", "fp16", "auto"] | None = None
+    """Arithmetic. Default: bf16 on a GPU, fp32 on a CPU. auto: bf16 where it is faster here."""
     max_tokens: int = 8192
     """Most tokens of a pack; a longer conversation has a pack to itself."""
     format: str = "auto"
@@ -61,16 +57,10 @@ class ScoreArgs:
 
 
 def main(args: ScoreArgs) -> int:
-    for flag, value in (
-        ("--workers", args.workers),
-        ("--max-tokens", args.max_tokens),
-        ("--limit", args.limit),
-    ):
+    for flag, value in (("--max-tokens", args.max_tokens), ("--limit", args.limit)):
         if value is not None and value < 1:
             raise ValueError(f"{flag} {value}: must be at least 1")
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1 and args.workers > 1:
-        raise ValueError("--workers: torchrun started several processes already")
     if world_size > 1 and "-" in args.input:
         raise ValueError(
             "--input: standard input can be read by one process only; name files under torchrun"
@@ -100,36 +90,14 @@ def inputs_of(args: ScoreArgs) -> list[Any]:
     return found
 
 
-@contextlib.contextmanager
-def scoring(args: ScoreArgs):
-    """(info of the model, its messages, function from windows to results), in this process or in
-    workers."""
-    from rmega.scoring import batch
-
-    if args.workers > 1:
-        workers = batch.Workers(
-            args.workers, args.model, max_tokens=args.max_tokens, dtype=args.dtype
-        )
-        try:
-            yield workers.info, workers.messages, workers.map
-        finally:
-            workers.close()
-        return
-    from rmega.scoring.scorer import scorer
-
-    with scorer(args.model, dtype=args.dtype, max_tokens=args.max_tokens) as one:
-        yield (
-            one.describe(),
-            one.tokenizer.messages if one.tokenizer else [],
-            lambda stream: ((w, batch.score_rows(one, w.rows)) for w in stream),
-        )
-
-
 def score(args: ScoreArgs, rank: int) -> int:
     """Read, score, write."""
+    from tqdm import tqdm
+
     from rmega.preferences.schemas import schema_named
     from rmega.preferences.scorable import read_rows
-    from rmega.scoring.batch import Output, ScoringProgress, Window, line_of, windows
+    from rmega.scoring.batch import Output, line_of, score_rows, windows
+    from rmega.scoring.scorer import scorer
 
     if args.format != "auto":
         schema_named(args.format)
@@ -144,14 +112,15 @@ def score(args: ScoreArgs, rank: int) -> int:
     )  # all score, one writes
     counts = dict.fromkeys(("rows", "responses", "tokens", "bad", "cut"), 0)
     try:
-        with scoring(args) as (info, messages, results_of):
+        with scorer(args.model, dtype=args.dtype, max_tokens=args.max_tokens) as model:
+            info = model.describe()
             limit = info.get("max_length")
             say(
                 f"{args.model}: {info['family']}, {info['dtype']} on {info['device']}, reward token"
                 f" {info.get('reward_token_id')},"
                 f" {f'at most {limit} tokens' if limit else 'no limit of length'}"
             )
-            for message in messages:
+            for message in model.tokenizer.messages if model.tokenizer else []:
                 say(message)
             rows = read_rows(inputs, args.format, args.limit)
             skip, check = from_first_rank(
@@ -159,7 +128,7 @@ def score(args: ScoreArgs, rank: int) -> int:
             )
             for row, _ in itertools.islice(rows, skip):
                 if row.index == check:
-                    [(_, [result])] = results_of([Window([row])])
+                    [result] = score_rows(model, [row])
                     if output:
                         output.check(
                             row,
@@ -175,9 +144,16 @@ def score(args: ScoreArgs, rank: int) -> int:
                 )
             if output and output.num_rows:
                 say(f"going on after {output.num_rows:,} rows of {output.partial}")
-            progress, start = ScoringProgress(rank == 0), time.monotonic()
-            for window, results in results_of(windows(rows, args.max_tokens)):
-                text = []
+            start = time.monotonic()
+            progress = tqdm(
+                desc="scoring",
+                unit=" rows",
+                initial=output.num_rows if output else 0,
+                leave=False,
+                disable=None if rank == 0 else True,  # None: where stderr is no terminal
+            )
+            for window in windows(rows, args.max_tokens):
+                results, text = score_rows(model, window.rows), []
                 for row, result in zip(window.rows, results, strict=True):
                     if args.best_of and result.error is None and len(result.rewards) < 2:
                         result.error = (
@@ -191,8 +167,8 @@ def score(args: ScoreArgs, rank: int) -> int:
                     if result.error is not None and not args.skip_bad:
                         if output:
                             output.write("".join(text))
-                        progress.clear()
-                        raise ValueError(f"{row.where}: {result.error} (--skip-bad goes on)")
+                        progress.close()
+                        raise ValueError(f"{row.where}: {result.error} (--skip-bad continues)")
                     line = line_of(row, result, best_of=args.best_of)
                     as_text = args.best_of and args.output is None
                     text.append(
@@ -202,8 +178,10 @@ def score(args: ScoreArgs, rank: int) -> int:
                     )
                 if output:
                     output.write("".join(text))
-                progress.show(counts["rows"], counts["responses"], window.done)
-            progress.clear()
+                progress.update(len(window.rows))
+                if window.done:  # the number of rows is unknown, but not where the file ends
+                    progress.total = max(progress.n, round(progress.n / window.done))
+            progress.close()
             if not counts["rows"] and not (output and output.num_rows):
                 raise ValueError(f"--input {' '.join(args.input)}: no rows")
             if output:

@@ -1,4 +1,4 @@
-"""Data files -> comparisons that can be judged, each with its place in the file and its id."""
+"""Data files -> comparisons that can be evaluated, each with its place in the file and its id."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rmega.evaluation.benchmarks import benchmark_of
-from rmega.evaluation.results import Judged
+from rmega.evaluation.results import ScoredComparison
 from rmega.preferences import sources
 from rmega.preferences.closest_schema import columns_of, left_out, what_is_missing
 from rmega.preferences.comparison import REASONS, Comparison, Message, Rejected
@@ -25,7 +25,7 @@ SAMPLE_ROWS = 50
 
 @dataclass(slots=True)
 class EvalRow:
-    """One row of a data file; ``comparison`` is None where it cannot be judged (then ``reason``
+    """One row of a data file; ``comparison`` is None where it cannot be used (then ``reason``
     says why)."""
 
     comparison: Comparison | None
@@ -48,18 +48,18 @@ class EvalSet:
     rows: list[EvalRow] = field(default_factory=list)
 
     @property
-    def judgeable(self) -> list[EvalRow]:
+    def usable(self) -> list[EvalRow]:
         """The rows that have a comparison."""
         return [row for row in self.rows if row.comparison is not None]
 
     @property
     def left_out(self) -> dict[str, int]:
-        """Reason -> number of rows that cannot be judged."""
+        """Reason -> number of rows that cannot be used."""
         return dict(Counter(row.reason for row in self.rows if row.comparison is None))
 
     def summary(self) -> str:
         """One line for the terminal: how many comparisons, and what was left out and why."""
-        used = len(self.judgeable)
+        used = len(self.usable)
         text = f"{self.name}: {used:,} comparisons (schema {self.schema})"
         if used < len(self.rows):
             text += "; left out: " + ", ".join(self.reasons())
@@ -77,7 +77,7 @@ def read_eval_set(
     source: sources.Input, format_name: str = "auto", limit: int | None = None
 ) -> EvalSet:
     """All rows of one input (the first ``limit``). ValueError where no schema fits or no row can be
-    judged."""
+    used."""
     schema: Schema | None = None if format_name == "auto" else schema_named(format_name)
     chunks: Iterable[sources.Chunk] = sources.read_chunks(source, 0)
     if schema is None:
@@ -108,9 +108,9 @@ def read_eval_set(
 
 
 def _checked(out: EvalSet) -> EvalSet:
-    if not out.judgeable:
+    if not out.usable:
         reasons = ", ".join(out.reasons()) or "no rows"
-        raise ValueError(f"--data {out.name}: nothing to judge ({reasons})")
+        raise ValueError(f"--data {out.name}: nothing to evaluate ({reasons})")
     return out
 
 
@@ -147,9 +147,9 @@ def response_text(messages: Sequence[Message]) -> str:
     return "\n".join(str(m.get("content", "")) for m in messages)
 
 
-def judged(
+def scored(
     row: EvalRow, rewards: Sequence[float] | np.ndarray, length: Callable[[str], int]
-) -> Judged:
+) -> ScoredComparison:
     """A row and its rewards [k], in the order of ``row.comparison.responses``."""
     comparison = row.comparison
     assert comparison is not None
@@ -159,7 +159,7 @@ def judged(
             f"{row.where}: {values.size} rewards for {len(comparison.responses)} responses"
         )
     lengths = np.array([length(response_text(r)) for r in comparison.responses])
-    return Judged(
+    return ScoredComparison(
         rewards=values,
         scores=np.array(comparison.scores),
         graded=comparison.graded,

@@ -10,7 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from rmega.checkpointing import run_folder
+from rmega.checkpointing.find import damage
 from rmega.config import TrainArgs
 from rmega.export.folder import (
     RECIPE,
@@ -25,7 +28,6 @@ from rmega.export.model_card import client_duties, kept_comparisons, usage, writ
 from rmega.export.write_weights import DTYPES, CheckpointTensors, export_weights, parse_size
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
-from rmega.training.logs import Progress
 
 
 def say(text: str = "") -> None:
@@ -104,7 +106,7 @@ def convert(
     shard_bytes = parse_size(max_shard_size)
     folder = find_checkpoint(run, iteration)
     info = run_folder.read_info(folder)
-    if problem := run_folder.damage(folder, checksums=False):
+    if problem := damage(folder):
         raise ValueError(
             f"--load {folder}: damaged ({problem}); another checkpoint can be named by --iteration"
         )
@@ -181,7 +183,7 @@ def _write(
                 " reward before it"
             )
             info = {**info, "pad_token_id": example["pad_token_id"]}
-        elif info["pad_token_id"] in example["token_ids"] and geometry.family == "llama":
+        elif info["pad_token_id"] in example["token_ids"] and not BACKBONES[geometry.family].code:
             say(
                 f"warning: pad token {example['pad_token']} (id {info['pad_token_id']}) occurs in"
                 " texts and the tokenizer has no free one: transformers 4 would read rewards too"
@@ -189,16 +191,12 @@ def _write(
             )
         write_config(partial, geometry, info, dtype)
         source = CheckpointTensors(folder)
-        bar = Progress("writing", len(BACKBONES[geometry.family].weight_table(geometry)))
+        table = BACKBONES[geometry.family].weight_table(geometry)
+        bar = tqdm(desc="writing", total=len(table), leave=False, disable=None)
         writer = export_weights(
-            source,
-            geometry,
-            partial,
-            dtype=dtype,
-            max_shard_bytes=shard_bytes,
-            progress=bar.advance,
+            source, geometry, partial, dtype=dtype, max_shard_bytes=shard_bytes, progress=bar.update
         )
-        bar.clear()
+        bar.close()
         recipe = write_recipe(
             partial,
             info=info,

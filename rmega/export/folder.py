@@ -14,7 +14,7 @@ from typing import Any
 from rmega import __version__
 from rmega.evaluation.files import eval_rows
 from rmega.hub import has_tokenizer, load_tokenizer
-from rmega.models import BACKBONES, hf_internlm2
+from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
 
 UNVERIFIED = "UNVERIFIED"
@@ -28,7 +28,7 @@ NOT_TOKENIZER = ("config.json", "generation_config.json", "README.md")
 
 
 def write_config(folder: Path, geometry: Geometry, info: dict[str, Any], dtype: str) -> None:
-    """``config.json``, and for InternLM2 the two files of code that it names. ``info`` is the
+    """``config.json`` and the files of modeling code that it names, if any. ``info`` is the
     checkpoint's rmega.json.
 
     Raises ValueError if padding and reward token are the same: the pooled token could not be found
@@ -47,10 +47,8 @@ def write_config(folder: Path, geometry: Geometry, info: dict[str, Any], dtype: 
         pad_token_id=info["pad_token_id"],
     )
     write_json(folder / "config.json", config)
-    if geometry.family == "internlm2":
-        code = Path(hf_internlm2.__file__).parent
-        for file in ("configuration_internlm2.py", "modeling_internlm2.py"):
-            shutil.copyfile(code / file, folder / file)
+    for file in BACKBONES[geometry.family].code:
+        shutil.copyfile(file, folder / file.name)
 
 
 def write_tokenizer(source: Path, folder: Path, info: dict[str, Any]) -> dict[str, Any] | None:
@@ -198,7 +196,7 @@ def write_recipe(
     recipe = {
         "format_version": RECIPE_VERSION,
         "written_by": f"rmega {__version__}",
-        "architecture": BACKBONES[geometry.family].ARCHITECTURE,
+        "architecture": BACKBONES[geometry.family].architecture,
         "dtype": dtype,
         "base_model": info.get("base_model"),
         "checkpoint": source,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 
 from rmega.config import MIN_COMPARISONS
 from rmega.export.write_weights import DTYPES, CheckpointTensors
-from rmega.models import BACKBONES, hf_internlm2
+from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
 from rmega.models.hf import HfFolder, source_names
 
@@ -112,14 +112,14 @@ def training_rewards(
             distributed.finish()
 
 
-def check_code(folder: Path) -> None:
-    """ValueError where a folder names other code than an export writes: verifying would run it."""
-    own = Path(hf_internlm2.__file__).parent
+def check_code(folder: Path, written: Iterable[Path]) -> None:
+    """ValueError where a folder names other code than the files ``written`` by an export: verifying
+    would run it."""
+    own = {file.name: file.read_bytes() for file in written}
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    modules = {str(name).partition(".")[0] for name in (config.get("auto_map") or {}).values()}
-    for module in sorted(modules):
-        file, ours = folder / f"{module}.py", own / f"{module}.py"
-        if not (file.is_file() and ours.is_file() and file.read_bytes() == ours.read_bytes()):
+    for name in sorted({str(name) for name in (config.get("auto_map") or {}).values()}):
+        file = folder / f"{name.partition('.')[0]}.py"
+        if not file.is_file() or file.read_bytes() != own.get(file.name):
             raise ValueError(f"{file}: not the code that an export writes, so it is not run")
 
 
@@ -136,8 +136,8 @@ def transformers_rewards(
     """fp32 rewards [n] by plain transformers from a written folder, in padded batches."""
     import transformers
 
-    if geometry.family == "internlm2":
-        check_code(folder)
+    if BACKBONES[geometry.family].code:
+        check_code(folder, BACKBONES[geometry.family].code)
         load = transformers.AutoModel.from_pretrained
         options = {"trust_remote_code": True}  # the two files that an export writes
     else:

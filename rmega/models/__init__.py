@@ -1,6 +1,8 @@
-"""Backbones: for each family, what differs between it and the others, which is geometry and weight
-names only."""
+"""Backbones: a page for each family, which says what differs between it and the others."""
 
-from rmega.models import internlm2, llama
+from rmega.models import internlm2, internlm3, llama, mistral, qwen2, qwen3
 
-BACKBONES = {"internlm2": internlm2, "llama": llama}
+BACKBONES = {
+    page.FAMILY.model_type: page.FAMILY
+    for page in (internlm2, internlm3, llama, mistral, qwen2, qwen3)
+}

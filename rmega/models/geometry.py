@@ -27,12 +27,13 @@ class RopeScaling:
 class Geometry:
     """Everything about a backbone that decides shapes or arithmetic.
 
-    ``family`` is the key into ``rmega.models.BACKBONES``. ``has_reward_head`` says whether the
-    folder that it was read from already is a reward model, so that its head is loaded instead of a
-    new one made.
+    ``family`` is the key into ``rmega.models.BACKBONES``. ``qkv_bias``: the query, key and value
+    projections have biases. ``qk_norm``: queries and keys are normalized over the head dimension,
+    before rotation. ``has_reward_head`` says whether the folder that it was read from already is a
+    reward model, so that its head is loaded instead of a new one made.
     """
 
-    family: str  # "internlm2" | "llama"
+    family: str
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -45,6 +46,8 @@ class Geometry:
     rope_theta: float
     rope_scaling: RopeScaling = RopeScaling()
     tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
     has_reward_head: bool = False
 
     @classmethod

@@ -146,28 +146,28 @@ def source_names(files: Iterable[str], geometry: Geometry, folder: Path | str) -
     out would change the model silently.
     """
     backbone, names = BACKBONES[geometry.family], set(files)
+    own = backbone.names
     table = hf_shapes(backbone.weight_table(geometry))
-    bare = not any(name.startswith(backbone.PREFIX) for name in names)
-    found = {name: name.removeprefix(backbone.PREFIX) if bare else name for name in table}
-    embedding = next(iter(table))
-    if found[embedding] not in names and geometry.tie_word_embeddings:
-        found[embedding] = backbone.EMBEDDING_ALIAS
+    bare = not any(name.startswith(own.prefix) for name in names)
+    found = {name: name.removeprefix(own.prefix) if bare else name for name in table}
+    if found[own.embedding] not in names and geometry.tie_word_embeddings:
+        found[own.embedding] = own.output
     if missing := [
-        name for name, theirs in found.items() if theirs not in names and name != backbone.HEAD
+        name for name, theirs in found.items() if theirs not in names and name != own.head
     ]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(
             f"{folder}: {found[missing[0]]}{more} not found in the weights; config.json does not"
             " describe them"
         )
-    if found[backbone.HEAD] not in names:
+    if found[own.head] not in names:
         if geometry.has_reward_head:
             raise ValueError(
-                f"{folder}: config.json says it is a reward model, but {backbone.HEAD} is not among"
+                f"{folder}: config.json says it is a reward model, but {own.head} is not among"
                 " its weights"
             )
-        del found[backbone.HEAD]
-    ignored = {*backbone.IGNORED, *(name for name in names if name.endswith("rotary_emb.inv_freq"))}
+        del found[own.head]
+    ignored = {own.output, *(name for name in names if name.endswith("rotary_emb.inv_freq"))}
     if unknown := sorted(names - set(found.values()) - ignored):
         what = (
             "biases are not supported"
@@ -223,8 +223,8 @@ def load_hf(
 
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
         tp_size = parallel_state.get_tensor_model_parallel_world_size()
-    backbone = BACKBONES[geometry.family]
-    table = backbone.weight_table(geometry)
+    table = BACKBONES[geometry.family].weight_table(geometry)
+    head = BACKBONES[geometry.family].names.head
     rules, shapes = {rule.name: rule for rule in table}, hf_shapes(table)
     core = model
     while not hasattr(core, "decoder"):
@@ -235,12 +235,12 @@ def load_hf(
         for parameter_name, parameter in model.named_parameters():
             rule = rules.get(rule_name(parameter_name, layer_numbers))
             assert rule is not None, f"no weight rule for parameter {parameter_name}"
-            if rule.name == REWARD_HEAD and backbone.HEAD not in names:
+            if rule.name == REWARD_HEAD and head not in names:
                 init_head(parameter, head_init, head_std, head_seed)
                 continue
             fill(parameter, rule, source, names, shapes, tp_rank, tp_size)
-        if backbone.HEAD in names:
-            return f"head from {source.files[names[backbone.HEAD]]}"
+        if head in names:
+            return f"head from {source.files[names[head]]}"
     return f"new head ({head_init})"
 
 

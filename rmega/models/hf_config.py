@@ -1,5 +1,5 @@
 """Reading a Hugging Face ``config.json`` strictly: what cannot be honoured is refused with file and
-field (law 7)."""
+field."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
 
 
 def refuse(config: dict[str, Any], field: str, why: str) -> ValueError:
-    """The error for a field of config.json that rmega cannot honour; ``_path`` is put in by
-    ``read_config``."""
-    return ValueError(f"{config.get('_path', 'config.json')}: {field}={config.get(field)!r}: {why}")
+    """The error for a field of config.json that rmega cannot honour. ``_path`` is set by
+    ``read_config``; ``_missing`` names fields whose value is the default of their class."""
+    value = config.get(field)
+    if field in config.get("_missing", ()):
+        why += f" (a missing field means {value!r})"
+    return ValueError(f"{config.get('_path', 'config.json')}: {field}={value!r}: {why}")
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
@@ -115,124 +118,29 @@ def _read_rope_dict(config: dict[str, Any], field: str) -> tuple[float, RopeScal
     )
 
 
-def read_shape(
-    config: dict[str, Any],
-    *,
-    family: str,
-    max_position_embeddings: int,
-    norm_eps: float,
-    reward_architectures: tuple[str, ...],
-    base_architectures: tuple[str, ...],
-) -> Geometry:
-    """The fields that both families share; the two defaults are those of the published
-    configuration classes."""
-    names = tuple(config.get("architectures") or ())
-    allowed = reward_architectures + base_architectures
-    if unknown := [name for name in names if name not in allowed]:
-        raise refuse(config, "architectures", f"{unknown[0]} is not one of {', '.join(allowed)}")
-    if config.get("quantization_config"):
-        raise refuse(
-            config,
-            "quantization_config",
-            "quantised weights cannot be trained; use the unquantised folder",
-        )
-    act = config.get("hidden_act", "silu")
-    if act not in ("silu", "swish"):
-        raise refuse(config, "hidden_act", "only the gated silu MLP is supported")
-    has_head = any(name in reward_architectures for name in names)
-    num_labels = (
-        len(config["id2label"])
-        if config.get("id2label")
-        else config.get("num_labels", 1 if has_head else 2)
-    )
-    if has_head and num_labels != 1:
-        raise ValueError(
-            f"{config.get('_path', 'config.json')}: {names[0]} with {num_labels} labels is a"
-            " classifier, not a reward model (num_labels must be 1)"
-        )
-    heads = positive_int(config, "num_attention_heads")
-    groups = positive_int(config, "num_key_value_heads", heads)
-    hidden = positive_int(config, "hidden_size")
-    head_dim = positive_int(config, "head_dim", hidden // heads)
-    if heads % groups:
-        raise refuse(config, "num_key_value_heads", f"does not divide num_attention_heads={heads}")
-    if config.get("head_dim") is None and hidden % heads:
-        raise refuse(config, "num_attention_heads", f"does not divide hidden_size={hidden}")
-    if head_dim % 2:
-        raise refuse(config, "head_dim", "rotary embeddings need an even head dimension")
-    theta, scaling = read_rope(config)
-    eps = config.get("rms_norm_eps")
-    return Geometry(
-        family=family,
-        num_layers=positive_int(config, "num_hidden_layers"),
-        hidden_size=hidden,
-        ffn_hidden_size=positive_int(config, "intermediate_size"),
-        num_attention_heads=heads,
-        num_query_groups=groups,
-        head_dim=head_dim,
-        vocab_size=positive_int(config, "vocab_size"),
-        max_position_embeddings=positive_int(
-            config, "max_position_embeddings", max_position_embeddings
-        ),
-        norm_eps=float(norm_eps if eps is None else eps),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        has_reward_head=has_head,
-    )
+def rope_fields(geometry: Geometry, *, type_field: str = "rope_type") -> dict[str, Any]:
+    """The rotary fields of an export's ``config.json``, in both forms that ``read_rope`` reads.
 
-
-def write_shape(
-    geometry: Geometry,
-    source: dict[str, Any],
-    *,
-    architecture: str,
-    dtype: str,
-    reward_token_id: int,
-    pad_token_id: int,
-) -> dict[str, Any]:
-    """The fields of an export's ``config.json`` that both families share, readable by transformers
-    4.44 and by 5.
-
-    ``source`` is the base model's: what does not touch arithmetic (initialiser, begin and end of
-    text) comes from it. Rotary parameters and dtype are written in the older and in the newer form,
-    because each version reads one of them.
+    ``type_field`` names the type in the older form, which has no more fields than its readers
+    accept.
     """
     scaling = geometry.rope_scaling
-    rope: dict[str, Any] = {"rope_type": scaling.rope_type}
+    stretch: dict[str, Any] = {}
     if scaling.rope_type != "default":
-        rope["factor"] = scaling.factor
+        stretch["factor"] = scaling.factor
     if scaling.rope_type == "llama3":
-        rope |= {
+        stretch |= {
             "low_freq_factor": scaling.low_freq_factor,
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_max_position_embeddings,
         }
+    old = {type_field: scaling.rope_type, **stretch} if stretch else None
     return {
-        "architectures": [architecture],
-        "model_type": geometry.family,
-        "hidden_size": geometry.hidden_size,
-        "intermediate_size": geometry.ffn_hidden_size,
-        "num_hidden_layers": geometry.num_layers,
-        "num_attention_heads": geometry.num_attention_heads,
-        "num_key_value_heads": geometry.num_query_groups,
-        "vocab_size": geometry.vocab_size,
-        "max_position_embeddings": geometry.max_position_embeddings,
-        "rms_norm_eps": geometry.norm_eps,
-        "hidden_act": "silu",
-        "initializer_range": source.get("initializer_range", 0.02),
-        "use_cache": False,
-        "pretraining_tp": 1,
-        "tie_word_embeddings": geometry.tie_word_embeddings,
         "rope_theta": geometry.rope_theta,
-        **({} if scaling.rope_type == "default" else {"rope_scaling": rope}),
-        "rope_parameters": {"rope_theta": geometry.rope_theta, **rope},
-        "bos_token_id": source.get("bos_token_id"),
-        "eos_token_id": source.get("eos_token_id"),
-        "pad_token_id": pad_token_id,
-        "reward_token_id": reward_token_id,
-        "id2label": {"0": "reward"},
-        "label2id": {"reward": 0},
-        "torch_dtype": dtype,
-        "dtype": dtype,
+        **({"rope_scaling": old} if old else {}),
+        "rope_parameters": {
+            "rope_theta": geometry.rope_theta,
+            "rope_type": scaling.rope_type,
+            **stretch,
+        },
     }

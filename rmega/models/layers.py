@@ -152,39 +152,46 @@ class PooledLastLayer(TransformerLayer):
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True)
         else:
             x = copy_to_tensor_model_parallel_region(x)
-        x = x.squeeze(1)
+        x = x.squeeze(1)  # [t, h]
         g = attention.num_query_groups_per_partition
         r = attention.num_attention_heads_per_partition // g
         d = attention.hidden_size_per_attention_head
-        weight = attention.linear_qkv.weight.view(g, r + 2, d, -1)
-        query = _product(
-            ops.gather_last_token(x, pack.pooled), weight[:, :r].reshape(g * r * d, -1)
+
+        # Rows of the fused projection: for each group its r query heads, its key, its value.
+        linear = attention.linear_qkv
+        weight = linear.weight.view(g, r + 2, d, -1)
+        bias = None if linear.bias is None else linear.bias.view(g, r + 2, d)
+        query = _linear(  # [n, g r d]
+            ops.gather_last_token(x, pack.pooled),
+            weight[:, :r].reshape(g * r * d, -1),
+            None if bias is None else bias[:, :r].reshape(-1),
         )
-        key, value = (
-            _product(x, weight[:, r:].transpose(0, 1).reshape(2 * g * d, -1))
-            .view(-1, 2, g, d)
-            .unbind(1)
+        key_value = _linear(  # [t, 2 g d]
+            x,
+            weight[:, r:].transpose(0, 1).reshape(2 * g * d, -1),
+            None if bias is None else bias[:, r:].transpose(0, 1).reshape(-1),
         )
-        query = ops.rope(query.view(-1, g * r, d), pack.cos[pack.pooled], pack.sin[pack.pooled])
-        out = packed_attention(
-            query,
-            ops.rope(key, pack.cos, pack.sin),
-            value,
-            pack.pooled_segments,
-            attention.core_attention.scale,
+        key, value = key_value.view(-1, 2, g, d).unbind(1)  # [t, g, d] each
+        query = attention.q_layernorm(query.view(-1, g * r, d))  # the identity without QK norm
+        key = attention.k_layernorm(key)
+        query = ops.rope(query, pack.cos[pack.pooled], pack.sin[pack.pooled])
+        key = ops.rope(key, pack.cos, pack.sin)
+        out = packed_attention(  # [n, g r d]
+            query, key, value, pack.pooled_segments, attention.core_attention.scale
         )
         out, _ = attention.linear_proj(out[:, None])
         hidden = pool_rows(hidden_states, pack.pooled, self.shards_sequence) + out
         return self._forward_mlp(hidden), None
 
 
-def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [t, k] times weight [n, k] transposed, by the function behind the engine's linear layers,
-    so that in half precision on a CPU it is made as theirs are (``fusion.py``)."""
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [t, k] times weight [n, k] transposed plus bias [n], by the function behind Megatron-Core's
+    linear layers, so that in half precision on a CPU it is computed as theirs are
+    (``fusion.py``)."""
     return linear_with_grad_accumulation_and_async_allreduce(
         x,
         weight,
-        None,
+        bias,
         gradient_accumulation_fusion=False,
         allreduce_dgrad=False,
         sequence_parallel=False,
@@ -211,9 +218,11 @@ def pool_rows(hidden: torch.Tensor, pooled: torch.Tensor, shards_sequence: bool)
     return reduce_from_tensor_model_parallel_region(rows)[:, None]
 
 
-def layer_spec(module: type = TransformerLayer, *, transformer_engine: bool = False) -> ModuleSpec:
-    """One decoder layer. ``transformer_engine`` takes its linear layers from Transformer Engine,
-    the rest is ours."""
+def layer_spec(
+    module: type = TransformerLayer, *, qk_norm: bool = False, transformer_engine: bool = False
+) -> ModuleSpec:
+    """One decoder layer. ``qk_norm`` normalizes queries and keys over the head dimension.
+    ``transformer_engine`` takes its linear layers from Transformer Engine, the rest is ours."""
     column, row = ColumnParallelLinear, RowParallelLinear
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import (
@@ -233,8 +242,10 @@ def layer_spec(module: type = TransformerLayer, *, transformer_engine: bool = Fa
                     linear_qkv=column,
                     core_attention=PackedCoreAttention,
                     linear_proj=row,
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
+                    # By these names Megatron-Core sums their gradients over tensor ranks, which
+                    # see different heads.
+                    q_layernorm=RMSNorm if qk_norm else IdentityOp,
+                    k_layernorm=RMSNorm if qk_norm else IdentityOp,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -259,12 +270,13 @@ def block_spec(
     """The layers of this pipeline stage; on the last stage the last of them is pruned unless
     switched off."""
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    layers = [layer_spec(transformer_engine=transformer_engine)] * count
+    qk_norm = config.qk_layernorm
+    layers = [layer_spec(qk_norm=qk_norm, transformer_engine=transformer_engine)] * count
     prune = post_process and prune_last_layer
     if prune:
         # The pruned layer slices the fused query-key-value weight, which is a plain linear layer in
         # either case.
-        layers = [*layers[:-1], layer_spec(PooledLastLayer)]
+        layers = [*layers[:-1], layer_spec(PooledLastLayer, qk_norm=qk_norm)]
     return TransformerBlockSubmodules(
         layer_specs=layers, layer_norm=ModuleSpec(module=RMSNorm, params={"replicated": prune})
     )

@@ -61,7 +61,7 @@ def transformer_config(
     recompute: str = "none",
     first_stage_layers: int | None = None,
     last_stage_layers: int | None = None,
-    deterministic: bool = True,
+    deterministic: bool = False,
     on_cpu: bool = True,
     fp8_format: str = "none",
     fp8_recipe: str = "tensorwise",
@@ -97,6 +97,8 @@ def transformer_config(
         gated_linear_unit=True,
         use_te_activation_func=True,  # takes the activation from the layer's specification
         add_bias_linear=False,
+        add_qkv_bias=geometry.qkv_bias,
+        qk_layernorm=geometry.qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         bias_dropout_fusion=False,
@@ -114,7 +116,7 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,  # must be set before the data-parallel wrapper is built
         gradient_accumulation_fusion=False,
-        deterministic_mode=deterministic and on_cpu,
+        deterministic_mode=deterministic or on_cpu,
         recompute_granularity=None if recompute == "none" else recompute,
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,
@@ -217,7 +219,7 @@ class RewardModel(MegatronModule):
         another layout."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         for name, value in state.items():
-            if name.endswith(("linear_qkv.weight", "linear_proj.weight")):
+            if name.endswith(("linear_qkv.weight", "linear_qkv.bias", "linear_proj.weight")):
                 value.allow_shape_mismatch = True
         return state
 
@@ -243,13 +245,15 @@ class RewardModel(MegatronModule):
 
 
 def _mark_shards(model: torch.nn.Module) -> None:
-    """Say of each weight how tensor parallelism cuts it.
+    """Record on each weight how tensor parallelism cuts it.
 
-    megatron-core does this while it initialises weights, which is skipped here because they are
-    read from a folder; unmarked, they would count on tensor rank 0 only and the gradient norm would
-    be too small.
+    Megatron-Core before 0.18 does this while it initializes weights, which is skipped here because
+    they are read from a folder; unmarked, they would count on tensor rank 0 only and the gradient
+    norm would be too small. Biases are marked in every version.
     """
     for module in model.modules():
+        if hasattr(getattr(module, "weight", None), "tensor_model_parallel"):
+            continue  # from 0.18 on Megatron-Core marks them itself
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
             set_tensor_model_parallel_attributes(
                 module.weight, True, 0, getattr(module, "stride", 1) or 1

@@ -5,14 +5,44 @@ A rule is data, not code: a *global* (unsharded) rmega tensor is a stack, along 
 of Hugging Face tensors. Loading reads the rule forwards, an export reads it backwards, so the two
 cannot disagree, and both are exact.
 
-Shape letters: V vocabulary, h hidden size, f MLP width, a query heads, g key/value groups, d head
-dimension.
+Shape letters: V vocabulary, h hidden size, f MLP width, a query heads, g key/value groups, r = a /
+g, d head dimension.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+
+from rmega.models.geometry import Geometry
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Names:
+    """What a family calls its tensors; the defaults are Llama's, which most families share.
+
+    Names of a layer's tensors follow ``layer``, in which ``{i}`` is the layer's number from 0.
+    """
+
+    prefix: str = "model."
+    """In front of every name but those of the head and the output matrix; a bare backbone has none."""
+    embedding: str = "model.embed_tokens.weight"
+    layer: str = "model.layers.{i}."
+    attention_norm: str = "input_layernorm.weight"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    """Modules of the projection: q, k, v, or one whose rows are grouped as Megatron-Core's."""
+    q_norm: str = "self_attn.q_norm.weight"
+    k_norm: str = "self_attn.k_norm.weight"
+    projection: str = "self_attn.o_proj.weight"
+    mlp_norm: str = "post_attention_layernorm.weight"
+    gate: str = "mlp.gate_proj.weight"
+    up: str = "mlp.up_proj.weight"
+    down: str = "mlp.down_proj.weight"
+    final_norm: str = "model.norm.weight"
+    head: str = "score.weight"
+    output: str = "lm_head.weight"
+    """A language model's output matrix, which a reward model does not need; a tied folder may have
+    kept the embedding under this name alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +70,8 @@ class WeightRule:
     shard_blocks: int = 1
 
     def local_shape(self, tp_size: int) -> tuple[int, ...]:
-        """The smallest shape that a rank can hold; the engine may pad the cut dimension with zeros
-        beyond it."""
+        """The smallest shape that a rank can hold; Megatron-Core may pad the cut dimension with
+        zeros beyond it."""
         if self.shard_dim is None:
             return self.shape
         share = self.shard_blocks * -(-(self.shape[self.shard_dim] // self.shard_blocks) // tp_size)
@@ -51,7 +81,7 @@ class WeightRule:
         """The global row ranges that rank ``tp_rank``, holding ``held`` rows, holds, in its own
         order.
 
-        Where the engine pads (the vocabulary, groups of heads), a range may reach beyond
+        Where Megatron-Core pads (the vocabulary, groups of heads), a range may reach beyond
         ``shape[0]``.
         """
         if self.shard_dim != 0:
@@ -86,20 +116,73 @@ def whole(name: str, rows: int) -> tuple[Part, ...]:
     return (Part(name, 0, rows),)
 
 
-def grouped_qkv(
-    q: str, k: str, v: str, *, groups: int, heads_per_group: int, head_dim: int
-) -> tuple[Part, ...]:
-    """megatron-core's ``linear_qkv`` from separate projections: for each group its query heads, its
-    key, its value."""
-    r, d = heads_per_group * head_dim, head_dim
+def grouped_qkv(names: tuple[str, ...], geometry: Geometry) -> tuple[Part, ...]:
+    """Megatron-Core's ``linear_qkv`` [(a + 2 g) d, ...]: for each group its r query heads, its key,
+    its value. From separate q [a d, ...], k and v [g d, ...], or from one tensor laid out that
+    way."""
+    d, g = geometry.head_dim, geometry.num_query_groups
+    r = geometry.num_attention_heads // g
+    if len(names) == 1:
+        return whole(names[0], g * (r + 2) * d)
+    q, k, v = names
     parts: list[Part] = []
-    for i in range(groups):
+    for i in range(g):
         parts += [
-            Part(q, i * r, (i + 1) * r),
+            Part(q, i * r * d, (i + 1) * r * d),
             Part(k, i * d, (i + 1) * d),
             Part(v, i * d, (i + 1) * d),
         ]
     return tuple(parts)
+
+
+def weight_table(geometry: Geometry, names: Names) -> list[WeightRule]:
+    """Every global rmega tensor of a backbone and the tensors that it is stacked from, in the order
+    of the layers; the reward head last."""
+    h, f, d = geometry.hidden_size, geometry.ffn_hidden_size, geometry.head_dim
+    a, g, vocab = geometry.num_attention_heads, geometry.num_query_groups, geometry.vocab_size
+    qkv = (a + 2 * g) * d
+
+    rules = [
+        WeightRule("embedding.word_embeddings.weight", (vocab, h), whole(names.embedding, vocab), 0)
+    ]
+    for i in range(geometry.num_layers):
+        theirs, attention = names.layer.format(i=i), f"decoder.layers.{i}.self_attention."
+        fused = [theirs + module for module in names.qkv]
+        weights, biases = (tuple(f"{m}.{kind}" for m in fused) for kind in ("weight", "bias"))
+        gate_up = (Part(theirs + names.gate, 0, f), Part(theirs + names.up, 0, f))
+
+        rules += [
+            _norm(f"decoder.layers.{i}.input_layernorm.weight", theirs + names.attention_norm, h),
+            WeightRule(
+                attention + "linear_qkv.weight", (qkv, h), grouped_qkv(weights, geometry), 0
+            ),
+        ]
+        if geometry.qkv_bias:
+            rules.append(
+                WeightRule(attention + "linear_qkv.bias", (qkv,), grouped_qkv(biases, geometry), 0)
+            )
+        if geometry.qk_norm:
+            rules += [
+                _norm(attention + "q_layernorm.weight", theirs + names.q_norm, d),
+                _norm(attention + "k_layernorm.weight", theirs + names.k_norm, d),
+            ]
+        mlp = f"decoder.layers.{i}.mlp."
+        rules += [
+            WeightRule(
+                attention + "linear_proj.weight", (h, a * d), whole(theirs + names.projection, h), 1
+            ),
+            _norm(f"decoder.layers.{i}.pre_mlp_layernorm.weight", theirs + names.mlp_norm, h),
+            WeightRule(mlp + "linear_fc1.weight", (2 * f, h), gate_up, 0, shard_blocks=2),
+            WeightRule(mlp + "linear_fc2.weight", (h, f), whole(theirs + names.down, h), 1),
+        ]
+    return rules + [
+        _norm("decoder.final_layernorm.weight", names.final_norm, h),
+        WeightRule("reward_head.weight", (1, h), whole(names.head, 1)),
+    ]
+
+
+def _norm(ours: str, theirs: str, width: int) -> WeightRule:
+    return WeightRule(ours, (width,), whole(theirs, width))
 
 
 def hf_shapes(table: list[WeightRule]) -> dict[str, tuple[int, ...]]:

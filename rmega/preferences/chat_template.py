@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from rmega.data.fingerprint import frozen_dates, freeze_date
+from rmega.data.fingerprint import freeze_date, frozen_dates
 from rmega.preferences.comparison import Message, assistant, user
 
 DEFAULT_TEMPLATE = (

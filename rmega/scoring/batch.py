@@ -1,5 +1,4 @@
-"""Files of any size -> a line of rewards per row: windows of rows, worker processes, output that
-can be taken up again.
+"""Files of any size -> a line of rewards per row: windows of rows and an output that can be resumed.
 
 The input streams through in windows of bounded size. Within a window, conversations with the same
 beginning are scored together wherever they stand; rows leave in the order in which they came.
@@ -10,13 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import multiprocessing
 import os
 import sys
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import IO, Any
 
@@ -93,115 +88,6 @@ def score_rows(
         if not math.isfinite(reward):
             result.error = f"the model gives {reward}, no finite number"
     return results
-
-
-# ---- worker processes
-
-
-def _work(
-    pipe: Any, number: int, threads: int, max_tokens: int, model: str, options: dict[str, Any]
-) -> None:
-    """One worker: loads the model, then answers windows until the pipe is closed."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
-    for name in ("RANK", "WORLD_SIZE"):
-        os.environ.pop(name, None)
-    import torch
-
-    os.environ["LOCAL_RANK"] = str(number % max(1, torch.cuda.device_count()))
-    torch.set_num_threads(threads)
-    from rmega.scoring.scorer import load_scorer
-
-    try:
-        scorer = load_scorer(model, max_tokens=max_tokens, **options)
-        pipe.send(
-            ("ready", scorer.describe(), scorer.tokenizer.messages if scorer.tokenizer else [])
-        )
-        while True:
-            pipe.send(("done", score_rows(scorer, pipe.recv())))
-    except EOFError:
-        return
-    except (ValueError, OSError) as error:
-        pipe.send(("error", str(error)))
-
-
-class Workers:
-    """Processes with a model each, to which windows are dealt out. A worker that dies ends the job
-    with an error."""
-
-    def __init__(self, count: int, model: str, *, max_tokens: int, **options: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        threads = (
-            max(1, len(os.sched_getaffinity(0)) // count) if hasattr(os, "sched_getaffinity") else 1
-        )
-        threads = min(threads, int(os.environ.get("OMP_NUM_THREADS") or threads))
-        self._pipes, self._processes = [], []
-        for number in range(count):
-            mine, theirs = context.Pipe()
-            process = context.Process(
-                target=_work,
-                args=(theirs, number, threads, max_tokens, model, options),
-                daemon=True,
-            )
-            process.start()
-            theirs.close()
-            self._pipes.append(mine)
-            self._processes.append(process)
-        first = [self._receive(pipe) for pipe in self._pipes][0]
-        self.info, self.messages = first[1], first[2]
-
-    def _died(self, pipe: Any) -> ValueError:
-        process = self._processes[self._pipes.index(pipe)]
-        process.join(5)
-        return ValueError(
-            f"--workers: worker {self._pipes.index(pipe) + 1} of {len(self._pipes)} ended with exit"
-            f" code {process.exitcode} (out of memory?)"
-        )
-
-    def _send(self, pipe: Any, rows: list[ScorableRow]) -> None:
-        try:
-            pipe.send(rows)
-        except OSError:
-            raise self._died(pipe) from None
-
-    def _receive(self, pipe: Any) -> tuple[Any, ...]:
-        try:
-            answer = pipe.recv()
-        except (EOFError, OSError):
-            raise self._died(pipe) from None
-        if answer[0] == "error":
-            raise ValueError(answer[1])
-        return answer
-
-    def map(self, stream: Iterable[Window]) -> Iterator[tuple[Window, list[RowResult]]]:
-        """Every window with its results, in order. A few windows are held at a time."""
-        stream = iter(stream)
-        held: deque[tuple[Window, list[list[RowResult]]]] = deque()
-        boxes: dict[Any, list[list[RowResult]]] = {}
-        ahead = next(stream, None)
-        while ahead is not None or held:
-            for pipe in self._pipes:
-                if ahead is not None and pipe not in boxes and len(held) < 4 * len(self._pipes):
-                    box: list[list[RowResult]] = []
-                    boxes[pipe] = box
-                    held.append((ahead, box))
-                    self._send(pipe, ahead.rows)
-                    ahead = next(stream, None)
-            for pipe in wait(list(boxes)):
-                boxes.pop(pipe).append(self._receive(pipe)[1])
-            while held and held[0][1]:
-                window, box = held.popleft()
-                yield window, box[0]
-
-    def close(self) -> None:
-        """End the processes."""
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self._processes:
-            process.join(2)
-            if process.is_alive():
-                process.terminate()
 
 
 # ---- output
@@ -335,37 +221,3 @@ class Output:
             self._file.close()
             if self.partial.stat().st_size == 0:
                 self.partial.unlink()
-
-
-class ScoringProgress:
-    """A line that is rewritten on a terminal: rows, rate, share and ETA where the size of the input
-    is known."""
-
-    def __init__(self, shown: bool) -> None:
-        self.shown = shown and sys.stderr.isatty()
-        self.start, self.first = time.monotonic(), None
-
-    def show(self, rows: int, responses: int, done: float | None) -> None:
-        """``rows`` and ``responses`` scored by this run; ``done`` the share of the input that is
-        behind."""
-        if not self.shown:
-            return
-        elapsed = max(time.monotonic() - self.start, 1e-9)
-        text = f"scored {rows:,} rows, {responses / elapsed:,.1f} responses/s"
-        if done is not None:
-            from rmega.training.logs import duration
-
-            if self.first is None:  # what --resume skipped took no time
-                self.first = done if rows == 0 else 0.0
-            share = (done - self.first) / max(1 - self.first, 1e-9)
-            text += f", {done:.0%}" + (
-                f", eta {duration(elapsed / share * (1 - share))}" if share > 0 else ""
-            )
-        sys.stderr.write(f"\r\x1b[K{text}")
-        sys.stderr.flush()
-
-    def clear(self) -> None:
-        """Take the line away."""
-        if self.shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()

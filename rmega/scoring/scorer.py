@@ -24,6 +24,7 @@ import torch
 
 from rmega import distributed, precision
 from rmega.checkpointing import checkpoint, run_folder
+from rmega.checkpointing.find import find
 from rmega.data.balance import CostModel, balanced_bins
 from rmega.data.packing import pack
 from rmega.hub import RECIPE, has_tokenizer, recorded_reward_token, resolve_model
@@ -65,7 +66,7 @@ class TokenRules:
 def load_scorer(
     path: str | Path,
     *,
-    dtype: str = "fp32",
+    dtype: str | None = None,
     max_tokens: int = 8192,
     rules: TokenRules | None = None,
     reward_token: str | None = None,
@@ -74,13 +75,16 @@ def load_scorer(
     """A scorer of a Hugging Face reward model (folder or hub name), a run folder, or one checkpoint
     of a run.
 
-    ``dtype`` is fp32, bf16, fp16 or auto. ``rules`` stand in for those that the model records;
+    ``dtype`` is fp32, bf16, fp16, auto, or None: bf16 on a GPU (where fp32 would leave attention to
+    the plain reference), fp32 on a CPU. ``rules`` stand in for those that the model records;
     ``reward_token`` (a token's text or id, or none) names what it does not record: a reward model
     of another program is read at the last token of the text, nothing appended. Under torchrun the
     ranks share the work. Raises ValueError naming ``flag`` where there is no reward model.
     """
-    found = run_folder.find(path, flag, "weights from") if Path(path).is_dir() else None
+    found = find(path, flag, "weights from") if Path(path).is_dir() else None
     device = distributed.initialize()
+    if dtype is None:
+        dtype = "auto" if device.type == "cuda" else "fp32"
     chosen = precision.choose_together(dtype, "auto", device)
     options: dict[str, Any] = {"max_tokens": max_tokens, "name": str(path)}
     if found is not None:

@@ -1,11 +1,9 @@
-"""What a run says: one line and one row per interval, progress with an ETA, and the optional
-trackers."""
+"""What a run reports: one line and one row of metrics per interval, and the optional trackers."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -233,39 +231,3 @@ def _drop_rows_after(path: Path, step: int | None) -> None:
     new = path.with_suffix(".partial")
     new.write_text("".join(f"{line}\n" for line in rows), encoding="utf-8")
     os.replace(new, path)
-
-
-class Progress:
-    """A line that is rewritten on a terminal, with an ETA; silent elsewhere, where the log lines
-    do."""
-
-    def __init__(self, label: str, total: int) -> None:
-        self.label, self.total, self.done = label, max(total, 1), 0
-        self.start = time.monotonic()
-        self.shown = rank() == 0 and sys.stderr.isatty()
-
-    def advance(self, count: int = 1) -> None:
-        """``count`` more units are done."""
-        self.done = min(self.done + count, self.total)
-        if self.shown:
-            elapsed = time.monotonic() - self.start
-            eta = elapsed / self.done * (self.total - self.done) if self.done else 0
-            filled = 24 * self.done // self.total
-            sys.stderr.write(
-                f"\r{self.label} [{'#' * filled}{'.' * (24 - filled)}] {self.done}/{self.total} "
-                f"eta {duration(eta)} "
-            )
-            sys.stderr.flush()
-
-    def clear(self) -> None:
-        """Take the line away (before another is printed)."""
-        if self.shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-
-
-def say(progress: Progress | None, message: str) -> None:
-    """Print a line on rank 0 without tearing a progress line."""
-    if progress:
-        progress.clear()
-    log(message)

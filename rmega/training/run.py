@@ -3,6 +3,7 @@ composes."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from rmega import distributed, ops, precision
 from rmega.checkpointing import checkpoint, run_folder
+from rmega.checkpointing.lock import hold
 from rmega.checkpointing.run_folder import check_shared
 from rmega.config import MIN_COMPARISONS, TrainingConfig
 from rmega.data.balance import CostModel
@@ -27,15 +30,7 @@ from rmega.hub import resolve_model
 from rmega.io import write_durably
 from rmega.models.hf import load_hf, read_geometry
 from rmega.training import disk, plan, preflight, train
-from rmega.training.logs import (
-    MetricsLog,
-    Progress,
-    TimeSpent,
-    duration,
-    memory_mb,
-    say,
-    train_line,
-)
+from rmega.training.logs import MetricsLog, TimeSpent, duration, memory_mb, train_line
 from rmega.training.monitor import Watch
 from rmega.training.stopping import EXIT_REQUEUE, StopRequest
 
@@ -74,6 +69,9 @@ class Run:
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
         p = config.parallel
+        distributed.prepare_cuda(
+            p.tensor_model_parallel_size, deterministic=config.train.deterministic
+        )
         distributed.quiet_engine()
         preflight.check_save(config)
         self.folder = resolve_model(config.model.hf_model)
@@ -87,8 +85,27 @@ class Run:
             seed=config.train.seed,
             timeout_minutes=p.distributed_timeout_minutes,
         )
+        self._held = contextlib.ExitStack()
+        self._held.enter_context(hold(config.checkpoint.save))
+        try:
+            self._begin(config)
+        except BaseException:
+            self._held.close()
+            raise
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Give the run folder's lock back."""
+        self._held.close()
+
+    def _begin(self, config: TrainingConfig) -> None:
         if config.checkpoint.save:
             check_shared(config.checkpoint.save)
+            preflight.check_save(config)  # another run may have ended since
+            if distributed.rank() == 0:
+                run_folder.clean(config.checkpoint.save)
         else:
             log(
                 "note: no --save: weights and metrics of this run will not be kept (--save FOLDER"
@@ -203,7 +220,7 @@ class Run:
         log(f"layout: {self.layout}")
         log(
             f"compute: {self.precision.description}; "
-            f"{train.implementations(c, self.device, self.precision.dtype, self.optimizer)}"
+            f"{train.implementations(c, self.wrapped, self.optimizer, self.device)}"
         )
 
     def restore_or_start(self) -> None:
@@ -226,8 +243,12 @@ class Run:
                 json.dumps({**c.as_dict(), "run": known}, indent=1), encoding="utf-8"
             )
         if c.checkpoint.save:
-            run_folder.clean(c.checkpoint.save)
-            self.saver = checkpoint.Saver(c.checkpoint.save, self.optimizer)
+            if self.found and distributed.rank() == 0 and preflight.resumes_in_place(c):
+                aside = run_folder.set_aside_newer(c.checkpoint.save, self.state.iteration)
+                log(aside) if aside else None
+            self.saver = checkpoint.Saver(
+                c.checkpoint.save, self.optimizer, keep_last=c.checkpoint.keep_last
+            )
             self.saver.reserve(
                 wrapped=self.wrapped, optimizer=self.optimizer, scheduler=self.scheduler
             )
@@ -255,8 +276,13 @@ class Run:
         stop = StopRequest(c.checkpoint.exit_duration_min)
         if self.state.iteration == 0 and (reason := self._evaluate(stop)):
             return self._leave(f"before the first step: {reason}")
-        progress = Progress("training", self.steps)
-        progress.advance(self.state.iteration)
+        progress = tqdm(
+            desc="training",
+            total=self.steps,
+            initial=self.state.iteration,
+            leave=False,
+            disable=None if distributed.rank() == 0 else True,  # None: where stderr is no terminal
+        )
         watch = Watch()
         clock, first = train.Clock(), self.state.iteration
         window: list[tuple[train.StepReport, float, float]] = []
@@ -271,15 +297,15 @@ class Run:
             self.state.consumed += len(documents)
             self.scheduler.step(1)
             for line in watch.look(self.state.iteration, report, documents.tolist()):
-                say(progress, line)
+                log(line)
             if watch.skipped_in_a_row >= c.optimizer.max_skipped_steps:
                 self._give_up(report, documents)
             window.append((report, data_time, clock.lap()))
-            progress.advance()
+            progress.update()
             step = self.state.iteration
             reason = stop.agreed(self.device) if step < self.steps else None
             if step % self.log_interval == 0 or step == self.steps or reason:
-                self._log(step, lr, window, first, progress)
+                self._log(step, lr, window, first)
                 window = []
             due = bool(c.checkpoint.save_interval) and step % c.checkpoint.save_interval == 0
             if (
@@ -288,21 +314,20 @@ class Run:
                 and step < self.steps
                 and not reason
             ):
-                progress.clear()
                 reason = self._evaluate(stop)
                 evaluated = step
                 due |= self.best is not None and self.best[1] == step and c.checkpoint.save_best
                 clock.lap()
             if reason:
-                progress.clear()
+                progress.close()
                 return self._leave(f"after step {step}: {reason}", save=True)
             if due and step < self.steps:
-                self._save(progress)
+                self._save()
                 saved = step
                 clock.lap()
             elif self.saver:
-                self._note_saved(progress, self.saver.poll)
-        progress.clear()
+                self._note_saved(self.saver.poll)
+        progress.close()
         reason = (
             self._evaluate(stop)
             if evaluated != self.steps or self.state.iteration == first
@@ -314,7 +339,7 @@ class Run:
                 save=saved != self.steps,
             )
         if saved != self.steps:
-            self._save(progress, last=True)
+            self._save(last=True)
         self.metrics.close()
         log(
             f"done: {self.state.iteration} steps, {self.state.consumed:,} comparisons, {self.spent}"
@@ -329,7 +354,7 @@ class Run:
             f"stopping {when_and_why}" + ("" if self.saver else " (without --save nothing is kept)")
         )
         if save:
-            self._save(None, last=True)
+            self._save(last=True)
         self.metrics.close()
         return EXIT_REQUEUE if self.saver else 1
 
@@ -339,7 +364,7 @@ class Run:
         step, limit = self.state.iteration, self.config.optimizer.max_skipped_steps
         where = "without --save there is no file to replay the batch from"
         if self.saver:
-            self._note_saved(None, self.saver.wait)
+            self._note_saved(self.saver.wait)
             # No update was made since the weights went wrong, if they did: these are the ones that
             # the batch met.
             run = Path(self.config.checkpoint.save)
@@ -386,7 +411,7 @@ class Run:
                 f" this run will hold {kept} (--num-verification-comparisons)"
             )
 
-    def _log(self, step: int, lr: float, window: list, first: int, progress: Progress) -> None:
+    def _log(self, step: int, lr: float, window: list, first: int) -> None:
         reports = [r for r, _, _ in window]
         seconds = sum(d + s for _, d, s in window)
         pairs = sum(r.num_pairs for r in reports)
@@ -414,7 +439,7 @@ class Run:
             "fill": 1 - padding / max(tokens, 1),
             "pairs/s": pairs / seconds,
         }
-        say(progress, train_line(step, self.steps, row))
+        log(train_line(step, self.steps, row))
         self.metrics.row(
             "train",
             step,
@@ -438,20 +463,25 @@ class Run:
             batcher = self.batcher.over(dataset)
             last = self.state.iteration == self.steps
             probed = self.evaluations.num_probed(name, last=last)
-            bar = Progress(f"evaluating {name}", len(dataset) + 3 * probed)
+            bar = tqdm(
+                desc=f"evaluating {name}",
+                total=len(dataset) + 3 * probed,
+                leave=False,
+                disable=None if distributed.rank() == 0 else True,
+            )
 
-            def advance(count: int, bar: Progress = bar) -> None:
-                bar.advance(count)
+            def advance(count: int, bar: tqdm = bar) -> None:
+                bar.update(count)
                 if reason := stop.agreed(self.device):
                     raise EvaluationLeft(reason)
 
             try:
-                judgement = train.evaluate(self.wrapped, batcher, self.device, advance, probed)
+                evaluation = train.evaluate(self.wrapped, batcher, self.device, advance, probed)
             except EvaluationLeft as left:
                 return str(left)
             finally:
-                bar.clear()
-            step, result = self.state.iteration, flat_summary(judgement)
+                bar.close()
+            step, result = self.state.iteration, flat_summary(evaluation)
             log(
                 f"Iter(val) [{step}/{self.steps}]  {name}: accuracy {result['accuracy']:.4f} (95 %"
                 f" interval {result['accuracy_low']:.4f} to {result['accuracy_high']:.4f},"
@@ -459,7 +489,7 @@ class Run:
                 f" {result['reward_mean']:.4f} +- {result['reward_std']:.4f}"
             )
             self.metrics.row("eval", step, {"name": name, **result})
-            self.evaluations.note(name, step, judgement, last=last)
+            self.evaluations.note(name, step, evaluation, last=last)
             if (
                 name == next(iter(self.valid))
                 and step
@@ -468,13 +498,13 @@ class Run:
                 self.best = (result["accuracy"], step)
         return None
 
-    def _save(self, progress: Progress | None, *, last: bool = False) -> None:
+    def _save(self, *, last: bool = False) -> None:
         """Begin a checkpoint; wait for it if it is the process's ``last``. A failure is said, or
         raised if last."""
         if self.saver is None:
             return
         stalled = time.monotonic()  # also for one that is still being written
-        self._note_saved(progress, self.saver.wait)
+        self._note_saved(self.saver.wait)
         begun = time.monotonic()
         try:
             self.saver.start(
@@ -484,37 +514,32 @@ class Run:
                 scheduler=self.scheduler,
                 info=self._info(),
                 hf_files=self._hf_files(),
+                best=self.best[1] if self.best else None,
             )
         except OSError as error:
             if last:
                 raise
-            say(progress, f"warning: {error}; training goes on")
+            log(f"warning: {error}; training goes on")
             return
         self._save_begun, self._save_stall = begun, time.monotonic() - stalled
         if last or not self.config.checkpoint.async_save:
-            self._note_saved(progress, self.saver.wait, raises=last)
+            self._note_saved(self.saver.wait, raises=last)
 
-    def _note_saved(
-        self, progress: Progress | None, finish: Callable[[], Path | None], raises: bool = False
-    ) -> None:
+    def _note_saved(self, finish: Callable[[], Path | None], raises: bool = False) -> None:
         """``finish`` (the saver's poll or wait); say and prune when a checkpoint is done."""
         try:
             folder = finish()
         except OSError as error:
             if raises:
                 raise
-            say(progress, f"warning: {error}; training goes on")
+            log(f"warning: {error}; training goes on")
             return
         if folder is not None:
-            run_folder.prune(
-                self.config.checkpoint.save,
-                self.config.checkpoint.keep_last,
-                self.best[1] if self.best else None,
-            )
-            say(
-                progress,
+            for line in self.saver.warnings:
+                log(line)
+            log(
                 f"saved {folder} in {time.monotonic() - self._save_begun:.1f} s (training waited "
-                f"{self._save_stall:.1f} s)",
+                f"{self._save_stall:.1f} s)"
             )
 
     def _hf_files(self) -> list[Path]:

@@ -223,7 +223,7 @@ def test_the_engine_sees_the_cpu_and_others_do_not() -> None:
     assert fake is not torch and fake.cuda.current_device() == torch.device("cpu")
     assert fake.nn is torch.nn and fake.distributed is torch.distributed
     assert isinstance(torch.ones(1), fake.Tensor)
-    if not torch.cuda.is_available():
+    if getattr(torch._C, "_cuda_getDeviceCount", lambda: 0)() == 0:
         with pytest.raises((RuntimeError, AssertionError)):
             torch.ones(1).cuda()
     state = fake.cuda.get_rng_state()

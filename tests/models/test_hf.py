@@ -15,9 +15,7 @@ from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry, RopeScaling
 from rmega.models.hf import load_hf, read_geometry
 from rmega.models.weights import hf_shapes
-from tests.hf_fixtures import Stage, hf_config, hf_tensors, tiny, write_folder
-
-FAMILIES = ("internlm2", "llama")
+from tests.hf_fixtures import FAMILIES, Stage, hf_config, hf_tensors, tiny, write_folder
 
 
 def load(folder: Path, geometry: Geometry, **layout: int) -> tuple[dict[str, torch.Tensor], str]:
@@ -54,9 +52,14 @@ def rewards_of(weights: dict[str, torch.Tensor], g: Geometry, ids: torch.Tensor)
             if key.startswith(f"decoder.layers.{i}.")
         }
         qkv = norm(x, w["input_layernorm.weight"]) @ w["self_attention.linear_qkv.weight"].T
+        if g.qkv_bias:
+            qkv = qkv + w["self_attention.linear_qkv.bias"]
         qkv = qkv.view(t, g.num_query_groups, r + 2, g.head_dim)
-        q = rotate(qkv[:, :, :r].reshape(t, -1, g.head_dim))
-        k = rotate(qkv[:, :, r]).repeat_interleave(r, 1)
+        q, k = qkv[:, :, :r].reshape(t, -1, g.head_dim), qkv[:, :, r]
+        if g.qk_norm:
+            q = norm(q, w["self_attention.q_layernorm.weight"])
+            k = norm(k, w["self_attention.k_layernorm.weight"])
+        q, k = rotate(q), rotate(k).repeat_interleave(r, 1)
         v = qkv[:, :, r + 1].repeat_interleave(r, 1)
         scores = torch.einsum("qad,kad->aqk", q, k) / g.head_dim**0.5
         scores = scores.masked_fill(torch.ones(t, t).triu(1).bool(), float("-inf"))
@@ -106,10 +109,7 @@ def test_slices_of_all_ranks_make_the_whole(tmp_path: Path, family: str, shards:
 def test_table_backwards_gives_every_tensor_back(tmp_path: Path, family: str) -> None:
     geometry = tiny(family)
     tensors = hf_tensors(geometry, head=True, dtype=torch.bfloat16)
-    architecture = {
-        "llama": "LlamaForSequenceClassification",
-        "internlm2": "InternLM2ForRewardModel",
-    }[family]
+    architecture = BACKBONES[family].architecture
     folder = write_folder(
         tmp_path / "m", hf_config(geometry, architecture, id2label={"0": "r"}), tensors
     )
@@ -130,34 +130,35 @@ def test_table_backwards_gives_every_tensor_back(tmp_path: Path, family: str) ->
     assert all(torch.equal(back[name].bfloat16(), tensors[name]) for name in tensors)
 
 
-def test_llama_rewards_are_those_of_transformers(tmp_path: Path) -> None:
-    from transformers import LlamaForSequenceClassification
+@pytest.mark.parametrize("family", [name for name in FAMILIES if not BACKBONES[name].code])
+def test_rewards_are_those_of_transformers(tmp_path: Path, family: str) -> None:
+    from transformers import AutoModelForSequenceClassification
 
-    geometry = tiny("llama")
+    geometry = tiny(family)
     config = hf_config(
-        geometry, "LlamaForSequenceClassification", id2label={"0": "r"}, pad_token_id=0
+        geometry, BACKBONES[family].architecture, id2label={"0": "r"}, pad_token_id=0
     )
     folder = write_folder(tmp_path / "m", config, hf_tensors(geometry, head=True))
     weights, _ = load(folder, read_geometry(folder)[0])
-    theirs = LlamaForSequenceClassification.from_pretrained(folder).eval()
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     ids = torch.randint(3, geometry.vocab_size, (11,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = theirs(ids[None]).logits[0, 0]
     torch.testing.assert_close(rewards_of(weights, geometry, ids), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_stories260k_hidden_state(stories260k: Path) -> None:
+def test_hidden_state_of_a_causal_model(small_llama: Path) -> None:
     from transformers import LlamaModel
 
-    geometry, _ = read_geometry(stories260k)
-    weights, origin = load(stories260k, geometry)
+    geometry, _ = read_geometry(small_llama)
+    weights, origin = load(small_llama, geometry)
     assert origin == "new head (zero)"
     weights["reward_head.weight"] = torch.randn(
         1, geometry.hidden_size, generator=torch.Generator().manual_seed(0)
     )
     ids = torch.arange(5, 60, 3)
     with torch.no_grad():
-        hidden = LlamaModel.from_pretrained(stories260k).eval()(ids[None]).last_hidden_state[0, -1]
+        hidden = LlamaModel.from_pretrained(small_llama).eval()(ids[None]).last_hidden_state[0, -1]
     expected = weights["reward_head.weight"][0] @ hidden
     torch.testing.assert_close(rewards_of(weights, geometry, ids), expected, rtol=1e-5, atol=1e-5)
 
@@ -205,14 +206,18 @@ def test_padded_groups_of_heads_are_zero(tmp_path: Path, family: str) -> None:
     for rank in range(4):
         stage = Stage(geometry, tp_rank=rank, tp_size=4, vocab=13)
         for name in list(stage.names):
-            if "linear_qkv" in name:
+            if "linear_qkv.bias" in name:
+                stage.names[name] = torch.nn.Parameter(torch.full((32,), float("nan")))
+            if "linear_qkv.weight" in name:
                 stage.names[name] = torch.nn.Parameter(torch.full((32, 32), float("nan")))
             if "linear_proj" in name:
                 stage.names[name] = torch.nn.Parameter(torch.full((32, 16), float("nan")))
         load_hf(stage, folder, geometry, tp_rank=rank, tp_size=4)
         ranks.append(stage.names)
-    padded = torch.cat([rank[qkv] for rank in ranks])
-    assert torch.equal(padded[:64], whole[qkv]) and padded[64:].abs().max() == 0
+    for name in (qkv, qkv.replace("weight", "bias")):
+        if name in whole:
+            padded = torch.cat([rank[name] for rank in ranks])
+            assert torch.equal(padded[:64], whole[name]) and padded[64:].abs().max() == 0
     padded = torch.cat([rank[proj] for rank in ranks], 1)
     assert torch.equal(padded[:, :32], whole[proj]) and padded[:, 32:].abs().max() == 0
 
@@ -258,21 +263,96 @@ def test_head_start(tmp_path: Path) -> None:
             "2 labels",
         ),
         ("llama", {"num_key_value_heads": 3}, "does not divide"),
-        ("llama", {"model_type": "qwen2"}, "only internlm2, llama"),
+        ("llama", {"model_type": "gemma2"}, "only internlm2, internlm3, llama, mistral, qwen2"),
+        ("llama", {"mlp_bias": True}, "mlp_bias=True: biases"),
+        ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1: dropout is not supported"),
+        ("internlm2", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ("internlm2", {"head_dim": 16}, "head_dim=16: InternLM2ForRewardModel has hidden_size /"),
+        ("qwen3", {"attention_bias": True}, "attention_bias=True: biases"),
+        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supp"),
+        ("qwen2", {"use_sliding_window": True}, "sliding_window=16: .* shorter than max_pos.*=64"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "only full_attention"),
+        ("mistral", {"sliding_window": 63}, "sliding_window=63: .* set to null"),
+        ("mistral", {"sliding_window": "x"}, "sliding_window='x': a whole number or null"),
+        ("mistral", {"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is not one of"),
+        ("internlm3", {"qkv_bias": True}, "qkv_bias=True: biases"),
+        ("internlm3", {"bias": True}, "bias=True: biases"),
         ("llama", {"vocab_size": 0}, "vocab_size=0"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(
     tmp_path: Path, family: str, change: dict, message: str
 ) -> None:
-    config = hf_config(tiny(family)) | change
+    config = hf_config(tiny("llama" if family == "internlm3" else family))
+    config |= {"model_type": family} | change
     if change == {"bias": None}:
         del config["bias"]
-        message = "missing field means true"
+        message = "missing field means True"
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message) as error:
         read_geometry(tmp_path)
     assert "config.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("llama", {"attention_dropout": None, "attention_bias": None}),
+        ("llama", {"sliding_window": 8}),  # which its class does not read
+        ("mistral", {"sliding_window": 64}),  # acts on no text of at most 64 tokens
+        ("qwen2", {"sliding_window": None, "use_sliding_window": True}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 3}),  # from the fourth on
+        ("qwen2", {"use_sliding_window": True, "layer_types": ["full_attention"] * 3}),
+        ("qwen3", {"sliding_window": 8, "layer_types": ["full_attention"] * 3}),
+    ],
+)
+def test_fields_that_change_nothing_are_accepted(family: str, change: dict) -> None:
+    assert BACKBONES[family].read_geometry(hf_config(tiny(family)) | change) == tiny(family)
+
+
+def test_a_missing_field_is_the_default_of_its_class(tmp_path: Path) -> None:
+    """Read from the configuration classes of transformers, so that a new release is noticed."""
+    from transformers import AutoConfig
+
+    needed = ("num_hidden_layers", "intermediate_size", "num_attention_heads", "vocab_size")
+    needed = {**dict.fromkeys(needed, 64), "hidden_size": 256}
+    for family, page in BACKBONES.items():
+        if page.code:
+            continue
+        theirs = AutoConfig.for_model(family)
+        for field, value in page.defaults.items():
+            # a window that is switched off reads as None
+            assert getattr(theirs, field) in (value, None), (family, field)
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **needed}))
+        if family == "mistral":
+            with pytest.raises(ValueError, match="sliding_window=4096.*missing field means 4096"):
+                read_geometry(tmp_path)
+            needed = {**needed, "sliding_window": None}
+            (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **needed}))
+        geometry, _ = read_geometry(tmp_path)
+        theirs = AutoConfig.from_pretrained(tmp_path)
+        assert geometry.num_query_groups == theirs.num_key_value_heads, family
+        assert geometry.head_dim == getattr(theirs, "head_dim", 4), family
+        assert geometry.max_position_embeddings == theirs.max_position_embeddings, family
+        assert geometry.rope_theta == theirs.rope_parameters["rope_theta"], family
+        assert geometry.tie_word_embeddings == theirs.tie_word_embeddings, family
+
+
+def test_internlm3_is_a_llama(tmp_path: Path) -> None:
+    """As published: another name, names of fields of its own, a head dimension, dynamic RoPE."""
+    geometry = tiny(
+        "llama",
+        num_query_groups=1,
+        head_dim=16,
+        rope_theta=5e7,
+        rope_scaling=RopeScaling(rope_type="dynamic", factor=6.0),
+    )
+    config = hf_config(geometry, "InternLM3ForCausalLM", model_type="internlm3")
+    config |= {"qkv_bias": False, "bias": False, "auto_map": {"AutoModel": "modeling.X"}}
+    folder = write_folder(tmp_path / "m", config, hf_tensors(geometry))
+    assert read_geometry(folder)[0] == geometry
+    assert load(folder, geometry)[1] == "new head (zero)"
+    assert BACKBONES["internlm3"].trained_as == "llama"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ transformers itself loses.
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,7 +58,7 @@ def theirs(folder: Path, dtype: torch.dtype = torch.float32):
     from rmega.models.hf import init_head
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    if config.architectures[0] == "LlamaForSequenceClassification":
+    if config.architectures[0].endswith("ForSequenceClassification"):
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype)
     else:
         model = AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=True)
@@ -107,11 +108,47 @@ def llama_wide_heads(folder: Path) -> Path:
     )
 
 
+def mistral(folder: Path) -> Path:
+    """With heads that do not make the hidden size, as in Nemo."""
+    return tiny_llama(folder, family="mistral", head_dim=12)
+
+
+def qwen2(folder: Path) -> Path:
+    return tiny_llama(folder, family="qwen2", rope_parameters={"rope_theta": 1e6})
+
+
+def qwen2_tied(folder: Path) -> Path:
+    return tiny_llama(folder, family="qwen2", reward_head=False, tie_word_embeddings=True)
+
+
+def qwen3(folder: Path) -> Path:
+    """Heads whose width is not hidden / heads, three of them per group."""
+    return tiny_llama(folder, family="qwen3", heads=6, hidden=72, groups=2, head_dim=16)
+
+
+def qwen3_tied(folder: Path) -> Path:
+    return tiny_llama(folder, family="qwen3", reward_head=False, tie_word_embeddings=True)
+
+
+def internlm3(folder: Path) -> Path:
+    """As published: names of fields of its own, two groups, a head dimension, dynamic RoPE."""
+    rope = {"rope_type": "dynamic", "rope_theta": 5e7, "factor": 6.0}
+    tiny_llama(folder, head_dim=24, rope_parameters=rope, reward_head=False)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for old, new in (("attention_bias", "qkv_bias"), ("mlp_bias", "bias")):
+        config[new] = config.pop(old)
+    config |= {"model_type": "internlm3", "architectures": ["InternLM3ForCausalLM"]}
+    path.write_text(json.dumps(config))
+    return folder
+
+
 def internlm2(folder: Path) -> Path:
     """An InternLM2 reward model with the modeling file that an export carries."""
-    from rmega.models import hf_internlm2
-    from rmega.models.internlm2 import ARCHITECTURE, export_config, weight_table
+    from rmega.models import BACKBONES
     from rmega.models.weights import hf_shapes
+
+    family = BACKBONES["internlm2"]
 
     geometry = tiny(
         "internlm2",
@@ -126,14 +163,14 @@ def internlm2(folder: Path) -> Path:
     )
     generator = torch.Generator().manual_seed(2)
     tensors = {}
-    for name, shape in hf_shapes(weight_table(geometry)).items():
+    for name, shape in hf_shapes(family.weight_table(geometry)).items():
         values = torch.randn(shape, generator=generator)
         scale = 0.5 if "embeddings" in name else 0.8 / shape[-1] ** 0.5
         tensors[name] = 1 + 0.2 * values if len(shape) == 1 else scale * values
-    config = export_config(geometry, {}, dtype="float32", reward_token_id=3, pad_token_id=0)
-    assert config["architectures"] == [ARCHITECTURE]
-    for file in Path(hf_internlm2.__file__).parent.glob("*internlm2.py"):
-        folder.mkdir(parents=True, exist_ok=True)
+    config = family.export_config(geometry, {}, dtype="float32", reward_token_id=3, pad_token_id=0)
+    assert config["architectures"] == [family.architecture]
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in family.code:
         shutil.copy(file, folder)
     return write_folder(folder, config, tensors)
 
@@ -192,6 +229,12 @@ MODELS = {
     "llama_scaled": llama_scaled,
     "llama_tied": llama_tied,
     "llama_wide_heads": llama_wide_heads,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen2_tied": qwen2_tied,
+    "qwen3": qwen3,
+    "qwen3_tied": qwen3_tied,
+    "internlm3": internlm3,
     "internlm2": internlm2,
     "internlm2_as_llama": internlm2_as_llama,
 }
@@ -316,14 +359,14 @@ def test_rewards_and_gradients_are_transformers(name: str, folders) -> None:
     assert grads.keys() == table.keys()
     if "reward_head.weight" in expected:  # a bare backbone with our head beside it
         expected = {f"model.{n}": g for n, g in expected.items()}
-        expected[backbone.HEAD] = expected.pop("model.reward_head.weight")
+        expected[backbone.names.head] = expected.pop("model.reward_head.weight")
     for ours_name, rule in table.items():
         close(grads[ours_name], torch.cat([expected[p.name][p.start : p.stop] for p in rule.parts]))
     assert expected.keys() == {part.name for rule in table.values() for part in rule.parts}
 
 
-def test_stories260k(stories260k: Path) -> None:
-    """A real pretrained model, on texts as long as it allows."""
+def test_tied_embeddings_and_an_odd_number_of_layers(small_llama: Path) -> None:
+    """A language model, on texts as long as it allows."""
     from rmega.data.packing import pack
 
     texts = [
@@ -334,13 +377,13 @@ def test_stories260k(stories260k: Path) -> None:
     ]
     for c in texts:
         c.prefix, c.suffixes = c.prefix % 500 + 3, [s % 500 + 3 for s in c.suffixes]
-    _, forward = theirs(stories260k)
+    _, forward = theirs(small_llama)
     with torch.no_grad():
         expected = torch.cat([forward(*padded([text])) for text in sequences(texts)])
-        close(ours(stories260k)(pack(texts)), expected)
+        close(ours(small_llama)(pack(texts)), expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "internlm2", "llama_scaled"])
+@pytest.mark.parametrize("name", ["llama", "internlm2", "llama_scaled", "qwen2", "qwen3"])
 def test_bf16_loses_at_most_twice_what_transformers_loses(name: str, folders) -> None:
     from rmega.data.packing import pack
 
@@ -366,12 +409,16 @@ def test_bf16_loses_at_most_twice_what_transformers_loses(name: str, folders) ->
 
 @pytest.fixture(scope="module")
 def alone(folders):
+    return nothing_saved(folders("llama"))
+
+
+def nothing_saved(folder: Path):
     """Rewards and gradients with nothing saved: one text per pass, every layer for every token."""
     from rmega.config import LossArgs
     from rmega.data.packing import pack
     from rmega.training.train import pair_loss
 
-    model = ours(folders("llama"), prune_last_layer=False)
+    model = ours(folder, prune_last_layer=False)
     rewards = torch.cat(
         [
             model(
@@ -399,6 +446,18 @@ def test_every_saving_is_exact(prune: bool, share: bool, multiple: int, folders,
     close(rewards, alone[0])
     for name, grad in alone[1].items():
         close(grads[name], grad)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral", "internlm2"])
+def test_every_saving_is_exact_in_each_family(name: str, folders) -> None:
+    expected, expected_grads = nothing_saved(folders(name))
+    for prune in (False, True):
+        rewards, _, grads = our_gradients(
+            ours(folders(name), prune_last_layer=prune), folders(name), EDGES
+        )
+        close(rewards, expected)
+        for key, grad in expected_grads.items():
+            close(grads[key], grad)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "auto"])

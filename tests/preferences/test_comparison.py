@@ -23,6 +23,7 @@ from rmega.preferences.comparison import (
     user,
 )
 from rmega.preferences.schemas import SCHEMAS, prompt_of, recognise, schema_named, source_of
+from tests.made_rows import FILES
 
 A, B = "Paris is the capital.", "I do not know."
 Q = "What is the capital of France?"
@@ -436,11 +437,21 @@ SHARED = {
 }
 
 
-@pytest.mark.parametrize("name", SHARED)
-def test_real_files(shared_dir: Path, name: str) -> None:
-    rows = rows_of(shared_dir / "data" / name)
+def test_real_files(shared_dir: Path) -> None:
+    for name, expected in SHARED.items():
+        check_file(shared_dir / "data" / name, *expected)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files(preference_files: Path, name: str) -> None:
+    check_file(preference_files / name, *FILES[name])
+
+
+def check_file(path: Path, name: str, count: int) -> None:
+    """Every row of a file becomes a comparison or is left out for a good reason."""
+    rows = rows_of(path)
     schema = recognise(rows[:50])
-    assert (schema.name, len(rows)) == SHARED[name]
+    assert (schema.name, len(rows)) == (name, count), path
     reasons = []
     for row in rows:
         try:

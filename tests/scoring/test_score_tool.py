@@ -17,7 +17,6 @@ from rmega.commands.score import ScoreArgs, main, ranking_text
 from rmega.preferences.comparison import Rejected
 from rmega.preferences.scorable import read_rows, scorable
 from rmega.preferences.sources import resolve
-from rmega.scoring.batch import Window, Workers
 from rmega.scoring.scorer import _parts, group_by_prefix
 from tests.conftest import ROOT
 from tests.dist import run_distributed
@@ -27,8 +26,8 @@ Q, A, B = "Tell me a story", "Once upon a time there was a cat.", "No."
 
 
 @pytest.fixture(scope="module")
-def model(stories260k, tmp_path_factory) -> Path:
-    return make_reward_model(stories260k, tmp_path_factory.mktemp("score") / "model")
+def model(small_llama, tmp_path_factory) -> Path:
+    return make_reward_model(small_llama, tmp_path_factory.mktemp("score") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -185,8 +184,8 @@ def test_every_form_equals_transformers(model, reference, tmp_path):
         assert rewards == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
-def test_real_rows_in_order_and_for_evaluate(model, reference, tmp_path, shared_dir):
-    data = shared_dir / "data" / "hh-rlhf" / "mix.eval.pairs.jsonl.gz"
+def test_rows_of_a_file_in_order_and_for_evaluate(model, reference, tmp_path, preference_files):
+    data = preference_files / "messages.jsonl.gz"
     lines = run(model, tmp_path, str(data), limit=40)
     with gzip.open(data, "rt") as file:
         rows = [json.loads(line) for line in itertools.islice(file, 40)]
@@ -260,7 +259,7 @@ def test_bad_rows_skipped_keep_their_place(model, tmp_path, capsys):
     [
         ({"model": "/nowhere/at/all"}, "--model /nowhere"),
         ({"input": ("/nowhere.jsonl",)}, "no such file"),
-        ({"workers": 0}, "--workers 0"),
+        ({"max_tokens": 0}, "--max-tokens 0"),
         ({"resume": True}, "--resume needs --output"),
         ({"format": "odd"}, "--format odd"),
         ({"resume": True, "force": True}, "--resume and --force"),
@@ -272,9 +271,9 @@ def test_flags(model, tmp_path, flags, message):
         main(ScoreArgs(**{"model": str(model), "input": (source,), **flags}))
 
 
-def test_not_a_reward_model(stories260k, tmp_path):
+def test_not_a_reward_model(small_llama, tmp_path):
     with pytest.raises(ValueError, match="not a reward model"):
-        run(stories260k, tmp_path, [{"prompt": Q, "response": A}])
+        run(small_llama, tmp_path, [{"prompt": Q, "response": A}])
     assert not list(tmp_path.glob("out*.partial"))
 
 
@@ -320,10 +319,10 @@ def test_resume_gives_the_same_file(model, tmp_path, monkeypatch, kept):
     assert again == run(model, tmp_path, rows, skip_bad=True, resume=True)  # nothing left to do
 
 
-def test_resume_refuses_another_model_or_input(model, tmp_path, stories260k):
+def test_resume_refuses_another_model_or_input(model, tmp_path, small_llama):
     rows = [{"prompt": Q, "response": f"{A} {i}"} for i in range(6)]
     run(model, tmp_path, rows)
-    other = make_reward_model(stories260k, tmp_path / "other")
+    other = make_reward_model(small_llama, tmp_path / "other")
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(other / "model.safetensors")
@@ -351,30 +350,15 @@ def _rank(rank, world_size, model, source, output):
     return main(ScoreArgs(model=model, input=(source,), output=output))
 
 
-def test_torchrun_and_workers_give_the_same(model, tmp_path):
+def test_torchrun_gives_the_same(model, tmp_path):
     rows = [{"prompt": f"{Q} {i % 5}", "response": f"{A} {i}"} for i in range(40)]
     one = run(model, tmp_path, rows)
     source = str(tmp_path / "out.jsonl.in.jsonl")
     assert run_distributed(_rank, 2, str(model), source, str(tmp_path / "two.jsonl")) == [0, 0]
-    workers = run(model, tmp_path, source, "workers.jsonl", workers=2, max_tokens=16)
-    for other in (read(tmp_path / "two.jsonl"), workers):
-        assert [line["index"] for line in other] == list(range(40))
-        expected = [line["reward"] for line in one]
-        assert [line["reward"] for line in other] == pytest.approx(expected, rel=1e-5, abs=1e-5)
-
-
-def test_a_worker_that_dies_is_an_error(model):
-    from rmega.preferences.scorable import ScorableRow
-
-    workers = Workers(1, str(model), max_tokens=64)
-    try:
-        window = Window([ScorableRow(0, "f:1", conversations=[chat(Q, A)])])
-        assert len(next(iter(workers.map([window])))[1][0].rewards) == 1
-        workers._processes[0].kill()
-        with pytest.raises(ValueError, match="worker 1 of 1 ended with exit code -9"):
-            list(workers.map([window, window]))
-    finally:
-        workers.close()
+    two = read(tmp_path / "two.jsonl")
+    assert [line["index"] for line in two] == list(range(40))
+    expected = [line["reward"] for line in one]
+    assert [line["reward"] for line in two] == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def test_stdin_to_stdout_is_quiet(model):

@@ -1,4 +1,4 @@
-"""A short loss curve of both backbones, held in text files: no change may move it by more than 1e-4
+"""A short loss curve of each family, held in text files: no change may move it by more than 1e-4
 unnoticed.
 
 Weights and comparisons come from numpy's seeded generators, so the curve is the same on every
@@ -18,11 +18,10 @@ import pytest
 import torch
 
 from tests.dist import run_distributed
-from tests.hf_fixtures import hf_config, tiny, write_folder
+from tests.hf_fixtures import FAMILIES, hf_config, is_norm, tiny, write_folder
 from tests.tiny import VOCAB, InMemory, random_comparisons
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-FAMILIES = ("llama", "internlm2")
 STEPS = 8
 TOLERANCE = 1e-4
 
@@ -49,10 +48,10 @@ def model_folder(folder: Path, family: str) -> Path:
         values = rng.standard_normal(shape, dtype=np.float32)
         scale = 0.5 if "embed" in name else 0.8 / shape[-1] ** 0.5
         tensors[name] = torch.from_numpy(
-            1 + 0.2 * values if len(shape) == 1 else np.float32(scale) * values
+            1 + 0.2 * values if is_norm(name) else np.float32(scale) * values
         )
     return write_folder(
-        folder, hf_config(geometry, BACKBONES[family].ARCHITECTURE, num_labels=1), tensors
+        folder, hf_config(geometry, BACKBONES[family].architecture, num_labels=1), tensors
     )
 
 

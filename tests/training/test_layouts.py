@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.dist import run_distributed
-from tests.hf_fixtures import hf_config, tiny, write_folder
+from tests.hf_fixtures import FAMILIES, hf_config, is_norm, tiny, write_folder
 from tests.tiny import VOCAB, InMemory, random_comparisons, tiny_llama
 
 TOLERANCE = 1e-5
@@ -58,6 +58,20 @@ def single(folder):
     return result_of("1", folder)
 
 
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    """(folder, single rank's result) of a tiny model of a family, made once."""
+    made = {}
+
+    def of(family: str):
+        if family not in made:
+            folder = tiny_llama(tmp_path_factory.mktemp(family), family=family)
+            made[family] = (folder, result_of("1", folder))
+        return made[family]
+
+    return of
+
+
 def test_the_single_rank_learns(single):
     assert len(set(single.losses)) == 3 and all(norm > 1e-3 for norm in single.grad_norms)
 
@@ -68,6 +82,21 @@ def test_parity(text, folder, single):
 
     differences = compare(result_of(text, folder), single)
     assert max(differences.values()) <= TOLERANCE, differences
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("text", LAYOUTS)
+def test_parity_of_families(text, family, families):
+    """Biases of the projection are cut with its rows, and the norms of queries and keys sum their
+    gradients over tensor ranks."""
+    from rmega.training.parity import compare
+
+    folder, alone = families(family)
+    differences = compare(result_of(text, folder), alone)
+    assert max(differences.values()) <= TOLERANCE, differences
+    whole = alone.grads.keys()
+    assert any("linear_qkv.bias" in name for name in whole) == (family == "qwen2")
+    assert any("q_layernorm" in name for name in whole) == (family == "qwen3")
 
 
 LONG = [
@@ -121,9 +150,9 @@ def deep(tmp_path_factory):
                 values = rng.standard_normal(shape, dtype=np.float32)
                 scale = 0.5 if "embed" in name else 0.8 / shape[-1] ** 0.5
                 tensors[name] = torch.from_numpy(
-                    1 + 0.2 * values if len(shape) == 1 else np.float32(scale) * values
+                    1 + 0.2 * values if is_norm(name) else np.float32(scale) * values
                 )
-            config = hf_config(geometry, BACKBONES[family].ARCHITECTURE, num_labels=1)
+            config = hf_config(geometry, BACKBONES[family].architecture, num_labels=1)
             folder = write_folder(tmp_path_factory.mktemp(family), config, tensors)
             made[family] = (folder, result_of("1", folder))
         return made[family]
@@ -132,10 +161,10 @@ def deep(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "internlm2"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("text", LONG)
 def test_parity_of_the_longer_matrix(text, family, deep):
-    """Up to eight ranks, whatever the machine has; both backbones."""
+    """Up to eight ranks, whatever the machine has; every family."""
     from rmega.training.parity import compare
 
     folder, alone = deep(family)
@@ -159,11 +188,12 @@ def test_savings_are_exact(text, switches, folder, single):
     assert max(differences.values()) <= TOLERANCE, differences
 
 
-def test_padded_heads_are_exact(tmp_path):
-    """Three key/value groups on two ranks: the fourth is zero and stays zero."""
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_padded_heads_are_exact(tmp_path, family):
+    """Three key/value groups on two ranks: the fourth is zero and stays zero, biases, too."""
     from rmega.training.parity import compare
 
-    folder = tiny_llama(tmp_path, heads=9, groups=3, hidden=72, head_dim=8)
+    folder = tiny_llama(tmp_path, family=family, heads=9, groups=3, hidden=72, head_dim=8)
     differences = compare(result_of("tp2,pad", folder), result_of("1", folder))
     assert max(differences.values()) <= TOLERANCE, differences
 
@@ -177,18 +207,18 @@ def test_heads_that_do_not_divide_are_refused(tmp_path):
 
 
 def test_the_tool_prints_a_table_and_fails_beyond_the_tolerance(
-    shared_dir, stories260k, tmp_path, monkeypatch, capsys
+    small_llama, tmp_path, monkeypatch, capsys
 ):
     """tools/check_layouts.py on real comparisons; a tolerance that nothing meets gives exit code
     1."""
     from rmega.commands import check_layouts
     from tests.runs import make_data
 
-    data = make_data(shared_dir, stories260k, tmp_path)
+    data = make_data(small_llama, tmp_path)
     argv = [
         "check_layouts.py",
         "--hf-model",
-        str(stories260k),
+        str(small_llama),
         "--data-path",
         data,
         "--layouts",
@@ -206,21 +236,19 @@ def test_the_tool_prints_a_table_and_fails_beyond_the_tolerance(
         assert says in row
 
 
-def test_the_tool_measures_rounding_by_other_packs(
-    shared_dir, stories260k, tmp_path, monkeypatch, capsys
-):
+def test_the_tool_measures_rounding_by_other_packs(small_llama, tmp_path, monkeypatch, capsys):
     """Two comparisons fit into a pack of any size that is cut, yet one rank is held against other
     sums."""
     from rmega.commands import check_layouts
     from tests.runs import make_data
 
-    data = make_data(shared_dir, stories260k, tmp_path)
+    data = make_data(small_llama, tmp_path)
     monkeypatch.setattr(
         "sys.argv",
         [
             "check_layouts.py",
             "--hf-model",
-            str(stories260k),
+            str(small_llama),
             "--data-path",
             data,
             "--layouts",

@@ -10,8 +10,10 @@ import types
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
-from rmega.training.logs import COLUMNS, MetricsLog, Progress, duration, memory_mb, train_line
+from rmega.distributed import log
+from rmega.training.logs import COLUMNS, MetricsLog, duration, memory_mb, train_line
 from tests.conftest import ROOT
 
 ROW = {
@@ -268,12 +270,16 @@ def test_wandb_offline(tmp_path) -> None:
     assert b"train/loss" in written and b"0.625" in written
 
 
-def test_progress_is_silent_where_nobody_looks(capsys, monkeypatch) -> None:
-    Progress("training", 0).advance(3)
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    bar = Progress("training", 10)
-    bar.advance(5)
-    bar.clear()
-    assert "[############............] 5/10 eta 0:00:0" in capsys.readouterr().err
+def test_a_line_does_not_tear_a_progress_bar(capsys) -> None:
+    """tqdm writes nothing where stderr is no terminal; on one the bar is cleared before a line."""
+    with tqdm(total=10, disable=None) as bar:
+        bar.update(5)
+        log("line")
+    assert capsys.readouterr() == ("line\n", "")
+    with tqdm(total=10, leave=False) as bar:
+        bar.update(5)
+        capsys.readouterr()
+        log("line")
+        out, err = capsys.readouterr()
+    assert out == "line\n" and err.startswith("\r ") and "5/10" in err
     assert memory_mb() > 10

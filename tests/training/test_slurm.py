@@ -142,10 +142,10 @@ STOPS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", STOPS)
-def test_requeue_goes_on(how, slurm, shared_dir, stories260k, tmp_path):
+def test_requeue_goes_on(how, slurm, small_llama, tmp_path):
     """The script of the 1.8B model with a tiny one: it is stopped, saves, is queued again, and goes
     on to its end."""
-    data = runs.make_data(shared_dir, stories260k, tmp_path)
+    data = runs.make_data(small_llama, tmp_path)
     log, run = tmp_path / "log", tmp_path / "run"
     environment = {
         **slurm,
@@ -163,7 +163,7 @@ def test_requeue_goes_on(how, slurm, shared_dir, stories260k, tmp_path):
         f"--output={log}",
         "examples/slurm/internlm2-1.8b.sbatch",
         *runs.flags(
-            stories260k,
+            small_llama,
             data,
             steps=None,
             train_epochs=4,
@@ -206,7 +206,7 @@ def test_requeue_goes_on(how, slurm, shared_dir, stories260k, tmp_path):
         ask(
             slurm, "scontrol", "update", f"jobid={job}", "StartTime=now"
         )  # Slurm holds it back for two minutes
-        wait_for(logged("going on from"))
+        wait_for(logged("resuming from"))
         wait_for(logged("done: 40 steps"))
         steps = [
             int(line.split("[")[1].split("/")[0])
