@@ -506,7 +506,7 @@ def test_quick_start(tmp_path, small_llama):
     )
     assert stamp.returncode == 0, stamp.stderr
     (tmp_path / ".cache").mkdir()
-    (tmp_path / ".cache" / "setup.stamp").write_text(f"\n{stamp.stdout}")  # nothing is installed
+    (tmp_path / ".cache" / "setup.stamp").write_text(stamp.stdout)  # nothing is installed
     done = subprocess.run(
         [
             "bash",

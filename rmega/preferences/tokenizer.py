@@ -25,6 +25,7 @@ from rmega.io import one_line
 from rmega.preferences.chat_template import CHECK_EVERY, DEFAULT_TEMPLATE, ChatTemplate
 from rmega.preferences.comparison import Comparison, Message, Rejected
 from rmega.preferences.fast_bpe import make_word_encoder
+from rmega.preferences.messages import FIELDS
 from rmega.preferences.overlong import OVERLONG_POLICIES, common_prefix_length, cut_end, shorten
 from rmega.preferences.rendered_text import RenderedText
 from rmega.preferences.special_tokens import (
@@ -37,7 +38,9 @@ from rmega.preferences.special_tokens import (
 
 BROKEN_UP = "special-token text in the data, broken up"
 RENDERED_AGAIN = "the chat template renders the turns of the text otherwise: its rendering counts"
-LEFT_OUT = "left out "
+LEFT_OUT = "left out: the chat template has no place for it"
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+"""What templates call the same field."""
 
 
 class NotEncoded(ValueError):
@@ -276,10 +279,12 @@ class PairTokenizer:
         suffixes = [i[shared:] for i in ids]
         first = suffixes[0]
         if all(np.array_equal(first, s) for s in suffixes[1:]):
-            if any("cut" in n for n in notes):
-                raise Rejected("identical_after_cut")
-            left_out = [n for n in notes if n.startswith(LEFT_OUT)]
-            raise Rejected("identical_responses", "; ".join(left_out))
+            left_out = sorted({n for n in notes if n.endswith(LEFT_OUT)})
+            if left_out:
+                raise Rejected("identical_in_template", "; ".join(left_out))
+            raise Rejected(
+                "identical_after_cut" if any("cut" in n for n in notes) else "identical_responses"
+            )
         return Encoded(ids[0][:shared], suffixes, notes)
 
     def _encode(
@@ -324,9 +329,8 @@ class PairTokenizer:
             cleaned = []
             for message in messages:
                 if len(message) > 2:
-                    message = self._fit(
-                        {k: v if k == "role" else walk(v) for k, v in message.items()}, notes
-                    )
+                    message = {k: v if k == "role" else walk(v) for k, v in message.items()}
+                    self._fit(message, notes)
                 elif self._control.search(message["content"]):
                     message = {"role": message["role"], "content": walk(message["content"])}
                 cleaned.append(message)
@@ -346,20 +350,20 @@ class PairTokenizer:
             notes.append(BROKEN_UP)
         return cleaned
 
-    def _fit(self, message: Message, notes: list[str]) -> Message:
-        """The message without the keys that the template does not read."""
-        for key in [k for k in message if k not in ("role", "content")]:
-            if self._chat.takes(key):
-                continue
+    def _fit(self, message: Message, notes: list[str]) -> None:
+        """Change a message with further fields to what the chat template writes."""
+        for key in [k for k in message if k in FIELDS and not self._chat.takes(k)]:
             value = message.pop(key)
-            if key == "tool_calls":
+            alike = [k for k in _REASONING if self._chat.takes(k) and k not in message]
+            if key in _REASONING and alike:
+                message[alike[0]] = value
+            elif key == "tool_calls":
                 calls = json.dumps(value, ensure_ascii=False, default=str)
                 content = message["content"]
                 message["content"] = f"{content}\n{calls}" if content else calls
                 notes.append("tool calls written as text: the chat template has no place for them")
-            elif key != "tool_call_id":  # a link between turns, no text of its own
-                notes.append(f"{LEFT_OUT}{key}: the chat template has no place for it")
-        return message
+            else:
+                notes.append(f"message field {key} {LEFT_OUT}")
 
     def _render(self, comparison: Comparison, known: dict[str, bytes]) -> list[np.ndarray]:
         """int32 ids [tokens] of each conversation, with the reward token. ``known``: see

@@ -18,7 +18,7 @@ import pytest
 
 from rmega.data.indexed import exists, open_preferences
 from rmega.data.integrity import verify
-from rmega.preferences import dedup, preprocess, sources, worker
+from rmega.preferences import dedup, preprocess, reader, sources, worker
 from rmega.preferences.preprocess import PreprocessArgs
 from rmega.preferences.tokenizer import PairTokenizer
 from tests.conftest import ROOT
@@ -446,7 +446,7 @@ def test_workers_can_be_spawned(run: Any, tmp_path: Path, small_llama: Path) -> 
 
     source = sources.resolve([str(write(tmp_path / "d.jsonl", rows(20)))])[0]
     tokenizer = PairTokenizer.load(small_llama, max_length=100)
-    here = worker.Converter(tokenizer, [worker.plan_input(source, "auto", None, "--input")], None)
+    here = worker.Converter(tokenizer, [reader.plan_input(source)], None)
     there = pickle.loads(pickle.dumps(here))
     for chunk in sources.read_chunks(source, 0):
         assert there.convert(pickle.loads(pickle.dumps(chunk))) == here.convert(chunk)
@@ -633,7 +633,7 @@ def test_hostile_files(tmp_path: Path, small_llama: Path) -> None:
         with contextlib.suppress(ValueError):  # with its one line
             try:
                 source = sources.resolve([str(target)])[0]
-                plan = worker.plan_input(source, "auto", None, "--input")
+                plan = reader.plan_input(source)
                 converter = worker.Converter(tokenizer, [plan], None)
                 for chunk in sources.read_chunks(source, 0):
                     result = converter.convert(chunk)
