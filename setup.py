@@ -50,7 +50,7 @@ def extensions():
         from torch.utils import cpp_extension
     except ImportError:
         raise SystemExit(
-            "error: rmega builds against an installed torch: pip install 'torch>=2.10,<2.14' first,"
+            "error: rmega builds against an installed torch: pip install 'torch>=2.10' first,"
             " then pip install --no-build-isolation -e ."
         ) from None
     wish = os.environ.get("RMEGA_BUILD_CUDA", "")

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from rmega.megatron import versions
+
 _timeout = datetime.timedelta(minutes=10)  # of every group; ``initialize`` sets it
 
 
@@ -154,9 +156,16 @@ def initialize(
             create_gloo_process_groups=where.type == "cuda",
             distributed_timeout_minutes=timeout_minutes,
         )
+        _print_notes()
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     return where
+
+
+def _print_notes() -> None:
+    if rank() == 0:
+        for note in versions.notes():
+            print(note, file=sys.stderr)  # stdout may be a program's results
 
 
 def interface_towards(host: str) -> str | None:
@@ -218,3 +227,8 @@ def finish() -> None:
 
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+# Programs import this module before those that import Megatron-Core.
+versions.check_importable()
+quiet_engine()

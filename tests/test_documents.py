@@ -464,7 +464,7 @@ def test_shown_output_is_what_the_commands_print(workspace):
     """Each line of the README's output blocks is, but for its numbers, a line that its commands
     printed.
 
-    A verdict ([ok], [!]) depends on the numbers: of it only the first words are looked up in the
+    A finding ([ok], [!]) depends on the numbers: of it only the first words are looked up in the
     program.
     """
     texts = [*workspace.outputs.values(), (workspace.root / "runs" / "rewards.jsonl").read_text()]
@@ -485,7 +485,7 @@ def test_shown_output_is_what_the_commands_print(workspace):
             assert (
                 " ".join(sentence.split()[:2]) in (ROOT / "rmega/evaluation/results.py").read_text()
             ), line
-        elif not line.startswith("     "):  # a verdict goes on
+        elif not line.startswith("     "):  # a finding continues
             assert shape(line) in printed, line
 
 
@@ -506,7 +506,7 @@ def test_quick_start(tmp_path, small_llama):
     )
     assert stamp.returncode == 0, stamp.stderr
     (tmp_path / ".cache").mkdir()
-    (tmp_path / ".cache" / "setup.stamp").write_text(f"\n{stamp.stdout}")  # nothing is installed
+    (tmp_path / ".cache" / "setup.stamp").write_text(stamp.stdout)  # nothing is installed
     done = subprocess.run(
         [
             "bash",

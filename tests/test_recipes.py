@@ -30,6 +30,8 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
             ["--eval-interval", "1", "--save-interval", "1"],
         ),
         ("llama3_8b", "messages.jsonl.gz", {"NPROC": "2", "TP": "2"}, []),
+        ("llama3.1_8b", "messages.jsonl.gz", {"NPROC": "2", "TP": "2"}, []),
+        ("qwen3_8b", "messages.jsonl.gz", {}, []),
         (
             "long_context",
             "longer_is_worse.jsonl",

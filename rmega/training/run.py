@@ -475,12 +475,12 @@ class Run:
                     raise EvaluationLeft(reason)
 
             try:
-                judgement = train.evaluate(self.wrapped, batcher, self.device, advance, probed)
+                evaluation = train.evaluate(self.wrapped, batcher, self.device, advance, probed)
             except EvaluationLeft as left:
                 return str(left)
             finally:
                 bar.close()
-            step, result = self.state.iteration, flat_summary(judgement)
+            step, result = self.state.iteration, flat_summary(evaluation)
             log(
                 f"Iter(val) [{step}/{self.steps}]  {name}: accuracy {result['accuracy']:.4f} (95 %"
                 f" interval {result['accuracy_low']:.4f} to {result['accuracy_high']:.4f},"
@@ -488,7 +488,7 @@ class Run:
                 f" {result['reward_mean']:.4f} +- {result['reward_std']:.4f}"
             )
             self.metrics.row("eval", step, {"name": name, **result})
-            self.evaluations.note(name, step, judgement, last=last)
+            self.evaluations.note(name, step, evaluation, last=last)
             if (
                 name == next(iter(self.valid))
                 and step

@@ -39,7 +39,7 @@ from rmega.config import LossArgs, TrainingConfig
 from rmega.data.batching import Batcher
 from rmega.data.packing import PackedBatch
 from rmega.distributed import is_reporting_rank, sum_over_ranks
-from rmega.evaluation.results import judge, stored_items
+from rmega.evaluation import results
 from rmega.evaluation.token_probes import View, probe_stored
 from rmega.megatron.fusion import fuse_weight_gradients, skip_single_rank_collectives
 from rmega.models.attention import active_kernel
@@ -456,12 +456,12 @@ def evaluate(
     progress: Callable[[int], None] | None = None,
     num_probed: int = 0,
 ) -> dict[str, Any]:
-    """What ``rmega.evaluation`` says of a held-out set, whole (``judge``), with "reward_mean" and
-    "reward_std" of all its rewards; the same on every rank. ``num_probed`` comparisons are
+    """``rmega.evaluation.results.evaluate`` of a held-out set, with "reward_mean" and "reward_std"
+    over all its responses; the same on every rank. ``num_probed`` comparisons are
     scored again in other forms.
     """
     rewards = compute_rewards(wrapped, batcher, device, progress)
-    items = stored_items(batcher.dataset, rewards)
+    items = results.stored_items(batcher.dataset, rewards)
 
     def score(view: View) -> np.ndarray:
         return compute_rewards(wrapped, batcher.over(view), device, progress)
@@ -479,7 +479,7 @@ def evaluate(
         else None
     )
     return {
-        **judge(items, length_unit="tokens", probes=probes),
+        **results.evaluate(items, length_unit="tokens", probes=probes),
         "reward_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()),
     }

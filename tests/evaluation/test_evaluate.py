@@ -15,8 +15,8 @@ import pytest
 
 from rmega.commands.evaluate import EvaluateArgs, main
 from rmega.evaluation.probes import pick, prompt_probe, swap_probe
-from rmega.evaluation.results import Judged, length_flag
-from rmega.evaluation.rows import judged, read_eval_set
+from rmega.evaluation.results import ScoredComparison, length_flag
+from rmega.evaluation.rows import read_eval_set, scored
 from rmega.evaluation.scores import match_scores, read_scores
 from rmega.preferences.comparison import Comparison
 from rmega.preferences.sources import resolve
@@ -73,10 +73,10 @@ def check_length_heuristic(tmp_path, data, capsys, accuracy, interval, pairs):
         round(got["length"]["always_longer"], 3) == accuracy
         and length_flag(got["length"]) == "strong"
     )
-    assert {v["about"]: v["level"] for v in got["verdict"]} | {
+    assert {v["about"]: v["level"] for v in got["findings"]} | {
         "accuracy": "bad",
         "length": "bad",
-    } == {v["about"]: v["level"] for v in got["verdict"]}
+    } == {v["about"]: v["level"] for v in got["findings"]}
     printed = capsys.readouterr().out
     assert (
         f"{accuracy:.3f}  {interval}" in printed
@@ -366,9 +366,9 @@ def test_several_files_and_flags(tmp_path):
         evaluate(tmp_path, data=[a, b], scores=[s])
     with pytest.raises(ValueError, match="--limit 0"):
         evaluate(tmp_path, data=[a], scores=[s], limit=0)
-    with pytest.raises(ValueError, match="--data .*no schema fits its columns .x."):
+    with pytest.raises(ValueError, match="--data .*no known schema has the columns x;"):
         evaluate(tmp_path, data=[write(tmp_path / "x.jsonl", [{"x": 1}])], scores=[s])
-    with pytest.raises(ValueError, match="nothing to judge .1 all responses are the same"):
+    with pytest.raises(ValueError, match="nothing to evaluate .1 all responses are the same"):
         evaluate(tmp_path, data=[write(tmp_path / "y.jsonl", [pair("a", "a")])], scores=[s])
     first = write(tmp_path / "one.jsonl", [{"scores": [1, 0]}])
     assert evaluate(tmp_path, data=[a], scores=[first], limit=1)["a"]["num_pairs"] == 1
@@ -384,7 +384,7 @@ def test_sample_and_rest_of_a_file_are_read_once(tmp_path):
 # ---- probes
 
 
-def items_for(score, count=20) -> list[Judged]:
+def items_for(score, count=20) -> list[ScoredComparison]:
     rng = random.Random(0)
     out = []
     for i in range(count):
@@ -395,7 +395,7 @@ def items_for(score, count=20) -> list[Judged]:
             responses=[[{"role": "assistant", "content": t}] for t in texts],
         )
         out.append(
-            Judged(
+            ScoredComparison(
                 rewards=np.array(score([c])[0]),
                 scores=np.array(c.scores),
                 lengths=np.array([1, 1]),
@@ -466,9 +466,9 @@ def test_model_path(tmp_path, small_llama, capsys):
     assert "accuracy, ties half" in capsys.readouterr().out
 
 
-def test_judged_checks_the_count(tmp_path):
+def test_scored_checks_the_count(tmp_path):
     row = read_eval_set(
         resolve([write(tmp_path / "d.jsonl", [pair("a", "b")])], flag="--data")[0]
     ).rows[0]
     with pytest.raises(ValueError, match="d.jsonl:1: 3 rewards for 2 responses"):
-        judged(row, [1, 2, 3], len)
+        scored(row, [1, 2, 3], len)

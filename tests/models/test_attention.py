@@ -67,18 +67,14 @@ PACKS = {
 }
 
 
-def attend(pack, dtype, function, groups=2, ratio=1, d=16, seed=0):
-    """[output, grad q, grad k, grad v] in fp64 for inputs that are the same numbers in every
-    dtype."""
+def attend(pack, dtype, function, groups=2, ratio=1, d=16, seed=0, device="cpu"):
+    """[output, grad q, grad k, grad v] in fp64 for inputs that are the same numbers in every dtype
+    and on every device."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(rows, heads):
-        x = (
-            torch.randn(rows, heads, d, generator=generator, dtype=torch.float64)
-            .bfloat16()
-            .to(dtype)
-        )
-        return x.requires_grad_()
+        x = torch.randn(rows, heads, d, generator=generator, dtype=torch.float64)
+        return x.bfloat16().to(device, dtype).requires_grad_()
 
     q, k, v = (
         draw(pack.num_queries, groups * ratio),
@@ -87,7 +83,8 @@ def attend(pack, dtype, function, groups=2, ratio=1, d=16, seed=0):
     )
     weight = draw(pack.num_queries, groups * ratio).detach().flatten(1)
     out = function(q, k, v, pack, d**-0.5)
-    return [x.detach().double() for x in (out, *torch.autograd.grad(out, (q, k, v), weight))]
+    values = (out, *torch.autograd.grad(out, (q, k, v), weight))
+    return [x.detach().cpu().double() for x in values]
 
 
 def errors(values, truth):

@@ -155,6 +155,30 @@ def test_conversations(reward_model: Path) -> None:
     close(by_transformers(reward_model, ids), together)
 
 
+@pytest.mark.parametrize(
+    "device,dtype,chosen",
+    [
+        ("cuda", None, "auto"),
+        ("cpu", None, "fp32"),
+        ("cuda", "fp32", "fp32"),
+        ("cpu", "auto", "auto"),
+    ],
+)
+def test_bf16_on_a_gpu_unless_another_dtype_is_named(folder, monkeypatch, device, dtype, chosen):
+    """By a stand-in: "auto" is bf16 on every GPU that has it."""
+
+    class Chosen(Exception):
+        pass
+
+    def choose(name, matmul_precision, where):
+        raise Chosen(name)
+
+    monkeypatch.setattr(scorer_module.distributed, "initialize", lambda: torch.device(device))
+    monkeypatch.setattr(scorer_module.precision, "choose_together", choose)
+    with pytest.raises(Chosen, match=f"^{chosen}$"):
+        load_scorer(folder, dtype=dtype)
+
+
 def test_half_precision_keeps_the_order(folder: Path) -> None:
     texts = items()
     with scorer(folder) as s:

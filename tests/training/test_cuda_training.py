@@ -7,11 +7,8 @@ import pytest
 import torch
 
 from tests.dist import run_distributed
+from tests.gpu import ON_CPU, ON_GPU
 from tests.tiny import InMemory, random_comparisons, tiny_llama
-
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-ON_GPU = pytest.param(True, marks=[pytest.mark.gpu, no_gpu], id="gpu")
-ON_CPU = pytest.param(False, id="cpu")
 
 
 def steps(
@@ -48,19 +45,21 @@ def cpu(folder):
 
 @pytest.mark.parametrize("switches", [{}, {"share_prefix": False}, {"prune_last_layer": False}])
 @pytest.mark.parametrize("text", ["1", "recompute"])
-@pytest.mark.parametrize("gpus", [ON_GPU])
-def test_fp32(folder, cpu, switches, text, gpus):
+@pytest.mark.parametrize("device", [ON_GPU])
+def test_fp32(folder, cpu, switches, text, device):
     from rmega.training.parity import compare
 
-    result = run_distributed(steps, 1, folder, torch.float32, switches, text, gpus=gpus)[0]
+    result = run_distributed(
+        steps, 1, folder, torch.float32, switches, text, gpus=device == "cuda"
+    )[0]
     differences = compare(result, cpu)
     assert max(differences.values()) <= 1e-4, differences
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("gpus", [ON_GPU, ON_CPU])
-def test_half(folder, cpu, dtype, gpus):
+@pytest.mark.parametrize("device", [ON_GPU, ON_CPU])
+def test_half(folder, cpu, dtype, device):
     """No step may be skipped for a loss scale that the model's gradients do not fit."""
-    result = run_distributed(steps, 1, folder, dtype, {}, gpus=gpus)[0]
+    result = run_distributed(steps, 1, folder, dtype, {}, gpus=device == "cuda")[0]
     assert result.losses == pytest.approx(cpu.losses, rel=0.05)
     assert result.grad_norms == pytest.approx(cpu.grad_norms, rel=0.1)

@@ -74,6 +74,8 @@ SHAPES = {
     "internlm2-20b": (48, 6144, 48, 8, 16384, 92544),
     "llama3-8b": (32, 4096, 32, 8, 14336, 128256),
     "llama3-70b": (80, 8192, 64, 8, 28672, 128256),
+    "llama3.1-8b": (32, 4096, 32, 8, 14336, 128256),
+    "qwen3-8b": (36, 4096, 32, 8, 12288, 151936),
 }
 
 
@@ -99,7 +101,8 @@ def test_every_script_fits_its_nodes(script):
     config.check(gpus)
     layers, hidden, heads, groups, ffn, vocab = SHAPES[script.stem]
     geometry = Geometry(
-        family="llama",
+        family="qwen3" if "qwen3" in script.stem else "llama",
+        qk_norm="qwen3" in script.stem,
         num_layers=layers,
         hidden_size=hidden,
         ffn_hidden_size=ffn,
