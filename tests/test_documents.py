@@ -408,7 +408,7 @@ class Workspace:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, small_llama) -> Workspace:
-    """The README is done; the other pages go on from there."""
+    """After the commands of the README, on which the other pages build."""
     pytest.importorskip("matplotlib", reason="--report needs the extra plots")
     place = Workspace(tmp_path_factory.mktemp("workspace"), small_llama)
     run_document(place, "README.md")
@@ -506,7 +506,7 @@ def test_quick_start(tmp_path, small_llama):
     )
     assert stamp.returncode == 0, stamp.stderr
     (tmp_path / ".cache").mkdir()
-    (tmp_path / ".cache" / "setup.stamp").write_text(f"\n{stamp.stdout}")  # nothing is installed
+    (tmp_path / ".cache" / "setup.stamp").write_text(stamp.stdout)  # nothing is installed
     done = subprocess.run(
         [
             "bash",

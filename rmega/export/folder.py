@@ -13,6 +13,7 @@ from typing import Any
 
 from rmega import __version__
 from rmega.evaluation.files import eval_rows
+from rmega.hub import has_tokenizer, load_tokenizer
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
 
@@ -58,22 +59,21 @@ def write_tokenizer(source: Path, folder: Path, info: dict[str, Any]) -> dict[st
     them from the written folder; they must agree (ValueError). None if the checkpoint holds no
     tokenizer.
     """
-    if not (source / "tokenizer.json").is_file() and not (source / "tokenizer.model").is_file():
+    if not has_tokenizer(source):
         return None
-    from transformers import AutoTokenizer, logging
-
+    from rmega.preferences.special_tokens import NO_REWARD_TOKEN
     from rmega.preferences.tokenizer import PairTokenizer
 
-    # a folder of remote code makes it warn of the model, which is not loaded here
-    logging.set_verbosity_error()
     for file in sorted(source.iterdir()):
         if file.name not in NOT_TOKENIZER:
             shutil.copyfile(file, folder / file.name)
     template = (info.get("manifest") or {}).get("chat_template")
-    ours = PairTokenizer.load(source, chat_template=template)
+    reward_id = info["reward_token_id"]
+    reward_token = NO_REWARD_TOKEN if reward_id is None else str(reward_id)
+    ours = PairTokenizer.load(source, chat_template=template, reward_token=reward_token)
     if not (folder / "tokenizer.json").is_file():
         ours.tokenizer.save_pretrained(folder)
-    wanted = [*ours.encode_conversation(EXAMPLE)[:-1], info["reward_token_id"]]
+    wanted = ours.encode_conversation(EXAMPLE)
     pad_id = choose_pad_token(ours.tokenizer, ours.template, info, wanted)
     pad = ours.tokenizer.convert_ids_to_tokens(pad_id)
     path = folder / "tokenizer_config.json"
@@ -96,15 +96,17 @@ def write_tokenizer(source: Path, folder: Path, info: dict[str, Any]) -> dict[st
     write_json(path, config)
     _merges_as_text(folder / "tokenizer.json")
 
-    theirs = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)  # asks nothing
+    theirs = load_tokenizer(folder, flag="--output")
     text = theirs.apply_chat_template(EXAMPLE, tokenize=False)
-    ids = [*theirs.encode(text, add_special_tokens=False), info["reward_token_id"]]
+    ids = theirs.encode(text, add_special_tokens=False)  # as a client makes them
+    if reward_id not in (None, ids[-1]):
+        ids.append(reward_id)
     if ids != wanted:
         raise ValueError(
             f"{folder}: the written tokenizer gives other ids than the training: {ids}, not"
             f" {wanted}"
         )
-    reward = theirs.convert_ids_to_tokens(info["reward_token_id"])
+    reward = None if reward_id is None else theirs.convert_ids_to_tokens(reward_id)
     return {
         "messages": EXAMPLE,
         "text": text,
@@ -145,7 +147,7 @@ def choose_pad_token(
     own = info["pad_token_id"]
     mine = [own] if tokenizer.convert_ids_to_tokens(own) not in template else []
     for index in (*mine, *free):
-        if index not in used:
+        if index not in used and index < info["geometry"]["vocab_size"]:
             return index
     return own
 

@@ -1,5 +1,5 @@
-"""Verification of an export: every written value is the checkpoint's, and plain transformers gives the
-training's rewards.
+"""Verification of an export: every written value is the checkpoint's, and plain transformers gives
+the training's rewards.
 
 Both sides compute in fp32 on the same rounded weights, so that one tolerance serves every dtype:
 what remains is summation order. What rounding the weights itself does to the rewards is measured
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,17 @@ def training_rewards(
             distributed.finish()
 
 
+def check_code(folder: Path, written: Iterable[Path]) -> None:
+    """ValueError where a folder names other code than the files ``written`` by an export: verifying
+    would run it."""
+    own = {file.name: file.read_bytes() for file in written}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name in sorted({str(name) for name in (config.get("auto_map") or {}).values()}):
+        file = folder / f"{name.partition('.')[0]}.py"
+        if not file.is_file() or file.read_bytes() != own.get(file.name):
+            raise ValueError(f"{file}: not the code that an export writes, so it is not run")
+
+
 @torch.no_grad()
 def transformers_rewards(
     folder: Path,
@@ -125,8 +137,9 @@ def transformers_rewards(
     import transformers
 
     if BACKBONES[geometry.family].code:
+        check_code(folder, BACKBONES[geometry.family].code)
         load = transformers.AutoModel.from_pretrained
-        options = {"trust_remote_code": True}  # the two files that this very export wrote
+        options = {"trust_remote_code": True}  # the two files that an export writes
     else:
         load, options = transformers.AutoModelForSequenceClassification.from_pretrained, {}
     verbosity = transformers.logging.get_verbosity()

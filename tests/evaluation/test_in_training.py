@@ -31,6 +31,7 @@ from rmega.evaluation.token_probes import (
 )
 from tests import runs
 from tests.dist import run_distributed
+from tests.made_rows import write_lines
 from tests.report.test_report import check
 from tests.tiny import InMemory, random_comparisons
 
@@ -296,8 +297,10 @@ def data(preference_files, small_llama, tmp_path_factory) -> dict[str, Path]:
             preference_files / file, "rt", encoding="utf-8"
         ) as lines:
             short = (line for line in lines if len(line) < (1200 if name == "pairs" else 2400))
-            rows = itertools.islice(short, count)
-            prefix.with_suffix(".jsonl").write_text("".join(rows), encoding="utf-8")
+            rows = [json.loads(line) for line in itertools.islice(short, count)]
+        if name == "pairs":
+            rows = [row | {"source": f"source {i % 3}"} for i, row in enumerate(rows)]
+        write_lines(prefix.with_suffix(".jsonl"), rows)
         with contextlib.redirect_stdout(io.StringIO()):
             preprocess(
                 PreprocessArgs(
