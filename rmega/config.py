@@ -102,6 +102,9 @@ class TrainArgs:
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
     """torch.set_float32_matmul_precision. auto: the fastest setting that measures as exact as fp32
     on this machine."""
+    deterministic: bool = False
+    """The same bits in every run on the same GPUs and layout, at some cost in speed: deterministic
+    algorithms of torch, cuBLAS and NCCL. On CPUs runs repeat bit for bit without it."""
     log_interval: int | None = None
     """Steps between log lines. Default: a fiftieth of the run's steps, at least 1 and at most
     10."""

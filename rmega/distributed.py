@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from rmega.megatron import versions
+
 _timeout = datetime.timedelta(minutes=10)  # of every group; ``initialize`` sets it
 
 
@@ -29,8 +31,21 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _prepare_cuda(tp: int) -> None:
-    """Settings that must be there before the first use of a GPU; what the user has set stays."""
+def prepare_cuda(tp: int, *, deterministic: bool = False) -> None:
+    """Settings that CUDA, its allocator, cuBLAS and NCCL read once, when they start.
+
+    Call it before anything asks for a GPU's properties: that starts CUDA. What the user has set
+    stays. ``deterministic`` makes torch choose algorithms whose results are the same bits in every
+    run, on any device, and raise where there is none.
+    """
+    if deterministic:
+        # cuBLAS: no workspace shared by streams, so no choice that depends on timing (its manual,
+        # "Results reproducibility"). NCCL: no sums in the switches, whose order is not fixed.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "^NVLS")
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over each new tensor
     if tp > 1:
         # Collectives of tensor parallelism are to start before the product that runs beside them
         # (megatron-core's linear_with_grad_accumulation_and_async_allreduce).
@@ -47,10 +62,21 @@ def spans_machines() -> bool:
 
 
 def device() -> torch.device:
-    """This process's device: its GPU under CUDA, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    """This process's device: its GPU under CUDA, else the CPU. ValueError where this machine runs
+    more processes than it has GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= count:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        raise ValueError(
+            f"--nproc-per-node {processes}: {processes} processes on this machine, {count}"
+            f" GPU{'s' * (count != 1)}"
+            + (f" (CUDA_VISIBLE_DEVICES={visible})" if visible else "")
+            + '; every process needs its own (CUDA_VISIBLE_DEVICES="" runs them on the CPU)'
+        )
+    return torch.device("cuda", local)
 
 
 def log(message: str = "") -> None:
@@ -93,9 +119,9 @@ def initialize(
             " were started (torchrun --nproc-per-node)"
         )
     quiet_engine()
+    prepare_cuda(tp)
     where = device()
     if where.type == "cuda":
-        _prepare_cuda(tp)
         torch.cuda.set_device(where)
     else:
         from rmega.megatron import cpu
@@ -130,9 +156,16 @@ def initialize(
             create_gloo_process_groups=where.type == "cuda",
             distributed_timeout_minutes=timeout_minutes,
         )
+        _print_notes()
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     return where
+
+
+def _print_notes() -> None:
+    if rank() == 0:
+        for note in versions.notes():
+            print(note, file=sys.stderr)  # stdout may be a program's results
 
 
 def interface_towards(host: str) -> str | None:
@@ -194,3 +227,8 @@ def finish() -> None:
 
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+# Programs import this module before those that import Megatron-Core.
+versions.check_importable()
+quiet_engine()

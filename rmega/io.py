@@ -9,30 +9,74 @@ import zlib
 from pathlib import Path
 
 
-def write_durably(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def sync_folder(folder: Path | str) -> None:
+    """Make the names in a folder durable: a new or renamed file survives a power cut only then."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path | str) -> None:
+    """Make every file in a folder, and every name in it, durable."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            descriptor = os.open(os.path.join(parent, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_folder(parent)
+
+
+def write_durably(path: Path | str, text: str) -> None:
+    """Write a whole file: after a crash or a power cut it holds the old text or the new one.
+
+    The text goes to ``PATH.partial`` first, which then takes the name of ``path``.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a finished folder its name; an older one of that name goes only after the new one is in
-    place."""
+    """Give a finished folder, whose files are durable, its name. An older folder of that name is
+    removed only after the new one is in place."""
     old = final.with_name(final.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
+    replaces = final.exists()
+    if replaces:
         os.replace(final, old)
-    os.replace(partial, final)
-    descriptor = os.open(final.parent, os.O_RDONLY)
     try:
-        os.fsync(descriptor)  # the name itself must survive a power cut
-    finally:
-        os.close(descriptor)
+        os.replace(partial, final)
+    except OSError:
+        if replaces:
+            os.replace(old, final)
+        raise
+    sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def fingerprint(path: Path) -> list[int]:
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that no half of it is ever found under its own name: it is
+    ``NAME.removing`` first."""
+    doomed = folder.with_name(folder.name + ".removing")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def fingerprint(path: Path | str) -> list[int]:
     """[bytes, crc32] of a file."""
     crc = size = 0
     with open(path, "rb") as file:
@@ -41,7 +85,7 @@ def fingerprint(path: Path) -> list[int]:
     return [size, crc]
 
 
-def checksum(path: str) -> str:
+def checksum(path: Path | str) -> str:
     """sha256 of a file, as hexadecimal text."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:

@@ -1,7 +1,7 @@
 """What a set of rewards is worth: accuracy with an interval, and everything that accuracy alone
 hides.
 
-Arrays in, numbers out; numpy only, so that scores of any origin can be judged without torch. Which
+Arrays in, numbers out; numpy only, so that scores of any origin can be evaluated without torch. Which
 pairs there are, and where they come from, is the matter of ``rmega.evaluation``.
 
 Shape letters: n = pairs (chosen, rejected); m = responses; k = responses of one prompt. d [n] =
@@ -315,7 +315,7 @@ def fit_temperature(d: np.ndarray) -> dict[str, Any]:
     One parameter, maximum likelihood (C. Guo et al., "On Calibration of Modern Neural Networks",
     2017, on pairs). T > 1: the margins are too large for how often they are right. T is None where
     no finite positive T is best: "reason" then is "no errors" (every d > 0, T -> 0) or "no signal"
-    (mean d <= 0: a coin is as likely).
+    (mean d <= 0: chance is as likely).
     """
     none = {"temperature": None, "low": None, "high": None}
     if d.size == 0:
@@ -354,8 +354,8 @@ def calibration(d: np.ndarray, num_bins: int = 10) -> dict[str, Any]:
     ece      expected calibration error: sum over equal-width bins of [0.5, 1] of share * |accuracy - confidence|
              (M. P. Naeini et al., AAAI 2015). Some of it is noise: a perfect model of n pairs shows about
              0.4 * sqrt(bins / n).
-    brier    mean (1 - p)^2 (G. W. Brier, 1950); 0.25 = a coin
-    log_loss mean -log p; ln 2 = a coin
+    brier    mean (1 - p)^2 (G. W. Brier, 1950); 0.25 = chance level
+    log_loss mean -log p; ln 2 = chance level
     surest   the largest confidence of all
     reliability   the bins that are not empty: low, high, confidence (mean), accuracy, accuracy_low/high, num_pairs
     temperature   ``fit_temperature``; ece_scaled is the ECE after it

@@ -74,14 +74,24 @@ def _why_reference(device: torch.device) -> str:
     if _implementation == "reference":
         return "asked for"
     if _C is None:
-        return f"rmega._C is not there ({_why_not_built})"
-    return "rmega._C was built without CUDA" if device.type == "cuda" and not _C.has_cuda else ""
+        return f"rmega._C is not available ({_why_not_built})"
+    return _why_not_cuda(device) if device.type == "cuda" else ""
+
+
+@functools.cache
+def _why_not_cuda(device: torch.device) -> str:
+    if not _C.has_cuda:
+        return "rmega._C was built without CUDA"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 0):  # the oldest that setup.py builds for
+        return f"the kernels need compute capability 8.0, this GPU has {major}.{minor}"
+    return ""
 
 
 def _native(device: torch.device) -> bool:
-    if _implementation != "reference" and _C is not None and (_C.has_cuda or device.type != "cuda"):
-        return True
     why = _why_reference(device)
+    if not why:
+        return True
     if _implementation == "native":
         raise RuntimeError(f"native operators were asked for on {device.type}, but {why}")
     if _implementation == "auto" and device.type not in _said:

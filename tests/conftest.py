@@ -12,25 +12,64 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # tests.dist, examples and tools are no installed packages
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item):
+    """Only tests marked ``gpu`` see one, themselves and in the programs that they start: the others
+    compare CPU computations, some of them on more ranks than a machine has GPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("gpu") is None:
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            if "torch" in sys.modules:
+                patch.setattr(sys.modules["torch"].cuda, "is_available", lambda: False)
+        return (yield)
+
+
+@pytest.fixture(scope="session")
+def small_llama(tmp_path_factory) -> Path:
+    """A Llama of 260 thousand random weights with a tokenizer, as a Hugging Face folder."""
+    from tests.made_models import make_llama
+
+    return make_llama(tmp_path_factory.mktemp("small_llama") / "small_llama")
+
+
+@pytest.fixture(scope="session")
+def stories260k(small_llama: Path) -> Path:
+    """The former name of ``small_llama``."""
+    return small_llama
+
+
+@pytest.fixture(scope="session")
+def internlm2_tokenizer(tmp_path_factory) -> Path:
+    """A small tokenizer in InternLM2's layout: tokenizer.model, tokenizer.json, chat template."""
+    from tests.made_models import make_internlm2_tokenizer
+
+    return make_internlm2_tokenizer(tmp_path_factory.mktemp("internlm2") / "internlm2_tokenizer")
+
+
+@pytest.fixture(scope="session")
+def internlm2_of_the_hub(tmp_path_factory) -> Path:
+    """A small InternLM2 as on the hub: tokenizer.model alone, an auto_map, weights."""
+    from tests.made_models import make_internlm2_of_the_hub
+
+    return make_internlm2_of_the_hub(tmp_path_factory.mktemp("hub") / "internlm2_of_the_hub")
+
+
+@pytest.fixture(scope="session")
+def preference_files(tmp_path_factory) -> Path:
+    """The folder with the files of tests.made_rows.FILES, one per schema."""
+    from tests.made_rows import write_rows
+
+    return write_rows(tmp_path_factory.mktemp("preference_files"))
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """Real data, tokenizers and a small model that lie beside the checkout (or at RMEGA_SHARED)."""
+    """Real data, tokenizers and a small pretrained model beside the checkout (or at RMEGA_SHARED),
+    for additional cases alone."""
     path = Path(os.environ.get("RMEGA_SHARED", ROOT.parent / "shared"))
     if not (path / "data").is_dir():
-        pytest.skip(f"no shared data at {path} (set RMEGA_SHARED)")
+        pytest.skip(f"no real data at {path} (set RMEGA_SHARED)")
     return path
-
-
-@pytest.fixture(scope="session")
-def stories260k(shared_dir: Path) -> Path:
-    """A real pretrained Llama of 260 thousand parameters, with its tokenizer."""
-    return shared_dir / "models" / "stories260k"
-
-
-@pytest.fixture(scope="session")
-def internlm2_tokenizer(shared_dir: Path) -> Path:
-    """The real InternLM2 tokenizer as a Hugging Face folder."""
-    return shared_dir / "tokenizers" / "internlm2"
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -1,7 +1,8 @@
 """Run a function on several gloo ranks from a test: ``run_distributed(fn, world_size, *args)``.
 
 The worker processes stay alive between calls, because importing torch and megatron-core costs
-seconds; a call that fails or takes too long ends them, and the next call starts fresh ones.
+seconds; a call that fails or takes too long ends them, and the next call starts fresh ones. They
+see no GPU, whatever the machine has, unless a call asks for it (``gpus=True``).
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import time
 import traceback
 
 _context = multiprocessing.get_context("spawn")
-_workers: list[tuple] = []
+_workers: dict[bool, list[tuple]] = {False: [], True: []}  # without and with GPUs
 
 
-def _serve(pipe) -> None:
+def _serve(pipe, gpus: bool) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if not gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything starts CUDA, which reads it once
     import torch
 
     torch.set_num_threads(1)
@@ -48,47 +51,49 @@ def _serve(pipe) -> None:
 
 
 def _stop() -> None:
-    for process, pipe in _workers:
-        process.kill()
-        pipe.close()
-    _workers.clear()
+    for workers in _workers.values():
+        for process, pipe in workers:
+            process.kill()
+            pipe.close()
+        workers.clear()
 
 
 atexit.register(_stop)
 
 
-def run_distributed(fn, world_size: int, *args, timeout: float = 240.0) -> list:
+def run_distributed(fn, world_size: int, *args, timeout: float = 240.0, gpus: bool = False) -> list:
     """``_run_once``, a second time where another program took the port between its choice and its
     use."""
     try:
-        return _run_once(fn, world_size, *args, timeout=timeout)
+        return _run_once(fn, world_size, *args, timeout=timeout, gpus=gpus)
     except RuntimeError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        return _run_once(fn, world_size, *args, timeout=timeout)
+        return _run_once(fn, world_size, *args, timeout=timeout, gpus=gpus)
 
 
-def _run_once(fn, world_size: int, *args, timeout: float) -> list:
+def _run_once(fn, world_size: int, *args, timeout: float, gpus: bool) -> list:
     """Call the module-level ``fn(rank, world_size, *args)`` on ``world_size`` processes; their
     results in rank order.
 
     Raises RuntimeError with the first failing rank's traceback, or after ``timeout`` seconds.
     """
-    while len(_workers) < world_size:
-        mine, theirs = _context.Pipe()
-        process = _context.Process(target=_serve, args=(theirs,))
+    workers = _workers[gpus]
+    while len(workers) < world_size:
+        pipe, far_end = _context.Pipe()
+        process = _context.Process(target=_serve, args=(far_end, gpus))
         process.start()
-        _workers.append((process, mine))
+        workers.append((process, pipe))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     for rank in range(world_size):
-        _workers[rank][1].send((rank, world_size, port, fn.__module__, fn.__qualname__, args))
+        workers[rank][1].send((rank, world_size, port, fn.__module__, fn.__qualname__, args))
     results: dict[int, object] = {}
     deadline = time.monotonic() + timeout
     while len(results) < world_size:
         for rank in range(world_size):
-            process, pipe = _workers[rank]
+            _, pipe = workers[rank]
             if rank in results:
                 continue
             if pipe.poll(0.02):

@@ -1,4 +1,4 @@
-"""A real small reward model folder and what plain transformers says of it, for the tests of scoring
+"""A small reward model folder and what plain transformers says of it, for the tests of scoring
 and serving."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 
 
 def make_reward_model(source: Path, folder: Path) -> Path:
-    """stories260k with a reward head, as transformers saves it."""
+    """``small_llama`` with a reward head, as transformers saves it."""
     from transformers import AutoTokenizer, LlamaForSequenceClassification
 
     model = LlamaForSequenceClassification.from_pretrained(str(source), num_labels=1)

@@ -1,12 +1,12 @@
-"""Whole training runs for tests: data from real comparisons, runs in worker processes or under a
+"""Whole training runs for tests: data from generated comparisons, runs in worker processes or under a
 launcher."""
 
 from __future__ import annotations
 
 import contextlib
-import gzip
 import io
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from tests.made_rows import messages, write_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 FAULTS: dict[str, list] = {}
@@ -41,12 +43,11 @@ def fault_table() -> str:
     )
 
 
-def make_data(shared: Path, model: Path, folder: Path, count: int = 60) -> str:
-    """The prefix of ``count`` real comparisons, tokenized for ``model``."""
+def make_data(model: Path, folder: Path, count: int = 60) -> str:
+    """The prefix of ``count`` comparisons, tokenized for ``model``."""
     from rmega.preferences.preprocess import PreprocessArgs, preprocess
 
-    with gzip.open(shared / "data" / "hh-rlhf" / "mix.train.pairs.jsonl.gz", "rt") as file:
-        (folder / "rows.jsonl").write_text("".join(itertools.islice(file, count)))
+    write_lines(folder / "rows.jsonl", messages(count))
     preprocess(
         PreprocessArgs(
             input=(str(folder / "rows.jsonl"),),
@@ -183,6 +184,15 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     }
     dcp.load(found, storage_reader=reader, no_dist=True)
     return found
+
+
+def edit_info(folder: Path, *, drop: str = "", **fields) -> None:
+    """Change fields of a checkpoint's rmega.json, or drop one, as if it had been written so."""
+    from rmega.checkpointing.run_folder import INFO, info_text
+
+    info = {**json.loads((folder / INFO).read_text()), **fields}
+    info.pop(drop, None)
+    (folder / INFO).write_text(info_text(info))
 
 
 def assert_same(one: Path, other: Path) -> None:

@@ -407,10 +407,10 @@ class Workspace:
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory, stories260k) -> Workspace:
+def workspace(tmp_path_factory, small_llama) -> Workspace:
     """The README is done; the other pages go on from there."""
     pytest.importorskip("matplotlib", reason="--report needs the extra plots")
-    place = Workspace(tmp_path_factory.mktemp("workspace"), stories260k)
+    place = Workspace(tmp_path_factory.mktemp("workspace"), small_llama)
     run_document(place, "README.md")
     return place
 
@@ -455,7 +455,7 @@ def test_commands_run(document, workspace):
 def shape(line: str) -> str:
     """A line without what differs between the model that is shown and the tiny one: numbers, types,
     its name."""
-    line = re.sub(r"\S*(?:smollm2-135m|stories260k)\S*", "MODEL", line)
+    line = re.sub(r"\S*(?:smollm2-135m|small_llama)\S*", "MODEL", line)
     line = re.sub(r"\bb?float(16|32)", "TYPE", line)
     return re.sub(r"\s+", " ", re.sub(r"-?\d[\d,.:]*(?:e[-+]?\d+)?", "#", line)).strip()
 
@@ -464,7 +464,7 @@ def test_shown_output_is_what_the_commands_print(workspace):
     """Each line of the README's output blocks is, but for its numbers, a line that its commands
     printed.
 
-    A verdict ([ok], [!]) depends on the numbers: of it only the first words are looked up in the
+    A finding ([ok], [!]) depends on the numbers: of it only the first words are looked up in the
     program.
     """
     texts = [*workspace.outputs.values(), (workspace.root / "runs" / "rewards.jsonl").read_text()]
@@ -485,15 +485,15 @@ def test_shown_output_is_what_the_commands_print(workspace):
             assert (
                 " ".join(sentence.split()[:2]) in (ROOT / "rmega/evaluation/results.py").read_text()
             ), line
-        elif not line.startswith("     "):  # a verdict goes on
+        elif not line.startswith("     "):  # a finding continues
             assert shape(line) in printed, line
 
 
 @pytest.mark.slow
-def test_quick_start(tmp_path, stories260k):
+def test_quick_start(tmp_path, small_llama):
     """The README's first command, with a model that is there and three steps: everything but the
     set-up."""
-    place = Workspace(tmp_path, stories260k)
+    place = Workspace(tmp_path, small_llama)
     env = {**place.environment(), "VIRTUAL_ENV": sys.prefix}
     if not (Path(sys.prefix) / "bin" / "python").exists():
         pytest.skip("this Python has no bin/python under sys.prefix")
@@ -506,13 +506,13 @@ def test_quick_start(tmp_path, stories260k):
     )
     assert stamp.returncode == 0, stamp.stderr
     (tmp_path / ".cache").mkdir()
-    (tmp_path / ".cache" / "setup.stamp").write_text(f"\n{stamp.stdout}")  # nothing is installed
+    (tmp_path / ".cache" / "setup.stamp").write_text(stamp.stdout)  # nothing is installed
     done = subprocess.run(
         [
             "bash",
             "examples/quickstart.sh",
             "--model",
-            str(stories260k),
+            str(small_llama),
             "--data",
             "examples/data/demo.train.jsonl",
             "--steps",

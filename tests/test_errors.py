@@ -77,8 +77,8 @@ def files(folder: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def data(stories260k, tmp_path_factory) -> Path:
-    """A small good dataset for stories260k."""
+def data(small_llama, tmp_path_factory) -> Path:
+    """A small good dataset for small_llama."""
     from rmega.preferences.preprocess import PreprocessArgs, preprocess
 
     folder = tmp_path_factory.mktemp("data")
@@ -86,7 +86,7 @@ def data(stories260k, tmp_path_factory) -> Path:
     preprocess(
         PreprocessArgs(
             input=[str(folder / "rows.jsonl")],
-            tokenizer=str(stories260k),
+            tokenizer=str(small_llama),
             output_prefix=str(folder / "train"),
             workers=1,
         )
@@ -100,14 +100,14 @@ PREPROCESS = "tools/preprocess_pref.py"
 
 
 @pytest.fixture
-def preprocess(program, stories260k, tmp_path):
+def preprocess(program, small_llama, tmp_path):
     def run(source: object, *more: object) -> tuple[int, str]:
         return program(
             PREPROCESS,
             "--input",
             source,
             "--tokenizer",
-            stories260k,
+            small_llama,
             "--output-prefix",
             tmp_path / "out",
             "--workers",
@@ -218,7 +218,7 @@ def test_a_tokenizer_that_is_none(program, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def train(program, stories260k, data, tmp_path):
+def train(program, small_llama, data, tmp_path):
     """The training program with good flags, which ``more`` overrides; nothing may be left behind in
     --save."""
 
@@ -232,7 +232,7 @@ def train(program, stories260k, data, tmp_path):
         result = program(
             "examples/pretrain_reward.py",
             "--hf-model",
-            model or stories260k,
+            model or small_llama,
             "--data-path",
             source or data,
             *(("--train-steps", 1) if steps else ()),
@@ -297,11 +297,11 @@ def edited(data: Path, folder: Path, **fields: object) -> Path:
 
 
 def test_tokenizer_and_dataset_that_do_not_match(
-    train, data, internlm2_tokenizer, stories260k, tmp_path
+    train, data, internlm2_tokenizer, small_llama, tmp_path
 ) -> None:
     other = edited(data, tmp_path / "other", tokenizer_fingerprint="0123456789abcdef")
     refused(
-        train(source=other), "--data-path", other, "0123456789abcdef", "--hf-model", stories260k
+        train(source=other), "--data-path", other, "0123456789abcdef", "--hf-model", small_llama
     )
     refused(train("--valid-data-path", other), "--valid-data-path", other, "tokenizer_fingerprint")
     refused(
@@ -327,7 +327,7 @@ def test_tokenizer_and_dataset_that_do_not_match(
     )
 
 
-def test_models_that_cannot_be_used(train, stories260k, tmp_path: Path) -> None:
+def test_models_that_cannot_be_used(train, small_llama, tmp_path: Path) -> None:
     refused(train(model=tmp_path / "nowhere"), "--hf-model", "nowhere", "no such folder")
     (tmp_path / "empty").mkdir()
     refused(train(model=tmp_path / "empty"), "empty", "config.json")
@@ -339,13 +339,13 @@ def test_models_that_cannot_be_used(train, stories260k, tmp_path: Path) -> None:
         ({"intermediate_size": 64}, ("model.safetensors", "shape")),
     ):
         shutil.rmtree(tmp_path / "model", ignore_errors=True)
-        shutil.copytree(stories260k, tmp_path / "model")
-        config = json.loads((stories260k / "config.json").read_text())
+        shutil.copytree(small_llama, tmp_path / "model")
+        config = json.loads((small_llama / "config.json").read_text())
         (tmp_path / "model" / "config.json").chmod(0o644)
         (tmp_path / "model" / "config.json").write_text(json.dumps({**config, **change}))
         refused(train(model=tmp_path / "model"), *parts)
     shutil.rmtree(tmp_path / "model")
-    shutil.copytree(stories260k, tmp_path / "model")
+    shutil.copytree(small_llama, tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.chmod(0o644)
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -367,12 +367,12 @@ def test_optional_packages_that_are_missing(train, monkeypatch) -> None:
 
 
 def test_runs_that_are_not_there_or_are_there_already(
-    program, train, stories260k, data, tmp_path: Path
+    program, train, small_llama, data, tmp_path: Path
 ) -> None:
     refused(train("--load", tmp_path / "nowhere"), "--load", "nowhere", "no checkpoint")
     flags = [
         "--hf-model",
-        stories260k,
+        small_llama,
         "--data-path",
         data,
         "--train-steps",
@@ -407,7 +407,7 @@ def test_runs_that_are_not_there_or_are_there_already(
             "--input",
             tmp_path / "rows.jsonl",
             "--tokenizer",
-            stories260k,
+            small_llama,
             "--output-prefix",
             tmp_path / "swapped",
             "--workers",
@@ -435,13 +435,13 @@ def test_runs_that_are_not_there_or_are_there_already(
 
 
 def test_nothing_is_built_for_a_run_that_cannot_start(
-    train, program, stories260k, data, tmp_path, monkeypatch
+    train, program, small_llama, data, tmp_path, monkeypatch
 ) -> None:
     """Folders and checkpoints are looked at before the model is, which takes minutes for a large
     one."""
     flags = [
         "--hf-model",
-        stories260k,
+        small_llama,
         "--data-path",
         data,
         "--train-steps",
@@ -476,12 +476,12 @@ def test_nothing_is_built_for_a_run_that_cannot_start(
     shard.write_bytes(shard.read_bytes()[:-1])
     refused(
         program("examples/pretrain_reward.py", *flags, "--load", tmp_path / "done"),
-        "no good checkpoint",
+        "no healthy checkpoint",
         shard.name,
     )
 
 
-def test_texts_longer_than_the_models_positions(train, stories260k, data, tmp_path, capsys) -> None:
+def test_texts_longer_than_the_models_positions(train, small_llama, data, tmp_path, capsys) -> None:
     """Said in one line with counts; refused, with a flag that training has, where rotary scaling
     depends on them."""
     import dataclasses
@@ -491,7 +491,7 @@ def test_texts_longer_than_the_models_positions(train, stories260k, data, tmp_pa
     from rmega.models.hf import read_geometry
     from rmega.training.preflight import check_positions
 
-    dataset, (geometry, _) = open_preferences(data), read_geometry(stories260k)
+    dataset, (geometry, _) = open_preferences(data), read_geometry(small_llama)
     texts = [
         [len(c.prefix) + len(s) for s in c.suffixes]
         for c in (dataset.get(i) for i in range(len(dataset)))
@@ -518,8 +518,8 @@ def test_texts_longer_than_the_models_positions(train, stories260k, data, tmp_pa
                 and said in out
                 and (not said or f"--max-length {known}" in out)
             )
-    shutil.copytree(stories260k, tmp_path / "model")
-    config = json.loads((stories260k / "config.json").read_text())
+    shutil.copytree(small_llama, tmp_path / "model")
+    config = json.loads((small_llama / "config.json").read_text())
     config["rope_parameters"] |= {"rope_type": "dynamic", "factor": 2.0}
     (tmp_path / "model" / "config.json").chmod(0o644)
     (tmp_path / "model" / "config.json").write_text(
@@ -538,7 +538,7 @@ def test_texts_longer_than_the_models_positions(train, stories260k, data, tmp_pa
 # Export and scoring
 
 
-def test_what_cannot_be_exported_or_scored(program, stories260k, tmp_path: Path) -> None:
+def test_what_cannot_be_exported_or_scored(program, small_llama, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     convert = "tools/convert_to_hf.py"
     refused(
@@ -550,7 +550,7 @@ def test_what_cannot_be_exported_or_scored(program, stories260k, tmp_path: Path)
     assert files(tmp_path) == {"there"}
 
 
-def test_a_batch_of_ties_has_no_pairs_and_does_no_harm(stories260k) -> None:
+def test_a_batch_of_ties_has_no_pairs_and_does_no_harm(small_llama) -> None:
     """Not an error: comparisons without a preference give no loss and no gradient."""
     from rmega.config import LossArgs
     from rmega.data.packing import pack

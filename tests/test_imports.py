@@ -172,6 +172,8 @@ def test_only_the_cpu_module_replaces_parts_of_torch() -> None:
             for target in getattr(node, "targets", []) if isinstance(node, ast.Assign) else []:
                 for leaf in target.elts if isinstance(target, ast.Tuple) else [target]:
                     text = ast.unparse(leaf)
+                    if text == "torch.utils.deterministic.fill_uninitialized_memory":
+                        continue  # a documented setting, which has no function
                     if text.startswith(("torch.", "megatron.", "parallel_state.")):
                         assert name == "rmega.megatron.cpu", f"{name} assigns {text}"
 

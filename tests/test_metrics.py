@@ -18,9 +18,9 @@ from rmega.evaluation.benchmarks import (
     ties_report,
 )
 from rmega.evaluation.results import (
-    Judged,
+    ScoredComparison,
+    evaluate,
     flat_summary,
-    judge,
     length_flag,
     pairs_of,
     stored_items,
@@ -29,9 +29,9 @@ from rmega.evaluation.results import (
 )
 
 
-def item(rewards, scores, lengths=None, **more) -> Judged:
+def item(rewards, scores, lengths=None, **more) -> ScoredComparison:
     lengths = [10] * len(rewards) if lengths is None else lengths
-    return Judged(
+    return ScoredComparison(
         rewards=np.array(rewards, float),
         scores=np.array(scores, float),
         lengths=np.array(lengths),
@@ -189,7 +189,7 @@ def test_length_report_of_known_models():
     assert m.length_report(d * flip, *other)["spearman_within"] == pytest.approx(once)
 
 
-def test_length_cannot_be_judged_on_one_side():
+def test_length_bias_unknown_on_one_side():
     n = 200
     report = m.length_report(
         np.random.default_rng(0).normal(0.5, 1, n), np.full(n, 9), np.full(n, 5)
@@ -204,23 +204,23 @@ def test_a_handful_of_pairs_shows_no_length_bias(n, delta):
     assert report["spearman_within"] == pytest.approx(1.0) and length_flag(report) == "unknown"
 
 
-def test_a_side_without_pairs_has_no_accuracy_in_the_verdict():
-    from rmega.evaluation.results import Judged, judge
+def test_a_side_without_pairs_has_no_accuracy_in_the_findings():
+    from rmega.evaluation.results import ScoredComparison, evaluate
 
     def said(n):
         items = [
-            Judged(
+            ScoredComparison(
                 rewards=np.array([float(i), 0.0]),
                 scores=np.array([1.0, 0.0]),
                 lengths=np.array([10 + i, 9]),
             )
             for i in range(1, n + 1)
         ]
-        return next(v["text"] for v in judge(items)["verdict"] if v["about"] == "length")
+        return next(v["text"] for v in evaluate(items)["findings"] if v["about"] == "length")
 
     assert (
         said(4)
-        == "Length bias cannot be judged: the chosen response is the shorter one in no pair."
+        == "Length bias cannot be assessed: the chosen response is the shorter one in no pair."
     )
     assert said(60).startswith("Strong length bias, towards longer") and " - where" not in said(60)
 
@@ -277,8 +277,8 @@ def test_calibration_by_hand():
     assert report["ece"] == pytest.approx((2 * abs(0.5 - s[0]) + 2 * (1 - s[2])) / 4)
     assert report["brier"] == pytest.approx(((1 - s[0]) ** 2 + s[0] ** 2 + 2 * (1 - s[2]) ** 2) / 4)
     assert [b["num_pairs"] for b in report["reliability"]] == [2, 2]
-    coin = m.calibration(np.zeros(7))
-    assert (coin["ece"], coin["brier"]) == (0.0, 0.25) and coin["log_loss"] == pytest.approx(
+    chance = m.calibration(np.zeros(7))
+    assert (chance["ece"], chance["brier"]) == (0.0, 0.25) and chance["log_loss"] == pytest.approx(
         math.log(2)
     )
 
@@ -463,10 +463,10 @@ def test_reward_bench_2():
     assert reward_bench_2_report([], [], [], []) is None
 
 
-# ---- the whole judgement
+# ---- the whole result
 
 
-def test_pairs_and_judgement():
+def test_pairs_and_result():
     items = [
         item([2, 1, 1], [3, 2, 2], [5, 6, 7], graded=True, source="x"),
         item([0, 1], [1, 0], [4, 9], source="y"),
@@ -477,7 +477,7 @@ def test_pairs_and_judgement():
         and pairs.margin[:2].tolist() == [1, 1]
         and math.isnan(pairs.margin[2])
     )
-    got = judge(items)
+    got = evaluate(items)
     assert got["accuracy"] == pytest.approx(2 / 3) and got["swap"]["accuracy"] == pytest.approx(
         1 / 3
     )
@@ -490,15 +490,15 @@ def test_pairs_and_judgement():
         1.0,
         0.0,
     )
-    assert "accuracy/x" not in flat_summary(judge(items[:1]))  # one source is the whole
+    assert "accuracy/x" not in flat_summary(evaluate(items[:1]))  # one source is the whole
 
 
-def test_nothing_to_judge_and_not_finite():
-    empty = judge([item([1, 2], [1, 1])])
-    assert empty["num_pairs"] == 0 and empty["verdict"][0]["level"] == "bad"
+def test_nothing_to_evaluate_and_not_finite():
+    empty = evaluate([item([1, 2], [1, 1])])
+    assert empty["num_pairs"] == 0 and empty["findings"][0]["level"] == "bad"
     to_json(empty), flat_summary(empty)
     with pytest.raises(ValueError, match="here:3.*not finite"):
-        judge([item([1, math.nan], [1, 0], where="here:3")])
+        evaluate([item([1, math.nan], [1, 0], where="here:3")])
 
 
 def test_stored_items():
@@ -511,7 +511,7 @@ def test_stored_items():
         def get(self, i):
             return self[i]
 
-    got = judge(
+    got = evaluate(
         stored_items(Dataset([Stored(0), Stored(1)]), np.array([1.0, 0, 0, 1])),
         length_unit="tokens",
     )
@@ -524,17 +524,17 @@ def test_stored_items():
         stored_items(Dataset([Stored(0), Stored(1)]), np.zeros(5))
 
 
-def test_verdict_words():
+def test_findings_words():
     rng = np.random.default_rng(7)
     lengths = rng.integers(5, 50, (400, 2))
-    fair = judge([item(rng.normal([1.2, 0], 1), [1, 0], n) for n in lengths])
-    assert [v["level"] for v in fair["verdict"][:2]] == ["good", "good"]
-    reversed_ = judge([item(rng.normal([-1, 1], 1), [1, 0], n) for n in lengths])
+    fair = evaluate([item(rng.normal([1.2, 0], 1), [1, 0], n) for n in lengths])
+    assert [v["level"] for v in fair["findings"][:2]] == ["good", "good"]
+    reversed_ = evaluate([item(rng.normal([-1, 1], 1), [1, 0], n) for n in lengths])
     assert (
-        reversed_["verdict"][0]["level"] == "bad"
-        and "worse than a coin" in reversed_["verdict"][0]["text"]
+        reversed_["findings"][0]["level"] == "bad"
+        and "worse than chance" in reversed_["findings"][0]["text"]
     )
-    longer = judge([item(n.astype(float), [1, 0], n) for n in lengths])
-    assert "Strong length bias, towards longer" in longer["verdict"][1]["text"]
-    stuck = judge([item([float(i), float(i)], [1, 0], n) for i, n in enumerate(lengths)])
-    assert {v["about"] for v in stuck["verdict"]} >= {"ties", "prompt"}
+    longer = evaluate([item(n.astype(float), [1, 0], n) for n in lengths])
+    assert "Strong length bias, towards longer" in longer["findings"][1]["text"]
+    stuck = evaluate([item([float(i), float(i)], [1, 0], n) for i, n in enumerate(lengths)])
+    assert {v["about"] for v in stuck["findings"]} >= {"ties", "prompt"}

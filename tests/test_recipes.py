@@ -22,32 +22,29 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 @pytest.mark.parametrize(
     "name,data,variables,flags",
     [
-        (
-            "internlm2_1.8b_ultrafeedback",
-            "ultrafeedback-cleaned-1k/train.argilla-schema.jsonl.gz",
-            {},
-            [],
-        ),
+        ("internlm2_1.8b_ultrafeedback", "argilla.jsonl.gz", {}, []),
         (
             "ranked",
-            "gsm8k-solutions/all.ranked.jsonl",
+            "solutions.jsonl",
             {"VALID_FRACTION": "0.05"},
             ["--eval-interval", "1", "--save-interval", "1"],
         ),
-        ("llama3_8b", "hh-rlhf/mix.eval.pairs.jsonl.gz", {"NPROC": "2", "TP": "2"}, []),
+        ("llama3_8b", "messages.jsonl.gz", {"NPROC": "2", "TP": "2"}, []),
+        ("llama3.1_8b", "messages.jsonl.gz", {"NPROC": "2", "TP": "2"}, []),
+        ("qwen3_8b", "messages.jsonl.gz", {}, []),
         (
             "long_context",
-            "llmbar/eval.pairs.jsonl",
+            "longer_is_worse.jsonl",
             {"NPROC": "1", "TP": "1", "MAX_LENGTH": "512", "VALID_FRACTION": "0.05"},
             [],
         ),
     ],
 )
-def test_recipe(name, data, variables, flags, stories260k, shared_dir, tmp_path):
+def test_recipe(name, data, variables, flags, small_llama, preference_files, tmp_path):
     env = {
         **os.environ,
-        "MODEL": str(stories260k),
-        "DATA": str(shared_dir / "data" / data),
+        "MODEL": str(small_llama),
+        "DATA": str(preference_files / data),
         "OUT": str(tmp_path / "o"),
         "NPROC": "1",
         "PYTHON": sys.executable,

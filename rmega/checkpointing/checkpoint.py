@@ -1,74 +1,40 @@
-"""Sharded checkpoints of everything that a run needs to go on, in any layout.
+"""Sharded checkpoints of everything that a run needs to continue, in any layout.
 
 RUN/iter_0000010/            written under a temporary name and renamed when every rank is done
-    *.distcp, .metadata, ... megatron-core's dist_checkpointing: one key per tensor, global shapes
+    *.distcp, .metadata, ... Megatron-Core's dist_checkpointing: one key per tensor, global shapes
     hf/                      tokenizer and config.json of the base model
-    rmega.json               format version, iteration, consumed comparisons, configuration, geometry, manifest, verification,
-                             and "files": size and crc32 of every other file; written last
+    rmega.json               format version, iteration, consumed comparisons, configuration, geometry,
+                             manifest, comparisons for verifying an export, and "files": size and
+                             crc32 of every other file; written last
 RUN/latest_checkpointed_iteration.txt   the tracker, written after the folder has its name
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import itertools
-import json
-import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import (
     CheckpointingConfig,
     CheckpointingException,
     save_config,
 )
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch.distributed.checkpoint.api import CheckpointException
 
-from rmega.checkpointing.run_folder import (
-    FORMAT_VERSION,
-    INFO,
-    TRACKER,
-    clean,
-    damage,
-    find,
-    iteration_dir,
-    latest_iteration,
-    list_iterations,
-    prune,
-    read_info,
-)
+from rmega.checkpointing import optimizer_state, run_folder
+from rmega.checkpointing.find import damage
+from rmega.checkpointing.metadata import EXTRA_STATE, read_metadata
 from rmega.checkpointing.snapshot import Gatherer, Snapshot
 from rmega.distributed import device, rank
-from rmega.io import fingerprint, publish, write_durably
-
-__all__ = [
-    "FORMAT_VERSION",
-    "INFO",
-    "TRACKER",
-    "RunState",
-    "Saver",
-    "check_same_optimizer",
-    "clean",
-    "copy_of_weights",
-    "damage",
-    "find",
-    "iteration_dir",
-    "latest_iteration",
-    "list_iterations",
-    "load",
-    "prune",
-    "read_info",
-    "save",
-]
+from rmega.io import fingerprint, one_line, sync_tree
 
 
 @dataclasses.dataclass
@@ -79,126 +45,26 @@ class RunState:
     consumed: int = 0
 
 
-def _metadata() -> dict[str, Any]:
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
-        "non_homogeneous_layers": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-
-
-COPIES = (  # megatron-core's name for the fp32 copies of half-precision weights
-    "fp32_from_fp16_params"
-)
+def _chunks(wrapped) -> dict[str, torch.nn.Module]:
+    """The model chunks of this rank without their data-parallel wrapper, by their key in a
+    checkpoint."""
+    chunks = [chunk.module if hasattr(chunk, "ddp_config") else chunk for chunk in wrapped]
+    if len(chunks) == 1:
+        return {"model": chunks[0]}
+    return {f"model{i}": chunk for i, chunk in enumerate(chunks)}
 
 
 def _model_state(wrapped) -> dict[str, Any]:
-    chunks = [chunk.module if hasattr(chunk, "ddp_config") else chunk for chunk in wrapped]
-    if len(chunks) == 1:
-        return {"model": chunks[0].sharded_state_dict(metadata=_metadata())}
+    """Key of a chunk -> its sharded tensors by name, without extra state (``EXTRA_STATE``)."""
+    metadata = optimizer_state.sharding_metadata()
     return {
-        f"model{i}": chunk.sharded_state_dict(metadata=_metadata())
-        for i, chunk in enumerate(chunks)
-    }
-
-
-def _optimizer_state(optimizer, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
-    sharded = model_state["model"] if "model" in model_state else model_state
-    with _every_parameter_known(optimizer):
-        state = optimizer.sharded_state_dict(sharded, is_loading=is_loading, metadata=_metadata())
-    if (
-        COPIES in state
-    ):  # a list that is empty, such as that of the head's group, gets lost on the way
-        state[COPIES] = [group for group in state[COPIES] if group]
-    return state
-
-
-def _load_optimizer(optimizer, state: dict[str, Any]) -> None:
-    if COPIES in state:
-        kept = iter(state[COPIES])
-        (part,) = optimizer.chained_optimizers
-        state = {
-            **state,
-            COPIES: [next(kept) if group else [] for group in part.fp32_from_float16_groups],
+        key: {
+            name: value
+            for name, value in chunk.sharded_state_dict(metadata=metadata).items()
+            if not name.endswith(EXTRA_STATE)
         }
-    for part in optimizer.chained_optimizers:
-        # The engine tells groups apart by their multipliers, in which the head's equals another
-        # one. Their order is that of the parameters, which is the same in every run of a model.
-        part._filter_and_reorder_param_groups = lambda current, loaded: loaded
-    optimizer.load_state_dict(state)
-
-
-@contextlib.contextmanager
-def _every_parameter_known(optimizer) -> Iterator[None]:
-    """megatron-core's undistributed optimizer for half precision numbers half-precision parameters
-    only, and then finds no tensor of the model for the state of the fp32 head. Here it sees all,
-    in the order of their numbers.
-    """
-    parts = [
-        part
-        for part in optimizer.chained_optimizers
-        if isinstance(part, Float16OptimizerWithFloat16Params)
-    ]
-    kept = [part.float16_groups for part in parts]
-    for part in parts:
-        mains, halves = (
-            itertools.chain.from_iterable(x)
-            for x in (part.fp32_from_float16_groups, part.float16_groups)
-        )
-        models = {id(main): half for main, half in zip(mains, halves, strict=True)}
-        part.float16_groups = [
-            [models.get(id(p), p) for p in group["params"]] for group in part.optimizer.param_groups
-        ]
-    try:
-        yield
-    finally:
-        for part, groups in zip(parts, kept, strict=True):
-            part.float16_groups = groups
-
-
-def _allocate_state(optimizer) -> None:
-    """Give Adam the state that it creates itself only in its first step: zeros, as it would.
-
-    torch's also wants a step counter; FusedAdam of Transformer Engine and apex counts in its
-    groups, and Megatron-Core knows how to fill it.
-    """
-    for part in optimizer.chained_optimizers:
-        inner = part.optimizer
-        if isinstance(inner, torch.optim.Adam):
-            for group in inner.param_groups:
-                for p in group["params"]:
-                    if not inner.state[p]:
-                        inner.state[p].update(
-                            step=torch.zeros((), device=p.device if group["fused"] else "cpu"),
-                            exp_avg=torch.zeros_like(p),
-                            exp_avg_sq=torch.zeros_like(p),
-                        )
-        elif inner is not None:
-            part.init_state_fn(inner, part.config)  # leaves state alone that is there
-
-
-def _prepare_loading(optimizer) -> None:
-    """Make the distributed optimizer read torch's Adam as it reads those of apex and Transformer
-    Engine.
-
-    It allocates no state for torch's, and then copies every entry of that state from the
-    checkpoint, though it has taken the entry "step" out before (megatron-core 0.16).
-    """
-    _allocate_state(optimizer)
-    for part in optimizer.chained_optimizers:
-        if isinstance(part.optimizer, torch.optim.Adam) and hasattr(
-            part, "_set_main_param_and_optimizer_states"
-        ):
-            part._set_main_param_and_optimizer_states = partial(_set_state_but_step, part)
-
-
-def _set_state_but_step(part, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-    group, place = part.model_param_group_index_map[model_param]
-    state = part.optimizer.state[part.optimizer.param_groups[group]["params"][place]]
-    type(part)._set_main_param_and_optimizer_states(
-        part, model_param, {"step": state["step"].clone(), **tensors}
-    )
+        for key, chunk in _chunks(wrapped).items()
+    }
 
 
 class Saver:
@@ -207,16 +73,20 @@ class Saver:
 
     Every method is called by every rank. A folder appears whole or not at all, then the tracker
     moves; a checkpoint that cannot be written (a full disk) raises OSError on every rank in
-    ``poll`` or ``wait``, and earlier ones are untouched.
+    ``poll`` or ``wait``, and earlier ones are untouched. With ``keep_last`` older ones are removed
+    after that (``run_folder.prune``); the threads check the health of those that it counts.
     """
 
-    def __init__(self, run: Path | str, optimizer) -> None:
-        self.run = Path(run)
+    def __init__(self, run: Path | str, optimizer, *, keep_last: int = 0) -> None:
+        self.run, self.keep_last = Path(run), keep_last
         self.gatherer = Gatherer(optimizer)
+        self.warnings: list[str] = []
+        """Lines about older checkpoints, from the last ``poll`` or ``wait`` (on rank 0)."""
         self._buffers: dict[tuple, torch.Tensor] = {}
         self._snapshot: Snapshot | None = None
         self._finish_with: tuple = ()
         self._validated = False
+        self._damaged: dict[int, str] = {}
 
     @property
     def busy(self) -> bool:
@@ -226,20 +96,35 @@ class Saver:
     def reserve(self, *, wrapped, optimizer, scheduler) -> None:
         """Take the memory for the copies now, so that the first save stalls no longer than the
         others."""
-        self._take(self.run / "unwritten", RunState(), wrapped, optimizer, scheduler)
+        self._take(self.run / "unwritten", RunState(), [], wrapped, optimizer, scheduler)
 
-    def _take(self, folder: Path, state: RunState, wrapped, optimizer, scheduler) -> Snapshot:
-        self.gatherer.start()
-        _allocate_state(optimizer)
+    def _content(self, state: RunState, wrapped, optimizer, scheduler) -> dict[str, Any]:
+        """What a checkpoint holds: sharded tensors, and plain values that are the same on all
+        ranks."""
+        optimizer_state.allocate_state(optimizer)
         content = _model_state(wrapped)
-        content["optimizer"] = _optimizer_state(optimizer, content, is_loading=False)
+        content["optimizer"] = optimizer_state.sharded_state(optimizer, content, is_loading=False)
         content["scheduler"] = scheduler.state_dict()
         content["run"] = dataclasses.asdict(state)
+        return content
+
+    def _take(self, folder: Path, state: RunState, to_verify: list[int], *parts) -> Snapshot:
+        self.gatherer.start()
         snapshot = Snapshot(
-            content, folder, self._buffers, self.gatherer, validate=not self._validated
+            self._content(state, *parts),
+            folder,
+            self._buffers,
+            self.gatherer,
+            validate=not self._validated,
+            afterwards=partial(self._verify, to_verify),
         )
         self._validated = True
         return snapshot
+
+    def _verify(self, iterations: list[int]) -> dict[int, str | None]:
+        """Iteration -> what is wrong with this rank's share of its files; run by the thread."""
+        share = (rank(), dist.get_world_size())
+        return {i: damage(run_folder.iteration_dir(self.run, i), share=share) for i in iterations}
 
     def start(
         self,
@@ -250,28 +135,41 @@ class Saver:
         scheduler,
         info: dict[str, Any],
         hf_files: Sequence[Path] = (),
+        best: int | None = None,
     ) -> None:
         """Copy everything and return; the thread writes. Waits first for a checkpoint that is still
-        being written."""
+        being written. ``best`` is an iteration that is not removed."""
         self.wait()
-        final = iteration_dir(self.run, state.iteration)
-        partial = final.with_name(final.name + ".partial")
-        failure: list[str | None] = [None]
+        final = run_folder.iteration_dir(self.run, state.iteration)
+        partial_folder = final.with_name(final.name + ".partial")
+        prepared: list[Any] = [None, []]
         if rank() == 0:
             try:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
+                shutil.rmtree(partial_folder, ignore_errors=True)
+                partial_folder.mkdir(parents=True)
+                prepared[1] = run_folder.to_verify(
+                    self.run, self.keep_last, best=best, damaged=self._damaged
+                )
             except OSError as error:
-                failure = [str(error)]
-        dist.broadcast_object_list(failure, src=0)
-        if failure[0]:
-            raise OSError(f"{final}: checkpoint not written: {failure[0]}")
-        self._snapshot = self._take(partial, state, wrapped, optimizer, scheduler)
-        self._finish_with = (dataclasses.asdict(state), info, tuple(hf_files), final, partial)
-        # Small, and it holds references into the optimizer: written before training goes on.
+                prepared[0] = str(error)
+        dist.broadcast_object_list(prepared, src=0)
+        failure, to_verify = prepared
+        if failure:
+            raise OSError(f"{final}: checkpoint not written: {failure}")
+        self._snapshot = self._take(partial_folder, state, to_verify, wrapped, optimizer, scheduler)
+        self._finish_with = (
+            dataclasses.asdict(state),
+            info,
+            tuple(hf_files),
+            final,
+            partial_folder,
+            best,
+        )
+        # Small, and it holds references into the optimizer: written before training continues.
         if rank() == 0:
             try:
-                TorchCommonSaveStrategy("torch", 1).save_common(self._snapshot.common, str(partial))
+                with open(partial_folder / COMMON_STATE_FNAME, "wb") as file:
+                    torch.save(self._snapshot.common, file)
             except (OSError, RuntimeError) as error:
                 self._snapshot.error = f"{type(error).__name__}: {error}"
         self._snapshot.thread.start()
@@ -294,43 +192,70 @@ class Saver:
 
     def _finish(self) -> Path:
         snapshot, self._snapshot = self._snapshot, None
-        state, info, hf_files, final, partial = self._finish_with
-        mine = (snapshot.error, snapshot.writer.results, snapshot.writer.files)
-        everyone: list[Any] | None = [None] * dist.get_world_size() if rank() == 0 else None
-        dist.gather_object(mine, everyone, dst=0)
-        said: list[str | None] = [None]
+        state, info, hf_files, final, partial_folder, best = self._finish_with
+        own = (snapshot.error, snapshot.writer.results, snapshot.writer.files, snapshot.found)
+        ranks: list[Any] | None = [None] * dist.get_world_size() if rank() == 0 else None
+        dist.gather_object(own, ranks, dst=0)
+        self.warnings = []
+        failure: list[str | None] = [None]
         if rank() == 0:
             try:
-                for number, (error, _, _) in enumerate(everyone):
+                for number, (error, *_) in enumerate(ranks):
                     if error:
                         raise OSError(f"rank {number}: {error.splitlines()[0]}")
-                snapshot.writer.finish(snapshot.metadata, [results for _, results, _ in everyone])
-                save_config(CheckpointingConfig("torch_dist", 1), str(partial))
-                (partial / "hf").mkdir()
-                for file in hf_files:
-                    shutil.copy2(file, partial / "hf" / file.name)
-                files = {name: value for *_, written in everyone for name, value in written.items()}
-                for path in sorted(partial.rglob("*")):
-                    if path.is_file():
-                        files.setdefault(path.relative_to(partial).as_posix(), None)
-                files = {
-                    name: value or fingerprint(partial / name) for name, value in files.items()
-                }
-                whole = {"format_version": FORMAT_VERSION, **state, **info, "files": files}
-                write_durably(partial / INFO, json.dumps(whole, ensure_ascii=False, indent=1))
-                publish(partial, final)
-                tracker = self.run / TRACKER
-                write_durably(tracker.with_suffix(".partial"), f"{state['iteration']}\n")
-                os.replace(tracker.with_suffix(".partial"), tracker)
-            except Exception as error:  # the other ranks wait to hear
-                shutil.rmtree(partial, ignore_errors=True)
-                said = [str(error).splitlines()[0] or type(error).__name__]
-        dist.broadcast_object_list(said, src=0)
-        if said[0]:
+                snapshot.writer.finish(snapshot.metadata, [results for _, results, *_ in ranks])
+                written = {name: value for _, _, files, _ in ranks for name, value in files.items()}
+                self._complete(partial_folder, hf_files, {**state, **info}, written)
+                run_folder.announce(self.run, state["iteration"])
+                run_folder.publish_checkpoint(partial_folder, final)
+            except Exception as error:  # whatever it is: the other ranks wait for the outcome
+                if not final.exists():
+                    run_folder.withdraw(self.run)
+                shutil.rmtree(partial_folder, ignore_errors=True)
+                failure = [one_line(error)]
+            else:
+                self._prune(state["iteration"], [found for *_, found in ranks], best)
+        dist.broadcast_object_list(failure, src=0)
+        if failure[0]:
             raise OSError(
-                f"{final}: checkpoint not written; earlier ones are untouched ({said[0]})"
+                f"{final}: checkpoint not written; earlier ones are untouched ({failure[0]})"
             )
         return final
+
+    @staticmethod
+    def _complete(
+        folder: Path, hf_files: Sequence[Path], info: dict[str, Any], written: dict[str, list[int]]
+    ) -> None:
+        """Write what one rank writes, ``rmega.json`` last, and make the whole folder durable.
+        ``written`` has the checksums of the ranks' own files."""
+        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+        (folder / "hf").mkdir()
+        for file in hf_files:
+            shutil.copy2(file, folder / "hf" / file.name)
+        names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+        files = {name: written.get(name) or fingerprint(folder / name) for name in sorted(names)}
+        content = {"format_version": run_folder.FORMAT_VERSION, **info, "files": files}
+        with open(folder / run_folder.INFO, "w", encoding="utf-8") as file:
+            file.write(run_folder.info_text(content))
+        # Nothing older may be removed before all of this would survive a power cut.
+        sync_tree(folder)
+
+    def _prune(self, iteration: int, found: list[dict[int, str | None]], best: int | None) -> None:
+        """Remove what ``keep_last`` allows; a failure to do so is a warning, for the checkpoint is
+        written."""
+        verified = {iteration, *(found[0] or ())}
+        for share in found:
+            for i, problem in (share or {}).items():
+                if problem:
+                    self._damaged.setdefault(i, problem)
+                    self.warnings.append(f"warning: damaged checkpoint: {problem}")
+        self._damaged.pop(iteration, None)
+        try:
+            run_folder.prune(
+                self.run, self.keep_last, verified=verified, damaged=self._damaged, best=best
+            )
+        except OSError as error:
+            self.warnings.append(f"warning: an old checkpoint is not removed: {one_line(error)}")
 
 
 def save(
@@ -361,13 +286,14 @@ def load(folder: Path | str, *, wrapped, optimizer=None, scheduler=None) -> RunS
     """Read a checkpoint into this layout, whatever layout wrote it; called by every rank.
 
     Without ``optimizer`` only the weights are read. Raises ValueError on a checkpoint that is
-    broken or does not fit.
+    damaged or does not fit.
     """
-    info = read_info(folder)
+    info = run_folder.read_info(folder)
+    read_metadata(folder)  # refuses what Megatron-Core's loader would run
     content = _model_state(wrapped)
     if optimizer is not None:
-        _prepare_loading(optimizer)
-        content["optimizer"] = _optimizer_state(optimizer, content, is_loading=True)
+        optimizer_state.prepare_loading(optimizer)
+        content["optimizer"] = optimizer_state.sharded_state(optimizer, content, is_loading=True)
         content["scheduler"] = scheduler.state_dict()
     try:
         loaded = dist_checkpointing.load(content, str(folder), validate_access_integrity=False)
@@ -379,21 +305,15 @@ def load(folder: Path | str, *, wrapped, optimizer=None, scheduler=None) -> RunS
         OSError,
         EOFError,
     ) as error:
-        why = str(error).strip().splitlines() or [type(error).__name__]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"{folder}: broken, or of another model: {why[0]} ... {why[-1]}"
+            f"{folder}: damaged, or of another model: {lines[0]} ... {lines[-1]}"
         ) from error
-    chunks = [chunk.module if hasattr(chunk, "ddp_config") else chunk for chunk in wrapped]
-    for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{i}"])
+    for key, chunk in _chunks(wrapped).items():
+        extra = [name for name in chunk.state_dict() if name.endswith(EXTRA_STATE)]
+        chunk.load_state_dict({**loaded[key], **dict.fromkeys(extra)})
     if optimizer is not None:
-        _load_optimizer(optimizer, loaded["optimizer"])
-        for part in optimizer.chained_optimizers:
-            # The engine gives all parameters one tensor as their step, which torch's Adam then
-            # counts up once for each.
-            for state in part.optimizer.state.values():
-                if isinstance(state.get("step"), torch.Tensor):
-                    state["step"] = state["step"].clone()
+        optimizer_state.load_state(optimizer, loaded["optimizer"])
         scheduler.num_steps = 0  # it adds the loaded count to its own
         scheduler.load_state_dict(loaded["scheduler"])
     return RunState(iteration=info["iteration"], consumed=info["consumed"])
@@ -401,18 +321,9 @@ def load(folder: Path | str, *, wrapped, optimizer=None, scheduler=None) -> RunS
 
 def check_same_optimizer(info: dict[str, Any], use_distributed_optimizer: bool) -> None:
     """Raise ValueError where optimizer state was written by the other kind of optimizer."""
-    wrote = info["config"]["parallel"]["use_distributed_optimizer"]
-    if wrote != use_distributed_optimizer:
-        flag = "--use-distributed-optimizer" if wrote else "--no-use-distributed-optimizer"
+    saved = info["config"]["parallel"]["use_distributed_optimizer"]
+    if saved != use_distributed_optimizer:
+        flag = "--use-distributed-optimizer" if saved else "--no-use-distributed-optimizer"
         raise ValueError(
-            f"--load: this checkpoint's optimizer state was written with {flag}; go on with {flag}"
+            f"--load: this checkpoint's optimizer state was written with {flag}; resume with {flag}"
         )
-
-
-def copy_of_weights(wrapped) -> dict[str, torch.Tensor]:
-    """Detached copies of this rank's parameters by name (for tests and comparisons)."""
-    return {
-        f"{i}.{name}": p.detach().clone()
-        for i, chunk in enumerate(wrapped)
-        for name, p in chunk.named_parameters()
-    }

@@ -1,4 +1,14 @@
-"""The folders of a run: their names, which checkpoints are whole, and which one to go on from.
+"""The folders of a run: their names, the tracker, which ones belong to the run's trajectory, and
+what is removed.
+
+RUN/iter_0000010               a finished checkpoint of the run's trajectory
+RUN/iter_0000010.partial       one that is being written, or whose writing was cut short
+RUN/iter_0000010.abandoned     one of a trajectory that the run left by resuming from an older one
+RUN/latest_checkpointed_iteration.txt    the tracker: iteration of the newest finished checkpoint
+
+A checkpoint is published in three steps: ``TRACKER.next`` announces it, the folder gets its name,
+``TRACKER.next`` becomes the tracker. A folder newer than the tracker that ``TRACKER.next`` does not
+announce is therefore no result of a crash: somebody went back, and it is not resumed from.
 
 Nothing here knows what a checkpoint holds; ``rmega.checkpointing.checkpoint`` does.
 """
@@ -11,17 +21,21 @@ import shutil
 import socket
 import time
 import uuid
+import zlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from rmega.distributed import log, rank, spans_machines, world_size
-from rmega.io import fingerprint
+from rmega.distributed import rank, spans_machines, world_size
+from rmega.io import one_line, publish, remove_folder, sync_folder, write_durably
 
 FORMAT_VERSION = 1
 TRACKER = "latest_checkpointed_iteration.txt"
+NEXT = f"{TRACKER}.next"
 INFO = "rmega.json"
+ABANDONED = ".abandoned"
 
 
 def iteration_dir(run: Path | str, iteration: int) -> Path:
@@ -29,25 +43,195 @@ def iteration_dir(run: Path | str, iteration: int) -> Path:
     return Path(run) / f"iter_{iteration:07d}"
 
 
+def iteration_of(folder: Path | str) -> int | None:
+    """The iteration that a folder's name gives; None for any other name, ``.partial`` and
+    ``.abandoned`` included."""
+    prefix, _, digits = Path(folder).name.partition("iter_")
+    return int(digits) if not prefix and digits.isascii() and digits.isdigit() else None
+
+
+def list_folders(run: Path | str) -> list[int]:
+    """Iterations that have a folder, oldest first, whatever is in it."""
+    return sorted(
+        iteration
+        for folder in Path(run).glob("iter_*")
+        if (iteration := iteration_of(folder)) is not None and folder.is_dir()
+    )
+
+
 def list_iterations(run: Path | str) -> list[int]:
-    """Iterations with a complete checkpoint folder, oldest first."""
-    found = []
-    for folder in Path(run).glob("iter_*"):
-        digits = folder.name.removeprefix("iter_")
-        if digits.isdigit() and (folder / INFO).is_file():
-            found.append(int(digits))
-    return sorted(found)
+    """Iterations with a finished checkpoint folder, oldest first."""
+    return [i for i in list_folders(run) if (iteration_dir(run, i) / INFO).is_file()]
+
+
+def info_text(info: Mapping[str, Any]) -> str:
+    """The text of ``rmega.json``, with a checksum of everything else in it."""
+    rest = {key: value for key, value in info.items() if key != "checksum"}
+    return json.dumps({**rest, "checksum": _checksum(rest)}, ensure_ascii=False, indent=1)
+
+
+def _checksum(info: Mapping[str, Any]) -> int:
+    # Of the values as a reader of the file gets them: tuples are lists there, keys are text.
+    return zlib.crc32(json.dumps(json.loads(json.dumps(info)), sort_keys=True).encode())
+
+
+def read_info(folder: Path | str) -> dict[str, Any]:
+    """``rmega.json`` of a checkpoint. ValueError says what is wrong with a folder that has none of
+    ours, or a damaged one."""
+    path = Path(folder) / INFO
+    if not path.is_file():
+        raise ValueError(f"{folder}: not an rmega checkpoint ({INFO} is missing)")
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read ({one_line(error)})") from None
+    version = info.get("format_version") if isinstance(info, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: checkpoint format version {version}; this rmega reads version"
+            f" {FORMAT_VERSION}"
+        )
+    recorded = info.pop("checksum", None)  # absent in checkpoints of earlier versions
+    if recorded is not None and recorded != _checksum(info):
+        raise ValueError(f"{path}: its content has changed (checksum)")
+    return info
+
+
+def _read_number(path: Path) -> int | None:
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def tracked_iteration(run: Path | str) -> int | None:
+    """The iteration that the tracker names, or the newer one that was being published when a run
+    ended; None where there is no readable tracker. The folder may be gone."""
+    tracked, announced = (_read_number(Path(run) / name) for name in (TRACKER, NEXT))
+    if (
+        announced is not None
+        and (tracked is None or announced > tracked)
+        and (iteration_dir(run, announced) / INFO).is_file()
+    ):
+        return announced
+    return tracked
 
 
 def latest_iteration(run: Path | str) -> int | None:
-    """The newest checkpoint that was finished: the tracker's, or the newest whole folder where the
-    tracker is gone."""
-    tracker = Path(run) / TRACKER
-    if tracker.is_file() and (text := tracker.read_text().strip()).isdigit():
-        if (iteration_dir(run, int(text)) / INFO).is_file():
-            return int(text)
-    iterations = list_iterations(run)
+    """The newest finished checkpoint of the run's trajectory, whatever its health: none newer than
+    the tracker's. None where there is none."""
+    tracked, iterations = tracked_iteration(run), list_iterations(run)
+    if tracked is not None:
+        iterations = [i for i in iterations if i <= tracked]
     return iterations[-1] if iterations else None
+
+
+def announce(run: Path | str, iteration: int) -> None:
+    """First step of publishing a checkpoint: from here on its folder counts as soon as it has its
+    name."""
+    write_durably(Path(run) / NEXT, f"{iteration}\n")
+
+
+def publish_checkpoint(partial: Path, final: Path) -> None:
+    """The remaining steps, for a folder whose files are durable and that was announced."""
+    publish(partial, final)
+    os.replace(final.parent / NEXT, final.parent / TRACKER)
+    sync_folder(final.parent)
+
+
+def withdraw(run: Path | str) -> None:
+    """Take back what ``announce`` wrote, after a checkpoint could not be written."""
+    Path(run, NEXT).unlink(missing_ok=True)
+
+
+def set_aside_newer(run: Path | str, iteration: int) -> str | None:
+    """Make ``iteration`` the newest checkpoint of a run that is about to train from it; the line
+    for the log where that sets others aside.
+
+    Newer checkpoints are renamed to ``iter_N.abandoned``, with a copy of the metrics up to then:
+    nothing removes them, and nothing resumes from them unless they are named. Called by one
+    process, which holds the run's lock.
+    """
+    run = Path(run)
+    newer = [i for i in list_folders(run) if i > iteration]
+    if not newer:
+        return None
+    # First, because a crash between the renames must not lead back to a newer one.
+    write_durably(run / TRACKER, f"{iteration}\n")
+    withdraw(run)
+    metrics = run / "metrics.jsonl"
+    if metrics.is_file():
+        shutil.copyfile(metrics, _free_name(run / f"metrics.jsonl{ABANDONED}"))
+    names = []
+    for i in reversed(newer):
+        folder = iteration_dir(run, i)
+        aside = _free_name(folder.with_name(folder.name + ABANDONED))
+        os.replace(folder, aside)
+        names.insert(0, aside.name)
+    sync_folder(run)
+    return (
+        f"set aside in {run}: {', '.join(names)} (newer than iteration {iteration}, from which this"
+        " run continues; remove them when they are no longer needed)"
+    )
+
+
+def _free_name(path: Path) -> Path:
+    numbers = iter(range(2, 1 << 20))
+    free = path
+    while free.exists():
+        free = path.with_name(f"{path.name}-{next(numbers)}")
+    return free
+
+
+def clean(run: Path | str) -> None:
+    """Remove what a save or a removal that was cut short has left behind. Called by one process,
+    which holds the run's lock."""
+    run = Path(run)
+    for folder in run.glob("iter_*.old"):
+        whole = folder.with_suffix("")
+        if not whole.exists():
+            os.replace(folder, whole)  # cut short between two renames
+    for ending in ("partial", "old", "removing"):
+        for folder in run.glob(f"iter_*.{ending}"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def prune(
+    run: Path | str,
+    keep_last: int,
+    *,
+    verified: Collection[int],
+    damaged: Mapping[int, str],
+    best: int | None = None,
+) -> list[int]:
+    """Remove old checkpoints once ``keep_last`` newer ones are known to be healthy; the iterations
+    that were removed.
+
+    Only ``verified`` iterations count, so that a damaged checkpoint never takes the place of a
+    healthy one; ``damaged`` ones go first. ``best`` stays unless it is damaged, and so does a newer
+    checkpoint whose health is not known. Called by one process, which holds the run's lock.
+    """
+    present = list_iterations(run)
+    kept = [i for i in present if i in verified and i not in damaged][-keep_last:]
+    if keep_last < 1 or len(kept) < keep_last:
+        return []
+    doomed = [i for i in present if i in damaged]
+    doomed += [i for i in present if i < kept[0] and i not in damaged and i != best]
+    for i in doomed:
+        remove_folder(iteration_dir(run, i))
+    return doomed
+
+
+def to_verify(
+    run: Path | str, keep_last: int, *, damaged: Collection[int], best: int | None = None
+) -> list[int]:
+    """The checkpoints whose health decides what ``prune`` may remove when the next one has been
+    written; none where it will remove nothing. ``damaged``: those that are known to be."""
+    present = [i for i in list_iterations(run) if i not in damaged]
+    if keep_last < 1 or len(present) < keep_last:
+        return []
+    return sorted({*present[len(present) - keep_last + 1 :], *({best} & {*present})})
 
 
 def check_shared(run: Path | str, patience: float = 30.0) -> None:
@@ -76,151 +260,3 @@ def check_shared(run: Path | str, patience: float = 30.0) -> None:
             f"--save {run}: {', '.join(filter(None, without))} cannot see there what rank 0 on"
             " another machine wrote; it must be on storage that all machines share"
         )
-
-
-def read_info(folder: Path | str) -> dict[str, Any]:
-    """``rmega.json`` of a checkpoint. ValueError names what is wrong with a folder that is not one
-    of ours."""
-    path = Path(folder) / INFO
-    if not path.is_file():
-        raise ValueError(f"{folder}: not an rmega checkpoint ({INFO} is missing)")
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: broken ({error})") from None
-    version = info.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: checkpoint format version {version}; this rmega reads version"
-            f" {FORMAT_VERSION}"
-        )
-    return info
-
-
-def prune(run: Path | str, keep_last: int, best: int | None = None) -> None:
-    """Remove all but the newest ``keep_last`` checkpoints; ``best`` stays. Called by every rank;
-    rank 0 acts."""
-    if rank() == 0 and keep_last > 0:
-        for iteration in list_iterations(run)[:-keep_last]:
-            if iteration != best:
-                shutil.rmtree(iteration_dir(run, iteration), ignore_errors=True)
-    dist.barrier()
-
-
-def damage(
-    folder: Path | str, *, share: tuple[int, int] = (0, 1), checksums: bool = True
-) -> str | None:
-    """What is wrong with a checkpoint folder, or None: missing, truncated or changed files,
-    foreign, other version.
-
-    Reads every file for its checksum, or only looks at sizes. ``share`` (i, n) reads each n-th
-    file, for n ranks.
-    """
-    folder = Path(folder)
-    try:
-        files = read_info(folder).get("files", {})
-    except ValueError as error:
-        return str(error)
-    for name, (size, crc) in list(files.items())[share[0] :: share[1]]:
-        try:
-            found = (
-                fingerprint(folder / name) if checksums else [(folder / name).stat().st_size, crc]
-            )
-        except OSError as error:
-            return f"{folder / name}: {error.strerror or error}"
-        if found[0] != size:
-            return f"{folder / name}: {found[0]:,} bytes instead of {size:,}"
-        if found[1] != crc:
-            return f"{folder / name}: its content has changed (checksum)"
-    return None
-
-
-def _damage_together(folder: Path) -> str | None:
-    """``damage`` with the files shared out over the ranks; every rank gets the first answer."""
-    if not dist.is_initialized():
-        return damage(folder, checksums=False)
-    answers: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, damage(folder, share=(rank(), dist.get_world_size())))
-    return next((answer for answer in answers if answer), None)
-
-
-def find(load_dir: Path | str, flag: str = "--load", purpose: str = "going on from") -> Path | None:
-    """The newest good checkpoint of a run folder, or the checkpoint folder itself; None where a run
-    has none yet.
-
-    Called by every rank. In a process group checksums are read, outside only sizes are looked at. A
-    damaged newest checkpoint is said and the one before it taken; the line that names the one of a
-    run begins with ``purpose``. Raises ValueError where all are damaged, where the folder belongs
-    to another program, and where a damaged checkpoint was named itself (then the newest good one is
-    offered).
-    """
-    path = Path(load_dir)
-    folders: list[Any] = [None]
-    if rank() == 0:
-        folders = [_candidates(path)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(folders, src=0)
-    elif folders[0] is None:
-        folders = [_candidates(path)]
-    named, candidates = folders[0]
-    foreign = [] if named or candidates else [f for f in path.glob("iter_*") if not f.suffix]
-    if foreign:
-        raise ValueError(
-            f"{flag} {path}: holds checkpoints of another program (no {INFO} in {foreign[0]})"
-        )
-    problems = []
-    for number in candidates:
-        folder = path if named else iteration_dir(path, number)
-        problem = _damage_together(folder)
-        if problem is None:
-            for said in problems:
-                log(f"warning: damaged checkpoint left out: {said}")
-            if not named:
-                log(f"{purpose} {folder}")
-            return folder
-        problems.append(problem)
-        if named:
-            good = _newest_good(path.parent, but=number)
-            raise ValueError(
-                f"{flag} {path}: damaged ({problem})"
-                + (
-                    f"; the newest good checkpoint is {good}"
-                    if good
-                    else "; there is no other good one"
-                )
-            )
-    if problems:
-        raise ValueError(f"{flag} {path}: no good checkpoint in it ({'; '.join(problems)})")
-    return None
-
-
-def _candidates(path: Path) -> tuple[bool, list[int]]:
-    """(whether ``path`` is itself a checkpoint, iterations to try, newest first and none newer than
-    the tracker's)."""
-    digits = path.name.removeprefix("iter_")
-    if (path / INFO).is_file() or (path.name != digits and digits.isdigit() and path.is_dir()):
-        return True, [int(digits) if digits.isdigit() else -1]
-    newest = latest_iteration(path)
-    return False, (
-        [] if newest is None else [i for i in reversed(list_iterations(path)) if i <= newest]
-    )
-
-
-def _newest_good(run: Path, but: int) -> Path | None:
-    for iteration in reversed(list_iterations(run)):
-        if iteration != but and _damage_together(iteration_dir(run, iteration)) is None:
-            return iteration_dir(run, iteration)
-    return None
-
-
-def clean(run: Path | str) -> None:
-    """Remove what a save that was cut short has left behind. Called by every rank; rank 0 acts."""
-    if rank() == 0:
-        for ending in ("partial", "old"):
-            for folder in Path(run).glob(f"iter_*.{ending}"):
-                whole = folder.with_suffix("")
-                if ending == "old" and not whole.exists():
-                    os.replace(folder, whole)  # cut short between two renames
-                else:
-                    shutil.rmtree(folder, ignore_errors=True)
-    dist.barrier()

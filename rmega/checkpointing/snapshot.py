@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import threading
-import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -239,6 +239,7 @@ class Snapshot:
         gatherer: Gatherer,
         *,
         validate: bool,
+        afterwards: Callable[[], Any] = lambda: None,
     ) -> None:
         sharded, self.common = save_preprocess(content, validate)
         sharded, *_ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
@@ -250,13 +251,14 @@ class Snapshot:
         )
         self.metadata = planned[1]
         self.error: str | None = None
-        self.seconds = 0.0
+        self.found: Any = None
+        """What ``afterwards`` returned, which the thread calls when this rank's file is written."""
+        self._afterwards = afterwards
         self.thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
 
     def _write(self) -> None:
-        begun = time.monotonic()
         try:
             self.writer.write()
+            self.found = self._afterwards()
         except Exception as error:  # whatever it is, all ranks must hear of it
             self.error = f"{type(error).__name__}: {error}"
-        self.seconds = time.monotonic() - begun

@@ -1,4 +1,4 @@
-"""Judge a reward model, or scores from a file: accuracy with intervals, length bias, calibration,
+"""Evaluate a reward model, or scores from a file: accuracy with intervals, length bias, calibration,
 probes, a report.
 
     python tools/evaluate.py --model MODEL --data eval.jsonl --report report/
@@ -27,7 +27,7 @@ from rmega.evaluation.probes import NUM_PROBED
 
 @dataclass(kw_only=True)
 class EvaluateArgs:
-    """Judge a reward model (--model) or scores from files (--scores) on preference data."""
+    """Evaluate a reward model (--model) or scores from files (--scores) on preference data."""
 
     data: list[str]
     """Files of any known schema (.jsonl .json .csv .parquet, also .gz), globs, folders or hub data
@@ -44,8 +44,9 @@ class EvaluateArgs:
     """Only the first rows of each file."""
     tokenizer: str | None = None
     """Folder of a tokenizer: response lengths in its tokens instead of characters."""
-    dtype: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
-    """Arithmetic of --model."""
+    dtype: Literal["fp32", "bf16", "fp16", "auto"] | None = None
+    """Arithmetic of --model. Default: bf16 on a GPU, fp32 on a CPU. auto: bf16 where it is faster
+    here."""
     probes: int = NUM_PROBED
     """With --model: score so many comparisons again in other forms (responses reversed, blanked,
     under the wrong prompt). 0: none."""
@@ -58,9 +59,10 @@ class EvaluateArgs:
 
 
 def main(args: EvaluateArgs) -> None:
+    from rmega.evaluation.files import FORMAT_VERSION
     from rmega.evaluation.probes import pick, prompt_probe, swap_probe
-    from rmega.evaluation.results import judge, to_json, worst_mistakes
-    from rmega.evaluation.rows import judged, read_eval_set
+    from rmega.evaluation.results import evaluate, to_json, worst_mistakes
+    from rmega.evaluation.rows import read_eval_set, scored
     from rmega.evaluation.table import table_of
     from rmega.preferences.sources import resolve
 
@@ -94,7 +96,7 @@ def main(args: EvaluateArgs) -> None:
             rewards = file_rewards(args.scores or [], sets)
         items = {
             label: [
-                judged(row, values, length) for row, values in zip(data.judgeable, own, strict=True)
+                scored(row, values, length) for row, values in zip(data.usable, own, strict=True)
             ]
             for label, data, own in zip(labels, sets, rewards, strict=True)
         }
@@ -108,7 +110,7 @@ def main(args: EvaluateArgs) -> None:
                     "swap": swap_probe(some, scorer.score_comparisons),
                     "prompt": prompt_probe(some, scorer.score_comparisons),
                 }
-            results[label] = judge(own, length_unit=unit, probes=probes)
+            results[label] = evaluate(own, length_unit=unit, probes=probes)
             say(f"\n{table_of(label, results[label])}")
     for label, data in zip(labels, sets, strict=True):
         results[label] |= {"data": data.name, "schema": data.schema, "left_out": data.left_out}
@@ -121,7 +123,7 @@ def main(args: EvaluateArgs) -> None:
     if args.json:
         path = Path(args.json)
         path.parent.mkdir(parents=True, exist_ok=True)
-        numbers = to_json({"format_version": 1, "subject": subject, "sets": results})
+        numbers = to_json({"format_version": FORMAT_VERSION, "subject": subject, "sets": results})
         path.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
         say(f"\nnumbers: {path}")
     if args.report:
@@ -151,24 +153,24 @@ def length_counter(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
 
 
 def model_rewards(scorer: Any, sets: list[Any]) -> list[list[np.ndarray]]:
-    """Rewards of every judgeable row of every set, best response first."""
+    """Rewards of every usable row of every set, best response first."""
     from tqdm import tqdm
 
     out = []
     for data in sets:
         with tqdm(
             desc=f"scoring {data.label}",
-            total=len(data.judgeable),
+            total=len(data.usable),
             leave=False,
             disable=None if os.environ.get("RANK", "0") == "0" else True,
         ) as bar:
-            comparisons = [row.comparison for row in data.judgeable]
+            comparisons = [row.comparison for row in data.usable]
             out.append([np.array(r) for r in scorer.score_comparisons(comparisons, bar.update)])
     return out
 
 
 def file_rewards(paths: list[str], sets: list[Any]) -> list[list[np.ndarray]]:
-    """Rewards of every judgeable row of every set, best response first, from scores files."""
+    """Rewards of every usable row of every set, best response first, from scores files."""
     from rmega.evaluation.rows import rewards_in_order
     from rmega.evaluation.scores import match_scores, read_scores
 

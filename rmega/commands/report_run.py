@@ -1,7 +1,7 @@
 """Draw a training run: python tools/report_run.py RUN writes RUN/report.html from
 RUN/metrics.jsonl.
 
-One page with curves and a verdict that needs no network; may be called while the run goes on.
+One page with curves and findings that needs no network; may be called while the run goes on.
 """
 
 from __future__ import annotations

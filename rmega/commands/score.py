@@ -45,8 +45,8 @@ class ScoreArgs:
     """Go on with an interrupted --output: rows that it holds are not scored again."""
     force: bool = False
     """Replace --output if it exists."""
-    dtype: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
-    """Arithmetic. auto: bf16 where this machine is the faster with it."""
+    dtype: Literal["fp32", "bf16", "fp16", "auto"] | None = None
+    """Arithmetic. Default: bf16 on a GPU, fp32 on a CPU. auto: bf16 where it is faster here."""
     max_tokens: int = 8192
     """Most tokens of a pack; a longer conversation has a pack to itself."""
     format: str = "auto"

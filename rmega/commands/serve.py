@@ -34,8 +34,8 @@ class ServeArgs:
     api_key_file: str | None = None
     """File with a key that requests must carry (Authorization: Bearer KEY). The environment
     variable RMEGA_API_KEY does the same."""
-    dtype: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
-    """Arithmetic. auto: bf16 where this machine is the faster with it."""
+    dtype: Literal["fp32", "bf16", "fp16", "auto"] | None = None
+    """Arithmetic. Default: bf16 on a GPU, fp32 on a CPU. auto: bf16 where it is faster here."""
     max_tokens: int = 8192
     """Most tokens of a batch; a longer conversation has one to itself."""
     wait_ms: float = 5.0

@@ -20,13 +20,13 @@ def main(argv: list[str] | None = None, *, prog: str | None = None) -> int:
     config.check(distributed.world_size())
     from rmega.training.run import Run
 
-    run = Run(config)
-    run.load_data()
     code = 0
-    if not run.is_complete():
-        run.build()
-        run.restore_or_start()
-        code = run.train()
+    with Run(config) as run:
+        run.load_data()
+        if not run.is_complete():
+            run.build()
+            run.restore_or_start()
+            code = run.train()
     distributed.finish()
     return code
 

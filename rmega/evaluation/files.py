@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 FOLDER = "evaluations"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LONGEST_NAME = 120
 
 
@@ -61,7 +61,7 @@ def drop_after(run: str | Path, step: int | None) -> None:
 
 
 def read_evaluations(run: str | Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """Judgements of a run: set -> step -> judgement (null where ``judge`` has NaN), steps in order.
+    """Results of a run: set -> step -> result (null where ``evaluate`` has NaN), steps in order.
 
     {} for a run that wrote none. ValueError names a file that is none of ours.
     """
@@ -78,8 +78,8 @@ def read_evaluations(run: str | Path) -> dict[str, dict[int, dict[str, Any]]]:
             raise ValueError(
                 f"{path}: format version {version}, this program reads {FORMAT_VERSION}"
             )
-        for name, judgement in sets.items():
-            out.setdefault(name, {})[step] = judgement
+        for name, result in sets.items():
+            out.setdefault(name, {})[step] = result
     return out
 
 

@@ -1,4 +1,4 @@
-"""What a training does with the judgement of a validation set: its lines in the log, its file in
+"""What a training does with the result of a validation set: its lines in the log, its file in
 the run folder."""
 
 from __future__ import annotations
@@ -53,26 +53,26 @@ class Evaluations:
         wanted = self.probes == "every" or (self.probes == "last" and last)
         return min(NUM_PROBED, len(self.sets[name])) if wanted else 0
 
-    def note(self, name: str, step: int, judgement: dict[str, Any], *, last: bool) -> None:
-        """Say what is to be said of a judgement, and keep it: at the last evaluation of the run its
-        whole verdict, before that only a strong length bias that the evaluation before did not
+    def note(self, name: str, step: int, result: dict[str, Any], *, last: bool) -> None:
+        """Say what is to be said of a result, and keep it: at the last evaluation of the run its
+        whole findings, before that only a strong length bias that the evaluation before did not
         show."""
-        bias = _length_bias(judgement)
-        for sentence in judgement["verdict"] if last else [] if self._biased[name] else bias:
+        bias = _length_bias(result)
+        for sentence in result["findings"] if last else [] if self._biased[name] else bias:
             mark = f"[{MARKS[sentence['level']]}]"
             log(f"{mark:<4} {name}: {sentence['text']}")
         self._biased[name] = bool(bias)
         if rank() == 0 and self.run is not None:
-            self._write(name, step, judgement)
+            self._write(name, step, result)
 
-    def _write(self, name: str, step: int, judgement: dict[str, Any]) -> None:
+    def _write(self, name: str, step: int, result: dict[str, Any]) -> None:
         assert self.run is not None
         path = step_file(Path(self.run, FOLDER, self._folders[name]), step)
         whole = {
             "format_version": FORMAT_VERSION,
             "subject": self.run,
             "step": step,
-            "sets": {name: {**judgement, **_origin(self.sets[name])}},
+            "sets": {name: {**result, **_origin(self.sets[name])}},
         }
         partial = path.with_name(f"{path.name}.partial")
         try:
@@ -85,8 +85,8 @@ class Evaluations:
                 partial.unlink()
 
 
-def _length_bias(judgement: Mapping[str, Any]) -> list[dict[str, str]]:
-    return [v for v in judgement["verdict"] if v["about"] == "length" and v["level"] == "bad"]
+def _length_bias(result: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [v for v in result["findings"] if v["about"] == "length" and v["level"] == "bad"]
 
 
 def _origin(dataset: Any) -> dict[str, Any]:

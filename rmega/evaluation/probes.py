@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rmega.evaluation.results import Judged, pairs_of
+from rmega.evaluation.results import ScoredComparison, pairs_of
 from rmega.metrics import correct
 from rmega.preferences.comparison import Comparison
 
@@ -34,12 +34,12 @@ def pick(items: Sequence[T], count: int) -> list[T]:
     return [items[i] for i in np.linspace(0, len(items) - 1, count).astype(int)]
 
 
-def _mean_correct(items: Sequence[Judged]) -> float:
+def _mean_correct(items: Sequence[ScoredComparison]) -> float:
     d = pairs_of(items).d
     return float(correct(d).mean()) if d.size else 0.5
 
 
-def noise(items: Sequence[Judged]) -> float:
+def noise(items: Sequence[ScoredComparison]) -> float:
     """Differences of rewards below this are rounding: a thousandth of the spread of the margins."""
     d = pairs_of(items).d
     return 1e-3 * float(d.std()) + 1e-6 if d.size else 1e-6
@@ -55,12 +55,12 @@ def _settled(rewards: Sequence[float], tolerance: float) -> np.ndarray:
     return values
 
 
-def swap_probe(items: Sequence[Judged], score: Score) -> dict[str, Any]:
+def swap_probe(items: Sequence[ScoredComparison], score: Score) -> dict[str, Any]:
     """The same comparisons with their responses in reverse order, as ``swap_numbers``."""
     return swap_numbers(items, score([_reversed(item.comparison) for item in items]))
 
 
-def prompt_probe(items: Sequence[Judged], score: Score) -> dict[str, Any]:
+def prompt_probe(items: Sequence[ScoredComparison], score: Score) -> dict[str, Any]:
     """Every response blanked, and each comparison's responses under the prompt of the next one, as
     ``prompt_numbers`` (the latter is a response-only baseline in the words the model knows)."""
     blank = score([_blanked(item.comparison) for item in items])
@@ -74,7 +74,9 @@ def prompt_probe(items: Sequence[Judged], score: Score) -> dict[str, Any]:
     return prompt_numbers(items, blank, shifted)
 
 
-def swap_numbers(items: Sequence[Judged], again: Sequence[Sequence[float]]) -> dict[str, Any]:
+def swap_numbers(
+    items: Sequence[ScoredComparison], again: Sequence[Sequence[float]]
+) -> dict[str, Any]:
     """What ``again``, the rewards [k] of each item's responses in reverse order, says: every reward
     must stay what it was.
 
@@ -102,7 +104,9 @@ def swap_numbers(items: Sequence[Judged], again: Sequence[Sequence[float]]) -> d
 
 
 def prompt_numbers(
-    items: Sequence[Judged], blank: Sequence[Sequence[float]], shifted: Sequence[Sequence[float]]
+    items: Sequence[ScoredComparison],
+    blank: Sequence[Sequence[float]],
+    shifted: Sequence[Sequence[float]],
 ) -> dict[str, Any]:
     """What the rewards [k] of each item with every response blanked say (all pairs must tie, so the
     accuracy must be a half), and those of its responses under another prompt.
@@ -123,7 +127,9 @@ def prompt_numbers(
     }
 
 
-def _with(item: Judged, *, rewards: np.ndarray, scores: np.ndarray | None = None) -> Judged:
+def _with(
+    item: ScoredComparison, *, rewards: np.ndarray, scores: np.ndarray | None = None
+) -> ScoredComparison:
     return replace(
         item, rewards=rewards.astype(np.float64), scores=item.scores if scores is None else scores
     )

@@ -1,7 +1,7 @@
-"""Rewards of comparisons -> one judgement: every number of the report, and a verdict in plain
+"""Rewards of comparisons -> one result: every number of the report, and findings in plain
 words.
 
-A judgement is a dict of plain values (``to_json`` writes it), so that the table, the page and a
+A result is a dict of plain values (``to_json`` writes it), so that the table, the page and a
 training log read the same thing. numpy only.
 """
 
@@ -25,15 +25,15 @@ MAX_LOGGED_SOURCES = 32
 
 
 @dataclass(kw_only=True, slots=True)
-class Judged:
+class ScoredComparison:
     """One comparison and what a model made of it. Arrays are [k], in the order of the responses."""
 
     rewards: np.ndarray
     scores: np.ndarray
-    """Human (or judge's) scores; only their order counts unless ``graded``."""
+    """Scores given by people or by a model; only their order counts unless ``graded``."""
     graded: bool = False
     lengths: np.ndarray
-    """Of the responses, in the unit that ``judge`` is told."""
+    """Of the responses, in the unit that ``evaluate`` is told."""
     source: str = ""
     where: str = ""
     """File and row, or an id: what a person needs to find it again."""
@@ -48,7 +48,7 @@ class Judged:
 @dataclass(slots=True)
 class Pairs:
     """All ordered pairs of a set of comparisons, as arrays [n]. ``comparison`` is the index of the
-    ``Judged``."""
+    ``ScoredComparison``."""
 
     comparison: np.ndarray
     chosen_reward: np.ndarray
@@ -66,7 +66,7 @@ class Pairs:
         return self.chosen_reward - self.rejected_reward
 
 
-def pairs_of(items: Sequence[Judged]) -> Pairs:
+def pairs_of(items: Sequence[ScoredComparison]) -> Pairs:
     """Every pair of responses whose scores differ, the better one first. Equal scores give no
     pair."""
     rows: list[tuple[float, ...]] = []
@@ -96,8 +96,8 @@ def pairs_of(items: Sequence[Judged]) -> Pairs:
     )
 
 
-def judge(
-    items: Sequence[Judged],
+def evaluate(
+    items: Sequence[ScoredComparison],
     *,
     length_unit: str = "characters",
     probes: dict[str, dict[str, Any]] | None = None,
@@ -151,19 +151,19 @@ def judge(
         ),
         "rm_bench": rm_bench_report(*_columns(items, "rm-bench", "rewards", "source")),
     }
-    out["verdict"] = verdict(out)
+    out["findings"] = findings(out)
     return out
 
 
-def _columns(items: Sequence[Judged], benchmark: str, *names: str) -> list[list[Any]]:
+def _columns(items: Sequence[ScoredComparison], benchmark: str, *names: str) -> list[list[Any]]:
     """These fields of the rows of one benchmark, a list each."""
     return [
         [getattr(item, name) for item in items if item.benchmark == benchmark] for name in names
     ]
 
 
-def stored_items(dataset: Any, rewards: np.ndarray) -> list[Judged]:
-    """An open preference dataset and a model's rewards as what ``judge`` reads. No text is needed.
+def stored_items(dataset: Any, rewards: np.ndarray) -> list[ScoredComparison]:
+    """An open preference dataset and a model's rewards as what ``evaluate`` reads. No text is needed.
 
     dataset: ``rmega.data.indexed.PreferenceDataset``. rewards: float [responses], all responses of
     all comparisons in the dataset's order. Lengths are tokens of the responses.
@@ -173,7 +173,7 @@ def stored_items(dataset: Any, rewards: np.ndarray) -> list[Judged]:
         stored = dataset.get(i)
         k = len(stored.suffixes)
         items.append(
-            Judged(
+            ScoredComparison(
                 rewards=np.asarray(rewards[first : first + k], dtype=np.float64),
                 scores=np.asarray(stored.scores, dtype=np.float64),
                 graded=bool(stored.graded),
@@ -188,15 +188,15 @@ def stored_items(dataset: Any, rewards: np.ndarray) -> list[Judged]:
     return items
 
 
-def flat_summary(judgement: dict[str, Any]) -> dict[str, float | int | None]:
-    """The few numbers of a judgement that a training log keeps, flat; NaN becomes None.
+def flat_summary(result: dict[str, Any]) -> dict[str, float | int | None]:
+    """The few numbers of a result that a training log keeps, flat; NaN becomes None.
 
     Where there are several sources (at most ``MAX_LOGGED_SOURCES``), also each one's accuracy, as
-    "accuracy/SOURCE"; of a training's judgement also the mean and the spread of all rewards.
+    "accuracy/SOURCE"; of a training's result also the mean and the spread of all rewards.
     """
-    length, calibration = judgement["length"], judgement["calibration"]
+    length, calibration = result["length"], result["calibration"]
     flat = {
-        key: judgement[key]
+        key: result[key]
         for key in (
             "accuracy",
             "accuracy_low",
@@ -218,15 +218,13 @@ def flat_summary(judgement: dict[str, Any]) -> dict[str, float | int | None]:
         "always_longer": length["always_longer"],
         "length_controlled_accuracy": length["controlled_accuracy"],
     }
-    if 1 < len(judgement["by_source"]) <= MAX_LOGGED_SOURCES:
-        flat |= {
-            f"accuracy/{name}": row["accuracy"] for name, row in judgement["by_source"].items()
-        }
-    flat |= {key: judgement[key] for key in ("reward_mean", "reward_std") if key in judgement}
+    if 1 < len(result["by_source"]) <= MAX_LOGGED_SOURCES:
+        flat |= {f"accuracy/{name}": row["accuracy"] for name, row in result["by_source"].items()}
+    flat |= {key: result[key] for key in ("reward_mean", "reward_std") if key in result}
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in flat.items()}
 
 
-# ---- verdict
+# ---- findings
 
 FEW = 20  # pairs on one side below which a difference of accuracies is not worth a word
 
@@ -264,7 +262,7 @@ def percent(x: float | None, digits: int = 1) -> str:
     return "-" if x is None or math.isnan(x) else f"{100 * x:.{digits}f} %"
 
 
-def verdict(j: dict[str, Any]) -> list[dict[str, str]]:
+def findings(j: dict[str, Any]) -> list[dict[str, str]]:
     """Plain sentences: [{"about", "level": "good" | "warn" | "bad" | "note", "text"}], most
     important first."""
     if not j["num_pairs"]:
@@ -272,13 +270,13 @@ def verdict(j: dict[str, Any]) -> list[dict[str, str]]:
             {
                 "about": "accuracy",
                 "level": "bad",
-                "text": "No pair to judge: no two responses of one prompt have different scores.",
+                "text": "No pair to evaluate: no two responses of one prompt have different scores.",
             }
         ]
-    return [_accuracy_verdict(j), _length_verdict(j), _calibration_verdict(j), *_other_verdicts(j)]
+    return [_accuracy_finding(j), _length_finding(j), _calibration_finding(j), *_other_findings(j)]
 
 
-def _accuracy_verdict(j: dict[str, Any]) -> dict[str, str]:
+def _accuracy_finding(j: dict[str, Any]) -> dict[str, str]:
     low, high, n = j["accuracy_low"], j["accuracy_high"], j["num_pairs"]
     text = (
         f"The chosen response gets the higher reward in {percent(j['accuracy'])} of {n:,} pairs "
@@ -289,12 +287,12 @@ def _accuracy_verdict(j: dict[str, Any]) -> dict[str, str]:
     if high < 0.5:
         level, more = (
             "bad",
-            "That is worse than a coin: the rewards point the wrong way on this data.",
+            "That is worse than chance: the rewards point the wrong way on this data.",
         )
     elif low <= 0.5:
-        level, more = "bad", "That cannot be told from a coin."
+        level, more = "bad", "That is not distinguishable from chance."
         if n < 100:
-            level, more = "warn", "Too few pairs to tell it from a coin."
+            level, more = "warn", "Too few pairs to tell it from chance."
     elif low <= best:
         level = "warn"
         more = f'The rule "the {rule} response wins" gets {percent(best)} without reading a word.'
@@ -303,7 +301,7 @@ def _accuracy_verdict(j: dict[str, Any]) -> dict[str, str]:
     return {"about": "accuracy", "level": level, "text": f"{text} {more}"}
 
 
-def _length_verdict(j: dict[str, Any]) -> dict[str, str]:
+def _length_finding(j: dict[str, Any]) -> dict[str, str]:
     length, flag = j["length"], length_flag(j["length"])
     longer, shorter = length["chosen_longer"], length["chosen_shorter"]
     sides = [
@@ -323,7 +321,7 @@ def _length_verdict(j: dict[str, Any]) -> dict[str, str]:
             "about": "length",
             "level": "note",
             "text": (
-                f"Length bias cannot be judged: the chosen response is the {side} one in "
+                f"Length bias cannot be assessed: the chosen response is the {side} one in "
                 f"{f'only {few:,} pair' if few else 'no pair'}{'s' if few > 1 else ''}."
             ),
         }
@@ -351,7 +349,7 @@ def _length_verdict(j: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _calibration_verdict(j: dict[str, Any]) -> dict[str, str]:
+def _calibration_finding(j: dict[str, Any]) -> dict[str, str]:
     c = j["calibration"]
     t, head = c["temperature"], f"expected calibration error {c['ece']:.3f}"
     if t is None:
@@ -381,7 +379,7 @@ def _calibration_verdict(j: dict[str, Any]) -> dict[str, str]:
     return {"about": "calibration", "level": "warn", "text": f"{word}: {head}; {fitted}."}
 
 
-def _other_verdicts(j: dict[str, Any]) -> list[dict[str, str]]:
+def _other_findings(j: dict[str, Any]) -> list[dict[str, str]]:
     out = []
     if j["num_ties"] > 0.01 * j["num_pairs"]:
         out.append(
@@ -459,7 +457,9 @@ def _other_verdicts(j: dict[str, Any]) -> list[dict[str, str]]:
     return out
 
 
-def worst_mistakes(items: Sequence[Judged], count: int = NUM_WORST) -> list[dict[str, Any]]:
+def worst_mistakes(
+    items: Sequence[ScoredComparison], count: int = NUM_WORST
+) -> list[dict[str, Any]]:
     """The pairs the model got most wrong, by d, at most one per comparison; plain values and the
     text if known."""
     pairs = pairs_of(items)

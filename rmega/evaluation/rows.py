@@ -1,31 +1,29 @@
-"""Data files -> comparisons that can be judged, each with its place in the file and its id."""
+"""Data files -> comparisons that can be evaluated, each with its place in the file and its id."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rmega.evaluation.benchmarks import benchmark_of
-from rmega.evaluation.results import Judged
+from rmega.evaluation.results import ScoredComparison
 from rmega.preferences import sources
-from rmega.preferences.closest_schema import columns_of, left_out, what_is_missing
+from rmega.preferences.closest_schema import left_out
 from rmega.preferences.comparison import REASONS, Comparison, Message, Rejected
-from rmega.preferences.schemas import Schema, recognise, schema_named, source_of
+from rmega.preferences.reader import plan_input
+from rmega.preferences.schemas import Schema, source_of
 
 if TYPE_CHECKING:
     from rmega.evaluation.scores import ScoreRow
 
-SAMPLE_ROWS = 50
-
 
 @dataclass(slots=True)
 class EvalRow:
-    """One row of a data file; ``comparison`` is None where it cannot be judged (then ``reason``
+    """One row of a data file; ``comparison`` is None where it cannot be used (then ``reason``
     says why)."""
 
     comparison: Comparison | None
@@ -48,18 +46,18 @@ class EvalSet:
     rows: list[EvalRow] = field(default_factory=list)
 
     @property
-    def judgeable(self) -> list[EvalRow]:
+    def usable(self) -> list[EvalRow]:
         """The rows that have a comparison."""
         return [row for row in self.rows if row.comparison is not None]
 
     @property
     def left_out(self) -> dict[str, int]:
-        """Reason -> number of rows that cannot be judged."""
+        """Reason -> number of rows that cannot be used."""
         return dict(Counter(row.reason for row in self.rows if row.comparison is None))
 
     def summary(self) -> str:
         """One line for the terminal: how many comparisons, and what was left out and why."""
-        used = len(self.judgeable)
+        used = len(self.usable)
         text = f"{self.name}: {used:,} comparisons (schema {self.schema})"
         if used < len(self.rows):
             text += "; left out: " + ", ".join(self.reasons())
@@ -77,40 +75,21 @@ def read_eval_set(
     source: sources.Input, format_name: str = "auto", limit: int | None = None
 ) -> EvalSet:
     """All rows of one input (the first ``limit``). ValueError where no schema fits or no row can be
-    judged."""
-    schema: Schema | None = None if format_name == "auto" else schema_named(format_name)
-    chunks: Iterable[sources.Chunk] = sources.read_chunks(source, 0)
-    if schema is None:
-        kept: list[sources.Chunk] = []
-        sample: list[dict[str, Any]] = []
-        for chunk in chunks:
-            kept.append(chunk)
-            sample += [row for _, row, _ in sources.decode(chunk) if isinstance(row, dict)]
-            if len(sample) >= SAMPLE_ROWS:
-                break
-        schema = recognise(sample[:SAMPLE_ROWS])
-        if schema is None:
-            first = sample[0] if sample else {}
-            raise ValueError(
-                f"--data {source.name}: no schema fits its columns ({columns_of(first)}); "
-                f"{what_is_missing(first)}. --format names a schema"
-            )
-        chunks = chain(kept, chunks)
-    if schema.groups_by:
-        chunks = sources.group_rows(chunks, schema.groups_by)
-    out = EvalSet(source.name, source.label, schema.name)
-    for chunk in chunks:
-        for number, row, _ in sources.decode(chunk):
-            out.rows.append(_eval_row(row, schema, source, number))
-            if limit is not None and len(out.rows) == limit:
-                return _checked(out)
+    used."""
+    plan = plan_input(source, format_name, "--data")
+    assert plan.schema is not None
+    out = EvalSet(source.name, source.label, plan.schema.name)
+    for number, row, _ in plan.rows():
+        out.rows.append(_eval_row(row, plan.schema, source, number))
+        if limit is not None and len(out.rows) == limit:
+            break
     return _checked(out)
 
 
 def _checked(out: EvalSet) -> EvalSet:
-    if not out.judgeable:
+    if not out.usable:
         reasons = ", ".join(out.reasons()) or "no rows"
-        raise ValueError(f"--data {out.name}: nothing to judge ({reasons})")
+        raise ValueError(f"--data {out.name}: nothing to evaluate ({reasons})")
     return out
 
 
@@ -147,9 +126,9 @@ def response_text(messages: Sequence[Message]) -> str:
     return "\n".join(str(m.get("content", "")) for m in messages)
 
 
-def judged(
+def scored(
     row: EvalRow, rewards: Sequence[float] | np.ndarray, length: Callable[[str], int]
-) -> Judged:
+) -> ScoredComparison:
     """A row and its rewards [k], in the order of ``row.comparison.responses``."""
     comparison = row.comparison
     assert comparison is not None
@@ -159,7 +138,7 @@ def judged(
             f"{row.where}: {values.size} rewards for {len(comparison.responses)} responses"
         )
     lengths = np.array([length(response_text(r)) for r in comparison.responses])
-    return Judged(
+    return ScoredComparison(
         rewards=values,
         scores=np.array(comparison.scores),
         graded=comparison.graded,
@@ -177,10 +156,11 @@ def rewards_in_order(row: EvalRow, given: ScoreRow) -> np.ndarray:
     first)."""
     comparison = row.comparison
     assert comparison is not None
-    k = len(comparison.responses)
-    if given.scores.size != k:
+    k, scores = len(comparison.responses), given.scores
+    if comparison.left_out and scores.size == k + len(comparison.left_out):
+        scores = np.delete(scores, comparison.left_out)  # scores of all responses of the row
+    if scores.size != k:
         raise ValueError(
-            f"--scores {given.where}: {given.scores.size} scores for the {k} responses of"
-            f" {row.where}"
+            f"--scores {given.where}: {scores.size} scores for the {k} responses of {row.where}"
         )
-    return given.scores if comparison.positions is None else given.scores[comparison.positions]
+    return scores if comparison.positions is None else scores[comparison.positions]

@@ -1,4 +1,4 @@
-"""A judgement as text for the terminal."""
+"""A result as text for the terminal."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def interval(row: dict[str, Any]) -> str:
 
 
 def table_of(name: str, j: dict[str, Any]) -> str:
-    """Verdict first, then the numbers behind it."""
+    """Findings first, then the numbers behind it."""
     lines = [name, "=" * len(name)]
-    for v in j["verdict"]:
+    for v in j["findings"]:
         mark = f"[{MARKS[v['level']]}]".ljust(5)
         lines += textwrap.wrap(v["text"], 110, initial_indent=mark, subsequent_indent=" " * 5)
     if not j["num_pairs"]:

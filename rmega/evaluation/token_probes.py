@@ -19,7 +19,7 @@ import numpy as np
 
 from rmega.data.indexed import StoredComparison
 from rmega.evaluation.probes import pick, prompt_numbers, swap_numbers
-from rmega.evaluation.results import Judged
+from rmega.evaluation.results import ScoredComparison
 
 
 class View:
@@ -44,17 +44,17 @@ ScoreStored = Callable[[View], np.ndarray]
 
 def probe_stored(
     dataset: Any,
-    items: Sequence[Judged],
+    items: Sequence[ScoredComparison],
     score: ScoreStored,
     count: int,
     *,
     max_tokens: int,
     share_prefix: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """{"swap": .., "prompt": ..} for ``judge``, over ``count`` comparisons spread evenly; {} where
+    """{"swap": .., "prompt": ..} for ``evaluate``, over ``count`` comparisons spread evenly; {} where
     there is none.
 
-    dataset: open, as the ``items`` (``judge.stored_items``) were made from. max_tokens,
+    dataset: open, as the ``items`` (``results.stored_items``) were made from. max_tokens,
     share_prefix: of the packs, see ``wrong_prompts``. "prompt" has one number more than that of
     text, "num_cut_prompts".
     """

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rmega.checkpointing import run_folder
+from rmega.checkpointing.find import damage
 from rmega.config import TrainArgs
 from rmega.export import destination
 from rmega.export.destination import RECIPE, UNVERIFIED, mark_unverified
@@ -171,7 +172,7 @@ def verify_only(*, run: Path, output: Path, iteration: str = "latest") -> int:
 
 def _read_checkpoint(folder: Path, info: dict[str, Any]) -> Geometry:
     """The geometry of an undamaged checkpoint; says where the run has not come to its end."""
-    if problem := run_folder.damage(folder, checksums=True):
+    if problem := damage(folder):
         raise ValueError(
             f"--load {folder}: damaged ({problem}); another checkpoint can be named by --iteration"
         )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rmega.checkpointing import run_folder
-from rmega.io import fingerprint
+from rmega.io import fingerprint, sync_folder, sync_tree
 
 RECIPE = "reward_recipe.json"
 UNVERIFIED = "UNVERIFIED"
@@ -227,10 +227,10 @@ def publish(partial: Path, folder: Path) -> Path:
     in place. Where the new one is marked as unverified and the older one is not, the older one
     stays and the new one becomes ``OUTPUT.unverified``.
     """
-    _sync(partial)
+    sync_tree(partial)
     if not folder.is_dir() or not any(folder.iterdir()):
         os.replace(partial, folder)
-        _sync(folder.parent)
+        sync_folder(folder.parent)
         return folder
     if is_marked(partial) and not is_marked(folder):
         beside = _free(folder.with_name(folder.name + ".unverified"))
@@ -243,7 +243,7 @@ def publish(partial: Path, folder: Path) -> Path:
     except BaseException:
         os.replace(aside, folder)
         raise
-    _sync(folder.parent)
+    sync_folder(folder.parent)
     if not_ours(aside) is None:  # files may have been added while the new one was written
         shutil.rmtree(aside, ignore_errors=True)
     return folder
@@ -254,15 +254,3 @@ def _free(path: Path) -> Path:
     while os.path.lexists(free):
         free, number = path.with_name(f"{path.name}-{number}"), number + 1
     return free
-
-
-def _sync(folder: Path) -> None:
-    """Make the files of a folder, and its names, durable."""
-    for path in (*folder.iterdir(), folder):
-        if path.is_dir() and path != folder:
-            continue
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -54,14 +54,11 @@ class CheckpointTensors:
         from torch.distributed.checkpoint import FileSystemReader
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+        from rmega.checkpointing.metadata import read_metadata
+
         self.folder = Path(folder)
         self._reader = FileSystemReader(self.folder)
-        try:
-            metadata = self._reader.read_metadata()
-        except Exception as error:  # a missing file, a truncated pickle, a class of another release
-            raise ValueError(
-                f"{self.folder}/.metadata: not a readable checkpoint: {one_line(error)}"
-            ) from None
+        metadata = read_metadata(self.folder)
         self._tensors = {
             name: entry
             for name, entry in metadata.state_dict_metadata.items()

@@ -13,15 +13,14 @@ Rows that no segment covers give zeros.
 from __future__ import annotations
 
 import functools
-import importlib.util
 
 import torch
 from torch import Tensor
 
 from rmega import ops
 from rmega.distributed import log
+from rmega.models import varlen
 from rmega.models.segments import Part, Segment, SegmentsLike, attention_parts, segment_list
-from rmega.models.varlen import packed_attention_varlen, varlen_function
 
 BACKENDS = ("auto", "cuda", "cpu", "reference")
 
@@ -47,7 +46,7 @@ def choose_backend(q: Tensor, backend: str = "auto") -> str:
     packed_attention."""
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
-    obstacle = _cuda_obstacle(q)
+    obstacle = varlen.obstacle(q.device, q.dtype, q.shape[-1])
     if backend == "auto":
         if q.dtype == torch.float64:
             return "reference"
@@ -60,22 +59,6 @@ def choose_backend(q: Tensor, backend: str = "auto") -> str:
     if backend == "cpu" and q.device.type != "cpu":
         raise ValueError(f"attention backend cpu cannot run: the tensors are on {q.device}")
     return backend
-
-
-def _cuda_obstacle(q: Tensor) -> str:
-    if not q.is_cuda:
-        return f"the tensors are on {q.device}"
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return (
-            "varlen attention takes bfloat16 and float16, not"
-            f" {str(q.dtype).removeprefix('torch.')}"
-        )
-    if varlen_function() is None:
-        return (
-            f"torch {torch.__version__} has no varlen attention (2.10 or later has) and flash_attn"
-            " is not installed"
-        )
-    return ""
 
 
 @functools.cache
@@ -146,17 +129,14 @@ def _native_obstacle(dtype: torch.dtype) -> str:
     return "" if dtype in (torch.float32, torch.bfloat16) else f"the native kernel takes no {dtype}"
 
 
-def active_kernel(device: torch.device, dtype: torch.dtype) -> str:
-    """What ``packed_attention`` runs for tensors of this device and dtype, in a word or two for the
-    log."""
-    backend = choose_backend(torch.empty(0, device=device, dtype=dtype))
+def active_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """What ``packed_attention`` runs for tensors of this device, dtype and head dimension, in a
+    word or two for the log."""
+    backend = choose_backend(torch.empty(0, 1, head_dim, device=device, dtype=dtype))
     if backend == "cpu":
         return "flash (ATen)" if _native_obstacle(dtype) else "native"
     if backend == "cuda":
-        from_torch = hasattr(torch.nn, "attention") and importlib.util.find_spec(
-            "torch.nn.attention.varlen"
-        )
-        return "varlen (torch)" if from_torch else "varlen (flash_attn)"
+        return f"varlen ({varlen.varlen_function()[0]})"
     return "plain torch (slow)"
 
 
@@ -267,4 +247,4 @@ def _heads(x: Tensor, start: int, length: int) -> Tensor:
 def _cuda_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: SegmentsLike, scale: float
 ) -> Tensor:
-    return packed_attention_varlen(q, k, v, segments, scale, varlen_function())
+    return varlen.packed_attention_varlen(q, k, v, segments, scale, varlen.varlen_function()[1])

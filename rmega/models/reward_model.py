@@ -61,7 +61,7 @@ def transformer_config(
     recompute: str = "none",
     first_stage_layers: int | None = None,
     last_stage_layers: int | None = None,
-    deterministic: bool = True,
+    deterministic: bool = False,
     on_cpu: bool = True,
     fp8_format: str = "none",
     fp8_recipe: str = "tensorwise",
@@ -116,7 +116,7 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,  # must be set before the data-parallel wrapper is built
         gradient_accumulation_fusion=False,
-        deterministic_mode=deterministic and on_cpu,
+        deterministic_mode=deterministic or on_cpu,
         recompute_granularity=None if recompute == "none" else recompute,
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,

@@ -98,20 +98,52 @@ def _first_rows(x: Tensor, count: int) -> Tensor:
 
 
 @functools.cache
-def varlen_function() -> Varlen | None:
-    """torch's varlen attention, or flash_attn's where torch has none, or None."""
+def varlen_function() -> tuple[str, Varlen] | None:
+    """("torch", its varlen attention), ("flash_attn", that of this package) where torch has none,
+    or None."""
     try:
         from torch.nn.attention.varlen import varlen_attn
 
-        return adapt_varlen(varlen_attn)
+        return "torch", adapt_varlen(varlen_attn)
     except ImportError:
         pass
     try:
         from flash_attn import flash_attn_varlen_func
 
-        return adapt_varlen(flash_attn_varlen_func)
+        return "flash_attn", adapt_varlen(flash_attn_varlen_func)
     except ImportError:
         return None
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU, asked once."""
+    return torch.cuda.get_device_capability(device)
+
+
+def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Why varlen attention cannot run for tensors of this device, dtype and head dimension; "" if
+    it can. The limits are those of FlashAttention 2, on which both implementations rest."""
+    if device.type != "cuda":
+        return f"the tensors are on {device}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return (
+            f"varlen attention takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+        )
+    if varlen_function() is None:
+        return (
+            f"torch {torch.__version__} has no varlen attention (2.10 or later has) and flash_attn"
+            " is not installed"
+        )
+    if head_dim % 8 or head_dim > 256:
+        return (
+            "varlen attention takes head dimensions that are multiples of 8 up to 256, not"
+            f" {head_dim}"
+        )
+    if capability(device) < (8, 0):
+        major, minor = capability(device)
+        return f"varlen attention needs compute capability 8.0, this GPU has {major}.{minor}"
+    return ""
 
 
 def adapt_varlen(function: Callable) -> Varlen:
@@ -119,7 +151,8 @@ def adapt_varlen(function: Callable) -> Varlen:
     differently:
 
     torch 2.10 ``is_causal``, torch 2.11 and later ``window_size=(-1, 0)``, flash_attn ``causal``;
-    torch 2.12 and later want ``enable_gqa`` said.
+    torch 2.12 and later want ``enable_gqa``. flash_attn sums the gradient of the queries in a fixed
+    order where it is told ``deterministic``; torch asks its own global setting.
     """
     names = inspect.signature(function).parameters
     if "is_causal" in names:
@@ -133,11 +166,14 @@ def adapt_varlen(function: Callable) -> Varlen:
     scale_name = next((name for name in ("scale", "softmax_scale") if name in names), None)
 
     def varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale):
+        given = dict(options)
+        if "deterministic" in names:
+            given["deterministic"] = torch.are_deterministic_algorithms_enabled()
+        default = q.shape[-1] ** -0.5
         if scale_name:
-            return function(q, k, v, cu_q, cu_k, max_q, max_k, **{scale_name: scale}, **options)
-        default = q.shape[-1] ** -0.5  # a release that knows no other scale
-        if not math.isclose(scale, default):
+            given[scale_name] = scale
+        elif not math.isclose(scale, default):  # a release that knows no other scale
             q = q * (scale / default)
-        return function(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+        return function(q, k, v, cu_q, cu_k, max_q, max_k, **given)
 
     return varlen

@@ -24,6 +24,7 @@ from rmega.data.fingerprint import PROBES, own_template, tokenizer_fingerprint
 from rmega.hub import check_folder_or_hub_name, one_line_for_retries
 from rmega.preferences.comparison import Comparison, Message, Rejected
 from rmega.preferences.fast_bpe import make_word_encoder
+from rmega.preferences.messages import FIELDS
 
 OVERLONG_POLICIES = ("left-prompt", "right", "drop", "error")
 
@@ -38,6 +39,9 @@ _PAD_TOKENS = ("<|finetune_right_pad_id|>",)
 _CHECK_EVERY = 1000
 """Every so many conversations the fast path is held against the tokenizer itself."""
 BROKEN_UP = "special-token text in the data, broken up"
+LEFT_OUT = "left out: the chat template has no place for it"
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+"""What templates call the same field."""
 _CONTROL_TEXT = re.compile(r"<\|[^|<>\s]+\|>|\[UNUSED_TOKEN_\d+\]|<(?:s|/s|unk|pad|bos|eos)>")
 
 
@@ -109,7 +113,9 @@ class PairTokenizer:
             self.messages.append("this tokenizer has no fast path here: texts are encoded whole")
         self._chat = _Chat(tokenizer, template)
         self._num_encoded = 0
-        self._template_takes = {key for key in ("tool_calls", "tools") if key in template}
+        self._template_takes = {
+            key for key in (*FIELDS, "tools") if re.search(rf"\b{key}\b", template)
+        }
 
     @classmethod
     def load(
@@ -209,6 +215,9 @@ class PairTokenizer:
         suffixes = [i[shared:] for i in ids]
         first = suffixes[0]
         if all(np.array_equal(first, s) for s in suffixes[1:]):
+            left_out = sorted({n for n in notes if n.endswith(LEFT_OUT)})
+            if left_out:
+                raise Rejected("identical_in_template", "; ".join(left_out))
             raise Rejected(
                 "identical_after_cut" if any("cut" in n for n in notes) else "identical_responses"
             )
@@ -246,16 +255,7 @@ class PairTokenizer:
             for message in messages:
                 if len(message) > 2:
                     message = {k: v if k == "role" else walk(v) for k, v in message.items()}
-                    if "tool_calls" in message and "tool_calls" not in self._template_takes:
-                        calls = json.dumps(
-                            message.pop("tool_calls"), ensure_ascii=False, default=str
-                        )
-                        message["content"] = (
-                            f"{message['content']}\n{calls}" if message["content"] else calls
-                        )
-                        notes.append(
-                            "tool calls written as text: the chat template has no place for them"
-                        )
+                    self._fit(message, notes)
                 elif self._control.search(message["content"]):
                     message = {"role": message["role"], "content": walk(message["content"])}
                 cleaned.append(message)
@@ -274,6 +274,21 @@ class PairTokenizer:
         if breaks:
             notes.append(BROKEN_UP)
         return cleaned
+
+    def _fit(self, message: Message, notes: list[str]) -> None:
+        """Change a message with further fields to what the chat template writes."""
+        for key in [k for k in message if k in FIELDS and k not in self._template_takes]:
+            value = message.pop(key)
+            alike = [k for k in _REASONING if k in self._template_takes and k not in message]
+            if key in _REASONING and alike:
+                message[alike[0]] = value
+            elif key == "tool_calls":
+                calls = json.dumps(value, ensure_ascii=False, default=str)
+                content = message["content"]
+                message["content"] = f"{content}\n{calls}" if content else calls
+                notes.append("tool calls written as text: the chat template has no place for them")
+            else:
+                notes.append(f"message field {key} {LEFT_OUT}")
 
     def _render(self, comparison: Comparison, known: dict[str, bytes]) -> list[np.ndarray]:
         """int32 ids of each conversation, with the reward token. ``known``: see `_to_ids`."""

@@ -1,4 +1,4 @@
-"""The page of an evaluation: verdict, key numbers, plots, tables, the worst mistakes as text."""
+"""The page of an evaluation: findings, key numbers, plots, tables, the worst mistakes as text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rmega.evaluation.results import Judged, length_flag, pairs_of, percent
+from rmega.evaluation.results import ScoredComparison, length_flag, pairs_of, percent
 from rmega.evaluation.table import number
 from rmega.metrics import accuracy
 from rmega.report import page, panels
@@ -23,10 +23,10 @@ def write_evaluation_report(
     folder: Path,
     subject: str,
     results: dict[str, dict[str, Any]],
-    items: dict[str, list[Judged]],
+    items: dict[str, list[ScoredComparison]],
     worst: dict[str, list[dict[str, Any]]],
 ) -> Path:
-    """FOLDER/report.html for judgements by set; items and worst mistakes of the same sets. Returns
+    """FOLDER/report.html for results by set; items and worst mistakes of the same sets. Returns
     the path."""
     require_matplotlib("--report")
     names = list(results)
@@ -64,7 +64,7 @@ def _section(
     i: int,
     name: str,
     j: dict[str, Any],
-    items: Sequence[Judged],
+    items: Sequence[ScoredComparison],
     worst: list[dict[str, Any]],
     *,
     alone: bool,
@@ -72,14 +72,14 @@ def _section(
     out = []
     left = sum(j.get("left_out", {}).values())
     sub = f"{name}: {j['num_comparisons']:,} comparisons, {j['num_pairs']:,} pairs" + (
-        f"; {left:,} rows could not be judged" if left else ""
+        f"; {left:,} rows could not be used" if left else ""
     )
     out.append(
         f'<p class="sub">{page.escape(sub)}</p>\n'
         if alone
         else f'<h2 id="set-{i}">{page.escape(name)}</h2><p class="sub">{page.escape(sub)}</p>\n'
     )
-    out.append(page.verdicts(j["verdict"]))
+    out.append(page.findings(j["findings"]))
     if not j["num_pairs"]:
         return "".join(out)
     out.append(panels.tiles(j))
@@ -98,7 +98,7 @@ def _section(
 # ---- figures
 
 
-def _figures(prefix: str, j: dict[str, Any], items: Sequence[Judged]) -> list[str]:
+def _figures(prefix: str, j: dict[str, Any], items: Sequence[ScoredComparison]) -> list[str]:
     pairs = pairs_of(items)
     return [
         _scores_figure(prefix, pairs),

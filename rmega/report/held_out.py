@@ -1,4 +1,4 @@
-"""The validation sets on the page of a run: the last judgement of each, and what changed over the
+"""The validation sets on the page of a run: the last result of each, and what changed over the
 steps."""
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from rmega.evaluation.results import percent
 from rmega.report import page, panels
 from rmega.report.figures import BLUE, GREY, ORANGE, drawing
 
-Judgement = dict[str, Any]
+Result = dict[str, Any]
 
 
-def sections(evaluations: Mapping[str, Mapping[int, Judgement]], order: Iterable[str] = ()) -> str:
+def sections(evaluations: Mapping[str, Mapping[int, Result]], order: Iterable[str] = ()) -> str:
     """A section for each set of ``rmega.evaluation.files.read_evaluations``, those of ``order``
     first; "" for none."""
     names = [n for n in order if n in evaluations]
@@ -32,10 +32,10 @@ def sections(evaluations: Mapping[str, Mapping[int, Judgement]], order: Iterable
     return "".join([*out, panels.explanations(last[max(last)]["length_unit"])])
 
 
-def _section(i: int, name: str, steps: Mapping[int, Judgement]) -> str:
+def _section(i: int, name: str, steps: Mapping[int, Result]) -> str:
     j, prefix = steps[max(steps)], f"held-out {i} "
     sub = (
-        f"{j['num_comparisons']:,} comparisons, {j['num_pairs']:,} pairs of {j['data']}; judged"
+        f"{j['num_comparisons']:,} comparisons, {j['num_pairs']:,} pairs of {j['data']}; evaluated"
         f" after step {max(steps):,}"
     )
     out = [
@@ -43,14 +43,14 @@ def _section(i: int, name: str, steps: Mapping[int, Judgement]) -> str:
             f'<h2 id="held-out-{i}">Held out: {page.escape(name)}</h2>\n<p'
             f' class="sub">{page.escape(sub)}</p>\n'
         ),
-        page.verdicts(j["verdict"]),
+        page.findings(j["findings"]),
     ]
     if j["num_pairs"]:
         out += [panels.tiles(j), page.figures(_figures(prefix, j, steps)), panels.tables(j)]
     return "".join(out)
 
 
-def _figures(prefix: str, j: Judgement, steps: Mapping[int, Judgement]) -> list[str]:
+def _figures(prefix: str, j: Result, steps: Mapping[int, Result]) -> list[str]:
     return [
         panels.reliability_figure(prefix, j["calibration"]),
         _length_figure(prefix, j),
@@ -60,7 +60,7 @@ def _figures(prefix: str, j: Judgement, steps: Mapping[int, Judgement]) -> list[
     ]
 
 
-def _length_figure(prefix: str, j: Judgement) -> str:
+def _length_figure(prefix: str, j: Result) -> str:
     length = j["length"]
     rule = max(length["always_longer"], 1 - length["always_longer"])
     return panels.bars_figure(
@@ -78,7 +78,7 @@ def _length_figure(prefix: str, j: Judgement) -> str:
     )
 
 
-def _curves(prefix: str, steps: Mapping[int, Judgement]) -> list[str]:
+def _curves(prefix: str, steps: Mapping[int, Result]) -> list[str]:
     """Length gap and calibration error over the steps, where there is more than one evaluation."""
     known = [s for s in sorted(steps) if steps[s]["num_pairs"]]
     if len(known) < 2:

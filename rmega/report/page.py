@@ -22,10 +22,10 @@ p { margin: 6px 0; }
 .sub { color: #4b5563; overflow-wrap: anywhere; }
 nav a { margin-right: 14px; }
 a { color: #00558c; }
-.verdict { border: 1px solid #cfd6de; border-left-width: 8px; border-radius: 4px; padding: 9px 14px; margin: 9px 0;
+.findings { border: 1px solid #cfd6de; border-left-width: 8px; border-radius: 4px; padding: 9px 14px; margin: 9px 0;
   display: grid; grid-template-columns: 150px 1fr; gap: 12px; }
-.verdict b { white-space: nowrap; }
-.verdict b .sub { font-weight: normal; }
+.findings b { white-space: nowrap; }
+.findings b .sub { font-weight: normal; }
 .good { border-left-color: #0072b2; background: #f3f8fc; }
 .warn { border-left-color: #e69f00; background: #fff9ec; }
 .bad { border-left-color: #b3261e; background: #fdf3f2; }
@@ -55,7 +55,7 @@ summary .gist { color: #4b5563; }
 .role { font-size: 12px; color: #4b5563; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 14px; unicode-bidi: isolate; }
 .cut { color: #4b5563; font-style: italic; }
-@media (max-width: 760px) { .figures, .two, .verdict { grid-template-columns: 1fr; }
+@media (max-width: 760px) { .figures, .two, .findings { grid-template-columns: 1fr; }
   .tiles { grid-template-columns: 1fr 1fr; } }
 @media print { details { break-inside: avoid; } }
 """
@@ -83,10 +83,10 @@ def _kept(text: str) -> str:
     return escape(text).replace(" %", "\u00a0%")
 
 
-def verdicts(rows: Sequence[dict[str, str]]) -> str:
-    """Boxes of a verdict; the level is a word and a mark, not a colour alone."""
+def findings(rows: Sequence[dict[str, str]]) -> str:
+    """Boxes of findings; the level is a word and a mark, not a colour alone."""
     return "".join(
-        f'<div class="verdict {v["level"]}"><b>{_WORDS[v["level"]]}<br>'
+        f'<div class="findings {v["level"]}"><b>{_WORDS[v["level"]]}<br>'
         f'<span class="sub">{escape(v["about"])}</span></b><span>{_kept(v["text"])}</span></div>\n'
         for v in rows
     )

@@ -1,4 +1,4 @@
-"""What a page draws from a judgement alone (``rmega.evaluation.results``, also read back from its
+"""What a page draws from a result alone (``rmega.evaluation.results``, also read back from its
 JSON, with null for NaN): key numbers, figures, tables, explanations. Shared by the page of an
 evaluation and that of a run.
 """
@@ -55,7 +55,7 @@ def tiles(j: dict[str, Any]) -> str:
             (
                 "Calibration error (ECE)",
                 number(c["ece"]),
-                f"Brier {number(c['brier'])} (a coin: 0.250)",
+                f"Brier {number(c['brier'])} (chance level: 0.250)",
             ),
             (
                 "Fitted temperature",
@@ -76,7 +76,7 @@ def tiles(j: dict[str, Any]) -> str:
 
 
 def reliability_figure(prefix: str, c: dict[str, Any]) -> str:
-    """How often right against how sure, of the judgement's "calibration". ``prefix`` here and
+    """How often right against how sure, of the result's "calibration". ``prefix`` here and
     below: words before the title that no other figure of the page has."""
     curve = c["reliability"]
     with drawing(f"{prefix}Reliability", nrows=2, sharex=True, height_ratios=[3, 1]) as fig:
@@ -181,7 +181,7 @@ def sources_figure(prefix: str, j: dict[str, Any]) -> str:
         )
         ax.set_ylim(-0.6, len(shown) - 0.4)
         ax.set_xlim(-0.01, 1.01)
-        ax.set_xlabel("accuracy, 95 % interval (pairs in brackets); dotted: a coin")
+        ax.set_xlabel("accuracy, 95 % interval (pairs in brackets); dotted: chance level")
         ax.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     more = (
         f" The {len(shown)} largest of {len(rows)} sources; all are in the table."
@@ -189,7 +189,9 @@ def sources_figure(prefix: str, j: dict[str, Any]) -> str:
         else ""
     )
     return page.figure(
-        fig.svg, f"Blue: better than a coin. Orange: worse. Grey: cannot be told.{more}", wide=True
+        fig.svg,
+        f"Blue: better than chance. Orange: worse. Grey: neither is certain.{more}",
+        wide=True,
     )
 
 

@@ -1,5 +1,5 @@
-"""The page of a training run, from its metrics.jsonl: verdict, curves, evaluations with intervals,
-settings; and the last judgement of each validation set, from its folder ``evaluations``
+"""The page of a training run, from its metrics.jsonl: findings, curves, evaluations with intervals,
+settings; and the last result of each validation set, from its folder ``evaluations``
 (``rmega.report.held_out``).
 """
 
@@ -110,7 +110,7 @@ def write_run_report(run: str | Path, out: str | Path | None = None) -> Path:
     body = [
         f"<h1>Training run {page.escape(name)}</h1>\n",
         *(f'<p class="sub">{page.escape(line)}</p>\n' for line in head(train, config)),
-        page.verdicts(run_verdict(train, evals, config)),
+        page.findings(run_findings(train, evals, config)),
         _tiles(train, evals),
         page.figures(_figures(train, evals)),
         _eval_table(evals),
@@ -153,16 +153,16 @@ def _window(rows: Sequence[Row]) -> int:
     return max(1, min(50, len(rows) // 10))
 
 
-# ---- verdict
+# ---- findings
 
 
-def run_verdict(train: list[Row], evals: list[Row], config: Row) -> list[dict[str, str]]:
+def run_findings(train: list[Row], evals: list[Row], config: Row) -> list[dict[str, str]]:
     """Plain sentences about a run: [{"about", "level", "text"}]."""
     out = []
     for name in dict.fromkeys(row["name"] for row in evals):
-        out.append(_eval_verdict(name, [row for row in evals if row["name"] == name]))
+        out.append(_eval_finding(name, [row for row in evals if row["name"] == name]))
     if train:
-        out += [_loss_verdict(train), *_stability_verdicts(train), *_score_verdicts(train, config)]
+        out += [_loss_finding(train), *_stability_findings(train), *_score_findings(train, config)]
     if not evals:
         out.append(
             {
@@ -177,7 +177,7 @@ def run_verdict(train: list[Row], evals: list[Row], config: Row) -> list[dict[st
     return out
 
 
-def _eval_verdict(name: str, rows: list[Row]) -> dict[str, str]:
+def _eval_finding(name: str, rows: list[Row]) -> dict[str, str]:
     last, best = rows[-1], max(rows, key=lambda r: r["accuracy"])
     low, high = last.get("accuracy_low", math.nan), last.get("accuracy_high", math.nan)
     text = (
@@ -186,12 +186,12 @@ def _eval_verdict(name: str, rows: list[Row]) -> dict[str, str]:
     )
     text += f", {last['num_pairs']:,} pairs)." if last.get("num_pairs") else ")."
     if high < 0.5:
-        return {"about": "evaluation", "level": "bad", "text": f"{text} Worse than a coin."}
+        return {"about": "evaluation", "level": "bad", "text": f"{text} Worse than chance."}
     if low <= 0.5:
         return {
             "about": "evaluation",
             "level": "bad" if len(rows) > 1 else "warn",
-            "text": f"{text} That cannot be told from a coin.",
+            "text": f"{text} That is not distinguishable from chance.",
         }
     if best is not last and best.get("accuracy_low", 0) > high:
         return {
@@ -209,10 +209,10 @@ def _eval_verdict(name: str, rows: list[Row]) -> dict[str, str]:
         where = "the best of the run" + (
             "" if best is last else f", as it was at step {best['step']:,} already"
         )
-    return {"about": "evaluation", "level": "good", "text": f"{text} Better than a coin; {where}."}
+    return {"about": "evaluation", "level": "good", "text": f"{text} Better than chance; {where}."}
 
 
-def _loss_verdict(train: list[Row]) -> dict[str, str]:
+def _loss_finding(train: list[Row]) -> dict[str, str]:
     loss, part = column(train, "loss"), max(1, len(train) // 10)
     if np.isnan(loss[-part:]).all():
         return {
@@ -234,7 +234,7 @@ def _loss_verdict(train: list[Row]) -> dict[str, str]:
         )
     text += "."
     if len(train) < 20:
-        return {"about": "loss", "level": "note", "text": f"{text} Too few rows to judge by."}
+        return {"about": "loss", "level": "note", "text": f"{text} Too few rows to tell."}
     return {
         "about": "loss",
         "level": "good" if last < first else "warn",
@@ -242,7 +242,7 @@ def _loss_verdict(train: list[Row]) -> dict[str, str]:
     }
 
 
-def _stability_verdicts(train: list[Row]) -> list[dict[str, str]]:
+def _stability_findings(train: list[Row]) -> list[dict[str, str]]:
     loss, norm, skipped = (
         column(train, "loss"),
         column(train, "grad_norm"),
@@ -275,7 +275,7 @@ def _stability_verdicts(train: list[Row]) -> list[dict[str, str]]:
     return out
 
 
-def _score_verdicts(train: list[Row], config: Row) -> list[dict[str, str]]:
+def _score_findings(train: list[Row], config: Row) -> list[dict[str, str]]:
     """Whether chosen and rejected have parted by more than two standard errors over the last
     rows."""
     part = max(1, len(train) // 10)
@@ -360,7 +360,7 @@ def _figures(train: list[Row], evals: list[Row]) -> list[str]:
             "Training accuracy",
             train,
             [("accuracy", ("acc", "accuracy"), GREEN)],
-            "Share of training pairs ranked right when they were seen; 0.5 is a coin.",
+            "Share of training pairs ranked right when they were seen; 0.5 is chance.",
             line=0.5,
         ),
         _curve(
@@ -475,7 +475,7 @@ def _eval_figure(evals: list[Row]) -> str:
     more = f" The first 8 of {len(names)} sets; all are in the table." if len(names) > 8 else ""
     return page.figure(
         fig.svg,
-        f"Dotted: a coin. Where intervals overlap, two steps may not differ.{more}",
+        f"Dotted: chance level. Where intervals overlap, two steps may not differ.{more}",
         wide=True,
     )
 

@@ -135,6 +135,7 @@ def build(config: TrainingConfig, dtype: torch.dtype = torch.float32):
     process group."""
     config.check(distributed.world_size())
     p = config.parallel
+    distributed.prepare_cuda(p.tensor_model_parallel_size, deterministic=config.train.deterministic)
     device = distributed.initialize(
         tp=p.tensor_model_parallel_size,
         pp=p.pipeline_model_parallel_size,

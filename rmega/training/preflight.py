@@ -16,6 +16,7 @@ import numpy as np
 
 from rmega import distributed
 from rmega.checkpointing import checkpoint, run_folder
+from rmega.checkpointing.find import find
 from rmega.config import TrainingConfig
 from rmega.data.fingerprint import is_tokenizer_of, tokenizer_fingerprint
 from rmega.distributed import log
@@ -36,23 +37,33 @@ def check_save(config: TrainingConfig) -> None:
         raise ValueError(f"--save {save}: {there} is a file, not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"--save {save}: no permission to write in {there}")
-    goes_on = load and Path(save).absolute() in (
-        Path(load).absolute(),
-        Path(load).absolute().parent,
-    )
-    if not goes_on and run_folder.latest_iteration(save) is not None:
+    if resumes_in_place(config):
+        if run_folder.ABANDONED in Path(load).name:
+            raise ValueError(
+                f"--load {load}: the run in --save {save} has left this checkpoint; continue from"
+                " it in another --save folder"
+            )
+    elif run_folder.list_folders(save):
         raise ValueError(
-            f"--save {save}: holds a run already; go on with it by --load {save}, or choose another"
+            f"--save {save}: holds a run already; resume it with --load {save}, or choose another"
             " folder"
         )
 
 
+def resumes_in_place(config: TrainingConfig) -> bool:
+    """Whether ``--load`` is the run in ``--save``, or one of its checkpoints."""
+    save, load = config.checkpoint.save, config.checkpoint.load
+    if not save or not load:
+        return False
+    return Path(save).resolve() in (Path(load).resolve(), Path(load).resolve().parent)
+
+
 def find_start(config: TrainingConfig) -> Path | None:
-    """The checkpoint to go on from, its files verified; None at the start of a run. Called by every
-    rank."""
+    """The checkpoint to resume from, its files verified; None at the start of a run. Called by
+    every rank."""
     c = config.checkpoint
-    found = run_folder.find(c.load) if c.load else None
-    if c.load and found is None and c.load != c.save:
+    found = find(c.load) if c.load else None
+    if c.load and found is None and not resumes_in_place(config):
         raise ValueError(f"--load {c.load}: no checkpoint in it")
     return found
 

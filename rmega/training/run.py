@@ -3,6 +3,7 @@ composes."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from rmega import distributed, ops, precision
 from rmega.checkpointing import checkpoint, run_folder
+from rmega.checkpointing.lock import hold
 from rmega.checkpointing.run_folder import check_shared
 from rmega.config import MIN_COMPARISONS, TrainingConfig
 from rmega.data.balance import CostModel
@@ -67,6 +69,9 @@ class Run:
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
         p = config.parallel
+        distributed.prepare_cuda(
+            p.tensor_model_parallel_size, deterministic=config.train.deterministic
+        )
         distributed.quiet_engine()
         preflight.check_save(config)
         self.folder = resolve_model(config.model.hf_model)
@@ -80,8 +85,27 @@ class Run:
             seed=config.train.seed,
             timeout_minutes=p.distributed_timeout_minutes,
         )
+        self._held = contextlib.ExitStack()
+        self._held.enter_context(hold(config.checkpoint.save))
+        try:
+            self._begin(config)
+        except BaseException:
+            self._held.close()
+            raise
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Give the run folder's lock back."""
+        self._held.close()
+
+    def _begin(self, config: TrainingConfig) -> None:
         if config.checkpoint.save:
             check_shared(config.checkpoint.save)
+            preflight.check_save(config)  # another run may have ended since
+            if distributed.rank() == 0:
+                run_folder.clean(config.checkpoint.save)
         else:
             log(
                 "note: no --save: weights and metrics of this run will not be kept (--save FOLDER"
@@ -195,7 +219,7 @@ class Run:
         log(f"layout: {self.layout}")
         log(
             f"compute: {self.precision.description}; "
-            f"{train.implementations(c, self.device, self.precision.dtype, self.optimizer)}"
+            f"{train.implementations(c, self.wrapped, self.optimizer, self.device)}"
         )
 
     def restore_or_start(self) -> None:
@@ -218,8 +242,12 @@ class Run:
                 json.dumps({**c.as_dict(), "run": known}, indent=1), encoding="utf-8"
             )
         if c.checkpoint.save:
-            run_folder.clean(c.checkpoint.save)
-            self.saver = checkpoint.Saver(c.checkpoint.save, self.optimizer)
+            if self.found and distributed.rank() == 0 and preflight.resumes_in_place(c):
+                aside = run_folder.set_aside_newer(c.checkpoint.save, self.state.iteration)
+                log(aside) if aside else None
+            self.saver = checkpoint.Saver(
+                c.checkpoint.save, self.optimizer, keep_last=c.checkpoint.keep_last
+            )
             self.saver.reserve(
                 wrapped=self.wrapped, optimizer=self.optimizer, scheduler=self.scheduler
             )
@@ -447,12 +475,12 @@ class Run:
                     raise EvaluationLeft(reason)
 
             try:
-                judgement = train.evaluate(self.wrapped, batcher, self.device, advance, probed)
+                evaluation = train.evaluate(self.wrapped, batcher, self.device, advance, probed)
             except EvaluationLeft as left:
                 return str(left)
             finally:
                 bar.close()
-            step, result = self.state.iteration, flat_summary(judgement)
+            step, result = self.state.iteration, flat_summary(evaluation)
             log(
                 f"Iter(val) [{step}/{self.steps}]  {name}: accuracy {result['accuracy']:.4f} (95 %"
                 f" interval {result['accuracy_low']:.4f} to {result['accuracy_high']:.4f},"
@@ -460,7 +488,7 @@ class Run:
                 f" {result['reward_mean']:.4f} +- {result['reward_std']:.4f}"
             )
             self.metrics.row("eval", step, {"name": name, **result})
-            self.evaluations.note(name, step, judgement, last=last)
+            self.evaluations.note(name, step, evaluation, last=last)
             if (
                 name == next(iter(self.valid))
                 and step
@@ -485,6 +513,7 @@ class Run:
                 scheduler=self.scheduler,
                 info=self._info(),
                 hf_files=self._hf_files(),
+                best=self.best[1] if self.best else None,
             )
         except OSError as error:
             if last:
@@ -505,11 +534,8 @@ class Run:
             log(f"warning: {error}; training goes on")
             return
         if folder is not None:
-            run_folder.prune(
-                self.config.checkpoint.save,
-                self.config.checkpoint.keep_last,
-                self.best[1] if self.best else None,
-            )
+            for line in self.saver.warnings:
+                log(line)
             log(
                 f"saved {folder} in {time.monotonic() - self._save_begun:.1f} s (training waited "
                 f"{self._save_stall:.1f} s)"

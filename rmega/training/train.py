@@ -39,12 +39,14 @@ from rmega.config import LossArgs, TrainingConfig
 from rmega.data.batching import Batcher
 from rmega.data.packing import PackedBatch
 from rmega.distributed import is_reporting_rank, sum_over_ranks
-from rmega.evaluation.results import judge, stored_items
+from rmega.evaluation import results
 from rmega.evaluation.token_probes import View, probe_stored
 from rmega.megatron.fusion import fuse_weight_gradients, skip_single_rank_collectives
 from rmega.models.attention import active_kernel
 from rmega.models.geometry import Geometry
 from rmega.models.reward_model import RewardModel, transformer_config
+from rmega.models.varlen import varlen_function
+from rmega.precision import dtype_name
 
 
 def build_model(
@@ -89,6 +91,7 @@ def transformer_layout(
         recompute=p.recompute,
         first_stage_layers=p.num_layers_in_first_pipeline_stage,
         last_stage_layers=p.num_layers_in_last_pipeline_stage,
+        deterministic=config.train.deterministic,
         on_cpu=on_cpu,
         fp8_format=config.model.fp8_format,
         fp8_recipe=config.model.fp8_recipe,
@@ -96,30 +99,61 @@ def transformer_layout(
     )
 
 
-def implementations(
-    config: TrainingConfig, device: torch.device, dtype: torch.dtype, optimizer
-) -> str:
+def implementations(config: TrainingConfig, wrapped, optimizer, device: torch.device) -> str:
     """Which implementation of each part is active, for the log."""
+    core = wrapped[0].config
+    dtype = core.params_dtype
     inner = type(optimizer.chained_optimizers[0].optimizer)
     linear, fp8 = "megatron-core", config.model.fp8_format
     if use_transformer_engine(config, device):
-        linear = "transformer_engine" + (
+        linear = f"transformer_engine {te_version()}" + (
             "" if fp8 == "none" else f" in fp8 ({fp8}, {config.model.fp8_recipe})"
         )
     if (products := ops.active_products(device, dtype)) != "torch":
         linear += f" with {products} products"
+    # Without fusion a half-precision gradient is rounded before it is added: slower, less exact.
+    added = "fused" if core.gradient_accumulation_fusion else f"in {dtype_name(dtype)}, then added"
     fused = ", fused" if any(group.get("fused") for group in optimizer.param_groups) else ""
-    # megatron-core warns of each at every import (silenced by distributed.quiet_engine): once is
-    # enough.
+    # Megatron-Core warns of each at every import (silenced by distributed.quiet_engine): once is
+    # enough. flash_attn is used only where torch has no varlen attention.
+    attention = () if varlen_function() else ("flash_attn",)
     absent = [
-        name for name in ("transformer_engine", "apex", "flash_attn") if find_spec(name) is None
+        name for name in ("transformer_engine", "apex", *attention) if find_spec(name) is None
     ]
+    why_not = "" if "transformer_engine" in absent else transformer_engine_obstacle()
     return (
         f"gather and loss {ops.active_implementation(device)}, norm, rotation and activation"
-        f" {ops.active_elementwise(device, dtype)}, attention {active_kernel(device, dtype)},"
-        f" linear {linear}, optimizer {inner.__module__.split('.')[0]} {inner.__name__}{fused}"
+        f" {ops.active_elementwise(device, dtype)}, attention"
+        f" {active_kernel(device, dtype, core.kv_channels)}, linear {linear}, weight gradients"
+        f" {added}, optimizer {inner.__module__.split('.')[0]} {inner.__name__}{fused}"
+        + (", deterministic algorithms" if config.train.deterministic else "")
+        + (f"; {why_not}" if why_not else "")
         + (f"; not installed: {', '.join(absent)}" if absent else "")
     )
+
+
+def te_version() -> str:
+    """Transformer Engine's release."""
+    from megatron.core.utils import get_te_version
+
+    return str(get_te_version())
+
+
+def transformer_engine_obstacle() -> str:
+    """Why Megatron-Core cannot use Transformer Engine; "" if it can."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    if HAVE_TE:
+        return ""
+    if find_spec("transformer_engine") is None:
+        return "Transformer Engine is not installed (pip install 'rmega[te]')"
+    try:
+        import transformer_engine.pytorch.fp8  # noqa: F401
+
+        reason = "Megatron-Core did not find what it needs in it"
+    except Exception as error:  # whatever a broken installation raises
+        reason = f"{type(error).__name__}: {error}"
+    return f"Transformer Engine is installed, but Megatron-Core cannot use it ({reason})"
 
 
 def use_transformer_engine(config: TrainingConfig, device: torch.device) -> bool:
@@ -130,13 +164,9 @@ def use_transformer_engine(config: TrainingConfig, device: torch.device) -> bool
     must = fp8 != "none" or choice == "transformer_engine"
     if choice == "local":
         return False
-    try:
-        import transformer_engine  # noqa: F401
-    except ImportError:
+    if obstacle := transformer_engine_obstacle():
         if must:
-            raise ValueError(
-                f"{asked}: Transformer Engine is not installed (pip install 'rmega[te]')"
-            ) from None
+            raise ValueError(f"{asked}: {obstacle}")
         return False
     if device.type != "cuda" and must:
         raise ValueError(f"{asked} needs a CUDA device")
@@ -426,12 +456,12 @@ def evaluate(
     progress: Callable[[int], None] | None = None,
     num_probed: int = 0,
 ) -> dict[str, Any]:
-    """What ``rmega.evaluation`` says of a held-out set, whole (``judge``), with "reward_mean" and
-    "reward_std" of all its rewards; the same on every rank. ``num_probed`` comparisons are
+    """``rmega.evaluation.results.evaluate`` of a held-out set, with "reward_mean" and "reward_std"
+    over all its responses; the same on every rank. ``num_probed`` comparisons are
     scored again in other forms.
     """
     rewards = compute_rewards(wrapped, batcher, device, progress)
-    items = stored_items(batcher.dataset, rewards)
+    items = results.stored_items(batcher.dataset, rewards)
 
     def score(view: View) -> np.ndarray:
         return compute_rewards(wrapped, batcher.over(view), device, progress)
@@ -449,7 +479,7 @@ def evaluate(
         else None
     )
     return {
-        **judge(items, length_unit="tokens", probes=probes),
+        **results.evaluate(items, length_unit="tokens", probes=probes),
         "reward_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()),
     }

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.dist import run_distributed
+from tests.runs import edit_info
 from tests.tiny import InMemory, random_comparisons, tiny_llama
 
 TOTAL, STOP = 6, 3
@@ -40,7 +41,8 @@ def steps(
     loss_scale: float = 1.0,
 ) -> dict:
     """Run up to step ``count`` of TOTAL, from ``load`` if given; what is left behind on rank 0."""
-    from rmega.checkpointing import checkpoint, run_folder
+    from rmega.checkpointing import checkpoint
+    from rmega.checkpointing.find import find
     from rmega.precision import DTYPES
     from rmega.training import train
     from rmega.training.parity import Layout, build, gather_global, layout_config, make_batcher
@@ -62,7 +64,7 @@ def steps(
     state = checkpoint.RunState()
     if load:
         state = checkpoint.load(
-            run_folder.find(load), wrapped=wrapped, optimizer=optimizer, scheduler=scheduler
+            find(load), wrapped=wrapped, optimizer=optimizer, scheduler=scheduler
         )
     batcher = make_batcher(config, dataset, geometry)
     seen, losses, scales = [], [], []
@@ -215,6 +217,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     how, says, halves, tmp_path, capsys
 ):
     from rmega.checkpointing import run_folder
+    from rmega.checkpointing.find import damage, find
 
     run = tmp_path / "run"
     shutil.copytree(halves["1"][0], run)
@@ -222,15 +225,16 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     (run / run_folder.TRACKER).write_text("5\n")
     shard = next((run / "iter_0000005").glob("*.distcp"))
     shard.unlink() if how == "gone" else spoil(shard, how)
-    assert says in run_folder.damage(run / "iter_0000005")
+    assert says in damage(run / "iter_0000005")
     if how != "one bit":  # outside a process group only sizes are looked at
-        assert run_folder.find(run) == run / "iter_0000003"
+        assert find(run) == run / "iter_0000003"
         out = capsys.readouterr().out
         assert "warning: damaged checkpoint left out: " in out and says in out
         with pytest.raises(
-            ValueError, match="iter_0000005: damaged .*the newest good checkpoint is .*iter_0000003"
+            ValueError,
+            match="iter_0000005: damaged .*the newest healthy checkpoint is .*iter_0000003",
         ):
-            run_folder.find(run / "iter_0000005")
+            find(run / "iter_0000005")
 
 
 def test_no_good_checkpoint(halves, folder, tmp_path):
@@ -238,7 +242,7 @@ def test_no_good_checkpoint(halves, folder, tmp_path):
     shutil.copytree(halves["1"][0], run)
     spoil(next((run / "iter_0000003").glob("*.distcp")), "one bit")
     with pytest.raises(
-        RuntimeError, match="ValueError: --load .*no good checkpoint in it .*content has changed"
+        RuntimeError, match="ValueError: --load .*no healthy checkpoint in it .*content has changed"
     ):
         go("1", folder, str(run), None, TOTAL)
     info = run / "iter_0000003" / "rmega.json"
@@ -251,30 +255,29 @@ def test_no_good_checkpoint(halves, folder, tmp_path):
 
 def test_foreign_and_unfinished_folders(tmp_path):
     from rmega.checkpointing import run_folder
+    from rmega.checkpointing.find import find
 
     (tmp_path / "a" / "iter_0000007.partial").mkdir(parents=True)
-    assert run_folder.find(tmp_path / "a") is None
+    assert find(tmp_path / "a") is None
     (tmp_path / "b" / "iter_0000007").mkdir(parents=True)
     (tmp_path / "b" / "iter_0000007" / ".metadata").write_text("x")
     (tmp_path / "b" / run_folder.TRACKER).write_text("7")
     with pytest.raises(ValueError, match="--load .*b: holds checkpoints of another program"):
-        run_folder.find(tmp_path / "b")
+        find(tmp_path / "b")
 
 
 def test_a_tracker_that_was_cut_short(halves, tmp_path):
     from rmega.checkpointing import run_folder
+    from rmega.checkpointing.find import find
 
     run = tmp_path / "run"
     shutil.copytree(halves["1"][0], run)
     (run / run_folder.TRACKER).write_text("")
-    assert run_folder.find(run) == run / "iter_0000003"
+    assert find(run) == run / "iter_0000003"
 
 
 def test_checkpoints_of_an_earlier_rmega_without_checksums(halves, folder, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(halves["1"][0], run)
-    info = run / "iter_0000003" / "rmega.json"
-    old = json.loads(info.read_text())
-    del old["files"]
-    info.write_text(json.dumps(old))
+    edit_info(run / "iter_0000003", drop="files")
     assert len(go("1", folder, str(run), None, TOTAL)["losses"]) == TOTAL - STOP

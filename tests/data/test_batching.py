@@ -294,22 +294,16 @@ def test_a_rank_without_work_still_has_a_pack() -> None:
     assert [len(p.chosen) for p in batcher.packs(batcher.documents(0))] == [0]
 
 
-# The real files
-
-
 @pytest.fixture(scope="module")
-def prefixes(shared_dir: Path, internlm2_tokenizer: Path, tmp_path_factory) -> dict[str, str]:
+def prefixes(preference_files: Path, internlm2_tokenizer: Path, tmp_path_factory) -> dict[str, str]:
     from rmega.preferences.preprocess import PreprocessArgs, preprocess
 
     folder = tmp_path_factory.mktemp("data")
-    files = {
-        "hh": "hh-rlhf/mix.eval.pairs.jsonl.gz",
-        "ultrafeedback": "ultrafeedback-cleaned-1k/train.argilla-schema.jsonl.gz",
-    }
+    files = {"turns": "messages.jsonl.gz", "long": "argilla.jsonl.gz"}
     for name, file in files.items():
         preprocess(
             PreprocessArgs(
-                input=[str(shared_dir / "data" / file)],
+                input=[str(preference_files / file)],
                 tokenizer=str(internlm2_tokenizer),
                 output_prefix=str(folder / name),
                 workers=1,
@@ -318,8 +312,8 @@ def prefixes(shared_dir: Path, internlm2_tokenizer: Path, tmp_path_factory) -> d
     return {name: str(folder / name) for name in files}
 
 
-@pytest.mark.parametrize("name", ["hh", "ultrafeedback"])
-def test_balance_and_fill_on_real_lengths(name: str, prefixes: dict[str, str]) -> None:
+@pytest.mark.parametrize("name", ["turns", "long"])
+def test_balance_and_fill_on_lengths_of_texts(name: str, prefixes: dict[str, str]) -> None:
     """64 comparisons over 8 ranks at 1.8B: largest over mean cost at most 1.015, 99 % of computed
     tokens real."""
     dataset = Mixture.open((prefixes[name],), seed=11)

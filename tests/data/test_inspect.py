@@ -165,7 +165,7 @@ def tool(capsys: pytest.CaptureFixture[str]) -> Any:
     return call
 
 
-def test_the_tool_on_real_tokens(tool: Any, tmp_path: Path, stories260k: Path) -> None:
+def test_the_tool_on_tokens_of_a_tokenizer(tool: Any, tmp_path: Path, small_llama: Path) -> None:
     bad = "Bad <b>answer</b>."
     rows = [
         {"prompt": f"Question {i}?", "chosen": f"Good answer {i}.", "rejected": bad}
@@ -176,7 +176,7 @@ def test_the_tool_on_real_tokens(tool: Any, tmp_path: Path, stories260k: Path) -
     preprocess(
         PreprocessArgs(
             input=[str(tmp_path / "d.jsonl")],
-            tokenizer=str(stories260k),
+            tokenizer=str(small_llama),
             output_prefix=str(prefix),
             workers=1,
             valid_fraction=0.2,
@@ -184,7 +184,7 @@ def test_the_tool_on_real_tokens(tool: Any, tmp_path: Path, stories260k: Path) -
     )
     assert tool(prefix)[0] == 0 and "24 (responses: 24 with 2)" in tool(prefix)[1]
     assert json.loads(tool(prefix, "stats", "--json")[1])["comparisons"] == 24
-    tokenizer = PairTokenizer.load(stories260k).tokenizer
+    tokenizer = PairTokenizer.load(small_llama).tokenizer
     plain = show(open_preferences(prefix), 3, tokenizer)
     code, out, _ = tool(prefix, "show", 3)
     assert (

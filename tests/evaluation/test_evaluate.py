@@ -15,8 +15,8 @@ import pytest
 
 from rmega.commands.evaluate import EvaluateArgs, main
 from rmega.evaluation.probes import pick, prompt_probe, swap_probe
-from rmega.evaluation.results import Judged, length_flag
-from rmega.evaluation.rows import judged, read_eval_set
+from rmega.evaluation.results import ScoredComparison, length_flag
+from rmega.evaluation.rows import read_eval_set, scored
 from rmega.evaluation.scores import match_scores, read_scores
 from rmega.preferences.comparison import Comparison
 from rmega.preferences.sources import resolve
@@ -53,21 +53,33 @@ def length_rows(rows):
 
 
 def test_llmbar_length_heuristic(tmp_path, shared_dir, capsys):
+    """The published figure: longer responses win 27.2 % of LLMBar's pairs."""
     data = shared_dir / "data" / "llmbar" / "eval.pairs.jsonl"
+    check_length_heuristic(tmp_path, data, capsys, 0.272, "(0.232 to 0.317)", 419)
+
+
+def test_length_heuristic(tmp_path, preference_files, capsys):
+    data = preference_files / "longer_is_worse.jsonl"
+    check_length_heuristic(tmp_path, data, capsys, 0.270, "(0.193 to 0.364)", 100)
+
+
+def check_length_heuristic(tmp_path, data, capsys, accuracy, interval, pairs):
+    """Scores that are lengths, on pairs whose longer response is usually the worse one."""
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
     scores = write(tmp_path / "s.jsonl", length_rows(rows))
-    got = evaluate(tmp_path, data=[str(data)], scores=[scores])["eval.pairs"]
-    assert round(got["accuracy"], 3) == 0.272 and got["num_pairs"] == 419
+    got = evaluate(tmp_path, data=[str(data)], scores=[scores])[data.stem]
+    assert round(got["accuracy"], 3) == accuracy and got["num_pairs"] == pairs
     assert (
-        round(got["length"]["always_longer"], 3) == 0.272 and length_flag(got["length"]) == "strong"
+        round(got["length"]["always_longer"], 3) == accuracy
+        and length_flag(got["length"]) == "strong"
     )
-    assert {v["about"]: v["level"] for v in got["verdict"]} | {
+    assert {v["about"]: v["level"] for v in got["findings"]} | {
         "accuracy": "bad",
         "length": "bad",
-    } == {v["about"]: v["level"] for v in got["verdict"]}
+    } == {v["about"]: v["level"] for v in got["findings"]}
     printed = capsys.readouterr().out
     assert (
-        "0.272  (0.232 to 0.317)" in printed
+        f"{accuracy:.3f}  {interval}" in printed
         and "Strong length bias, towards longer responses" in printed
     )
 
@@ -76,8 +88,8 @@ def test_llmbar_length_heuristic(tmp_path, shared_dir, capsys):
     got = evaluate(
         tmp_path, data=[other], scores=[write(tmp_path / "t.jsonl", length_rows(swapped))]
     )["swapped"]
-    assert round(got["accuracy"], 3) == 0.728 and length_flag(got["length"]) == "strong"
-    assert round(got["swap"]["accuracy"], 3) == 0.272
+    assert round(got["accuracy"], 3) == 1 - accuracy and length_flag(got["length"]) == "strong"
+    assert round(got["swap"]["accuracy"], 3) == accuracy
 
 
 def test_works_without_torch_transformers_matplotlib(tmp_path):
@@ -354,9 +366,9 @@ def test_several_files_and_flags(tmp_path):
         evaluate(tmp_path, data=[a, b], scores=[s])
     with pytest.raises(ValueError, match="--limit 0"):
         evaluate(tmp_path, data=[a], scores=[s], limit=0)
-    with pytest.raises(ValueError, match="--data .*no schema fits its columns .x."):
+    with pytest.raises(ValueError, match="--data .*no known schema has the columns x;"):
         evaluate(tmp_path, data=[write(tmp_path / "x.jsonl", [{"x": 1}])], scores=[s])
-    with pytest.raises(ValueError, match="nothing to judge .1 all responses are the same"):
+    with pytest.raises(ValueError, match="nothing to evaluate .1 all responses are the same"):
         evaluate(tmp_path, data=[write(tmp_path / "y.jsonl", [pair("a", "a")])], scores=[s])
     first = write(tmp_path / "one.jsonl", [{"scores": [1, 0]}])
     assert evaluate(tmp_path, data=[a], scores=[first], limit=1)["a"]["num_pairs"] == 1
@@ -372,7 +384,7 @@ def test_sample_and_rest_of_a_file_are_read_once(tmp_path):
 # ---- probes
 
 
-def items_for(score, count=20) -> list[Judged]:
+def items_for(score, count=20) -> list[ScoredComparison]:
     rng = random.Random(0)
     out = []
     for i in range(count):
@@ -383,7 +395,7 @@ def items_for(score, count=20) -> list[Judged]:
             responses=[[{"role": "assistant", "content": t}] for t in texts],
         )
         out.append(
-            Judged(
+            ScoredComparison(
                 rewards=np.array(score([c])[0]),
                 scores=np.array(c.scores),
                 lengths=np.array([1, 1]),
@@ -428,18 +440,18 @@ def test_probes_forgive_rounding():
     assert len(pick(items, 7)) == 7 and pick(items, 100) == items
 
 
-def test_model_path(tmp_path, stories260k, capsys):
+def test_model_path(tmp_path, small_llama, capsys):
     """A real folder: rewards equal plain transformers, probes hold, and saved scores give the same
     numbers."""
     torch = pytest.importorskip("torch")
     from transformers import AutoTokenizer, LlamaForSequenceClassification
 
     torch.manual_seed(0)
-    model = LlamaForSequenceClassification.from_pretrained(stories260k, num_labels=1)
+    model = LlamaForSequenceClassification.from_pretrained(small_llama, num_labels=1)
     torch.nn.init.normal_(model.score.weight, std=0.1)
     model.config.pad_token_id = 0
     model.save_pretrained(tmp_path / "rm")
-    AutoTokenizer.from_pretrained(stories260k).save_pretrained(tmp_path / "rm")
+    AutoTokenizer.from_pretrained(small_llama).save_pretrained(tmp_path / "rm")
     args = dict(data=[str(DEMO)], limit=12)
     got = evaluate(
         tmp_path, model=str(tmp_path / "rm"), probes=6, save_scores=str(tmp_path / "saved"), **args
@@ -454,9 +466,9 @@ def test_model_path(tmp_path, stories260k, capsys):
     assert "accuracy, ties half" in capsys.readouterr().out
 
 
-def test_judged_checks_the_count(tmp_path):
+def test_scored_checks_the_count(tmp_path):
     row = read_eval_set(
         resolve([write(tmp_path / "d.jsonl", [pair("a", "b")])], flag="--data")[0]
     ).rows[0]
     with pytest.raises(ValueError, match="d.jsonl:1: 3 rewards for 2 responses"):
-        judged(row, [1, 2, 3], len)
+        scored(row, [1, 2, 3], len)

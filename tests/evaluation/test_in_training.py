@@ -1,4 +1,4 @@
-"""Evaluations of a training: the probes on token ids, files and lines of a run, the same judgement
+"""Evaluations of a training: the probes on token ids, files and lines of a run, the same result
 in any layout."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rmega.data.indexed import StoredComparison, open_preferences
 from rmega.evaluation import files
 from rmega.evaluation.in_training import Evaluations
 from rmega.evaluation.probes import NUM_PROBED
-from rmega.evaluation.results import Judged, judge, stored_items, to_json
+from rmega.evaluation.results import ScoredComparison, evaluate, stored_items, to_json
 from rmega.evaluation.token_probes import (
     View,
     blanked,
@@ -31,6 +31,7 @@ from rmega.evaluation.token_probes import (
 )
 from tests import runs
 from tests.dist import run_distributed
+from tests.made_rows import write_lines
 from tests.report.test_report import check
 from tests.tiny import InMemory, random_comparisons
 
@@ -131,7 +132,7 @@ def by_response(view) -> np.ndarray:
 def probed(score, count: int = 40) -> dict:
     dataset = InMemory(random_comparisons(60))
     items = stored_items(dataset, score(dataset))
-    return judge(items, probes=probe_stored(dataset, items, score, count, max_tokens=10_000))
+    return evaluate(items, probes=probe_stored(dataset, items, score, count, max_tokens=10_000))
 
 
 def test_probes_pass_an_honest_model_and_catch_a_dishonest_one():
@@ -144,13 +145,13 @@ def test_probes_pass_an_honest_model_and_catch_a_dishonest_one():
     )
     cheat = probed(by_place)
     assert cheat["swap"]["changed_share"] == 1 and cheat["prompt"]["blank_accuracy"] == 1
-    assert {v["about"] for v in cheat["verdict"] if v["level"] == "bad"} >= {"swap", "prompt only"}
+    assert {v["about"] for v in cheat["findings"] if v["level"] == "bad"} >= {"swap", "prompt only"}
     blind = probed(by_response)["prompt"]
     assert blind["shuffled_accuracy"] == blind["own_accuracy"] != 0.5
     assert honest["prompt"]["shuffled_accuracy"] != honest["prompt"]["own_accuracy"]
     assert (
         "num_comparisons"
-        not in judge(
+        not in evaluate(
             stored_items(InMemory([]), np.zeros(0)),
             probes=probe_stored(InMemory([]), [], by_tokens, 9, max_tokens=9),
         )["swap"]
@@ -203,18 +204,18 @@ def noted(
     """What the evaluations of a run print, one of ``steps`` after the other."""
     with contextlib.redirect_stdout(io.StringIO()) as said:
         evaluations = Evaluations(str(run), {name: Set([])}, probes="last", resumed_at=resumed_at)
-        for step, judgement in steps.items():
-            evaluations.note(name, step, judgement, last=step == last)
+        for step, result in steps.items():
+            evaluations.note(name, step, result, last=step == last)
     return said.getvalue()
 
 
 def of_bias(strong: bool) -> dict:
-    """A judgement whose rewards are lengths, or the length's cube root with the right sign for the
+    """A result whose rewards are lengths, or the length's cube root with the right sign for the
     labels."""
     rng = np.random.default_rng(1)
-    return judge(
+    return evaluate(
         [
-            Judged(
+            ScoredComparison(
                 rewards=np.array(n if strong else rng.normal([1.0, 0.0]), float),
                 scores=np.array([1.0, 0.0]),
                 lengths=n,
@@ -235,20 +236,20 @@ def test_a_new_length_bias_is_said_once(tmp_path):
     )  # after step 3 there was none
     said = noted(tmp_path, "a/b", {6: biased}, last=6, resumed_at=4)
     assert (
-        said.count("\n") == len(biased["verdict"])
+        said.count("\n") == len(biased["findings"])
         and "[!!] a/b: Strong" in said
         and "[!]  a/b: " in said
     )
 
 
-def test_files_hold_what_the_judge_said_and_stale_ones_go(tmp_path):
+def test_files_hold_the_whole_result_and_stale_ones_go(tmp_path):
     fair = of_bias(False)
     noted(tmp_path, "..", {0: fair, 10: fair, 20: fair})
     folder = tmp_path / "evaluations" / "%2E."
     assert sorted(p.name for p in folder.iterdir()) == [f"step_00000{n}0.json" for n in (0, 1, 2)]
     whole = json.loads((folder / "step_0000010.json").read_text())
     assert whole | {"sets": 0} == {
-        "format_version": 1,
+        "format_version": 2,
         "subject": str(tmp_path),
         "step": 10,
         "sets": 0,
@@ -279,30 +280,32 @@ def test_files_hold_what_the_judge_said_and_stale_ones_go(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def data(shared_dir, stories260k, tmp_path_factory) -> dict[str, Path]:
-    """Prefixes of real comparisons, with the rows that they were made of beside them
+def data(preference_files, small_llama, tmp_path_factory) -> dict[str, Path]:
+    """Prefixes of comparisons, with the rows that they were made of beside them
     (PREFIX.jsonl). Short ones: a row that is too long is cut for all its responses together when
     it is stored, for each alone when it is scored.
     """
     from rmega.preferences.preprocess import PreprocessArgs, preprocess
 
     out = {}
-    for name, file, count, step in (
-        ("pairs", "hh-rlhf/mix.eval.pairs.jsonl.gz", 50, 7),  # 7: every source
-        ("ranked", "gsm8k-solutions/all.ranked.jsonl", 12, 1),
+    for name, file, count in (
+        ("pairs", "messages.jsonl.gz", 50),
+        ("ranked", "solutions.jsonl", 12),
     ):
         prefix = tmp_path_factory.mktemp("data") / name
         with (gzip.open if file.endswith(".gz") else open)(
-            shared_dir / "data" / file, "rt", encoding="utf-8"
+            preference_files / file, "rt", encoding="utf-8"
         ) as lines:
             short = (line for line in lines if len(line) < (1200 if name == "pairs" else 2400))
-            rows = itertools.islice(short, 0, count * step, step)
-            prefix.with_suffix(".jsonl").write_text("".join(rows), encoding="utf-8")
+            rows = [json.loads(line) for line in itertools.islice(short, count)]
+        if name == "pairs":
+            rows = [row | {"source": f"source {i % 3}"} for i, row in enumerate(rows)]
+        write_lines(prefix.with_suffix(".jsonl"), rows)
         with contextlib.redirect_stdout(io.StringIO()):
             preprocess(
                 PreprocessArgs(
                     input=(f"{prefix}.jsonl",),
-                    tokenizer=str(stories260k),
+                    tokenizer=str(small_llama),
                     output_prefix=str(prefix),
                     max_length=1024,
                 )
@@ -322,13 +325,13 @@ def flags(model, data, run, **more) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def single(data, stories260k, tmp_path_factory) -> tuple[Path, str]:
+def single(data, small_llama, tmp_path_factory) -> tuple[Path, str]:
     """(run folder, what it printed) of one rank with probes at each of its three evaluations."""
     run = tmp_path_factory.mktemp("single") / "run"
     ((code, said),) = run_distributed(
         runs.train_and_say,
         1,
-        flags(stories260k, data, run, eval_interval=2, save_interval=2, eval_probes="every"),
+        flags(small_llama, data, run, eval_interval=2, save_interval=2, eval_probes="every"),
     )
     assert code == 0
     return run, said
@@ -350,23 +353,20 @@ def close(ours, theirs, tolerance: float, where: str = "") -> None:
         assert ours == theirs, where
 
 
-def without_words(judgement: dict) -> dict:
-    """A judgement without its sentences, whose digits may round either way; their levels stay."""
-    return {
-        **inverted(judgement),
-        "verdict": [[v["about"], v["level"]] for v in judgement["verdict"]],
-    }
+def without_words(result: dict) -> dict:
+    """A result without its sentences, whose digits may round either way; their levels stay."""
+    return {**inverted(result), "findings": [[v["about"], v["level"]] for v in result["findings"]]}
 
 
-def inverted(judgement: dict) -> dict:
+def inverted(result: dict) -> dict:
     """A temperature is fitted as its inverse, whose lower bound may lie near 0: the inverse is
     compared."""
     inverse = {
         key: value and 1 / value
-        for key, value in judgement["calibration"].items()
+        for key, value in result["calibration"].items()
         if key in ("temperature", "low", "high")
     }
-    return {**judgement, "calibration": judgement["calibration"] | inverse}
+    return {**result, "calibration": result["calibration"] | inverse}
 
 
 @pytest.mark.parametrize(
@@ -374,9 +374,9 @@ def inverted(judgement: dict) -> dict:
     [{"dp": 2}, {"tp": 2, "sp": True}, {"pp": 2, "num_layers_in_first_pipeline_stage": 3}],
     ids=["dp2", "tp2,sp", "pp2"],
 )
-def test_every_layout_judges_as_one_rank(layout, single, data, stories260k, tmp_path):
+def test_every_layout_evaluates_as_one_rank(layout, single, data, small_llama, tmp_path):
     argv = flags(
-        stories260k, data, tmp_path / "run", load=single[0], **layout
+        small_llama, data, tmp_path / "run", load=single[0], **layout
     )  # trained already: it only evaluates
     assert run_distributed(runs.train, 2, argv) == [0, 0]
     ours, alone = files.read_evaluations(tmp_path / "run"), files.read_evaluations(single[0])
@@ -400,10 +400,10 @@ def test_it_says_what_the_tool_says_of_the_same_rows(single, data, tmp_path):
     theirs = json.loads((tmp_path / "out.json").read_text())["sets"]
     ours = files.read_evaluations(run)
     for mine, own in (("pairs", "pairs"), ("gsm/8k", "ranked")):
-        judged, tool = inverted(ours[mine][STEPS]), inverted(theirs[own])
-        assert judged.keys() == tool.keys() | {"reward_mean", "reward_std"}
-        assert judged["length_unit"] == "tokens"
-        assert (judged["schema"], judged["left_out"]) == (tool["schema"], tool["left_out"])
+        evaluated, tool = inverted(ours[mine][STEPS]), inverted(theirs[own])
+        assert evaluated.keys() == tool.keys() | {"reward_mean", "reward_std"}
+        assert evaluated["length_unit"] == "tokens"
+        assert (evaluated["schema"], evaluated["left_out"]) == (tool["schema"], tool["left_out"])
         for part in (
             "num_comparisons",
             "num_pairs",
@@ -418,11 +418,11 @@ def test_it_says_what_the_tool_says_of_the_same_rows(single, data, tmp_path):
             "by_margin",
             "ranked",
         ):
-            close(judged[part], tool[part], 1e-4, part)
-        assert judged["swap"].keys() == tool["swap"].keys()
-        assert judged["prompt"].keys() == tool["prompt"].keys() | {"num_cut_prompts"}
+            close(evaluated[part], tool[part], 1e-4, part)
+        assert evaluated["swap"].keys() == tool["swap"].keys()
+        assert evaluated["prompt"].keys() == tool["prompt"].keys() | {"num_cut_prompts"}
         for part in ("num_comparisons", "blank_accuracy", "own_accuracy"):
-            close(judged["prompt"][part], tool["prompt"][part], 1e-4, part)
+            close(evaluated["prompt"][part], tool["prompt"][part], 1e-4, part)
     assert (
         len(ours["pairs"][STEPS]["by_source"]) == 3
         and ours["gsm/8k"][STEPS]["ranked"]["num_prompts"] > 5
@@ -461,14 +461,14 @@ def test_it_says_what_the_export_does_in_transformers(single, data, tmp_path):
     dataset = open_preferences(data["pairs"])
     rows = [dataset.get(i) for i in range(len(dataset))]
     rewards = score([np.concatenate([c.prefix, s]) for c in rows for s in c.suffixes])
-    want = judge(stored_items(dataset, rewards), length_unit="tokens")
+    want = evaluate(stored_items(dataset, rewards), length_unit="tokens")
     ours = files.read_evaluations(run)["pairs"][STEPS]
     for part in ("accuracy", "mean_margin", "calibration", "by_source", "length"):
         close(ours[part], to_json(want[part]), 1e-4, part)
     wrong, cut = wrong_prompts(rows, max_tokens=512)
     assert ours["prompt"]["num_cut_prompts"] == cut
     rewards = score([np.concatenate([c.prefix, s]) for c in wrong for s in c.suffixes])
-    shuffled = judge(stored_items(dataset, rewards), length_unit="tokens")
+    shuffled = evaluate(stored_items(dataset, rewards), length_unit="tokens")
     assert ours["prompt"]["shuffled_accuracy"] == pytest.approx(shuffled["accuracy"], abs=1e-4)
 
 
@@ -478,8 +478,8 @@ def test_the_log_and_the_flat_list(single):
     run, said = single
     lines = said.splitlines()
     last = files.read_evaluations(run)["pairs"][STEPS]
-    for verdict in last["verdict"]:
-        assert sum(line.endswith(f" pairs: {verdict['text']}") for line in lines) == 1
+    for findings in last["findings"]:
+        assert sum(line.endswith(f" pairs: {findings['text']}") for line in lines) == 1
     probes = [line for line in lines if line.startswith("[ok] ") and "reverse order" in line]
     assert len(probes) == 2  # of both sets, at the last evaluation alone
     after = lines[[i for i, line in enumerate(lines) if line.startswith("Iter(val) [4/4]")][0] + 1]
@@ -491,7 +491,7 @@ def test_the_log_and_the_flat_list(single):
         if row["type"] == "eval" and row["step"] == STEPS and row["name"] == "pairs"
     )
     assert flat["accuracy"] == last["accuracy"] and flat["reward_std"] == last["reward_std"]
-    assert "verdict" not in flat and all(not isinstance(v, (dict, list)) for v in flat.values())
+    assert "findings" not in flat and all(not isinstance(v, (dict, list)) for v in flat.values())
     assert math.isclose(flat["ece"], last["calibration"]["ece"])
 
 
@@ -512,21 +512,26 @@ def partial(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
         engine._rewards_of = original
 
 
-def test_a_run_that_depends_on_the_order_is_caught(data, stories260k, tmp_path):
+def test_a_run_that_depends_on_the_order_is_caught(data, small_llama, tmp_path):
     """The probe scores anew, through the packs of the training; "off" leaves it away, "last" keeps
     it for the end."""
-    argv = flags(stories260k, data, tmp_path / "run", steps=2, eval_interval=1)
+    argv = flags(small_llama, data, tmp_path / "run", steps=2, eval_interval=1)
     ((_, said),) = run_distributed(partial, 1, argv)
-    judged = files.read_evaluations(tmp_path / "run")["pairs"]
-    assert judged[2]["swap"]["changed_share"] > 0.2 and judged[2]["prompt"]["blank_accuracy"] == 1
+    evaluated = files.read_evaluations(tmp_path / "run")["pairs"]
+    assert (
+        evaluated[2]["swap"]["changed_share"] > 0.2
+        and evaluated[2]["prompt"]["blank_accuracy"] == 1
+    )
     assert "[!!] pairs: Scored again with the responses in reverse order" in said
-    assert "changed_share" not in judged[0]["swap"] and "changed_share" not in judged[1]["swap"]
-    argv = flags(stories260k, data, tmp_path / "off", steps=1, eval_probes="off")
+    assert (
+        "changed_share" not in evaluated[0]["swap"] and "changed_share" not in evaluated[1]["swap"]
+    )
+    argv = flags(small_llama, data, tmp_path / "off", steps=1, eval_probes="off")
     assert run_distributed(runs.train, 1, argv) == [0]
     assert "changed_share" not in files.read_evaluations(tmp_path / "off")["pairs"][1]["swap"]
 
 
-def test_after_a_resume(single, data, stories260k, tmp_path):
+def test_after_a_resume(single, data, small_llama, tmp_path):
     """Evaluations of later steps are gone, those before stay; the last line tells both times, where
     it can."""
     import shutil
@@ -543,8 +548,8 @@ def test_after_a_resume(single, data, stories260k, tmp_path):
     info = run / "iter_0000002" / "rmega.json"
     noted_seconds = json.loads(info.read_text())["train_seconds"]
     assert 0 < noted_seconds < 60
-    info.write_text(json.dumps({**json.loads(info.read_text()), "train_seconds": 4000.0}))
-    argv = flags(stories260k, data, run, eval_interval=2)
+    runs.edit_info(info.parent, train_seconds=4000.0)
+    argv = flags(small_llama, data, run, eval_interval=2)
     ((code, said),) = run_distributed(runs.train_and_say, 1, argv)
     assert (
         code == 0
@@ -571,19 +576,16 @@ def test_after_a_resume(single, data, stories260k, tmp_path):
             f"{line}\n" for line in metrics.read_text().splitlines() if json.loads(line)["step"] < 4
         )
     )
-    info = run / "iter_0000004" / "rmega.json"
-    info.write_text(
-        json.dumps({k: v for k, v in json.loads(info.read_text()).items() if k != "train_seconds"})
-    )
+    runs.edit_info(run / "iter_0000004", drop="train_seconds")
     ((_, said),) = run_distributed(runs.train_and_say, 1, argv)
     assert said.splitlines()[-1].endswith(" since the resume at step 4")
 
 
-def test_a_disk_error_does_not_end_the_run(data, stories260k, tmp_path):
+def test_a_disk_error_does_not_end_the_run(data, small_llama, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "evaluations").write_text("in the way")
-    ((code, said),) = run_distributed(runs.train_and_say, 1, flags(stories260k, data, run, steps=1))
+    ((code, said),) = run_distributed(runs.train_and_say, 1, flags(small_llama, data, run, steps=1))
     assert code == 0 and "done: 1 steps" in said and (run / "iter_0000001").is_dir()
     warnings = [
         line for line in said.splitlines() if line.startswith(f"warning: {run}/evaluations/")
@@ -601,8 +603,8 @@ def test_the_page_of_a_run(single, tmp_path):
     for name in ours:
         last = ours[name][STEPS]
         assert f"Held out: {name}" in got.text and f"{last['num_pairs']:,} pairs of" in got.text
-        for verdict in last["verdict"]:
-            assert verdict["text"].replace(" %", "\u00a0%") in got.text
+        for findings in last["findings"]:
+            assert findings["text"].replace(" %", "\u00a0%") in got.text
     for title in (
         "Is it as sure as it should be?",
         "Accuracy by which is the longer",
@@ -622,14 +624,14 @@ def test_the_page_of_a_run(single, tmp_path):
 
 
 def test_sections_of_odd_sets():
-    """Nothing to judge, one evaluation, one side of the lengths empty, ratings: each has its
+    """Nothing to evaluate, one evaluation, one side of the lengths empty, ratings: each has its
     section."""
     pytest.importorskip("matplotlib")
     from rmega.report import held_out
 
-    def judged(lengths, scores=(1.0, 0.0), **more) -> dict:
+    def evaluated(lengths, scores=(1.0, 0.0), **more) -> dict:
         items = [
-            Judged(
+            ScoredComparison(
                 rewards=np.array([i % 3, 1.0]),
                 scores=np.array(scores),
                 lengths=np.array(lengths),
@@ -637,14 +639,17 @@ def test_sections_of_odd_sets():
             )
             for i in range(9)
         ]
-        return {**json.loads(json.dumps(to_json(judge(items, length_unit="tokens")))), "data": "d"}
+        return {
+            **json.loads(json.dumps(to_json(evaluate(items, length_unit="tokens")))),
+            "data": "d",
+        }
 
-    graded = judged((5, 9), scores=(4.0, 1.0), graded=True)
+    graded = evaluated((5, 9), scores=(4.0, 1.0), graded=True)
     text = held_out.sections(
         {
-            "none": {0: judged((1, 2), scores=(1.0, 1.0))},
+            "none": {0: evaluated((1, 2), scores=(1.0, 1.0))},
             "<b>": {0: graded, 5: graded},
-            "one": {3: judged((7, 2))},
+            "one": {3: evaluated((7, 2))},
         },
         order=["one", "gone"],
     )
@@ -658,6 +663,6 @@ def test_sections_of_odd_sets():
         and text.count("Calibration error over the steps") == 1
     )
     assert (
-        "No pair to judge" in text and "Length gap over" not in text
+        "No pair to evaluate" in text and "Length gap over" not in text
     )  # the gap of one side is not known
     assert held_out.sections({}) == ""

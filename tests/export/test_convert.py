@@ -27,6 +27,7 @@ from rmega.models.weights import hf_shapes
 from tests.conftest import ROOT
 from tests.dist import run_distributed
 from tests.hf_fixtures import FAMILIES, Stage, hf_config, hf_tensors, tiny, write_folder
+from tests.runs import edit_info
 from tests.tiny import InMemory, random_comparisons
 
 REWARD, PAD = 3, 2
@@ -311,15 +312,15 @@ def test_rope_scaling_survives(scaling, tmp_path) -> None:
         close(answers[0], answer)
 
 
-@pytest.mark.parametrize("source", ["stories260k", "internlm2_tokenizer"])
+@pytest.mark.parametrize("source", ["small_llama", "internlm2_tokenizer"])
 def test_tokenizer_template_and_pad_token(source, request, tmp_path) -> None:
-    """Real tokenizers: a client of the written folder makes the ids of the training, in every
+    """Two kinds of tokenizers: a client of the written folder makes the ids of the training, in every
     transformers."""
     from rmega.data.fingerprint import is_tokenizer_of
     from rmega.preferences.tokenizer import PairTokenizer
 
     tokenizer = PairTokenizer.load(request.getfixturevalue(source))
-    family = "llama" if source == "stories260k" else "internlm2"
+    family = "llama" if source == "small_llama" else "internlm2"
     folder = reward_folder(tmp_path / "hf", family, vocab_size=tokenizer.vocab_size)
     for file in request.getfixturevalue(source).iterdir():
         if file.name not in ("config.json", "model.safetensors"):
@@ -342,10 +343,11 @@ def test_tokenizer_template_and_pad_token(source, request, tmp_path) -> None:
     ]
     ids = tokenizer.encode_conversation(chat)
     if source == "internlm2_tokenizer":
+        reward_token_id = tokenizer.vocab_size - 17  # 92527 of 92544 in the published one
         assert (recipe["reward_token_id"], recipe["reward_token"]) == (
-            92527,
+            reward_token_id,
             "[UNUSED_TOKEN_130]",
-        ) and ids[-1] == 92527
+        ) and ids[-1] == reward_token_id
     assert recipe["pad_token_id"] != recipe["reward_token_id"]
     for python in interpreters():
         answer = check_load(python, tmp_path / "out", [ids], recipe["pad_token_id"], tmp_path, chat)
@@ -399,9 +401,9 @@ def test_a_pad_token_that_ends_every_turn_is_replaced(
             close([recipe["example"]["reward"]], rewards[:1])
 
 
-def test_pretrained_llama_as_internlm2(stories260k, tmp_path) -> None:
-    """A real pretrained model, re-laid out as InternLM2: the rewards are those of the Llama."""
-    run = make_run(stories260k, tmp_path / "run", "tp2")
+def test_causal_llama_as_internlm2(small_llama, tmp_path) -> None:
+    """A language model with tied embeddings, re-laid out as InternLM2: the rewards are those of the Llama."""
+    run = make_run(small_llama, tmp_path / "run", "tp2")
     for form in BOTH:
         assert convert(run=run, output=tmp_path / form, family=form) == 0
     answers = in_process(tmp_path, [list(range(5, 60 + i)) for i in range(9)])
@@ -438,7 +440,7 @@ def test_few_comparisons_verify_nothing(runs, tmp_path) -> None:
     shutil.copytree(runs["llama"], run)
     path = run / "iter_0000010" / "rmega.json"
     info = json.loads(path.read_text())
-    path.write_text(json.dumps({**info, "verification": info["verification"][:3]}))
+    edit_info(path.parent, verification=info["verification"][:3])
     assert convert(run=run, output=tmp_path / "out") == 1
     assert "at least 16" in (tmp_path / "out" / UNVERIFIED).read_text()
 
@@ -525,16 +527,19 @@ def test_a_full_disk_leaves_nothing(runs, tmp_path, monkeypatch) -> None:
     ("spoil", "message"),
     [
         (lambda d: change(d, format_version=99), "checkpoint format version 99; this rmega reads"),
-        (lambda d: (change(d, files={}), (d / ".metadata").unlink()), "not a readable checkpoint"),
+        (
+            lambda d: (change(d, files=None), (d / ".metadata").unlink()),
+            "not a readable checkpoint",
+        ),
         (lambda d: next(d.glob("__0_*.distcp")).unlink(), "damaged .*No such file"),
         (lambda d: flip(next(d.glob("__0_*.distcp"))), "damaged .*has changed"),
         (lambda d: flip(d / "hf" / "config.json"), "damaged .*has changed"),
         (lambda d: cut(next(d.glob("__0_*.distcp"))), "damaged .*bytes instead of"),
         (
-            lambda d: (change(d, files={}), next(d.glob("__0_*.distcp")).unlink()),
+            lambda d: (change(d, files=None), next(d.glob("__0_*.distcp")).unlink()),
             "missing; the checkpoint is not compl",
         ),
-        (lambda d: (change(d, files={}), cut(next(d.glob("__0_*.distcp")), 9)), "broken at"),
+        (lambda d: (change(d, files=None), cut(next(d.glob("__0_*.distcp")), 9)), "broken at"),
         (lambda d: change(d, pad_token_id=REWARD), "pad_token_id and reward_token_id are both"),
     ],
 )
@@ -552,8 +557,7 @@ def test_a_checkpoint_that_cannot_be_read(spoil, message, runs, tmp_path) -> Non
 
 
 def change(folder: Path, **fields) -> None:
-    info = json.loads((folder / "rmega.json").read_text())
-    (folder / "rmega.json").write_text(json.dumps({**info, **fields}))
+    edit_info(folder, **fields)
 
 
 def flip(file: Path) -> None:
@@ -611,9 +615,7 @@ def test_an_export_of_a_run_that_goes_on_says_so(plan, planned, runs, tmp_path, 
     comparisons)."""
     run = tmp_path / "run"
     shutil.copytree(runs["llama"], run)
-    path = run / "iter_0000010" / "rmega.json"
-    info = json.loads(path.read_text())
-    path.write_text(json.dumps({**info, "num_comparisons": 368, "config": {"train": plan}}))
+    edit_info(run / "iter_0000010", num_comparisons=368, config={"train": plan})
     assert convert(run=run, output=tmp_path / "out", verify=False) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     said = f"note: {run / 'iter_0000010'} is step 10 of the {planned} that the run is planned for"

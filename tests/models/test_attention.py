@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from rmega import ops
 from rmega.data.packing import Segments
-from rmega.models import attention
+from rmega.models import attention, varlen
 from rmega.models.attention import (
     choose_backend,
     packed_attention,
@@ -67,18 +67,14 @@ PACKS = {
 }
 
 
-def attend(pack, dtype, function, groups=2, ratio=1, d=16, seed=0):
-    """[output, grad q, grad k, grad v] in fp64 for inputs that are the same numbers in every
-    dtype."""
+def attend(pack, dtype, function, groups=2, ratio=1, d=16, seed=0, device="cpu"):
+    """[output, grad q, grad k, grad v] in fp64 for inputs that are the same numbers in every dtype
+    and on every device."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(rows, heads):
-        x = (
-            torch.randn(rows, heads, d, generator=generator, dtype=torch.float64)
-            .bfloat16()
-            .to(dtype)
-        )
-        return x.requires_grad_()
+        x = torch.randn(rows, heads, d, generator=generator, dtype=torch.float64)
+        return x.bfloat16().to(device, dtype).requires_grad_()
 
     q, k, v = (
         draw(pack.num_queries, groups * ratio),
@@ -87,7 +83,8 @@ def attend(pack, dtype, function, groups=2, ratio=1, d=16, seed=0):
     )
     weight = draw(pack.num_queries, groups * ratio).detach().flatten(1)
     out = function(q, k, v, pack, d**-0.5)
-    return [x.detach().double() for x in (out, *torch.autograd.grad(out, (q, k, v), weight))]
+    values = (out, *torch.autograd.grad(out, (q, k, v), weight))
+    return [x.detach().cpu().double() for x in values]
 
 
 def errors(values, truth):
@@ -323,6 +320,36 @@ def test_choosing_a_backend():
         choose_backend(x, "flash")
 
 
+@pytest.mark.parametrize(
+    "head_dim,dtype,capability,reason",
+    [
+        (64, torch.bfloat16, (9, 0), ""),
+        (256, torch.float16, (8, 0), ""),
+        (8, torch.bfloat16, (12, 0), ""),
+        (60, torch.bfloat16, (9, 0), "multiples of 8 up to 256, not 60"),
+        (264, torch.bfloat16, (9, 0), "multiples of 8 up to 256, not 264"),
+        (64, torch.float16, (7, 5), "needs compute capability 8.0, this GPU has 7.5"),
+        (64, torch.float32, (9, 0), "takes bfloat16 and float16, not float32"),
+    ],
+)
+def test_what_varlen_attention_cannot_run_is_known_before_it_is_called(
+    monkeypatch, head_dim, dtype, capability, reason
+):
+    """By a stand-in for a GPU: an error out of torch's kernel names neither flag nor way out."""
+    if varlen.varlen_function() is None:
+        pytest.skip("neither torch nor flash_attn has varlen attention here")
+    varlen.capability.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert reason in varlen.obstacle(torch.device("cuda", 0), dtype, head_dim)
+    assert bool(reason) == bool(varlen.obstacle(torch.device("cuda", 0), dtype, head_dim))
+    varlen.capability.cache_clear()
+    # Whole tensors on the meta device take the same way, up to the device.
+    q = torch.empty(3, 2, head_dim, dtype=dtype, device="meta")
+    monkeypatch.setattr(varlen, "obstacle", lambda *given: str(given))
+    with pytest.raises(ValueError, match=f"meta.*{dtype}, {head_dim}"):
+        choose_backend(q, "cuda")
+
+
 def test_cpu_falls_back_where_native_operators_are_off(monkeypatch):
     pack = make_pack(PACKS["pairs"])
     monkeypatch.setattr(attention, "packed_attention_native", None)
@@ -415,8 +442,9 @@ def test_varlen_of_every_release_is_called_causally():
         softmax_scale=None,
         causal=False,
         window_size=(-1, -1),
+        deterministic=False,
     ):
-        calls["flash_attn"] = (causal, softmax_scale, window_size)
+        calls["flash_attn"] = (causal, softmax_scale, window_size, deterministic)
 
     q = torch.ones(1, 1, 16)
     for function in (torch_2_10, torch_2_11, torch_2_12, flash_attn):
@@ -426,4 +454,11 @@ def test_varlen_of_every_release_is_called_causally():
     )  # its own scale is 1/4
     assert calls["2.11"] == ((-1, 0), 0.5)
     assert calls["2.12"] == ((-1, 0), 0.5, True)
-    assert calls["flash_attn"] == (True, 0.5, (-1, -1))
+    assert calls["flash_attn"] == (True, 0.5, (-1, -1), False)
+    adapted = adapt_varlen(flash_attn)
+    torch.use_deterministic_algorithms(True)  # after it was adapted: a run sets it once, early
+    try:
+        adapted(q, q, q, None, None, 1, 1, 0.5)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert calls["flash_attn"] == (True, 0.5, (-1, -1), True)

@@ -147,18 +147,18 @@ def test_rewards_are_those_of_transformers(tmp_path: Path, family: str) -> None:
     torch.testing.assert_close(rewards_of(weights, geometry, ids), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_stories260k_hidden_state(stories260k: Path) -> None:
+def test_hidden_state_of_a_causal_model(small_llama: Path) -> None:
     from transformers import LlamaModel
 
-    geometry, _ = read_geometry(stories260k)
-    weights, origin = load(stories260k, geometry)
+    geometry, _ = read_geometry(small_llama)
+    weights, origin = load(small_llama, geometry)
     assert origin == "new head (zero)"
     weights["reward_head.weight"] = torch.randn(
         1, geometry.hidden_size, generator=torch.Generator().manual_seed(0)
     )
     ids = torch.arange(5, 60, 3)
     with torch.no_grad():
-        hidden = LlamaModel.from_pretrained(stories260k).eval()(ids[None]).last_hidden_state[0, -1]
+        hidden = LlamaModel.from_pretrained(small_llama).eval()(ids[None]).last_hidden_state[0, -1]
     expected = weights["reward_head.weight"][0] @ hidden
     torch.testing.assert_close(rewards_of(weights, geometry, ids), expected, rtol=1e-5, atol=1e-5)
 

@@ -2,6 +2,7 @@
 single-row cases."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,6 +102,40 @@ def test_a_named_request_that_cannot_be_met_raises(monkeypatch):
     monkeypatch.setattr(ops, "_C", None)
     with pytest.raises(RuntimeError, match="native"):
         ops.gather_last_token(torch.ones(1, 1), torch.tensor([0]))
+
+
+@pytest.mark.parametrize(
+    "has_cuda,capability,reason",
+    [
+        (True, (8, 0), ""),
+        (True, (9, 0), ""),
+        (True, (7, 5), "need compute capability 8.0, this GPU has 7.5"),
+        (False, (9, 0), "was built without CUDA"),
+    ],
+)
+def test_gpus_that_the_kernels_are_not_built_for(monkeypatch, capsys, has_cuda, capability, reason):
+    """A launch there ends in "no kernel image is available"; a stand-in for extension and GPU."""
+    monkeypatch.setattr(ops, "_C", SimpleNamespace(has_cuda=has_cuda))
+    monkeypatch.setattr(ops, "_said", set())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.delenv("RANK", raising=False)
+    gpu = torch.device("cuda", 0)
+    ops._why_not_cuda.cache_clear()
+    try:
+        ops.set_implementation("auto")
+        assert ops.active_implementation(gpu) == ("reference" if reason else "native")
+        assert ops._native(gpu) == (not reason)
+        said = capsys.readouterr().err
+        assert reason in said and bool(said) == bool(reason)
+        ops.set_implementation("native")
+        if reason:
+            with pytest.raises(RuntimeError, match=f"on cuda, but .*{reason}"):
+                ops._native(gpu)
+        else:
+            assert ops._native(gpu)
+    finally:
+        ops.set_implementation("auto")
+        ops._why_not_cuda.cache_clear()
 
 
 # ---- gather_last_token

@@ -7,6 +7,7 @@ import torch
 from rmega import ops
 
 pytestmark = [
+    pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
     pytest.mark.skipif(
         ops._C is None or not ops._C.has_cuda, reason="rmega._C was built without CUDA"
@@ -19,7 +20,9 @@ DTYPES = pytest.mark.parametrize(
 
 def assert_twice_plain(op, plain, inputs, dtype, **options):
     """Value and gradient of the first input: the error is at most twice that of plain torch in
-    ``dtype``."""
+    ``dtype``, or two units in the last place of the dtype that sums are kept in: with one pair
+    plain torch may be exact, and CUDA's expf and log1pf may round the other way."""
+    last_place = 1e-12 if dtype == torch.float64 else 2 * torch.finfo(torch.float32).eps
     upstream, results = None, []
     for form, kind in ((op, dtype), (plain, dtype), (plain, torch.float64)):
         x = inputs[0].to(dtype).to(kind).clone().requires_grad_()
@@ -34,7 +37,7 @@ def assert_twice_plain(op, plain, inputs, dtype, **options):
     for got, simple, exact in zip(*results, strict=True):
         assert got.dtype == simple.dtype and got.shape == simple.shape
         if exact.numel():
-            allowed = 2 * (simple.double() - exact).abs().max() + 1e-7 * exact.abs().max()
+            allowed = 2 * (simple.double() - exact).abs().max() + last_place * exact.abs().max()
             assert (got.double() - exact).abs().max() <= allowed
 
 

@@ -18,10 +18,11 @@ import pytest
 
 from rmega.data.indexed import exists, open_preferences
 from rmega.data.integrity import verify
-from rmega.preferences import dedup, preprocess, sources, worker
+from rmega.preferences import dedup, preprocess, reader, sources, worker
 from rmega.preferences.preprocess import PreprocessArgs
 from rmega.preferences.tokenizer import PairTokenizer
 from tests.conftest import ROOT
+from tests.made_rows import FILES
 from tests.preferences.test_sources import write_all
 
 Row = dict[str, Any]
@@ -47,7 +48,7 @@ def write(path: Path, data: list[Any]) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path, stories260k: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def run(tmp_path: Path, small_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """run(files, name, **flags) -> the dataset; a tokenizer is loaded once for a test."""
     loaded: dict[str, PairTokenizer] = {}
     original = PairTokenizer.load
@@ -65,7 +66,7 @@ def run(tmp_path: Path, stories260k: Path, monkeypatch: pytest.MonkeyPatch) -> A
         flags = {
             "workers": 1,
             "max_length": 512,
-            "tokenizer": str(stories260k),
+            "tokenizer": str(small_llama),
             "output_prefix": str(tmp_path / name),
             **flags,
         }
@@ -128,26 +129,35 @@ def test_any_number_of_workers_writes_the_same_bytes(
     assert len(first) == 11 and files_of(tmp_path, "w2") == files_of(tmp_path, "w3") == first
 
 
-def test_every_shared_file_goes_in(
-    run: Any, tmp_path: Path, shared_dir: Path, internlm2_tokenizer: Path
+REAL_FILES = {
+    "en-dpo-multiturn/dpo_en_demo.json": 300,
+    "en-dpo-multiturn/en.pairs.jsonl": 300,
+    "gsm8k-solutions/all.ranked.jsonl": 1319,
+    "hh-rlhf/harmless-base.test.jsonl.gz": 2312,
+    "hh-rlhf/mix.eval.pairs.jsonl.gz": 874,
+    "llmbar/eval.pairs.jsonl": 419,
+    "qa-feedback/dev.ranked.jsonl": 500,
+    "ultrafeedback-cleaned-1k/train.argilla-schema.jsonl.gz": 1000,
+    "ultrafeedback-cleaned-1k/train.parquet": 1000,
+    "zh-dpo/zh.pairs.jsonl": 766,
+    "zh-dpo/dpo_zh_500.jsonl": 500,
+    "zh-dpo/dpo_zh_demo.json": 300,
+}
+
+
+@pytest.mark.parametrize("real", [False, True], ids=["made", "real"])
+def test_every_file_goes_in(
+    real: bool, run: Any, tmp_path: Path, request: Any, internlm2_tokenizer: Path
 ) -> None:
     """The counts equal the row counts minus the rows of the rejected file, without --format."""
-    counts = {
-        "en-dpo-multiturn/dpo_en_demo.json": 300,
-        "en-dpo-multiturn/en.pairs.jsonl": 300,
-        "gsm8k-solutions/all.ranked.jsonl": 1319,
-        "hh-rlhf/harmless-base.test.jsonl.gz": 2312,
-        "hh-rlhf/mix.eval.pairs.jsonl.gz": 874,
-        "llmbar/eval.pairs.jsonl": 419,
-        "qa-feedback/dev.ranked.jsonl": 500,
-        "ultrafeedback-cleaned-1k/train.argilla-schema.jsonl.gz": 1000,
-        "ultrafeedback-cleaned-1k/train.parquet": 1000,
-        "zh-dpo/zh.pairs.jsonl": 766,
-        "zh-dpo/dpo_zh_500.jsonl": 500,
-        "zh-dpo/dpo_zh_demo.json": 300,
-    }
+    folder = (
+        request.getfixturevalue("shared_dir") / "data"
+        if real
+        else request.getfixturevalue("preference_files")
+    )
+    counts = REAL_FILES if real else {name: count for name, (_, count) in FILES.items()}
     dataset = run(
-        [shared_dir / "data" / name for name in counts],
+        [folder / name for name in counts],
         duplicates="keep",
         workers=2,
         tokenizer=str(internlm2_tokenizer),
@@ -213,13 +223,11 @@ def test_what_is_left_out_is_listed(run: Any, tmp_path: Path) -> None:
     [("left-prompt", None), ("right", "identical_after_cut"), ("drop", "overlong")],
 )
 def test_cut_rows_are_kept_or_listed(
-    run: Any, tmp_path: Path, shared_dir: Path, policy: str, reason: str | None
+    run: Any, tmp_path: Path, preference_files: Path, policy: str, reason: str | None
 ) -> None:
     """80 conversations that are nearly all too long for 512 tokens of a small vocabulary: none is
     missing unsaid."""
-    with gzip.open(
-        shared_dir / "data" / "ultrafeedback-cleaned-1k" / "train.argilla-schema.jsonl.gz", "rb"
-    ) as file:
+    with gzip.open(preference_files / "argilla.jsonl.gz", "rb") as file:
         data = write(tmp_path / "uf.jsonl", [json.loads(next(file)) for _ in range(80)])
     kept = run(data, overlong=policy)
     listed = tmp_path / "out.rejected.jsonl"
@@ -433,12 +441,12 @@ def test_a_dead_worker_is_reported(
         run(write(tmp_path / "d.jsonl", rows(5)), workers=2)
 
 
-def test_workers_can_be_spawned(run: Any, tmp_path: Path, stories260k: Path) -> None:
+def test_workers_can_be_spawned(run: Any, tmp_path: Path, small_llama: Path) -> None:
     import pickle
 
     source = sources.resolve([str(write(tmp_path / "d.jsonl", rows(20)))])[0]
-    tokenizer = PairTokenizer.load(stories260k, max_length=100)
-    here = worker.Converter(tokenizer, [worker.plan_input(source, "auto", None, "--input")], None)
+    tokenizer = PairTokenizer.load(small_llama, max_length=100)
+    here = worker.Converter(tokenizer, [reader.plan_input(source)], None)
     there = pickle.loads(pickle.dumps(here))
     for chunk in sources.read_chunks(source, 0):
         assert there.convert(pickle.loads(pickle.dumps(chunk))) == here.convert(chunk)
@@ -455,10 +463,10 @@ def tool(*flags: Any, **options: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_tool(tmp_path: Path, stories260k: Path) -> None:
+def test_the_tool(tmp_path: Path, small_llama: Path) -> None:
     flags = [
         "--tokenizer",
-        stories260k,
+        small_llama,
         "--output-prefix",
         tmp_path / "out",
         "--max-length",
@@ -606,11 +614,11 @@ def test_hostile_rows(run: Any, tmp_path: Path) -> None:
         assert verify(dataset) == []
 
 
-def test_hostile_files(tmp_path: Path, stories260k: Path) -> None:
+def test_hostile_files(tmp_path: Path, small_llama: Path) -> None:
     """3,000 damaged files of all kinds: each is read to its end or refused in one line."""
     rng = np.random.default_rng(1)
     (tmp_path / "good").mkdir()
-    tokenizer = PairTokenizer.load(stories260k, max_length=64)
+    tokenizer = PairTokenizer.load(small_llama, max_length=64)
     good = {p: p.read_bytes() for p in write_all(tmp_path / "good", rows(25))}
     for number in range(3000):
         path = list(good)[number % len(good)]
@@ -625,7 +633,7 @@ def test_hostile_files(tmp_path: Path, stories260k: Path) -> None:
         with contextlib.suppress(ValueError):  # with its one line
             try:
                 source = sources.resolve([str(target)])[0]
-                plan = worker.plan_input(source, "auto", None, "--input")
+                plan = reader.plan_input(source)
                 converter = worker.Converter(tokenizer, [plan], None)
                 for chunk in sources.read_chunks(source, 0):
                     result = converter.convert(chunk)

@@ -1,4 +1,4 @@
-"""The pages: whole, harmless whatever the data says, and the same numbers as the judgement; curves
+"""The pages: whole, harmless whatever the data says, and the same numbers as the result; curves
 of a run."""
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rmega.evaluation.results import Judged, judge, worst_mistakes
+from rmega.evaluation.results import ScoredComparison, evaluate, worst_mistakes
 from rmega.preferences.comparison import Comparison
 from rmega.report import figures, page
 from rmega.report.evaluation import MAX_TEXT, write_evaluation_report
 from rmega.report.training import (
     read_metrics,
-    run_verdict,
+    run_findings,
     running_median,
     smoothed,
     write_run_report,
@@ -82,7 +82,7 @@ def check(path: Path) -> Page:
     return got
 
 
-def make_items(count: int = 60, k: int = 2, **more) -> list[Judged]:
+def make_items(count: int = 60, k: int = 2, **more) -> list[ScoredComparison]:
     rng = np.random.default_rng(0)
     out = []
     for i in range(count):
@@ -93,7 +93,7 @@ def make_items(count: int = 60, k: int = 2, **more) -> list[Judged]:
             * k,
         )
         out.append(
-            Judged(
+            ScoredComparison(
                 rewards=rng.normal(np.linspace(1, 0, k), 1),
                 scores=np.array(c.scores),
                 comparison=c,
@@ -106,8 +106,8 @@ def make_items(count: int = 60, k: int = 2, **more) -> list[Judged]:
     return out
 
 
-def render(tmp_path: Path, sets: dict[str, list[Judged]]) -> Page:
-    results = {n: judge(items) for n, items in sets.items()}
+def render(tmp_path: Path, sets: dict[str, list[ScoredComparison]]) -> Page:
+    results = {n: evaluate(items) for n, items in sets.items()}
     path = write_evaluation_report(
         tmp_path / "r", EVIL, results, sets, {n: worst_mistakes(i) for n, i in sets.items()}
     )
@@ -119,7 +119,7 @@ def test_evaluation_page(tmp_path):
     pytest.importorskip("matplotlib")
     items = make_items()
     got = render(tmp_path, {"one": items})
-    accuracy = judge(items)["accuracy"]
+    accuracy = evaluate(items)["accuracy"]
     assert f"{100 * accuracy:.1f} %" in got.text and "worst mistakes" in got.text
     assert got.text.count("alert('x')") > 20 and "中文" in got.text  # shown, as text
     assert f"{len(EVIL) + 3000 - MAX_TEXT:,} more characters" in got.text and "\x1b" not in got.text
@@ -167,7 +167,7 @@ def test_benchmark_tables(tmp_path):
 
 
 def test_odd_sets_still_draw(tmp_path):
-    """All ties and an absurd scale, one pair without a mistake, nothing to judge."""
+    """All ties and an absurd scale, one pair without a mistake, nothing to evaluate."""
     pytest.importorskip("matplotlib")
     ties, single, none = make_items(4), make_items(1), make_items(2)
     for i, item in enumerate(ties):
@@ -176,7 +176,8 @@ def test_odd_sets_still_draw(tmp_path):
     for item in none:
         item.scores = np.zeros(2)
     assert (
-        "No pair to judge" in render(tmp_path, {"ties": ties, "single": single, "none": none}).text
+        "No pair to evaluate"
+        in render(tmp_path, {"ties": ties, "single": single, "none": none}).text
     )
 
 
@@ -192,7 +193,11 @@ def test_pages_in_a_browser(tmp_path):
     image = pytest.importorskip("matplotlib.image")
     items = make_items(200)
     write_evaluation_report(
-        tmp_path, "a model", {"one": judge(items)}, {"one": items}, {"one": worst_mistakes(items)}
+        tmp_path,
+        "a model",
+        {"one": evaluate(items)},
+        {"one": items},
+        {"one": worst_mistakes(items)},
     )
     rows = [train_row(s) for s in range(1, 101)] + [
         eval_row(
@@ -396,9 +401,9 @@ def test_read_metrics(tmp_path):
         read_metrics(write_run(tmp_path / "t", []))
 
 
-def test_run_verdicts():
+def test_run_findingss():
     def levels(train, evals, config=None):
-        return {(v["about"], v["level"]) for v in run_verdict(train, evals, config or {})}
+        return {(v["about"], v["level"]) for v in run_findings(train, evals, config or {})}
 
     good = [train_row(s) for s in range(1, 101)]
     assert levels(good, [eval_row(100, 0.65)]) == {

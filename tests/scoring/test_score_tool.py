@@ -26,8 +26,8 @@ Q, A, B = "Tell me a story", "Once upon a time there was a cat.", "No."
 
 
 @pytest.fixture(scope="module")
-def model(stories260k, tmp_path_factory) -> Path:
-    return make_reward_model(stories260k, tmp_path_factory.mktemp("score") / "model")
+def model(small_llama, tmp_path_factory) -> Path:
+    return make_reward_model(small_llama, tmp_path_factory.mktemp("score") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -184,8 +184,8 @@ def test_every_form_equals_transformers(model, reference, tmp_path):
         assert rewards == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
-def test_real_rows_in_order_and_for_evaluate(model, reference, tmp_path, shared_dir):
-    data = shared_dir / "data" / "hh-rlhf" / "mix.eval.pairs.jsonl.gz"
+def test_rows_of_a_file_in_order_and_for_evaluate(model, reference, tmp_path, preference_files):
+    data = preference_files / "messages.jsonl.gz"
     lines = run(model, tmp_path, str(data), limit=40)
     with gzip.open(data, "rt") as file:
         rows = [json.loads(line) for line in itertools.islice(file, 40)]
@@ -271,9 +271,9 @@ def test_flags(model, tmp_path, flags, message):
         main(ScoreArgs(**{"model": str(model), "input": (source,), **flags}))
 
 
-def test_not_a_reward_model(stories260k, tmp_path):
+def test_not_a_reward_model(small_llama, tmp_path):
     with pytest.raises(ValueError, match="not a reward model"):
-        run(stories260k, tmp_path, [{"prompt": Q, "response": A}])
+        run(small_llama, tmp_path, [{"prompt": Q, "response": A}])
     assert not list(tmp_path.glob("out*.partial"))
 
 
@@ -319,10 +319,10 @@ def test_resume_gives_the_same_file(model, tmp_path, monkeypatch, kept):
     assert again == run(model, tmp_path, rows, skip_bad=True, resume=True)  # nothing left to do
 
 
-def test_resume_refuses_another_model_or_input(model, tmp_path, stories260k):
+def test_resume_refuses_another_model_or_input(model, tmp_path, small_llama):
     rows = [{"prompt": Q, "response": f"{A} {i}"} for i in range(6)]
     run(model, tmp_path, rows)
-    other = make_reward_model(stories260k, tmp_path / "other")
+    other = make_reward_model(small_llama, tmp_path / "other")
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(other / "model.safetensors")

@@ -24,17 +24,17 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reward_model(stories260k, tmp_path_factory) -> Path:
-    """stories260k with a random reward head, as transformers writes it, and its tokenizer."""
+def reward_model(small_llama, tmp_path_factory) -> Path:
+    """``small_llama`` with a random reward head, as transformers writes it, and its tokenizer."""
     from transformers import LlamaForSequenceClassification
 
     torch.manual_seed(0)
     model = LlamaForSequenceClassification.from_pretrained(
-        stories260k, num_labels=1, pad_token_id=0, dtype=torch.float32
+        small_llama, num_labels=1, pad_token_id=0, dtype=torch.float32
     )
-    target = tmp_path_factory.mktemp("stories")
+    target = tmp_path_factory.mktemp("reward_model")
     model.save_pretrained(target)
-    for file in stories260k.glob("tokenizer*"):
+    for file in small_llama.glob("tokenizer*"):
         shutil.copy(file, target)
     return target
 
@@ -155,6 +155,30 @@ def test_conversations(reward_model: Path) -> None:
     close(by_transformers(reward_model, ids), together)
 
 
+@pytest.mark.parametrize(
+    "device,dtype,chosen",
+    [
+        ("cuda", None, "auto"),
+        ("cpu", None, "fp32"),
+        ("cuda", "fp32", "fp32"),
+        ("cpu", "auto", "auto"),
+    ],
+)
+def test_bf16_on_a_gpu_unless_another_dtype_is_named(folder, monkeypatch, device, dtype, chosen):
+    """By a stand-in: "auto" is bf16 on every GPU that has it."""
+
+    class Chosen(Exception):
+        pass
+
+    def choose(name, matmul_precision, where):
+        raise Chosen(name)
+
+    monkeypatch.setattr(scorer_module.distributed, "initialize", lambda: torch.device(device))
+    monkeypatch.setattr(scorer_module.precision, "choose_together", choose)
+    with pytest.raises(Chosen, match=f"^{chosen}$"):
+        load_scorer(folder, dtype=dtype)
+
+
 def test_half_precision_keeps_the_order(folder: Path) -> None:
     texts = items()
     with scorer(folder) as s:
@@ -165,11 +189,11 @@ def test_half_precision_keeps_the_order(folder: Path) -> None:
     assert np.corrcoef(half, exact)[0, 1] > 0.995
 
 
-def test_what_is_no_reward_model_is_refused(stories260k: Path, tmp_path: Path) -> None:
+def test_what_is_no_reward_model_is_refused(small_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match="--model .*stories260k: not a reward model .*LlamaForCausalLM"
+        ValueError, match="--model .*small_llama: not a reward model .*LlamaForCausalLM"
     ):
-        load_scorer(stories260k)
+        load_scorer(small_llama)
     with pytest.raises(ValueError, match="no config.json"):
         load_scorer(tmp_path)
     with pytest.raises(ValueError, match="--judge ./nowhere: no such folder"):

@@ -376,8 +376,8 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def model(stories260k, tmp_path_factory) -> Path:
-    return make_reward_model(stories260k, tmp_path_factory.mktemp("serve") / "model")
+def model(small_llama, tmp_path_factory) -> Path:
+    return make_reward_model(small_llama, tmp_path_factory.mktemp("serve") / "model")
 
 
 @pytest.fixture(scope="module")

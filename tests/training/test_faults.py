@@ -28,19 +28,19 @@ QUICK = [("a forward pass", "dp2", 1), ("an asynchronous save", "dp2", 0)]
 
 
 @pytest.fixture(scope="module")
-def data(shared_dir, stories260k, tmp_path_factory):
-    return runs.make_data(shared_dir, stories260k, tmp_path_factory.mktemp("data"))
+def data(small_llama, tmp_path_factory):
+    return runs.make_data(small_llama, tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
-def unbroken(stories260k, data, tmp_path_factory):
+def unbroken(small_llama, data, tmp_path_factory):
     """The last checkpoint of a run that nothing disturbed, by layout."""
     made: dict[str, Path] = {}
 
     def of(layout: str = "dp2") -> Path:
         if layout not in made:
             run = tmp_path_factory.mktemp("unbroken") / "run"
-            argv = runs.flags(stories260k, data, run, steps=STEPS, **LAYOUTS[layout])
+            argv = runs.flags(small_llama, data, run, steps=STEPS, **LAYOUTS[layout])
             assert run_distributed(runs.train, RANKS[layout], argv) == [0] * RANKS[layout]
             made[layout] = run / f"iter_{STEPS:07d}"
         return made[layout]
@@ -103,9 +103,9 @@ def killed(rank: int, world_size: int, argv: list[str], where: str, victim: int)
         for victim in range(RANKS[layout])
     ],
 )
-def test_kill_9(where, layout, victim, stories260k, data, unbroken, tmp_path):
+def test_kill_9(where, layout, victim, small_llama, data, unbroken, tmp_path):
     run = tmp_path / "run"
-    argv = runs.flags(stories260k, data, run, steps=STEPS, save_interval=2, **LAYOUTS[layout])
+    argv = runs.flags(small_llama, data, run, steps=STEPS, save_interval=2, **LAYOUTS[layout])
     with runs.fault(f"kill -9 during {where}, each rank of dp2 and of tp2,pp2", SAME):
         with pytest.raises(RuntimeError, match="died|failed"):
             run_distributed(
@@ -124,12 +124,12 @@ def test_kill_9(where, layout, victim, stories260k, data, unbroken, tmp_path):
 
 
 @pytest.mark.slow
-def test_twenty_signals(stories260k, data, unbroken, tmp_path):
+def test_twenty_signals(small_llama, data, unbroken, tmp_path):
     rng = random.Random(0)
     for number in range(20):
         run, after = tmp_path / f"run{number}", rng.randint(1, STEPS - 1)
         often = [None, 1, 2][number % 3]  # or while an earlier checkpoint is still being written
-        argv = runs.flags(stories260k, data, run, steps=STEPS, dp=2, save_interval=often)
+        argv = runs.flags(small_llama, data, run, steps=STEPS, dp=2, save_interval=often)
         with runs.fault("SIGTERM at a random step, to one of two ranks", SAME):
             assert run_distributed(runs.train, 2, argv, {after: ("SIGTERM", rng.randrange(2))}) == [
                 75,
@@ -155,13 +155,14 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], capture_output=True)
 
 
-def test_a_full_disk(small_disk, stories260k, data, unbroken):
+def test_a_full_disk(small_disk, small_llama, data, unbroken):
     """The saves that do not fit are said and training goes on; the last one is an error; what was
     there is good."""
     from rmega.checkpointing import run_folder
+    from rmega.checkpointing.find import damage
 
     run = small_disk / "run"
-    argv = runs.flags(stories260k, data, run, steps=STEPS, dp=2, save_interval=1)
+    argv = runs.flags(small_llama, data, run, steps=STEPS, dp=2, save_interval=1)
     with runs.fault(
         "a disk that fills during a save", f"earlier checkpoints stay whole; with more room, {SAME}"
     ):
@@ -171,7 +172,7 @@ def test_a_full_disk(small_disk, stories260k, data, unbroken):
             run_distributed(runs.train, 2, argv)
         kept = run_folder.list_iterations(run)
         assert kept and kept[-1] < STEPS
-        assert all(run_folder.damage(run_folder.iteration_dir(run, i)) is None for i in kept)
+        assert all(damage(run_folder.iteration_dir(run, i)) is None for i in kept)
         assert not list(run.glob("*.partial"))
         subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
         assert run_distributed(runs.train, 2, argv) == [0, 0]
@@ -186,9 +187,9 @@ def test_a_full_disk(small_disk, stories260k, data, unbroken):
         pytest.param("gone", marks=pytest.mark.slow),
     ],
 )
-def test_a_damaged_shard(how, stories260k, data, unbroken, tmp_path):
+def test_a_damaged_shard(how, small_llama, data, unbroken, tmp_path):
     run = tmp_path / "run"
-    argv = runs.flags(stories260k, data, run, steps=STEPS, dp=2, save_interval=2)
+    argv = runs.flags(small_llama, data, run, steps=STEPS, dp=2, save_interval=2)
     with runs.fault(
         "a shard of the newest checkpoint changed in one bit, cut short, or gone",
         f"it is named before the model is built, the checkpoint before it is taken, and {SAME}",
@@ -208,7 +209,7 @@ def test_a_damaged_shard(how, stories260k, data, unbroken, tmp_path):
         (code, said), (other, nothing) = run_distributed(runs.train_and_say, 2, argv)
         assert (code, other, nothing) == (0, 0, "")
         assert f"warning: damaged checkpoint left out: {shard}" in said
-        assert f"going on from {run / 'iter_0000002'}" in said
+        assert f"resuming from {run / 'iter_0000002'}" in said
         assert said.index("damaged checkpoint") < said.index("\nmodel: ")
         runs.assert_same(run / f"iter_{STEPS:07d}", unbroken())
 
@@ -223,11 +224,11 @@ def wait_for_a_step(process: subprocess.Popen) -> None:
     pytest.fail("".join(lines))
 
 
-def test_a_killed_rank_takes_the_others_down(stories260k, data, tmp_path):
+def test_a_killed_rank_takes_the_others_down(small_llama, data, tmp_path):
     """Under the launcher: rank 1 is killed from outside; all is over within a minute, and the last
     line says why."""
     with runs.fault("kill -9 of a rank from outside, under tools/launch.py", DOWN):
-        process = runs.start(2, runs.flags(stories260k, data, tmp_path / "run", steps=10_000, dp=2))
+        process = runs.start(2, runs.flags(small_llama, data, tmp_path / "run", steps=10_000, dp=2))
         wait_for_a_step(process)
         (victim,) = [
             int(p) for p in os.listdir("/proc") if p.isdigit() and _is_rank(p, process.pid, "1")
@@ -268,7 +269,7 @@ def spoilt_program(folder: Path, spoil: str) -> Path:
     return folder / "program.py"
 
 
-def test_an_error_of_one_rank_is_one_traceback(stories260k, data, tmp_path):
+def test_an_error_of_one_rank_is_one_traceback(small_llama, data, tmp_path):
     """Rank 1 raises in a step: its traceback alone, its reason in the last line, the exit code of
     the program."""
     program = spoilt_program(
@@ -284,7 +285,7 @@ rmega.training.train.train_step = train_step""",
     )
     with runs.fault("an error inside one rank, under tools/launch.py", DOWN):
         process = runs.start(
-            2, runs.flags(stories260k, data, tmp_path / "run", steps=10_000, dp=2), program=program
+            2, runs.flags(small_llama, data, tmp_path / "run", steps=10_000, dp=2), program=program
         )
         wait_for_a_step(process)
         begun = time.monotonic()
@@ -297,7 +298,7 @@ rmega.training.train.train_step = train_step""",
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_the_second_interrupt_aborts(ranks, stories260k, data, tmp_path):
+def test_the_second_interrupt_aborts(ranks, small_llama, data, tmp_path):
     """SIGINT begins a save that takes an hour here; a second one ends the run at once and leaves no
     checkpoint."""
     program = spoilt_program(
@@ -306,7 +307,7 @@ def test_the_second_interrupt_aborts(ranks, stories260k, data, tmp_path):
     )
     process = runs.start(
         ranks,
-        runs.flags(stories260k, data, tmp_path / "run", steps=10_000),
+        runs.flags(small_llama, data, tmp_path / "run", steps=10_000),
         program=program,
         launcher="launch" if ranks > 1 else "python",
     )
@@ -395,7 +396,7 @@ def on_two_nodes(nodes: list[str], argv: list[str]) -> list[subprocess.Popen]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["dp2", "pp2"])
-def test_a_node_that_vanishes(layout, two_nodes, stories260k, data, unbroken, tmp_path):
+def test_a_node_that_vanishes(layout, two_nodes, small_llama, data, unbroken, tmp_path):
     """The cable between two launchers of one rank each is cut: both end and say what they lost;
     with the cable back the run goes on."""
     run = tmp_path / "run"
@@ -413,7 +414,7 @@ def test_a_node_that_vanishes(layout, two_nodes, stories260k, data, unbroken, tm
         "both sides end within a minute and say so; with the cable back the run goes on",
     ):
         processes = on_two_nodes(
-            two_nodes, runs.flags(stories260k, data, run, steps=10_000, **flags)
+            two_nodes, runs.flags(small_llama, data, run, steps=10_000, **flags)
         )
         for line in processes[0].stdout:
             if line.startswith("saved "):
@@ -434,8 +435,8 @@ def test_a_node_that_vanishes(layout, two_nodes, stories260k, data, unbroken, tm
         )
         done = max(int(f.name[5:]) for f in run.glob("iter_*") if not f.suffix)
         processes = on_two_nodes(
-            two_nodes, runs.flags(stories260k, data, run, steps=done + 3, **flags)
+            two_nodes, runs.flags(small_llama, data, run, steps=done + 3, **flags)
         )
         outs = [process.communicate(timeout=120)[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0], outs
-        assert f"done: {done + 3} steps" in outs[0] and "going on from" in outs[0]
+        assert f"done: {done + 3} steps" in outs[0] and "resuming from" in outs[0]

@@ -207,18 +207,18 @@ def test_heads_that_do_not_divide_are_refused(tmp_path):
 
 
 def test_the_tool_prints_a_table_and_fails_beyond_the_tolerance(
-    shared_dir, stories260k, tmp_path, monkeypatch, capsys
+    small_llama, tmp_path, monkeypatch, capsys
 ):
     """tools/check_layouts.py on real comparisons; a tolerance that nothing meets gives exit code
     1."""
     from rmega.commands import check_layouts
     from tests.runs import make_data
 
-    data = make_data(shared_dir, stories260k, tmp_path)
+    data = make_data(small_llama, tmp_path)
     argv = [
         "check_layouts.py",
         "--hf-model",
-        str(stories260k),
+        str(small_llama),
         "--data-path",
         data,
         "--layouts",
@@ -236,21 +236,19 @@ def test_the_tool_prints_a_table_and_fails_beyond_the_tolerance(
         assert says in row
 
 
-def test_the_tool_measures_rounding_by_other_packs(
-    shared_dir, stories260k, tmp_path, monkeypatch, capsys
-):
+def test_the_tool_measures_rounding_by_other_packs(small_llama, tmp_path, monkeypatch, capsys):
     """Two comparisons fit into a pack of any size that is cut, yet one rank is held against other
     sums."""
     from rmega.commands import check_layouts
     from tests.runs import make_data
 
-    data = make_data(shared_dir, stories260k, tmp_path)
+    data = make_data(small_llama, tmp_path)
     monkeypatch.setattr(
         "sys.argv",
         [
             "check_layouts.py",
             "--hf-model",
-            str(stories260k),
+            str(small_llama),
             "--data-path",
             data,
             "--layouts",

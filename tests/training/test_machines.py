@@ -107,8 +107,8 @@ def machines(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def data(shared_dir: Path, stories260k: Path, tmp_path_factory) -> str:
-    return make_data(shared_dir, stories260k, tmp_path_factory.mktemp("data"), count=40)
+def data(small_llama: Path, tmp_path_factory) -> str:
+    return make_data(small_llama, tmp_path_factory.mktemp("data"), count=40)
 
 
 def run_on_both(
@@ -169,9 +169,9 @@ def rows(run: Path) -> list[tuple]:
     ],
     ids=["c10d", "static"],
 )
-def test_two_machines_are_two_processes(machines, data, stories260k, tmp_path, launch):
+def test_two_machines_are_two_processes(machines, data, small_llama, tmp_path, launch):
     run, alone = tmp_path / "run", tmp_path / "alone"
-    both = run_on_both(machines, flags(stories260k, data, run, steps=4, tp=2), launch)
+    both = run_on_both(machines, flags(small_llama, data, run, steps=4, tp=2), launch)
     assert [code for code, _ in both] == [0, 0], both[0][1] + both[1][1]
     assert "network: gloo goes over rm" in both[0][1]
     done = subprocess.run(
@@ -183,7 +183,7 @@ def test_two_machines_are_two_processes(machines, data, stories260k, tmp_path, l
             "--nproc-per-node",
             "2",
             "examples/pretrain_reward.py",
-            *flags(stories260k, data, alone, steps=4, tp=2),
+            *flags(small_llama, data, alone, steps=4, tp=2),
         ],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -197,11 +197,11 @@ def test_two_machines_are_two_processes(machines, data, stories260k, tmp_path, l
     assert (run / "iter_0000004" / "rmega.json").is_file()
 
 
-def test_a_run_folder_that_is_not_shared_is_refused(machines, data, stories260k, tmp_path):
+def test_a_run_folder_that_is_not_shared_is_refused(machines, data, small_llama, tmp_path):
     (tmp_path / "local").mkdir()
     both = run_on_both(
         machines,
-        flags(stories260k, data, tmp_path / "local" / "run", steps=2, tp=2),
+        flags(small_llama, data, tmp_path / "local" / "run", steps=2, tp=2),
         ["--node-rank", "{i}", "--master-addr", "node0", "--master-port", "29473"],
         hide=tmp_path / "local",
     )
@@ -216,23 +216,3 @@ def test_interface_towards():
 
     assert interface_towards("127.0.0.1") != "lo"
     assert interface_towards("no.such.host.invalid") == interface_towards("192.0.2.1")
-
-
-def test_what_a_gpu_is_told_leaves_the_users_own(monkeypatch):
-    from rmega.distributed import _prepare_cuda
-
-    for name in ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        monkeypatch.setenv(name, "")  # so that what the function sets is taken back
-        monkeypatch.delenv(name)
-    _prepare_cuda(1)
-    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
-    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
-    _prepare_cuda(2)
-    assert (
-        "PYTORCH_ALLOC_CONF" not in os.environ and os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
-    )
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
-    _prepare_cuda(2)
-    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"

@@ -125,12 +125,12 @@ def spiked(rank: int, world_size: int, argv: list[str], at: int) -> str:
 
 
 @pytest.mark.parametrize("layout", [{}, {"dp": 2}])
-def test_a_run_says_it(layout, shared_dir, stories260k, tmp_path):
+def test_a_run_says_it(layout, small_llama, tmp_path):
     """On one rank or two: the spike with the documents of its batch, then the scores, each once and
     by one rank."""
-    data = runs.make_data(shared_dir, stories260k, tmp_path)
+    data = runs.make_data(small_llama, tmp_path)
     argv = runs.flags(
-        stories260k, data, steps=16, loss="ranking", penalty="none", lr=1e-6, **layout
+        small_llama, data, steps=16, loss="ranking", penalty="none", lr=1e-6, **layout
     )
     out = "".join(run_distributed(spiked, 2 if layout else 1, argv, 14))
     warnings = [line for line in out.splitlines() if line.startswith("warning: step")]

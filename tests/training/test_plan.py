@@ -173,8 +173,8 @@ def big_model(big_models):
 
 
 @pytest.fixture(scope="module")
-def data(shared_dir, stories260k, tmp_path_factory):
-    return runs.make_data(shared_dir, stories260k, tmp_path_factory.mktemp("data"))
+def data(small_llama, tmp_path_factory):
+    return runs.make_data(small_llama, tmp_path_factory.mktemp("data"))
 
 
 def dry(*argv: str) -> int:

@@ -74,6 +74,8 @@ SHAPES = {
     "internlm2-20b": (48, 6144, 48, 8, 16384, 92544),
     "llama3-8b": (32, 4096, 32, 8, 14336, 128256),
     "llama3-70b": (80, 8192, 64, 8, 28672, 128256),
+    "llama3.1-8b": (32, 4096, 32, 8, 14336, 128256),
+    "qwen3-8b": (36, 4096, 32, 8, 12288, 151936),
 }
 
 
@@ -99,7 +101,8 @@ def test_every_script_fits_its_nodes(script):
     config.check(gpus)
     layers, hidden, heads, groups, ffn, vocab = SHAPES[script.stem]
     geometry = Geometry(
-        family="llama",
+        family="qwen3" if "qwen3" in script.stem else "llama",
+        qk_norm="qwen3" in script.stem,
         num_layers=layers,
         hidden_size=hidden,
         ffn_hidden_size=ffn,
@@ -142,10 +145,10 @@ STOPS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", STOPS)
-def test_requeue_goes_on(how, slurm, shared_dir, stories260k, tmp_path):
+def test_requeue_goes_on(how, slurm, small_llama, tmp_path):
     """The script of the 1.8B model with a tiny one: it is stopped, saves, is queued again, and goes
     on to its end."""
-    data = runs.make_data(shared_dir, stories260k, tmp_path)
+    data = runs.make_data(small_llama, tmp_path)
     log, run = tmp_path / "log", tmp_path / "run"
     environment = {
         **slurm,
@@ -163,7 +166,7 @@ def test_requeue_goes_on(how, slurm, shared_dir, stories260k, tmp_path):
         f"--output={log}",
         "examples/slurm/internlm2-1.8b.sbatch",
         *runs.flags(
-            stories260k,
+            small_llama,
             data,
             steps=None,
             train_epochs=4,
@@ -206,7 +209,7 @@ def test_requeue_goes_on(how, slurm, shared_dir, stories260k, tmp_path):
         ask(
             slurm, "scontrol", "update", f"jobid={job}", "StartTime=now"
         )  # Slurm holds it back for two minutes
-        wait_for(logged("going on from"))
+        wait_for(logged("resuming from"))
         wait_for(logged("done: 40 steps"))
         steps = [
             int(line.split("[")[1].split("/")[0])

@@ -16,8 +16,8 @@ SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def data(shared_dir, stories260k, tmp_path_factory):
-    return runs.make_data(shared_dir, stories260k, tmp_path_factory.mktemp("data"))
+def data(small_llama, tmp_path_factory):
+    return runs.make_data(small_llama, tmp_path_factory.mktemp("data"))
 
 
 def groups(rank: int, world_size: int, argv: list[str]) -> dict[str, float]:
@@ -45,10 +45,10 @@ def groups(rank: int, world_size: int, argv: list[str]) -> dict[str, float]:
 @pytest.mark.parametrize(
     "layout", [{"dp": 2}, {"tp": 2, "pp": 2, "num_layers_in_first_pipeline_stage": 3}]
 )
-def test_every_group_has_the_timeout(layout, stories260k, data, tmp_path):
+def test_every_group_has_the_timeout(layout, small_llama, data, tmp_path):
     ranks = 4 if "tp" in layout else 2
     argv = runs.flags(
-        stories260k, data, tmp_path / "run", distributed_timeout_minutes=1.5, **layout
+        small_llama, data, tmp_path / "run", distributed_timeout_minutes=1.5, **layout
     )
     for seen in run_distributed(groups, ranks, argv):
         assert len(seen) > 10
@@ -86,9 +86,9 @@ def stuck(rank: int, world_size: int, argv: list[str], where: str) -> int:
         pytest.param("evaluation", PP2, marks=SLOW),
     ],
 )
-def test_a_rank_that_stops_answering_ends_the_run(where, layout, stories260k, data, tmp_path):
+def test_a_rank_that_stops_answering_ends_the_run(where, layout, small_llama, data, tmp_path):
     argv = runs.flags(
-        stories260k,
+        small_llama,
         data,
         tmp_path / "run",
         steps=4,

@@ -1,4 +1,4 @@
-"""Whole runs on real text with a model of 260 thousand weights: torchrun, resume, export.
+"""Whole runs on text with a model of 260 thousand weights: torchrun, resume, export.
 
 Runs that need no torchrun of their own call the same ``main`` inside the waiting processes of
 ``tests.dist``.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -41,18 +42,18 @@ def tool(name: str, *argv: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def data(shared_dir: Path, stories260k: Path, tmp_path_factory) -> dict[str, str]:
-    """Prefixes of a few hundred real comparisons."""
+def data(preference_files: Path, small_llama: Path, tmp_path_factory) -> dict[str, str]:
+    """Prefixes of a few hundred comparisons."""
     folder = tmp_path_factory.mktemp("data")
     sources = {
-        "hh": ("hh-rlhf/mix.train.pairs.jsonl.gz", 200),
-        "valid": ("hh-rlhf/mix.eval.pairs.jsonl.gz", 40),
-        "uf": ("ultrafeedback-cleaned-1k/train.argilla-schema.jsonl.gz", 45),
+        "hh": ("messages.jsonl.gz", 0, 200),
+        "valid": ("messages.jsonl.gz", 200, 240),
+        "uf": ("argilla.jsonl.gz", 0, 45),
     }
-    for name, (file, count) in sources.items():
-        with gzip.open(shared_dir / "data" / file, "rt", encoding="utf-8") as lines:
+    for name, (file, start, end) in sources.items():
+        with gzip.open(preference_files / file, "rt", encoding="utf-8") as lines:
             (folder / f"{name}.jsonl").write_text(
-                "".join(next(lines) for _ in range(count)), encoding="utf-8"
+                "".join(itertools.islice(lines, start, end)), encoding="utf-8"
             )
         assert (
             tool(
@@ -60,7 +61,7 @@ def data(shared_dir: Path, stories260k: Path, tmp_path_factory) -> dict[str, str
                 "--input",
                 str(folder / f"{name}.jsonl"),
                 "--tokenizer",
-                str(stories260k),
+                str(small_llama),
                 "--output-prefix",
                 str(folder / name),
                 "--max-length",
@@ -73,10 +74,10 @@ def data(shared_dir: Path, stories260k: Path, tmp_path_factory) -> dict[str, str
     return {name: str(folder / name) for name in sources}
 
 
-def argv(stories260k: Path, data: str, *more: str) -> list[str]:
+def argv(small_llama: Path, data: str, *more: str) -> list[str]:
     return [
         "--hf-model",
-        str(stories260k),
+        str(small_llama),
         "--data-path",
         data,
         "--train-steps",
@@ -113,7 +114,7 @@ def losses(run: Path | str) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def tp2_pp2(data, stories260k, tmp_path_factory) -> tuple[Path, str]:
+def tp2_pp2(data, small_llama, tmp_path_factory) -> tuple[Path, str]:
     """The acceptance's own command line: (run folder, what it printed)."""
     run = tmp_path_factory.mktemp("run") / "tp2_pp2"
     command = [
@@ -130,7 +131,7 @@ def tp2_pp2(data, stories260k, tmp_path_factory) -> tuple[Path, str]:
         "127.0.0.1:0",
         "examples/pretrain_reward.py",
         *LAYOUT,
-        *argv(stories260k, data["hh"]),
+        *argv(small_llama, data["hh"]),
         "--valid-data-path",
         data["valid"],
         "--save",
@@ -154,12 +155,12 @@ def tp2_pp2(data, stories260k, tmp_path_factory) -> tuple[Path, str]:
 
 
 @pytest.fixture(scope="module")
-def single(data, stories260k, tmp_path_factory) -> Path:
+def single(data, small_llama, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("run") / "single"
     assert run_distributed(
         train_cli,
         1,
-        [*argv(stories260k, data["hh"]), "--valid-data-path", data["valid"], "--save", str(run)],
+        [*argv(small_llama, data["hh"]), "--valid-data-path", data["valid"], "--save", str(run)],
     ) == [0]
     return run
 
@@ -213,7 +214,7 @@ def test_it_equals_the_single_process_run(tp2_pp2, single) -> None:
     assert ours[-1]["reward_std"] == pytest.approx(alone[-1]["reward_std"], rel=1e-4)
 
 
-def test_resume_goes_on_as_if_nothing_had_been(tp2_pp2, data, stories260k, tmp_path) -> None:
+def test_resume_goes_on_as_if_nothing_had_been(tp2_pp2, data, small_llama, tmp_path) -> None:
     """From the middle: the same layout gives the same numbers, bit for bit; one rank gives them to
     1e-5."""
     run, _ = tp2_pp2
@@ -221,7 +222,7 @@ def test_resume_goes_on_as_if_nothing_had_been(tp2_pp2, data, stories260k, tmp_p
     for name, layout, ranks in (("same", LAYOUT, 4), ("other", [], 1)):
         arguments = [
             *layout,
-            *argv(stories260k, data["hh"]),
+            *argv(small_llama, data["hh"]),
             "--load",
             str(half),
             "--save",
@@ -233,10 +234,10 @@ def test_resume_goes_on_as_if_nothing_had_been(tp2_pp2, data, stories260k, tmp_p
     assert losses(tmp_path / "other") == pytest.approx(losses(run)[3:], rel=1e-5)
 
 
-def test_a_finished_run_is_not_run_again(single, data, stories260k) -> None:
+def test_a_finished_run_is_not_run_again(single, data, small_llama) -> None:
     before = (single / "metrics.jsonl").read_text()
     again = [
-        *argv(stories260k, data["hh"]),
+        *argv(small_llama, data["hh"]),
         "--valid-data-path",
         data["valid"],
         "--load",
@@ -252,7 +253,7 @@ def test_a_finished_run_is_not_run_again(single, data, stories260k) -> None:
 
 
 def test_only_sets_without_an_evaluation_are_evaluated_at_the_end(
-    single, data, stories260k, tmp_path
+    single, data, small_llama, tmp_path
 ) -> None:
     """A run that was stopped between the last evaluations of two sets: the second is made, the
     first has one row."""
@@ -262,7 +263,7 @@ def test_only_sets_without_an_evaluation_are_evaluated_at_the_end(
         runs.train_and_say,
         1,
         [
-            *argv(stories260k, data["hh"]),
+            *argv(small_llama, data["hh"]),
             "--valid-data-path",
             data["valid"],
             f"other={data['uf']}",
@@ -296,14 +297,14 @@ def scored(rank: int, world_size: int, run: str) -> str:
 
 def test_scoring_does_not_claim_to_go_on(single) -> None:
     (said,) = run_distributed(scored, 1, str(single))
-    assert f"weights from {single / f'iter_{STEPS:07d}'}\n" in said and "going on" not in said
+    assert f"weights from {single / f'iter_{STEPS:07d}'}\n" in said and "resuming" not in said
 
 
-def test_ranking_loss_starts_at_ln_2_and_replicas_agree(data, stories260k, tmp_path) -> None:
-    """UltraFeedback on two replicas and on one; the last batch of the epoch is a partial one."""
+def test_ranking_loss_starts_at_ln_2_and_replicas_agree(data, small_llama, tmp_path) -> None:
+    """Long answers on two replicas and on one; the last batch of the epoch is a partial one."""
     from rmega.data.indexed import open_preferences
 
-    arguments = argv(stories260k, data["uf"], "--loss", "ranking", "--penalty", "none")
+    arguments = argv(small_llama, data["uf"], "--loss", "ranking", "--penalty", "none")
     at = arguments.index("--train-steps")
     arguments[at : at + 2] = ["--train-epochs", "1"]
     for ranks in (1, 2):

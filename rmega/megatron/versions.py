@@ -1,0 +1,52 @@
+"""Releases of torch and Megatron-Core that rmega was tested with. Imports neither of them.
+
+There is no upper bound in the package's metadata, because pip would replace the torch of a container
+to meet it: a newer release runs, with a note.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import re
+
+NEWEST_TESTED = {"torch": (2, 14), "megatron-core": (0, 19)}
+# From 0.17 on Megatron-Core looks for this package and fails at import where it is older.
+RESILIENCY = "nvidia-resiliency-ext"
+RESILIENCY_NEEDED = (0, 6)
+
+
+def release(package: str) -> tuple[int, int] | None:
+    """(major, minor) of an installed package, pre-releases included; None where it is not there."""
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def notes() -> list[str]:
+    """A line for each package that is newer than its newest tested release."""
+    return [
+        f"note: {package} {importlib.metadata.version(package)} is newer than"
+        f" {'.'.join(map(str, tested))}, the newest release that rmega was tested with"
+        for package, tested in NEWEST_TESTED.items()
+        if (release(package) or tested) > tested
+    ]
+
+
+def check_importable() -> None:
+    """ValueError, with a way out, where importing Megatron-Core would fail in another package."""
+    installed, engine = release(RESILIENCY), release("megatron-core")
+    if not installed or installed >= RESILIENCY_NEEDED or not engine or engine < (0, 17):
+        return
+    try:
+        importlib.import_module("nvidia_resiliency_ext.checkpointing.async_ckpt.core")
+    except ImportError:  # without a requirement of its own, Megatron-Core takes it for absent
+        return
+    raise ValueError(
+        f"{RESILIENCY} {importlib.metadata.version(RESILIENCY)} is too old for megatron-core"
+        f" {importlib.metadata.version('megatron-core')}, which does not start beside it: pip"
+        f" uninstall {RESILIENCY}, or install {'.'.join(map(str, RESILIENCY_NEEDED))} or newer"
+    )
