@@ -14,12 +14,12 @@ from typing import Any
 
 from rmega.data.fingerprint import PROBES
 from rmega.export.folder import write_json
+from rmega.hub import has_tokenizer, load_tokenizer
 
 EXAMPLE = [
     {"role": "user", "content": "What is the capital of France?"},
     {"role": "assistant", "content": "The capital of France is Paris."},
 ]
-VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 COPIED = ("tokenizer.model", "vocab.json", "merges.txt")  # for converters to other formats
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token", "mask_token")
 # Fields of a base model's tokenizer_config.json that must not reach an export: code of its own,
@@ -52,17 +52,16 @@ def write_tokenizer(source: Path, folder: Path, info: dict[str, Any]) -> dict[st
     from the written folder. ``info`` is the checkpoint's rmega.json. None if the checkpoint holds
     no tokenizer. Raises ValueError where the written files give other ids than the training.
     """
-    if not any((source / name).is_file() for name in VOCABULARIES):
+    if not has_tokenizer(source):
         return None
-    from transformers import AutoTokenizer, logging
-
+    from rmega.preferences.special_tokens import NO_REWARD_TOKEN
     from rmega.preferences.tokenizer import PairTokenizer
 
-    # a folder of remote code makes it warn of the model, which is not loaded here
-    logging.set_verbosity_error()
     template = (info.get("manifest") or {}).get("chat_template")
-    ours = PairTokenizer.load(source, chat_template=template)
-    expected = [*ours.encode_conversation(EXAMPLE)[:-1], info["reward_token_id"]]
+    reward_id = info["reward_token_id"]
+    reward_token = NO_REWARD_TOKEN if reward_id is None else str(reward_id)
+    ours = PairTokenizer.load(source, chat_template=template, reward_token=reward_token)
+    expected = ours.encode_conversation(EXAMPLE)
     pad_id = choose_pad_token(ours.tokenizer, ours.template, info, expected)
     pad = ours.tokenizer.convert_ids_to_tokens(pad_id)
 
@@ -83,9 +82,11 @@ def write_tokenizer(source: Path, folder: Path, info: dict[str, Any]) -> dict[st
     )
     (folder / "chat_template.jinja").write_text(ours.template, encoding="utf-8")
 
-    written = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)  # asks nothing
+    written = load_tokenizer(folder, flag="--output")
     text = written.apply_chat_template(EXAMPLE, tokenize=False)
-    ids = [*written.encode(text, add_special_tokens=False), info["reward_token_id"]]
+    ids = written.encode(text, add_special_tokens=False)  # as a client makes them
+    if reward_id not in (None, ids[-1]):
+        ids.append(reward_id)
     pairs = [(ids, expected)]
     pairs += [
         [t.encode(probe, add_special_tokens=False) for t in (written, ours.tokenizer)]
@@ -101,7 +102,7 @@ def write_tokenizer(source: Path, folder: Path, info: dict[str, Any]) -> dict[st
         "messages": EXAMPLE,
         "text": text,
         "token_ids": ids,
-        "reward_token": written.convert_ids_to_tokens(info["reward_token_id"]),
+        "reward_token": None if reward_id is None else written.convert_ids_to_tokens(reward_id),
         "pad_token": pad,
         "pad_token_id": pad_id,
     }
@@ -181,6 +182,6 @@ def choose_pad_token(
     own = info["pad_token_id"]
     candidates = [own] if tokenizer.convert_ids_to_tokens(own) not in template else []
     for index in (*candidates, *free):
-        if index not in used:
+        if index not in used and index < info["geometry"]["vocab_size"]:
             return index
     return own

@@ -41,8 +41,12 @@ def usage(recipe: dict[str, Any], folder: str) -> list[tuple[str, str, str]]:
         if remote
         else ("AutoModelForSequenceClassification", "")
     )
-    encode = f"""text = tokenizer.apply_chat_template(chat, tokenize=False)
-ids = tokenizer.encode(text, add_special_tokens=False) + [{reward}]"""
+    encode = """text = tokenizer.apply_chat_template(chat, tokenize=False)
+ids = tokenizer.encode(text, add_special_tokens=False)"""
+    if reward is not None:
+        encode += f"""
+if ids[-1] != {reward}:
+    ids.append({reward})"""
     score = (
         "print(model.get_score(tokenizer, chat))"
         if remote
@@ -112,8 +116,10 @@ def client_duties(recipe: dict[str, Any]) -> list[str]:
             " the text; a second one changes the reward)."
         ),
         (
-            f"Append the reward token, id {recipe['reward_token_id']}{token}, as the last token."
-            " Send ids, not text."
+            "Append nothing: the reward is read at the last token of the text. Send ids, not text."
+            if recipe["reward_token_id"] is None
+            else f"Append the reward token, id {recipe['reward_token_id']}{token}, unless the ids"
+            " end with it already. Send ids, not text."
         ),
         (
             f"Pad batches with id {recipe['pad_token_id']}; use no softmax or sigmoid on the"

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,17 @@ def checkpoint_rewards(
             distributed.finish()
 
 
+def check_code(folder: Path, written: Iterable[Path]) -> None:
+    """ValueError where a folder names other code than the files ``written`` by an export: verifying
+    would run it."""
+    own = {file.name: file.read_bytes() for file in written}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name in sorted({str(name) for name in (config.get("auto_map") or {}).values()}):
+        file = folder / f"{name.partition('.')[0]}.py"
+        if not file.is_file() or file.read_bytes() != own.get(file.name):
+            raise ValueError(f"{file}: not the code that an export writes, so it is not run")
+
+
 @torch.no_grad()
 def transformers_rewards(
     folder: Path,
@@ -132,8 +144,9 @@ def transformers_rewards(
     import transformers
 
     if BACKBONES[geometry.family].code:
+        check_code(folder, BACKBONES[geometry.family].code)
         load = transformers.AutoModel.from_pretrained
-        options = {"trust_remote_code": True}  # the two files that this very export wrote
+        options = {"trust_remote_code": True}  # the two files that an export writes
     else:
         load, options = transformers.AutoModelForSequenceClassification.from_pretrained, {}
     verbosity = transformers.logging.get_verbosity()
