@@ -408,7 +408,7 @@ class Workspace:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, small_llama) -> Workspace:
-    """The README is done; the other pages go on from there."""
+    """After the commands of the README, on which the other pages build."""
     pytest.importorskip("matplotlib", reason="--report needs the extra plots")
     place = Workspace(tmp_path_factory.mktemp("workspace"), small_llama)
     run_document(place, "README.md")
