@@ -428,9 +428,9 @@ _rope = _operator("rope", lambda x, cos, sin, backwards: x.new_empty(x.shape))
 
 # ---- linear
 # The three matmuls of a linear layer in half precision on a CPU, where torch's are slow: natively
-# in bfloat16 on CPUs with AMX (csrc/cpu/linear.cpp); in fp32, rounded once at the end, on CPUs without
-# instructions for the dtype; torch's elsewhere. They have no gradient of their own: Megatron-Core's
-# linear layers call them in their forward and backward (rmega/megatron/fusion.py).
+# in bfloat16 on CPUs with AMX (csrc/cpu/linear.cpp); in fp32, rounded once at the end, on CPUs
+# without instructions for the dtype; torch's elsewhere. They have no gradient of their own:
+# Megatron-Core's linear layers call them in their forward and backward (rmega/megatron/fusion.py).
 
 _HALF = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 

@@ -173,8 +173,9 @@ class PooledLastLayer(TransformerLayer):
             None if bias is None else bias[:, r:].transpose(0, 1).reshape(-1),
         )
         key, value = key_value.view(-1, 2, g, d).unbind(1)  # [t, g, d] each
-        query = attention.q_layernorm(query.view(-1, g * r, d))  # the identity without QK norm
-        key = attention.k_layernorm(key)
+        query = query.view(-1, g * r, d)
+        if self.config.qk_layernorm:  # without it, newer releases have None there
+            query, key = attention.q_layernorm(query), attention.k_layernorm(key)
         query = ops.rope(query, pack.cos[pack.pooled], pack.sin[pack.pooled])
         key = ops.rope(key, pack.cos, pack.sin)
         out = packed_attention(  # [n, g r d]
