@@ -143,12 +143,9 @@ def length_counter(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
     """How long a text is, and the word for the unit."""
     if tokenizer is None:
         return len, "characters"
-    from rmega.hub import check_folder_or_hub_name
+    from rmega.hub import load_tokenizer
 
-    check_folder_or_hub_name(tokenizer, "--tokenizer")
-    from transformers import AutoTokenizer
-
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded = load_tokenizer(tokenizer)
     return lambda text: len(loaded(text, add_special_tokens=False)["input_ids"]), "tokens"
 
 

@@ -151,6 +151,7 @@ class Run:
         ]:
             preflight.check_dataset(flag, dataset, self.dataset, self.geometry, self.folder)
         preflight.check_tokenizer(self.dataset, self.folder)
+        preflight.check_reward_token(self.dataset, self.folder)
         if self.found:
             preflight.check_same_data(self.info, self.found, self.dataset)
             self.evaluated = preflight.evaluated_before(c, self.info["iteration"])
