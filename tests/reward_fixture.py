@@ -1,5 +1,5 @@
-"""A small reward model folder and what plain transformers says of it, for the tests of scoring
-and serving."""
+"""A small reward model folder and what plain transformers computes with it, for the tests of
+scoring and serving."""
 
 from __future__ import annotations
 

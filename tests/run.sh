@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # All tests, from a fresh clone: does the set-up, then runs pytest. Arguments go to pytest:
 #   bash tests/run.sh -k hf -x
-# Two files run side by side: a test with several ranks, or one that waits, leaves a core idle. Not so
-# for named files and tests, whose output should come in order.
+# Without arguments two files run side by side: a test with several ranks, or one that waits, leaves
+# a core idle.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source examples/setup_env.sh
