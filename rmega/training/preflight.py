@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rmega import distributed
-from rmega.checkpointing import checkpoint, run_folder
+from rmega.checkpointing import run_folder
 from rmega.checkpointing.find import find
 from rmega.config import TrainingConfig
 from rmega.data.fingerprint import is_tokenizer_of, tokenizer_fingerprint
@@ -203,19 +203,13 @@ def check_same_model(info: dict[str, Any], found: Path, geometry: Geometry, fold
             )
 
 
-def check_same_run(info: dict[str, Any], found: Path, config: TrainingConfig, dataset) -> None:
-    """Another batch size or seed would visit other comparisons than the ones that are left."""
-    then, now, now_data = info["config"]["train"], config.train, dataset.identity
-    for field, flag in (("global_batch_size", "--global-batch-size"), ("seed", "--seed")):
-        if then[field] != getattr(now, field):
-            raise ValueError(
-                f"{flag} {getattr(now, field)}: {found} was written with {then[field]}, and the"
-                " order of the data depends on it"
-            )
+def check_same_data(info: dict[str, Any], found: Path, dataset) -> None:
+    """Other data, or the same in another order, would give other comparisons than the ones that are
+    left."""
+    now_data = dataset.identity
     if info["num_comparisons"] != len(dataset) or info.get("data", now_data) != now_data:
         raise ValueError(
             f"--data-path: {found} was trained on other data ({info['num_comparisons']} comparisons"
             f" per epoch then, {len(dataset)} now; weights and contents must be the same, in the"
             " same order)"
         )
-    checkpoint.check_same_optimizer(info, config.parallel.use_distributed_optimizer)
