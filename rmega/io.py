@@ -97,3 +97,14 @@ def checksum(path: Path | str) -> str:
 def one_line(error: BaseException) -> str:
     """What an error of another library says, short and without its line breaks."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def refuse_pointer(path: str | os.PathLike[str], flag: str = "") -> None:
+    """ValueError where a file only points to one that Git LFS or git-annex keeps elsewhere."""
+    with open(path, "rb") as stream:
+        head = stream.read(200)
+    where = f"{flag} {path}".strip()
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise ValueError(f"{where}: a Git LFS pointer, not the file itself; run: git lfs pull")
+    if b"/annex/objects/" in head and len(head) < 200 and b"\n" not in head.rstrip(b"\n"):
+        raise ValueError(f"{where}: a git-annex pointer, not the file itself; run: git annex get")
