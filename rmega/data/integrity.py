@@ -20,10 +20,7 @@ def verify(dataset: PreferenceDataset, tokenizer: Any = None) -> list[str]:
     is given.
     """
     manifest, prefix = dataset.manifest, dataset.prefix
-    wrong: list[str] = []
-    for suffix in DATA_SUFFIXES:
-        if manifest.get("checksums", {}).get(suffix) != checksum(prefix + suffix):
-            wrong.append(f"{prefix}{suffix}: its checksum is not the manifest's")
+    wrong = _verify_checksums(dataset)
     lengths, indices = dataset.sequence_lengths, dataset.document_indices
     sizes = np.diff(indices)
     if len(sizes) and (int(sizes.min()) < 3 or int(indices[0]) != 0):
@@ -75,21 +72,42 @@ def verify(dataset: PreferenceDataset, tokenizer: Any = None) -> list[str]:
     return wrong
 
 
+def check(dataset: PreferenceDataset, flag: str = "--data-path") -> None:
+    """What is worth a pass over the files before a training: the checksums of the manifest and the
+    bounds of the ids. ValueError names flag and file; `verify` finds more."""
+    wrong = _verify_checksums(dataset) or _verify_bounds(dataset)
+    if wrong:
+        raise ValueError(f"{flag} {wrong[0]}; tools/inspect_data.py {dataset.prefix} verify")
+
+
+def _verify_checksums(dataset: PreferenceDataset) -> list[str]:
+    checksums = dataset.manifest.get("checksums", {})
+    return [
+        f"{dataset.prefix}{suffix}: its checksum is not the manifest's"
+        for suffix in DATA_SUFFIXES
+        if checksums.get(suffix) != checksum(dataset.prefix + suffix)
+    ]
+
+
+def _verify_bounds(dataset: PreferenceDataset) -> list[str]:
+    size = dataset.manifest["vocab_size"]
+    for start in range(0, len(dataset.tokens), _BLOCK):
+        block = dataset.tokens[start : start + _BLOCK]
+        if block.min() < 0 or block.max() >= size:
+            at = start + int(((block < 0) | (block >= size)).argmax())
+            found = f"token {at} is {int(dataset.tokens[at])}"
+            return [f"{dataset.prefix}.bin: {found}, outside the vocabulary of {size}"]
+    return []
+
+
 def _verify_tokens(
     dataset: PreferenceDataset, ends: np.ndarray, is_suffix: np.ndarray
 ) -> list[str]:
-    manifest, wrong, num_reward = dataset.manifest, [], 0
-    for start in range(0, len(dataset.tokens), _BLOCK):
-        block = dataset.tokens[start : start + _BLOCK]
-        outside = (block < 0) | (block >= manifest["vocab_size"])
-        if outside.any():
-            at = start + int(outside.argmax())
-            wrong.append(
-                f"{dataset.prefix}.bin: token {at} is {int(dataset.tokens[at])}, outside the"
-                f" vocabulary of {manifest['vocab_size']}"
-            )
-            break
-        num_reward += int((block == manifest["reward_token_id"]).sum())
+    manifest, wrong = dataset.manifest, _verify_bounds(dataset)
+    num_reward = sum(
+        int((dataset.tokens[start : start + _BLOCK] == manifest["reward_token_id"]).sum())
+        for start in range(0, len(dataset.tokens), _BLOCK)
+    )
     last = (
         dataset.tokens[ends[is_suffix] - 1]
         if int(ends[-1]) <= len(dataset.tokens)

@@ -19,14 +19,18 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from rmega.io import refuse_pointer
 
 LISTS = ("scores", "rewards")
 PAIRS = (
@@ -56,9 +60,10 @@ class ScoreRow:
 def read_scores(path: str | Path) -> list[ScoreRow]:
     """All rows of a scores file (see the head of this file). ValueError names file and row."""
     path = Path(path)
+    refuse_pointer(path, "--scores")
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
             text = file.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"--scores {path}: not UTF-8 text ({error})") from None
@@ -78,7 +83,7 @@ def read_scores(path: str | Path) -> list[ScoreRow]:
     if isinstance(whole, list) and whole and isinstance(whole[0], (dict, list)):
         return [_row(value, f"{path}: row {i}") for i, value in enumerate(whole, 1)]
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # JSON may hold other line separators
         if line.strip():
             value = _json(line)
             if value is None:
@@ -186,16 +191,23 @@ def _read_columns(columns: dict[str, Any], path: Path) -> list[ScoreRow]:
 
 
 def _read_table(text: str, path: Path) -> list[ScoreRow]:
-    lines = [
-        (n, line)
-        for n, line in enumerate(text.splitlines(), 1)
-        if line.strip() and not line.startswith("#")
-    ]
-    first = lines[0][1]
+    lines = re.split(r"\r\n|\r|\n", text)
+    first = next((line for line in lines if line.strip() and not line.startswith("#")), "")
     cut = next((c for c in ",\t;" if c in first), None)
-    table = [
-        (n, next(csv.reader([line], delimiter=cut)) if cut else line.split()) for n, line in lines
-    ]
+    if cut is None:
+        table = [(n, line.split()) for n, line in enumerate(lines, 1)]
+    else:  # a quoted cell may hold line breaks: rows are numbered by the line they begin on
+        table, start = [], 1
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=cut, strict=True)
+        try:
+            for cells in reader:
+                table.append((start, cells))
+                start = reader.line_num + 1
+        except csv.Error as error:
+            raise ValueError(f"--scores {path}:{start}: broken table ({error})") from None
+    table = [(n, c) for n, c in table if any(map(str.strip, c)) and not c[0].startswith("#")]
+    if not table:
+        raise ValueError(f"--scores {path}: no rows")
     names: list[str] | None = None
     if not any(_is_number(cell) for cell in table[0][1]):
         names = [cell.strip().lower() for cell in table.pop(0)[1]]

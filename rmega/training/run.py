@@ -20,9 +20,8 @@ from rmega.checkpointing import checkpoint, run_folder
 from rmega.checkpointing.lock import hold
 from rmega.checkpointing.run_folder import check_shared
 from rmega.config import MIN_COMPARISONS, TrainingConfig
-from rmega.data.balance import CostModel
+from rmega.data import indexed
 from rmega.data.batching import Batcher, Mixture
-from rmega.data.indexed import open_preferences
 from rmega.distributed import log
 from rmega.evaluation.in_training import Evaluations
 from rmega.evaluation.results import flat_summary
@@ -54,8 +53,8 @@ TOKENIZER_FILES = (
 def named_prefix(text: str) -> tuple[str, str]:
     """``NAME=PREFIX`` or ``PREFIX`` -> (name, prefix); the name defaults to the prefix's last
     part."""
-    name, equals, prefix = text.partition("=")
-    return (name, prefix) if equals else (Path(text).name, text)
+    name, prefix = indexed.named_prefix(text)
+    return Path(prefix).name if name is None else name, prefix
 
 
 class EvaluationLeft(Exception):
@@ -136,7 +135,7 @@ class Run:
                 raise ValueError(
                     f"--valid-data-path {text}: the name {name} is taken (write NAME=PREFIX)"
                 )
-            self.valid[name] = open_preferences(prefix)
+            self.valid[name] = indexed.open_preferences(prefix)
         self.manifest = self.dataset.manifest
         for flag, dataset in [
             *(("--data-path", d) for d in self.dataset.datasets),
@@ -153,17 +152,12 @@ class Run:
         shards = c.parallel.tensor_model_parallel_size * c.parallel.pipeline_model_parallel_size
         from megatron.core import parallel_state
 
-        self.batcher = Batcher(
+        self.batcher = Batcher.of(
+            c,
             self.dataset,
-            global_batch_size=c.train.global_batch_size,
-            max_tokens=c.data.max_tokens_per_microbatch,
-            seed=c.train.seed,
-            cost=CostModel.of(self.geometry),
+            self.geometry,
             num_ranks=distributed.world_size() // shards,
             rank=parallel_state.get_data_parallel_rank(),
-            share_prefix=c.data.share_prefix,
-            token_multiple=c.token_multiple,
-            microbatch_multiple=c.microbatch_multiple,
             max_consumed=self.comparisons,
         )
         log(
