@@ -100,11 +100,17 @@ def one_line(error: BaseException) -> str:
 
 
 def refuse_pointer(path: str | os.PathLike[str], flag: str = "") -> None:
-    """ValueError where a file only points to one that Git LFS or git-annex keeps elsewhere."""
-    with open(path, "rb") as stream:
-        head = stream.read(200)
+    """ValueError where a file is only a pointer, as a clone without Git LFS (or git-annex) leaves
+    it. No file at all is fine."""
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(200)
+    except OSError:
+        return
     where = f"{flag} {path}".strip()
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
-        raise ValueError(f"{where}: a Git LFS pointer, not the file itself; run: git lfs pull")
+        raise ValueError(
+            f"{where}: a Git LFS pointer, not the file itself; in its folder: git lfs pull"
+        )
     if b"/annex/objects/" in head and len(head) < 200 and b"\n" not in head.rstrip(b"\n"):
         raise ValueError(f"{where}: a git-annex pointer, not the file itself; run: git annex get")
