@@ -53,6 +53,8 @@ class Args:
     """Numbers of threads to measure with."""
     repeats: int = 10
     """Runs of each path; the best counts."""
+    shapes: tuple[Literal["SmolLM2-135M", "hidden 2048"], ...] = tuple(SHAPES)
+    """Numbers of heads and head dimensions."""
     name: str = "attention"
     """Results go to benchmarks/results/NAME.json."""
 
@@ -185,7 +187,8 @@ def main(args: Args) -> int:
     on_cuda = args.device == "cuda"
     for threads in args.threads[:1] if on_cuda else args.threads:
         for dtype in (torch.bfloat16,) if on_cuda else (torch.float32, torch.bfloat16):
-            for shape_name, shape in SHAPES.items():
+            for shape_name in args.shapes:
+                shape = SHAPES[shape_name]
                 for kind in LENGTHS:
                     result = measure(kind, shape, dtype, threads, args)
                     chosen = sum(next(iter(result.values()))[:2])  # rmega's choice stands first

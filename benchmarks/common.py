@@ -4,6 +4,7 @@ table."""
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -18,7 +19,26 @@ sys.path.insert(0, __file__.rsplit("/", 2)[0])
 from rmega import ops  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(os.environ.get("RMEGA_RESULTS", ROOT / "benchmarks" / "results"))
+
+
+def commit() -> str:
+    """The commit that was measured: RMEGA_COMMIT where it is set (a copy without history), else
+    git's answer, with "+changes" where files differ from it; "unknown" without either."""
+    if name := os.environ.get("RMEGA_COMMIT"):
+        return name
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        changes = git("status", "--porcelain", "-uno")
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -31,13 +51,6 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         except PackageNotFoundError:
             return None
 
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run(
-        [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    dirty = subprocess.run(
-        [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
-    ).stdout.strip()
     cuda = torch.device(device).type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
@@ -49,7 +62,8 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
             for name in ("megatron-core", "transformers", "trl")
             if installed(name)
         },
-        "commit": commit + ("+changes" if dirty else ""),
+        "cuda": torch.version.cuda,
+        "commit": commit(),
         "command": "python " + " ".join(sys.argv),
     }
 
@@ -73,11 +87,11 @@ def cpu_name() -> str:
 
 
 def save(name: str, result: dict[str, Any]) -> Path:
-    """Write ``benchmarks/results/NAME.json`` and say where."""
-    RESULTS.mkdir(exist_ok=True)
+    """Write ``NAME.json`` in benchmarks/results (or RMEGA_RESULTS) and print where."""
+    RESULTS.mkdir(exist_ok=True, parents=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"written: {path.relative_to(ROOT)}")
+    print(f"written: {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}", flush=True)
     return path
 
 

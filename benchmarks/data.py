@@ -63,10 +63,11 @@ def comparisons_of(path: str, tokenizer: Any) -> tuple[list[Any], int]:
     """All comparisons of a file, and the bytes of its rows as JSON lines."""
     from rmega.preferences import sources
     from rmega.preferences.comparison import Rejected
-    from rmega.preferences.worker import Converter, plan_input
+    from rmega.preferences.reader import plan_input
+    from rmega.preferences.worker import Converter
 
     source = sources.resolve([path], flag="--data")[0]
-    plan = plan_input(source, "auto", None, "--data")
+    plan = plan_input(source, flag="--data")
     converter, found, size = Converter(tokenizer, [plan], None), [], 0
     for chunk in sources.read_chunks(source, 0):
         for _, row, _ in sources.decode(chunk):

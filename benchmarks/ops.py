@@ -18,7 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from rmega.cli import parse_args, run_tool
+sys.path.insert(0, __file__.rsplit("/", 2)[0])
+
+from benchmarks.common import environment  # noqa: E402
+from rmega.cli import parse_args, run_tool  # noqa: E402
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -40,7 +43,9 @@ class Args:
     compile: bool = True
     """Also time torch.compile of the reference (takes minutes)."""
     output: Path | None = None
-    """JSON file; none by default."""
+    """JSON file; none by default. Rewritten after each operator."""
+    models: tuple[Literal["135M", "1.8B"], ...] = ("135M", "1.8B")
+    """Shapes of SmolLM2-135M, of InternLM2-1.8B."""
 
 
 @dataclasses.dataclass
@@ -139,7 +144,8 @@ def cases(args: Args):
                 (rewards, *index, margin, weight),
                 (0,),
             )
-    for model, size in MODELS.items():
+    for model in args.models:
+        size = MODELS[model]
         t, h, f, a, g, d = 8192 if cuda else 2048, *size.values()
         n = t // 128
         for dtype in dtypes:
@@ -213,14 +219,27 @@ def time_case(case: Case, args: Args) -> dict[str, list[float]]:
     import torch
 
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    cuda = args.device == "cuda"
+    # On a GPU each call starts with inputs in memory, as in a model: a cache of 50 MB or so would
+    # hold those of the call before. The events leave the clearing out.
+    cache = torch.empty(256 * 2**20 if cuda else 0, dtype=torch.uint8, device=args.device)
 
     def elapsed(call, count: int) -> float:
-        start = clock()
+        if not cuda:
+            start = clock()
+            for _ in range(count):
+                call()
+            return (clock() - start) / count
+        events = []
         for _ in range(count):
+            cache.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
             call()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        return (clock() - start) / count
+            end.record()
+            events.append((begin, end))
+        torch.cuda.synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in events) / count / 1e3
 
     counts, times = {}, {form: [] for form in case.run}
     for form, call in case.run.items():
@@ -230,49 +249,6 @@ def time_case(case: Case, args: Args) -> dict[str, list[float]]:
         for form, call in case.run.items():
             times[form].append(elapsed(call, counts[form]))
     return times
-
-
-def provenance(args: Args) -> dict[str, object]:
-    """What a figure needs beside it to be believed: command, commit, device, versions."""
-    import platform
-    import subprocess
-    from datetime import datetime, timezone
-
-    import torch
-
-    from rmega import ops
-
-    def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent
-        )
-        return done.stdout.strip()
-
-    changed = " (changed)" if git("status", "--porcelain", "--", "../rmega", "../csrc") else ""
-    name, cpuinfo = platform.machine(), Path("/proc/cpuinfo")
-    if args.device == "cuda":
-        name = torch.cuda.get_device_name()
-    elif cpuinfo.exists():
-        models = [
-            line.split(":")[1]
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        name = models[0].strip() if models else name
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": git("rev-parse", "HEAD") + changed,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "instructions": ops._C.elementwise_isa(),
-        "torch_instructions": torch.backends.cpu.get_cpu_capability(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-        },
-    }
 
 
 def keep_pages() -> None:
@@ -299,6 +275,11 @@ def main(args: Args) -> int:
         raise ValueError(f"--device {args.device}: the native operators are not built for it")
     keep_pages()
     torch.manual_seed(0)
+    provenance = {
+        **environment(args.device),
+        "instructions": ops._C.elementwise_isa(),
+        "torch_instructions": torch.backends.cpu.get_cpu_capability(),
+    }
     rows, forms = [], ("native", "eager", "compile") if args.compile else ("native", "eager")
     print(
         f"{'operator':32}{'shape':18}{'dtype':10}"
@@ -333,6 +314,9 @@ def main(args: Args) -> int:
                 + f"{rate:8.1f}",
                 flush=True,
             )
+        if args.output:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps({**provenance, "rows": rows}, indent=1) + "\n")
     slower = [row for row in rows if min(row["ratio"].values()) < 1]
     print(f"\n{len(rows)} rows; native is slower than eager or compiled torch in {len(slower)}:")
     for row in slower:
@@ -341,9 +325,7 @@ def main(args: Args) -> int:
             + ", ".join(f"{form} {ratio:.2f}x" for form, ratio in row["ratio"].items())
         )
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({**provenance(args), "rows": rows}, indent=1) + "\n")
-        print(f"wrote {args.output}")
+        print(f"written: {args.output}")
     return 0
 
 

@@ -5,13 +5,17 @@
 Rows: padded (what a trainer computes that pads batches of --batch-size comparisons to their longest
 response), packed, + prefix, + last layer, + fusion (rmega's operators instead of plain torch). What
 the exact savings gain by themselves is asked with --modes "packed, fused" "+prefix, fused"
-"+fusion". Modes take turns within each repeat, so the ratios hold on a machine whose speed drifts.
+"+fusion". On a CPU modes take turns within each repeat, so the ratios hold on a machine whose speed
+drifts; on a GPU each has a process of its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import statistics
+import subprocess
 import sys
 from typing import Literal
 
@@ -20,7 +24,7 @@ import torch
 
 sys.path.insert(0, __file__.rsplit("/", 2)[0])
 
-from benchmarks.common import clock, environment, matmul_rate, save, step_flops, table  # noqa: E402
+from benchmarks.common import RESULTS, clock, environment, matmul_rate, save, step_flops, table  # noqa: E402
 from rmega.cli import parse_args, run_tool  # noqa: E402
 
 
@@ -203,9 +207,11 @@ class Mode:
         from rmega.training import train
 
         ops.set_implementation(self.implementation)
-        train.train_step(
+        report = train.train_step(
             self.wrapped, self.optimizer, self.packs[i], self.config.loss, len(self.packs[i])
         )
+        if not math.isfinite(report.loss):
+            raise FloatingPointError(f"{self.name}: the loss is {report.loss}")
 
     def run(self, device) -> None:
         start = clock(device)
@@ -216,6 +222,8 @@ class Mode:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(Args, argv, prog="benchmarks/train.py")
+    if len(args.modes) > 1 and torch.cuda.is_available():
+        return one_process_per_mode(args, sys.argv[1:] if argv is None else argv)
     from rmega import distributed, precision
     from rmega.data.indexed import open_preferences
     from rmega.models.geometry import Geometry
@@ -247,66 +255,84 @@ def main(argv: list[str] | None = None) -> int:
         comparisons[i : i + args.batch_size] for i in range(0, len(comparisons), args.batch_size)
     ]
     print(f"{chosen.description}; {len(comparisons)} comparisons in steps of {args.batch_size}")
-    on_cuda = device.type == "cuda"
-    modes: list[Mode] = []
-    peaks: dict[str, int] = {}
-    if on_cuda:  # one model at a time: a GPU holds one, and its speed does not drift
-        for name in args.modes:
-            torch.cuda.reset_peak_memory_stats()
-            mode = Mode(name, args, geometry, batches, chosen.dtype, device)
-            mode.step(0)
-            for _ in range(args.repeats):
-                mode.run(device)
-            peaks[name] = memory_mb()
-            modes.append(mode)
-            if name != args.modes[-1]:
-                del mode.wrapped, mode.optimizer
-                torch.cuda.empty_cache()
-    else:
-        modes = [Mode(name, args, geometry, batches, chosen.dtype, device) for name in args.modes]
-        for mode in modes:
-            mode.step(0)  # memory is touched, kernels are chosen
-        for _ in range(args.repeats):
-            for mode in modes:
-                mode.run(device)
     rate = matmul_rate(chosen.dtype, device)
-    rows = []
+    found = {
+        "environment": environment(device),
+        "precision": chosen.description,
+        "matmul_flops": rate,
+        "rows": [],
+    }
+    modes = [Mode(name, args, geometry, batches, chosen.dtype, device) for name in args.modes]
+    for mode in modes:
+        mode.step(0)  # memory is touched, kernels are chosen
+    for _ in range(args.repeats):
+        for mode in modes:
+            mode.run(device)
     real = sum(len(c.prefix) + len(s) for c in comparisons for s in c.suffixes)
     for mode in modes:
-        median = statistics.median(mode.times)
-        ratios = [a / b for a, b in zip(modes[0].times, mode.times, strict=True)]
-        row = {
-            "mode": mode.name,
-            "pairs/s": len(comparisons) / median,
-            "real tokens": real,
-            "computed tokens": mode.tokens,
-            "TFLOP/s": sum(mode.flops) / median / 1e12,
-            "of matmul rate": sum(mode.flops) / median / rate,
-            f"x {modes[0].name}": statistics.median(ratios),
-            "spread": f"{min(ratios):.2f}-{max(ratios):.2f}",
-        }
-        if on_cuda:
-            row["peak MB"] = peaks[mode.name]
-            name = torch.cuda.get_device_name(device)
-            if peak := next((peak for chip, peak in PEAKS.items() if chip in name), None):
-                row["of data sheet"] = row["TFLOP/s"] / peak
-        rows.append(row)
-    print(table(rows))
+        found["rows"].append(row_of(mode, modes[0], len(comparisons), real, rate, device))
+    found["peak_mb_of_process"] = memory_mb()
+    print(table(found["rows"]))
     print(f"matmul rate {rate / 1e12:.3g} TFLOP/s in the same process")
-    save(
-        args.name,
-        {
-            "environment": environment(device),
-            "precision": chosen.description,
-            "matmul_flops": rate,
-            "peak_mb_of_process": memory_mb(),
-            "rows": rows,
-        },
-    )
+    save(args.name, found)
     if args.profile:
         profile(modes[-1], device)
     distributed.finish()
     return 0
+
+
+def row_of(mode: Mode, first: Mode, comparisons: int, real: int, rate: float, device) -> dict:
+    """What is reported of a mode."""
+    from rmega.training.logs import memory_mb
+
+    median = statistics.median(mode.times)
+    ratios = [a / b for a, b in zip(first.times, mode.times, strict=True)]
+    row = {
+        "mode": mode.name,
+        "pairs/s": comparisons / median,
+        "real tokens": real,
+        "computed tokens": mode.tokens,
+        "TFLOP/s": sum(mode.flops) / median / 1e12,
+        "of matmul rate": sum(mode.flops) / median / rate,
+        f"x {first.name}": statistics.median(ratios),
+        "spread": f"{min(ratios):.2f}-{max(ratios):.2f}",
+    }
+    if device.type == "cuda":
+        row["peak MB"] = memory_mb()
+        name = torch.cuda.get_device_name(device)
+        if peak := next((peak for chip, peak in PEAKS.items() if chip in name), None):
+            row["of data sheet"] = row["TFLOP/s"] / peak
+    return row
+
+
+def one_process_per_mode(args: Args, argv: list[str]) -> int:
+    """Measure each mode in a process of its own, since a GPU holds one model of this size and a
+    process frees all of it, and rewrite table and JSON after each. A mode that fails (no memory,
+    say) does not cost the others; the exit code is then 1."""
+    rows, failed, found = [], [], {}
+    for i, name in enumerate(args.modes):
+        part = f"{args.name}_part{i}"
+        command = [sys.executable, __file__, *argv, "--modes", name, "--name", part]
+        if args.profile and i < len(args.modes) - 1:
+            command.append("--no-profile")
+        path = RESULTS / f"{part}.json"
+        path.unlink(missing_ok=True)
+        code = subprocess.run(command).returncode
+        if code or not path.is_file():
+            failed.append(name)
+            print(f"{name}: exit code {code}", flush=True)
+            continue
+        found = json.loads(path.read_text(encoding="utf-8"))
+        path.unlink()
+        (row,) = found["rows"]
+        del row[f"x {name}"], row["spread"]
+        rows.append(row)
+        first = rows[0]
+        row[f"x {first['mode']}"] = row["pairs/s"] / first["pairs/s"]
+        found["environment"]["command"] = "python " + " ".join(sys.argv)
+        print(table(rows), flush=True)
+        save(args.name, {**found, "rows": rows, "failed": failed})
+    return 1 if failed else 0
 
 
 def profile(mode: Mode, device, by_shape: bool = False) -> None:

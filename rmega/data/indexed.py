@@ -2,8 +2,8 @@
 
 ``PREFIX.bin`` and ``PREFIX.idx`` are megatron-core's ``IndexedDataset`` (int32): a document is a
 comparison, its sequences are ``[prefix, suffix_1 .. suffix_K]``, best response first. Beside them:
-``PREFIX.scores.npy`` (float32 per sequence; the prefix's entry is 1 if the scores are ratings, so
-that their differences are margins, else 0), ``PREFIX.sources.npy`` (uint16 per document) and
+``PREFIX.scores.npy`` (float64 per sequence; the prefix's entry is 1 if the scores are ratings, so
+that their differences are margins, else 0; float32 in sets of format version 1), ``PREFIX.sources.npy`` (uint16 per document) and
 ``PREFIX.json``, the manifest, which is written last: without it there is no dataset.
 
 The files are read with numpy alone, through memory maps, and written with vectorised numpy:
@@ -28,7 +28,8 @@ import numpy as np
 
 from rmega.io import checksum
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE = (1, 2)
 DATA_SUFFIXES = (".bin", ".idx", ".scores.npy", ".sources.npy")
 MANIFEST_SUFFIX = ".json"
 
@@ -47,7 +48,7 @@ class StoredComparison:
     suffixes: list[np.ndarray]
     """K arrays, int32 [>= 1]; the last id is the reward token."""
     scores: np.ndarray
-    """float32 [K], falling."""
+    """float64 [K], falling."""
     graded: bool
     """Scores are ratings (differences are margins); else only their order counts."""
     source: str
@@ -75,7 +76,7 @@ class PreferenceDataset:
         self.document_indices = document_indices
         """int64 [N + 1], first sequence of each document; the last entry is S."""
         self.scores = scores
-        """float32 [S], see the head of this file."""
+        """float64 [S], see the head of this file."""
         self.source_ids = source_ids
         """uint16 [N], index into ``sources``."""
         self.sources: list[str] = list(manifest["sources"])
@@ -148,10 +149,10 @@ def read_manifest(prefix: str | Path) -> dict[str, Any]:
         or "sources" not in manifest
     ):
         raise ValueError(f"{path}: not a manifest of a preference dataset")
-    if manifest["format_version"] != FORMAT_VERSION:
+    if manifest["format_version"] not in _READABLE:
         raise ValueError(
             f"{path}: format version {manifest['format_version']}, this program reads"
-            f" {FORMAT_VERSION}; run tools/preprocess_pref.py again"
+            f" {' and '.join(map(str, _READABLE))}; run tools/preprocess_pref.py again"
         )
     return manifest
 
@@ -170,7 +171,8 @@ def open_preferences(prefix: str | Path) -> PreferenceDataset:
             )
     lengths, pointers, documents = _open_index(f"{prefix}.idx")
     tokens = _memmap(f"{prefix}.bin", np.int32, 0, None)
-    scores = _open_npy(f"{prefix}.scores.npy", np.float32, len(lengths))
+    dtype = np.float32 if manifest["format_version"] == 1 else np.float64
+    scores = _open_npy(f"{prefix}.scores.npy", dtype, len(lengths))
     source_ids = _open_npy(f"{prefix}.sources.npy", np.uint16, len(documents) - 1)
     end = int(pointers[-1]) // 4 + int(lengths[-1]) if len(lengths) else 0
     if end > len(tokens):
@@ -277,7 +279,7 @@ class PreferenceWriter:
             source_ids
         )
         self._lengths.append(np.asarray(lengths, np.int32))
-        self._scores.append(np.asarray(scores, np.float32))
+        self._scores.append(np.asarray(scores, np.float64))
         self._num_sequences.append(np.asarray(num_sequences, np.int64))
         self._source_ids.append(np.asarray(source_ids, np.uint16))
 
@@ -292,7 +294,7 @@ class PreferenceWriter:
         )
         num_sequences, scores = (
             _concatenate(self._num_sequences, np.int64),
-            _concatenate(self._scores, np.float32),
+            _concatenate(self._scores, np.float64),
         )
         write_index(f"{prefix}.idx.tmp", lengths, num_sequences)
         _save_npy(f"{prefix}.scores.npy.tmp", scores)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,14 +12,13 @@ import numpy as np
 from rmega.evaluation.benchmarks import benchmark_of
 from rmega.evaluation.results import ScoredComparison
 from rmega.preferences import sources
-from rmega.preferences.closest_schema import columns_of, left_out, what_is_missing
+from rmega.preferences.closest_schema import left_out
 from rmega.preferences.comparison import REASONS, Comparison, Message, Rejected
-from rmega.preferences.schemas import Schema, recognise, schema_named, source_of
+from rmega.preferences.reader import plan_input
+from rmega.preferences.schemas import Schema, source_of
 
 if TYPE_CHECKING:
     from rmega.evaluation.scores import ScoreRow
-
-SAMPLE_ROWS = 50
 
 
 @dataclass(slots=True)
@@ -46,6 +44,8 @@ class EvalSet:
     label: str
     schema: str
     rows: list[EvalRow] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    """What was changed in how many responses to score them, such as cuts."""
 
     @property
     def usable(self) -> list[EvalRow]:
@@ -78,32 +78,13 @@ def read_eval_set(
 ) -> EvalSet:
     """All rows of one input (the first ``limit``). ValueError where no schema fits or no row can be
     used."""
-    schema: Schema | None = None if format_name == "auto" else schema_named(format_name)
-    chunks: Iterable[sources.Chunk] = sources.read_chunks(source, 0)
-    if schema is None:
-        kept: list[sources.Chunk] = []
-        sample: list[dict[str, Any]] = []
-        for chunk in chunks:
-            kept.append(chunk)
-            sample += [row for _, row, _ in sources.decode(chunk) if isinstance(row, dict)]
-            if len(sample) >= SAMPLE_ROWS:
-                break
-        schema = recognise(sample[:SAMPLE_ROWS])
-        if schema is None:
-            first = sample[0] if sample else {}
-            raise ValueError(
-                f"--data {source.name}: no schema fits its columns ({columns_of(first)}); "
-                f"{what_is_missing(first)}. --format names a schema"
-            )
-        chunks = chain(kept, chunks)
-    if schema.groups_by:
-        chunks = sources.group_rows(chunks, schema.groups_by)
-    out = EvalSet(source.name, source.label, schema.name)
-    for chunk in chunks:
-        for number, row, _ in sources.decode(chunk):
-            out.rows.append(_eval_row(row, schema, source, number))
-            if limit is not None and len(out.rows) == limit:
-                return _checked(out)
+    plan = plan_input(source, format_name, "--data")
+    assert plan.schema is not None
+    out = EvalSet(source.name, source.label, plan.schema.name)
+    for number, row, _ in plan.rows():
+        out.rows.append(_eval_row(row, plan.schema, source, number))
+        if limit is not None and len(out.rows) == limit:
+            break
     return _checked(out)
 
 
@@ -177,10 +158,11 @@ def rewards_in_order(row: EvalRow, given: ScoreRow) -> np.ndarray:
     first)."""
     comparison = row.comparison
     assert comparison is not None
-    k = len(comparison.responses)
-    if given.scores.size != k:
+    k, scores = len(comparison.responses), given.scores
+    if comparison.left_out and scores.size == k + len(comparison.left_out):
+        scores = np.delete(scores, comparison.left_out)  # scores of all responses of the row
+    if scores.size != k:
         raise ValueError(
-            f"--scores {given.where}: {given.scores.size} scores for the {k} responses of"
-            f" {row.where}"
+            f"--scores {given.where}: {scores.size} scores for the {k} responses of {row.where}"
         )
-    return given.scores if comparison.positions is None else given.scores[comparison.positions]
+    return scores if comparison.positions is None else scores[comparison.positions]

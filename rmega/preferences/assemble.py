@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _TYPES = {
     "tokens": np.dtype(np.int32),
     "lengths": np.dtype(np.int32),
-    "scores": np.dtype(np.float32),
+    "scores": np.dtype(np.float64),
     "documents": dedup.DOCUMENT,
 }
 MAX_SOURCES = 4096
@@ -114,7 +114,7 @@ class WorkFolder:
         )
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """tokens int32, lengths int32 [S], scores float32 [S], documents `dedup.DOCUMENT` [N],
+        """tokens int32, lengths int32 [S], scores float64 [S], documents `dedup.DOCUMENT` [N],
         from the files."""
         self._flush()
         return {

@@ -1,4 +1,4 @@
-"""What to say of rows that no schema fits: which one is nearest, and what they lack of it."""
+"""The closest schema of rows that none fits, and what they lack of it."""
 
 from __future__ import annotations
 
@@ -6,38 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from rmega.preferences.comparison import Rejected
-from rmega.preferences.ranked import RESPONSE_LISTS, Row
-from rmega.preferences.schemas import PROMPTS, SCHEMA_NAMES, Schema, schema_named
+from rmega.preferences.messages import Row
+from rmega.preferences.schemas import SCHEMA_NAMES, SCHEMAS, Schema
 
-_PAIR: tuple[tuple[str, ...], ...] = (("chosen",), ("rejected",))
-NEEDS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "messages": _PAIR,
-    "strings": (PROMPTS, *_PAIR),
-    "sharegpt": (("conversations",), *_PAIR),
-    "argilla": (*_PAIR, ("chosen-rating",)),
-    "orpo-dpo-mix": (("source",), ("question",), *_PAIR),
-    "hh": _PAIR,
-    "alpaca": (("instruction",), ("chosen", "output"), ("rejected", "output")),
-    "many-against-many": (("prompt", "question"), *_PAIR),
-    "helpsteer-preference": (
-        ("prompt", "context"),
-        ("response_1", "response1"),
-        ("response_2", "response2"),
-        ("preference_strength", "overall_preference"),
-    ),
-    "pku-saferlhf": (("prompt",), ("response_0",), ("response_1",), ("better_response_id",)),
-    "arena": (("conversation_a",), ("conversation_b",), ("winner",)),
-    "helpsteer": (("prompt",), ("response",), ("helpfulness",)),
-    "ranked": (
-        ("prompt", "instruction", "question", "context", "conversations"),
-        RESPONSE_LISTS,
-        ("scores", "ratings", "ranks", "rank"),
-    ),
-    "strings-with-prompt": _PAIR,
-}
-"""Columns without which a row is none of the schema; of several in one place any. The plainest
-schema comes first."""
-
+# Where several lack as little, the plainest comes first.
+_PLAIN = ("messages", "strings")
 _TWINS = {
     "chosen": "rejected",
     "rejected": "chosen",
@@ -51,7 +24,8 @@ def nearest(row: Row) -> tuple[Schema, list[str]] | None:
     """The schema of whose columns the row lacks least, and those columns; None if it has none of
     any."""
     best: tuple[tuple[bool, bool, float], Schema, list[str]] | None = None
-    for name, needs in NEEDS.items():
+    for schema in sorted(SCHEMAS, key=lambda s: s.name not in _PLAIN):
+        needs = schema.needs
         missing = [options for options in needs if all(row.get(n) is None for n in options)]
         if len(missing) == len(needs):
             continue
@@ -61,7 +35,6 @@ def nearest(row: Row) -> tuple[Schema, list[str]] | None:
             **row,
             **{o[0]: row.get(_TWINS.get(o[0], ""), _OTHERS.get(o[0], "text")) for o in missing},
         }
-        schema = schema_named(name)
         rank = not missing, schema.fits(filled), 1 - len(missing) / len(needs)
         if best is None or rank > best[0]:
             best = rank, schema, [o[0] + (" (it is null)" if o[0] in row else "") for o in missing]
@@ -78,7 +51,7 @@ def what_is_missing(row: Row) -> str:
     if missing:
         return f"{text}; missing: {', '.join(missing)}"
     try:
-        schema.convert({"rows": [row, row]} if schema.groups_by else row)
+        schema.convert(row)
     except Rejected as error:
         return f"{text}; but {error.detail or error}"
     return f"{text}; nothing is missing"

@@ -1,23 +1,21 @@
-"""What a comparison is, and the pieces every schema is made of: messages, ratings, splitting off
-the prompt.
+"""What a comparison is, and what is asked of a row before it becomes one.
 
-The schemas themselves are in schemas.py. A row that cannot become a comparison raises `Rejected`,
-with a reason from `REASONS` and a detail for the person who mends the data; it is counted and
-written out, never dropped silently.
+A schema (schemas.py) parses a row into `Parsed`, which asks nothing of the responses; `validate`
+makes a `Comparison` of it. A row that cannot be parsed or is no preference raises `Rejected`, with a
+reason from `REASONS` and a detail for the person who repairs the data; it is counted and written
+out, never dropped silently.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 Message = dict[str, Any]
-"""``role`` and ``content`` (text); further keys such as ``tool_calls`` go to the chat template as
-they are."""
+"""``role`` and ``content`` (text); further keys such as ``tool_calls`` go to the chat template."""
 
 REASONS = {
     "not_utf8": "bytes or text that is not UTF-8",
@@ -36,8 +34,11 @@ REASONS = {
     "tie": "all responses have the same score",
     "duplicate": "the same comparison again",
     "contradiction": "the same two responses, preferred the other way round elsewhere",
+    "not_text": "pictures, sound or video, which a text model does not see",
     "template": "the chat template refuses the conversation",
+    "identical_in_template": "the responses differ only in what the chat template leaves out",
     "overlong": "longer than --max-length",
+    "outside_vocabulary": "a token that the model has no embedding for",
     "identical_after_cut": "the responses are the same after cutting to --max-length",
     "map_failed": "the --map function raised an error",
     "skipped_by_map": "the --map function returned None",
@@ -46,21 +47,8 @@ REASONS = {
 NOT_FAULTS = frozenset(
     {"tie", "duplicate", "overlong", "identical_after_cut", "skipped_by_map", "holdout"}
 )
-"""Reasons that are a property or a wish, not a defect of the file: they do not count towards
+"""Reasons that are a property or a request, not a defect of the file: they do not count towards
 --max-rejected."""
-
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
-_ROLE_NAMES = {
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "ai": "assistant",
-    "observation": "tool",
-    "function_call": "assistant",
-}
 
 
 class Rejected(Exception):
@@ -77,6 +65,25 @@ class Rejected(Exception):
 
 
 @dataclass(kw_only=True, slots=True)
+class Parsed:
+    """A row as its schema reads it; see `validate` for what makes it a comparison."""
+
+    prompt: list[Message]
+    responses: list[list[Message] | None]
+    """In the order of the row, each one or more messages that follow the prompt; None for null."""
+    scores: Sequence[float | None]
+    """One per response; None where it is missing, NaN where it is no finite number."""
+    graded: bool = False
+    """Scores are ratings, so that their differences are margins; else only their order counts."""
+    ordered: bool = True
+    """The order of the row is the label; else it says nothing of the preference."""
+    tools: list[Any] | None = None
+    """Tool descriptions for the chat template."""
+    notes: list[str] = field(default_factory=list)
+    """What was changed or noticed on the way; counted and reported."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Comparison:
     """K >= 2 responses to one prompt, best first."""
 
@@ -86,66 +93,77 @@ class Comparison:
     scores: list[float]
     """One per response, falling; equal scores are ties."""
     graded: bool = False
-    """Scores are real ratings, so that their differences are margins; else only their order
-    counts."""
+    """As `Parsed.graded`."""
     source: str = ""
     tools: list[Any] | None = None
-    """Tool descriptions for the chat template."""
     positions: list[int] | None = None
-    """Where each response stood in the row, if the row's order says nothing of the preference; else
-    None."""
+    """Where each response stood among the row's (without those left out), if the order of the row
+    says nothing of the preference; else None."""
+    left_out: list[int] = field(default_factory=list)
+    """Places in the row of responses that were left out, with a note each."""
     notes: list[str] = field(default_factory=list)
-    """What was changed or noticed on the way; counted and reported."""
+    """As `Parsed.notes`."""
 
 
-def make_comparison(
-    prompt: list[Message],
-    responses: Sequence[list[Message]],
-    scores: Sequence[float],
-    *,
-    graded: bool,
-    ordered: bool = True,
-    tools: list[Any] | None = None,
-    notes: Sequence[str] = (),
-) -> Comparison:
-    """Check and sort: best response first, stable. ``ordered`` False: the row's order was free of
-    the preference."""
-    if len(responses) < 2:
-        raise Rejected(
-            "too_few_responses", f"{len(responses)} response{'s' * (len(responses) != 1)}"
-        )
-    for number, response in enumerate(responses, 1):
-        if not response or response[-1]["role"] != "assistant":
-            raise Rejected("no_reply", f"response {number}")
-        if response[0]["role"] not in ("assistant", "tool", "function", "ipython"):
-            raise Rejected(
-                "prompts_differ",
-                f"response {number} begins with a turn of the {response[0]['role']}",
-            )
-        if not _has_text(response[-1]):
-            raise Rejected("empty_response", f"response {number}")
-    if not any(_has_text(m) for m in prompt):
+UNRATED = "a response without a score, left out"
+NO_TEXT = "a response without text, left out"
+WIDE_RATINGS = "ratings too far apart for a margin: their order counts"
+_MAX_FLOAT32 = 3.4e38
+
+
+def validate(parsed: Parsed) -> Comparison:
+    """The comparison, best response first, ties in the order of the row; raises `Rejected`.
+
+    Of three or more responses one without score or text is left out, with a note.
+    """
+    responses, scores, notes = parsed.responses, parsed.scores, list(parsed.notes)
+    unrated = [i for i, score in enumerate(scores) if score is None or math.isnan(score)]
+    empty = [i for i, r in enumerate(responses) if i not in unrated and _is_empty(r)]
+    kept = [i for i in range(len(responses)) if i not in unrated and i not in empty]
+    if len(kept) < 2 or len(responses) == 2:
+        if len(responses) < 2:
+            raise Rejected("too_few_responses", f"{len(responses)} response")
+        for i in unrated[:1]:
+            reason = "missing_field" if scores[i] is None else "wrong_type"
+            raise Rejected(reason, f"the score of response {i + 1}")
+        for i in empty[:1]:
+            raise Rejected("empty_response", f"response {i + 1}")
+    notes += [UNRATED] * len(unrated) + [NO_TEXT] * len(empty)
+    for i in kept:
+        _check_turns(responses[i], i + 1)
+    if not any(map(_has_text, parsed.prompt)):
         raise Rejected("empty_prompt")
-    order = sorted(range(len(responses)), key=lambda i: -scores[i])
-    first = responses[order[0]]
-    if all(responses[i] == first for i in order[1:]):
+    order = sorted(kept, key=lambda i: -scores[i])  # stable
+    best, worst = order[0], order[-1]
+    if all(responses[i] == responses[best] for i in order[1:]):
         raise Rejected("identical_responses")
     if len(order) > 2:
-        _check_repeated(responses, scores)
-    if scores[order[0]] == scores[order[-1]]:
+        _check_repeated([responses[i] for i in order], [scores[i] for i in order])
+    if scores[best] == scores[worst]:
         raise Rejected("tie")
-    notes = list(notes)
-    if not all(_has_text(m) for m in prompt):
+    if not all(map(_has_text, parsed.prompt)):
         notes.append("an empty turn in the prompt")
+    graded = parsed.graded and scores[best] - scores[worst] < _MAX_FLOAT32
+    if parsed.graded and not graded:
+        notes.append(WIDE_RATINGS)
     return Comparison(
-        prompt=prompt,
+        prompt=parsed.prompt,
         responses=[responses[i] for i in order],
         scores=[float(scores[i]) for i in order],
         graded=graded,
-        tools=tools,
-        positions=None if ordered else order,
+        tools=parsed.tools,
+        positions=None if parsed.ordered else [kept.index(i) for i in order],
+        left_out=sorted(unrated + empty),
         notes=notes,
     )
+
+
+def _check_turns(response: list[Message], number: int) -> None:
+    if response[-1]["role"] != "assistant":
+        raise Rejected("no_reply", f"response {number}")
+    if response[0]["role"] not in ("assistant", "tool", "function", "ipython"):
+        begin = f"response {number} begins with a turn of the {response[0]['role']}"
+        raise Rejected("prompts_differ", begin)
 
 
 def _check_repeated(responses: Sequence[list[Message]], scores: Sequence[float]) -> None:
@@ -156,77 +174,13 @@ def _check_repeated(responses: Sequence[list[Message]], scores: Sequence[float])
             raise Rejected("contradictory_scores", f"scores {seen[text]:g} and {score:g}")
 
 
+def _is_empty(response: list[Message] | None) -> bool:
+    """Null, or a reply without text. One that ends with another turn is another fault."""
+    return not response or (response[-1]["role"] == "assistant" and not _has_text(response[-1]))
+
+
 def _has_text(message: Message) -> bool:
     return bool(message["content"].strip()) or bool(message.get("tool_calls"))
-
-
-# ---- messages
-
-
-def field_of(row: dict[str, Any], *names: str) -> Any:
-    """The first of the columns that is there and not null."""
-    for name in names:
-        if row.get(name) is not None:
-            return row[name]
-    raise Rejected("missing_field", names[0] if len(names) == 1 else " or ".join(names))
-
-
-def as_text(value: Any, name: str) -> str:
-    """A text; the text parts of a list of parts are joined."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and value and all(isinstance(p, dict) for p in value):
-        texts = [p.get("text") for p in value if p.get("type", "text") == "text"]
-        if len(texts) == len(value) and all(isinstance(t, str) for t in texts):
-            return "".join(texts)
-        raise Rejected("wrong_type", f"{name}: parts that are not text")
-    raise Rejected("wrong_type", f"{name} is {type(value).__name__}, not text")
-
-
-def as_message(value: Any, name: str) -> Message:
-    """A message from ``{role, content}`` or sharegpt's ``{from, value}``; null keys (parquet fills
-    them) go away."""
-    if not isinstance(value, dict):
-        raise Rejected("wrong_type", f"{name} is {type(value).__name__}, not a message")
-    role = value.get("role", value.get("from"))
-    if not isinstance(role, str):
-        raise Rejected("missing_field", f"{name}: role")
-    role = _ROLE_NAMES.get(role.lower(), role.lower())
-    if role not in ROLES:
-        raise Rejected("unknown_role", f"{name}: {role[:60]!r}")
-    content = value.get("content", value.get("value"))
-    if content is None and value.get("tool_calls"):
-        content = ""
-    if content is None:
-        raise Rejected("missing_field", f"{name}: content")
-    message: Message = {"role": role, "content": as_text(content, name)}
-    if len(value) > 2:
-        extra = {
-            k: v
-            for k, v in value.items()
-            if k in ("tool_calls", "tool_call_id", "name", "reasoning_content") and v is not None
-        }
-        message.update(extra)
-    return message
-
-
-def as_messages(value: Any, name: str) -> list[Message]:
-    """A list of messages; one message alone counts as a list of one."""
-    if isinstance(value, dict):
-        return [as_message(value, name)]
-    if not isinstance(value, list):
-        raise Rejected("wrong_type", f"{name} is {type(value).__name__}, not a list of messages")
-    if not value:
-        raise Rejected(
-            "empty_response" if name != "prompt" else "empty_prompt", f"{name} is an empty list"
-        )
-    return [as_message(v, f"{name}[{i}]") for i, v in enumerate(value)]
-
-
-def is_messages(value: Any) -> bool:
-    """Looks like messages: a dict or a list of dicts with a role."""
-    first = value[0] if isinstance(value, list) and value else value
-    return isinstance(first, dict) and ("role" in first or "from" in first)
 
 
 def user(text: str) -> Message:
@@ -235,98 +189,3 @@ def user(text: str) -> Message:
 
 def assistant(text: str) -> Message:
     return {"role": "assistant", "content": text}
-
-
-def split_prompt(
-    conversations: Sequence[list[Message]],
-) -> tuple[list[Message], list[list[Message]]]:
-    """Whole conversations -> (the messages they share, the rest of each). At least one message is
-    left to each."""
-    shortest = min(len(c) for c in conversations)
-    shared, first = 0, conversations[0]
-    while shared < shortest - 1 and all(c[shared] == first[shared] for c in conversations):
-        shared += 1
-    return list(first[:shared]), [list(c[shared:]) for c in conversations]
-
-
-def with_system(row: dict[str, Any], prompt: list[Message]) -> list[Message]:
-    """Put the row's ``system`` (or ``system_prompt``) column first, unless the prompt has a system
-    turn."""
-    system = row.get("system") or row.get("system_prompt")
-    if (
-        isinstance(system, str)
-        and system.strip()
-        and not (prompt and prompt[0]["role"] == "system")
-    ):
-        return [{"role": "system", "content": system}, *prompt]
-    return prompt
-
-
-_HH_TURN = re.compile(r"(?:\A|\n\n) ?(Human|Assistant|System):")
-_HH_ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
-
-
-def parse_hh(text: str, name: str) -> list[Message]:
-    """Messages of a dialogue written with ``\\n\\nHuman:`` and ``\\n\\nAssistant:``."""
-    parts = _HH_TURN.split(text)
-    if parts[0].strip() or len(parts) < 3:
-        raise Rejected("wrong_type", f"{name} does not begin with Human: or Assistant:")
-    return [
-        {"role": _HH_ROLES[role], "content": content.strip()}
-        for role, content in zip(parts[1::2], parts[2::2], strict=True)
-    ]
-
-
-# ---- ratings
-
-_RATING_COLUMNS = (
-    ("chosen-rating", "rejected-rating"),
-    ("chosen_rating", "rejected_rating"),
-    ("score_chosen", "score_rejected"),
-    ("chosen_score", "rejected_score"),
-    ("rating_chosen", "rating_rejected"),
-)
-
-
-def as_number(value: Any) -> float | None:
-    """A finite number (also written as text), else None."""
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return None
-    if not isinstance(value, (int, float)):
-        return None
-    try:
-        value = float(value)
-    except OverflowError:
-        return None
-    return value if math.isfinite(value) else None
-
-
-def ratings_of(row: dict[str, Any]) -> tuple[list[float], bool, list[str]]:
-    """Scores of (chosen, rejected), whether they are ratings, and notes.
-
-    Ratings that do not put chosen above rejected leave the label as it is: ranks instead of
-    ratings, and a note.
-    """
-    for chosen, rejected in _RATING_COLUMNS:
-        pair = as_number(row.get(chosen)), as_number(row.get(rejected))
-        if pair[0] is not None and pair[1] is not None:
-            if pair[0] > pair[1]:
-                return [pair[0], pair[1]], True, []
-            return (
-                [1.0, 0.0],
-                False,
-                ["ratings that do not agree with the label: the label counts, without margin"],
-            )
-    margin = as_number(row.get("margin"))
-    if margin is not None:
-        if margin > 0:
-            return [margin, 0.0], True, []
-        return (
-            [1.0, 0.0],
-            False,
-            ["a margin that is not positive: the label counts, without margin"],
-        )
-    return [1.0, 0.0], False, []

@@ -8,6 +8,7 @@ dataset is put in place. Nothing of the output depends on the number of workers.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import sys
@@ -26,10 +27,11 @@ from rmega.data.indexed import exists
 from rmega.preferences import dedup, sources
 from rmega.preferences.assemble import WorkFolder, finish
 from rmega.preferences.closest_schema import left_out
-from rmega.preferences.comparison import REASONS, Comparison, Rejected
-from rmega.preferences.schemas import prompt_of, schema_named
+from rmega.preferences.comparison import REASONS, Comparison, Parsed, Rejected
+from rmega.preferences.reader import Plan, plan_input
+from rmega.preferences.schemas import schema_named
 from rmega.preferences.tokenizer import BROKEN_UP, PairTokenizer
-from rmega.preferences.worker import ChunkResult, Converter, Plan, plan_input
+from rmega.preferences.worker import ChunkResult, Converter
 
 
 @dataclass(kw_only=True)
@@ -100,7 +102,7 @@ def preprocess(args: PreprocessArgs) -> dict[str, Any]:
     )
     for message in tokenizer.messages:
         say(f"note: {message}")
-    plans = [plan_input(source, args.format, args.map, "--input") for source in inputs]
+    plans = [plan_input(s, args.format, mapped=args.map is not None) for s in inputs]
     converter = Converter(tokenizer, plans, args.map)
     _announce(plans, tokenizer, converter)
     with WorkFolder(prefix, inputs) as work:
@@ -164,6 +166,8 @@ def _check(args: PreprocessArgs) -> None:
         raise ValueError(f"--duplicates {args.duplicates}: unknown; known are drop, keep")
     if args.format != "auto":
         schema_named(args.format)
+        if args.map is not None:
+            raise ValueError("--format: the schema of what --map returns is recognised")
 
 
 def _announce(plans: list[Plan], tokenizer: PairTokenizer, converter: Converter) -> None:
@@ -181,15 +185,46 @@ def _announce(plans: list[Plan], tokenizer: PairTokenizer, converter: Converter)
             continue
         shown.add(name)
         for row in plan.sample:
-            try:
-                grouped = plan.schema is not None and plan.schema.groups_by
-                _show_example(converter.comparison({"rows": [row, row]} if grouped else row, plan))
-            except (Rejected, UnicodeEncodeError):
-                continue
-            break
+            with contextlib.suppress(Rejected, UnicodeEncodeError):
+                if plan.schema is not None and plan.schema.groups_by:
+                    _show_example(plan.schema.parse(row))
+                else:
+                    _show_example(converter.comparison(row, plan))
+                break
+        unused = _unused_columns(plan)
+        if unused:
+            say(f"    columns not used: {', '.join(unused)}"[:200])
 
 
-def _show_example(example: Comparison) -> None:
+class _Watched(dict):  # type: ignore[type-arg]
+    """A row that notes which columns are looked at."""
+
+    def __init__(self, row: dict[str, Any], seen: set[str]) -> None:
+        super().__init__(row)
+        self._seen = seen
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self._seen.add(name)
+        return super().get(name, default)
+
+    def __getitem__(self, name: str) -> Any:
+        self._seen.add(name)
+        return super().__getitem__(name)
+
+
+def _unused_columns(plan: Plan) -> list[str]:
+    """Columns with values in the first rows that the schema does not look at."""
+    if plan.schema is None:
+        return []
+    seen = {"source", "subset", "domain"}
+    for row in plan.sample:
+        with contextlib.suppress(Rejected):
+            plan.schema.parse(_Watched(row, seen))
+    given = {name for row in plan.sample for name, value in row.items() if value is not None}
+    return sorted(map(str, given - seen))
+
+
+def _show_example(example: Parsed | Comparison) -> None:
     def short(text: str) -> str:
         text = " ".join(text.split())
         return text if len(text) <= 100 else f"{text[:97]}..."
@@ -197,7 +232,8 @@ def _show_example(example: Comparison) -> None:
     for message in example.prompt[-2:]:
         say(f"    {message['role']}: {short(message['content'])}")
     for score, response in zip(example.scores, example.responses, strict=True):
-        say(f"    [{score:g}] {response[-1]['role']}: {short(response[-1]['content'])}")
+        if response and score is not None:
+            say(f"    [{score:g}] {response[-1]['role']}: {short(response[-1]['content'])}")
 
 
 _CONVERTER: Converter | None = None
@@ -215,16 +251,7 @@ def _work(chunk: sources.Chunk) -> ChunkResult:
 
 def _all_chunks(plans: list[Plan], hashes: dict[str, str]) -> Iterator[sources.Chunk]:
     for index, plan in enumerate(plans):
-        chunks = (
-            plan.stream
-            if plan.stream is not None
-            else sources.read_chunks(plan.source, index, hashes)
-        )
-        if plan.schema is not None and plan.schema.groups_by:
-            chunks = sources.group_rows(chunks, plan.schema.groups_by)
-        for chunk in chunks:
-            chunk.input_index = index
-            yield chunk
+        yield from plan.chunks(index, hashes)
 
 
 def _convert_all(
@@ -311,13 +338,10 @@ def _prompts_of(holdout: list[sources.Input]) -> np.ndarray:
     """Sorted uint64 hashes of the prompts of the held-out data."""
     prompts: set[int] = set()
     for source in holdout:
-        plan = plan_input(source, "auto", None, "--holdout")
-        for chunk in _all_chunks([plan], {}):
-            for _, row, _ in sources.decode(chunk):
-                if isinstance(row, dict):
-                    assert plan.schema is not None
-                    try:
-                        prompts.add(dedup.hash_messages(prompt_of(row, plan.schema)))
-                    except (Rejected, RecursionError, UnicodeEncodeError):
-                        continue
+        plan = plan_input(source, flag="--holdout")
+        assert plan.schema is not None
+        for _, row, _ in plan.rows():
+            if isinstance(row, dict):
+                with contextlib.suppress(Rejected, RecursionError, UnicodeEncodeError):
+                    prompts.add(dedup.hash_messages(plan.schema.prompt(row)))
     return np.array(sorted(prompts), np.uint64)

@@ -1,162 +1,174 @@
-"""Schemas in which the order of the responses is free: scores, ranks, labels, the winner of two."""
+"""Readers of rows in which the order of the responses is free: scores, ranks, labels, the winner of
+two."""
 
 from __future__ import annotations
 
-import re
+import math
+from collections.abc import Sequence
 from typing import Any
 
-from rmega.preferences.comparison import (
-    Comparison,
-    Message,
-    Rejected,
+from rmega.preferences.comparison import Parsed, Rejected, assistant
+from rmega.preferences.messages import (
+    Row,
     as_messages,
     as_number,
     as_text,
-    assistant,
     field_of,
-    make_comparison,
-    parse_hh,
+    prompt_of,
+    refuse_media,
+    reply,
     split_prompt,
-    user,
-    with_system,
 )
+from rmega.preferences.written import as_list
 
-Row = dict[str, Any]
-
-RESPONSE_LISTS = ("responses", "answers", "completions", "candidates")
-RESPONSE_TEXTS = ("content", "response", "answer", "text", "completion", "message")
-_SCORES = ("score", "overall_score", "rating", "reward")
+RESPONSE_LISTS = ("responses", "answers", "completions", "candidates", "generations")
+RESPONSE_TEXTS = (
+    "content",
+    "response",
+    "answer",
+    "text",
+    "completion",
+    "message",
+    "generation",
+    "output",
+)
+SCORES = (
+    ("score", "overall_score", "rating", "reward"),
+    ("scores", "ratings", "rating", "score", "rewards", "reward"),
+)
+RANKS = (("rank",), ("ranks", "rank"))
+"""Names of a response's own score or rank, and of the columns that list them for all."""
+_MISSING = frozenset({"", "-", "n/a", "na", "nan", "none", "null"})
 
 
 def response_list(row: Row) -> list[Any] | None:
+    """The list of responses of a row, also one that is written as text."""
     for name in RESPONSE_LISTS:
-        value = row.get(name)
-        if isinstance(value, list) and value:
+        value = as_list(row.get(name))
+        if value:
             return value
     return None
 
 
 def is_ranked(row: Row) -> bool:
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        return False  # made of the list: the pair is what is meant
     values = response_list(row)
     if values is None:
         return False
-    if isinstance(values[0], dict):
-        return any(k in values[0] for k in (*_SCORES, "rank"))
-    return any(isinstance(row.get(k), list) for k in ("scores", "ratings", "ranks", "rank"))
+    if isinstance(values[0], dict) and any(k in values[0] for k in (*SCORES[0], *RANKS[0])):
+        return True
+    return any(as_list(row.get(k)) for k in (*SCORES[1], *RANKS[1]))
 
 
-def ranked(row: Row) -> Comparison:
+def ranked(row: Row) -> Parsed:
+    """A list of responses with a score or a rank each, in the responses or in a list beside."""
     values = response_list(row)
     if values is None:
         raise Rejected("missing_field", "responses")
-    by_rank = False
-    responses: list[list[Message]] = []
-    scores: list[float] = []
-    if all(isinstance(v, dict) for v in values):
-        by_rank = not any(k in v for v in values for k in _SCORES)
-        for i, value in enumerate(values):
-            text = field_of(value, *RESPONSE_TEXTS)
-            responses.append(
-                [assistant(text)] if isinstance(text, str) else as_messages(text, f"responses[{i}]")
-            )
-            scores.append(_score(field_of(value, *(("rank",) if by_rank else _SCORES)), i))
-    else:
-        by_rank = not any(isinstance(row.get(k), list) for k in ("scores", "ratings"))
-        given = field_of(row, *(("ranks", "rank") if by_rank else ("scores", "ratings")))
-        if not isinstance(given, list) or len(given) != len(values):
-            raise Rejected("wrong_type", f"{len(values)} responses, but not as many scores")
-        for i, value in enumerate(values):
-            responses.append(
-                [assistant(value)]
-                if isinstance(value, str)
-                else as_messages(value, f"responses[{i}]")
-            )
-            scores.append(_score(given[i], i))
+    objects = [v for v in values if isinstance(v, dict)]
+    inside = bool(objects) and all(v is None or isinstance(v, dict) for v in values)
+    for value in objects if inside else ():
+        refuse_media(value, "responses: ")
+    texts = [_first(v or {}, RESPONSE_TEXTS) for v in values] if inside else values
+    scores = _numbers(row, values if inside else [], len(values), *SCORES)
+    ranks = _numbers(row, values if inside else [], len(values), *RANKS)
+    # Whichever is given for more of the responses.
+    by_rank = scores.count(None) > ranks.count(None)
     if by_rank:  # rank 1 is the best
-        scores = [len(scores) - s for s in scores]
-    return make_comparison(
-        with_system(row, any_prompt(row)), responses, scores, graded=not by_rank, ordered=False
+        scores = [None if rank is None else len(ranks) - rank for rank in ranks]
+    elif scores.count(None) == len(scores):
+        raise Rejected("missing_field", " or ".join(SCORES[0] if inside else SCORES[1]))
+    return Parsed(
+        prompt=prompt_of(row),
+        responses=[
+            None if text is None else reply(text, f"responses[{i}]") for i, text in enumerate(texts)
+        ],
+        scores=scores,
+        graded=not by_rank,
+        ordered=False,
     )
 
 
-def _score(value: Any, index: int) -> float:
+def _first(value: Row, names: Sequence[str]) -> Any:
+    return next((value[name] for name in names if value.get(name) is not None), None)
+
+
+def _numbers(
+    row: Row, objects: Sequence[Row | None], num: int, own: Sequence[str], columns: Sequence[str]
+) -> list[float | None]:
+    """A number per response: its own, or that of a column which lists them for all."""
+    given = [_first(value or {}, own) for value in objects]
+    if given.count(None) == len(given):
+        lists = (as_list(row.get(name)) for name in columns)
+        given = next((values for values in lists if values is not None), [None] * num)
+    if len(given) != num:
+        raise Rejected("wrong_type", f"{num} responses, but not as many scores")
+    return [_score(value, i) for i, value in enumerate(given)]
+
+
+def _score(value: Any, index: int) -> float | None:
+    """A number; None where it is missing, NaN where it is not finite."""
+    if value is None or (isinstance(value, str) and value.strip().lower() in _MISSING):
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return math.nan
     number = as_number(value)
     if number is None:
         raise Rejected("wrong_type", f"the score of response {index + 1} is not a number")
     return number
 
 
-def any_prompt(row: Row) -> list[Message]:
-    given = field_of(row, "prompt", "instruction", "question", "context", "conversations")
-    if isinstance(given, str) and given.lstrip().startswith("Human:"):
-        messages = parse_hh(
-            given if given.startswith("\n\n") else "\n\n" + given.lstrip(), "prompt"
-        )
-        if messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
-            messages.pop()
-        return messages
-    if isinstance(given, str) and "<extra_id_1>" in given:  # HelpSteer's turns
-        first, *turns = re.split(r"\n?<extra_id_1>(User|Assistant)\n", given)
-        return [user(first)] + [
-            {"role": role.lower(), "content": content}
-            for role, content in zip(turns[::2], turns[1::2], strict=True)
-        ]
-    return [user(given)] if isinstance(given, str) else as_messages(given, "prompt")
-
-
-def two_rated(row: Row) -> Comparison:
+def two_rated(row: Row) -> Parsed:
     """HelpSteer 2 and 3 preferences: a strength from -3 (the first is much better) to 3 (the second
     is)."""
-    responses = [
-        field_of(row, *names)
-        for names in (("response_1", "response1"), ("response_2", "response2"))
-    ]
+    sides = (("response_1", "response1"), ("response_2", "response2"))
+    responses = [[assistant(as_text(field_of(row, *names), names[0]))] for names in sides]
     strength = as_number(field_of(row, "preference_strength", "overall_preference"))
     if strength is None:
         raise Rejected("wrong_type", "the strength of the preference is not a number")
-    prompt = any_prompt({k: row.get(k) for k in ("prompt", "context")})
-    return make_comparison(
-        with_system(row, prompt),
-        [[assistant(as_text(r, "response"))] for r in responses],
-        [max(-strength, 0.0), max(strength, 0.0)],
+    return Parsed(
+        prompt=prompt_of(row),
+        responses=responses,
+        scores=[max(-strength, 0.0), max(strength, 0.0)],
         graded=True,
         ordered=False,
     )
 
 
-def labelled(row: Row) -> Comparison:
+def labelled(row: Row) -> Parsed:
     """PKU-SafeRLHF: the number of the better response."""
-    label = field_of(row, "better_response_id")
+    given = field_of(row, "better_response_id")
+    label = as_number(given)
     if label not in (0, 1):
-        raise Rejected("wrong_type", f"better_response_id is {label!r:.40}, not 0 or 1")
-    responses = [
-        [assistant(as_text(field_of(row, f"response_{i}"), f"response_{i}"))] for i in (0, 1)
-    ]
-    return make_comparison(
-        with_system(row, any_prompt(row)),
-        responses,
-        [float(label == i) for i in (0, 1)],
-        graded=False,
+        raise Rejected("wrong_type", f"better_response_id is {given!r:.40}, not 0 or 1")
+    names = ("response_0", "response_1")
+    return Parsed(
+        prompt=prompt_of(row),
+        responses=[[assistant(as_text(field_of(row, name), name))] for name in names],
+        scores=[float(label == i) for i in (0, 1)],
         ordered=False,
     )
 
 
-def arena(row: Row) -> Comparison:
-    """Chatbot Arena: two conversations and the winner; whatever else stands there is a tie."""
-    conversations = [
-        as_messages(field_of(row, f"conversation_{x}"), f"conversation_{x}") for x in "ab"
-    ]
+def arena(row: Row) -> Parsed:
+    """Chatbot Arena: two conversations and the winner; any other winner than one of them is a
+    tie."""
+    names = ("conversation_a", "conversation_b")
+    conversations = [as_messages(field_of(row, name), name) for name in names]
     winner = field_of(row, "winner")
     prompt, responses = split_prompt(conversations)
     scores = [float(winner == f"model_{x}") for x in "ab"]
-    return make_comparison(prompt, responses, scores, graded=False, ordered=False)
+    return Parsed(prompt=prompt, responses=responses, scores=scores, ordered=False)
 
 
-def rated_rows(row: Row) -> Comparison:
-    """HelpSteer: a row per response; the rows of one prompt follow each other."""
+def rated_rows(row: Row) -> Parsed:
+    """HelpSteer: a row per response; ``{"rows": [...]}`` holds those of one prompt."""
     rows = row["rows"]
-    responses, scores = [], []
-    for i, r in enumerate(rows):
-        responses.append([assistant(as_text(field_of(r, "response"), "response"))])
-        scores.append(_score(field_of(r, "helpfulness"), i))
-    return make_comparison(any_prompt(rows[0]), responses, scores, graded=True, ordered=False)
+    return Parsed(
+        prompt=prompt_of(rows[0]),
+        responses=[[assistant(as_text(field_of(r, "response"), "response"))] for r in rows],
+        scores=[_score(r.get("helpfulness"), i) for i, r in enumerate(rows)],
+        graded=True,
+        ordered=False,
+    )

@@ -6,9 +6,8 @@ import importlib.util
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -16,26 +15,9 @@ import numpy as np
 from rmega.preferences import dedup, sources
 from rmega.preferences.closest_schema import columns_of, what_is_missing
 from rmega.preferences.comparison import Comparison, Rejected
-from rmega.preferences.schemas import Schema, recognise, schema_named, source_of
+from rmega.preferences.reader import Plan
+from rmega.preferences.schemas import recognise, source_of
 from rmega.preferences.tokenizer import PairTokenizer
-
-SAMPLE_ROWS = 50
-
-
-@dataclass
-class Plan:
-    """An input with the schema of its rows."""
-
-    source: sources.Input
-    schema: Schema | None
-    """None under --map."""
-    sample: list[dict[str, Any]] = field(default_factory=list)
-    """Its first rows."""
-    stream: Iterator[sources.Chunk] | None = None
-    """The chunks of a hub's data set, which is opened once."""
-
-    def __reduce__(self) -> tuple[Any, ...]:  # workers need no more
-        return Plan, (self.source, self.schema)
 
 
 @dataclass
@@ -65,27 +47,25 @@ class Converter:
 
     def comparison(self, row: dict[str, Any], plan: Plan) -> Comparison:
         """The row as a comparison; raises `Rejected`."""
-        try:
-            schema, source = plan.schema, source_of(row, plan.source.label)
-            if self.map is not None:
-                mapped = self._mapped(row)
-                if isinstance(mapped, Comparison):
-                    mapped.source = mapped.source or source
-                    return mapped
-                row, schema = mapped, recognise([mapped])
-                source = source_of(row, source)
-                if schema is None:
-                    raise Rejected(
-                        "map_failed",
-                        f"returned columns of no known schema: {columns_of(mapped)}; "
-                        f"{what_is_missing(mapped)}",
-                    )
-            assert schema is not None
-            comparison = schema.convert(row)
-            comparison.source = source
-            return comparison
-        except RecursionError:
-            raise Rejected("too_deep") from None
+        schema = plan.schema
+        source = source_of(row, plan.source.label)
+        if self.map is not None:
+            mapped = self._mapped(row)
+            if isinstance(mapped, Comparison):
+                mapped.source = mapped.source or source
+                return mapped
+            row, schema = mapped, recognise([mapped])
+            source = source_of(row, source)
+            if schema is None:
+                raise Rejected(
+                    "map_failed",
+                    f"returned columns of no known schema: {columns_of(mapped)}; "
+                    f"{what_is_missing(mapped)}",
+                )
+        assert schema is not None
+        comparison = schema.convert(row)
+        comparison.source = source
+        return comparison
 
     def _mapped(self, row: dict[str, Any]) -> Any:
         assert self.map is not None
@@ -143,7 +123,7 @@ class Converter:
             result.notes.update(encoded.notes)
         result.tokens = b"".join(tokens)
         result.lengths = np.array(lengths, np.int32).tobytes()
-        result.scores = np.array(scores, np.float32).tobytes()
+        result.scores = np.array(scores, np.float64).tobytes()
         result.documents = np.array(documents, dedup.DOCUMENT).tobytes()
         result.source_names = list(names)
         return result
@@ -176,37 +156,3 @@ def load_map(spec: str) -> Callable[[dict[str, Any]], Any]:
     if not callable(function):
         raise ValueError(f"--map {spec}: {path} has no function {name}")
     return function
-
-
-def plan_input(source: sources.Input, format_name: str, map_spec: str | None, flag: str) -> Plan:
-    """Look at the first rows of an input and recognise their schema; ValueError if there is
-    none."""
-    chunks = sources.read_chunks(source, 0)
-    head: list[sources.Chunk] = []
-    rows: list[dict[str, Any]] = []
-    for chunk in islice(chunks, 8):
-        head.append(chunk)
-        rows += [row for _, row, _ in sources.decode(chunk) if isinstance(row, dict)]
-        if len(rows) >= SAMPLE_ROWS:
-            break
-    sample = rows[:SAMPLE_ROWS]
-    if not sample:
-        number, why, _ = next(
-            (item for chunk in head for item in sources.decode(chunk)), (0, None, "")
-        )
-        if why is None:
-            raise ValueError(f"{flag} {source.name}: no rows")
-        raise ValueError(
-            f"{flag} {source.name}:{number}: {why}; no row of its beginning can be read"
-        )
-    stream = chain(head, chunks) if source.kind in ("hub", "modelscope") else None
-    if map_spec is not None:
-        return Plan(source, None, sample, stream)
-    schema = recognise(sample) if format_name == "auto" else schema_named(format_name)
-    if schema is None:
-        raise ValueError(
-            f"{flag} {source.name}: no known schema has the columns {columns_of(sample[0])};"
-            f" {what_is_missing(sample[0])}. --format names a schema, --map brings other rows"
-            " into one"
-        )
-    return Plan(source, schema, sample, stream)

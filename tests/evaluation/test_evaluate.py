@@ -366,7 +366,7 @@ def test_several_files_and_flags(tmp_path):
         evaluate(tmp_path, data=[a, b], scores=[s])
     with pytest.raises(ValueError, match="--limit 0"):
         evaluate(tmp_path, data=[a], scores=[s], limit=0)
-    with pytest.raises(ValueError, match="--data .*no schema fits its columns .x."):
+    with pytest.raises(ValueError, match="--data .*no known schema has the columns x;"):
         evaluate(tmp_path, data=[write(tmp_path / "x.jsonl", [{"x": 1}])], scores=[s])
     with pytest.raises(ValueError, match="nothing to evaluate .1 all responses are the same"):
         evaluate(tmp_path, data=[write(tmp_path / "y.jsonl", [pair("a", "a")])], scores=[s])

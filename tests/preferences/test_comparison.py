@@ -13,16 +13,14 @@ from rmega.preferences.comparison import (
     NOT_FAULTS,
     REASONS,
     Comparison,
+    Parsed,
     Rejected,
-    as_message,
-    as_number,
     assistant,
-    make_comparison,
-    parse_hh,
-    split_prompt,
     user,
+    validate,
 )
-from rmega.preferences.schemas import SCHEMAS, prompt_of, recognise, schema_named, source_of
+from rmega.preferences.messages import as_message, as_number, parse_hh, split_prompt
+from rmega.preferences.schemas import SCHEMAS, recognise, schema_named, source_of
 from tests.made_rows import FILES
 
 A, B = "Paris is the capital.", "I do not know."
@@ -319,7 +317,7 @@ def test_many_responses() -> None:
         ("missing_field", {"prompt": None, "chosen": A, "rejected": B}),
         ("wrong_type", {"prompt": Q, "chosen": 5, "rejected": B}),
         ("wrong_type", {"prompt": {"a": 1}, "chosen": A, "rejected": B}),
-        ("wrong_type", {"prompt": Q, "chosen": [{"type": "image"}], "rejected": B}),
+        ("not_text", {"prompt": Q, "chosen": [{"type": "image"}], "rejected": B}),
         ("empty_response", {"prompt": Q, "chosen": A, "rejected": " \n"}),
         ("empty_prompt", {"prompt": "", "chosen": A, "rejected": B}),
         ("identical_responses", {"prompt": Q, "chosen": A, "rejected": A}),
@@ -398,10 +396,11 @@ def test_pieces() -> None:
         and source_of({"source": ["x"], "subset": "b"}, "f") == "b"
     )
     assert source_of({"source": "x" * 200}, "f") == "f"
-    assert prompt_of({"prompt": Q}, schema_named("strings")) == [user(Q)]
+    assert schema_named("strings").prompt({"prompt": Q}) == [user(Q)]
     assert set(NOT_FAULTS) < set(REASONS)
     with pytest.raises(Rejected):
-        make_comparison([user("a")], [[assistant("b")], [assistant("c")]], [0.0, 0.0], graded=False)
+        responses = [[assistant("b")], [assistant("c")]]
+        validate(Parsed(prompt=[user("a")], responses=responses, scores=[0.0, 0.0]))
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

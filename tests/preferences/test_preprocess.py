@@ -18,7 +18,7 @@ import pytest
 
 from rmega.data.indexed import exists, open_preferences
 from rmega.data.integrity import verify
-from rmega.preferences import dedup, preprocess, sources, worker
+from rmega.preferences import dedup, preprocess, reader, sources, worker
 from rmega.preferences.preprocess import PreprocessArgs
 from rmega.preferences.tokenizer import PairTokenizer
 from tests.conftest import ROOT
@@ -145,22 +145,28 @@ REAL_FILES = {
 }
 
 
-@pytest.mark.parametrize("real", [False, True], ids=["made", "real"])
 def test_every_file_goes_in(
-    real: bool, run: Any, tmp_path: Path, request: Any, internlm2_tokenizer: Path
+    run: Any, tmp_path: Path, preference_files: Path, internlm2_tokenizer: Path
+) -> None:
+    counts = {name: count for name, (_, count) in FILES.items()}
+    check_counts(run, tmp_path, preference_files, counts, internlm2_tokenizer)
+
+
+def test_every_real_file_goes_in(
+    run: Any, tmp_path: Path, shared_dir: Path, internlm2_tokenizer: Path
+) -> None:
+    check_counts(run, tmp_path, shared_dir / "data", REAL_FILES, internlm2_tokenizer)
+
+
+def check_counts(
+    run: Any, tmp_path: Path, folder: Path, counts: dict[str, int], tokenizer: Path
 ) -> None:
     """The counts equal the row counts minus the rows of the rejected file, without --format."""
-    folder = (
-        request.getfixturevalue("shared_dir") / "data"
-        if real
-        else request.getfixturevalue("preference_files")
-    )
-    counts = REAL_FILES if real else {name: count for name, (_, count) in FILES.items()}
     dataset = run(
         [folder / name for name in counts],
         duplicates="keep",
         workers=2,
-        tokenizer=str(internlm2_tokenizer),
+        tokenizer=str(tokenizer),
         max_length=2048,
     )
     left_out = rejected(tmp_path)
@@ -446,7 +452,7 @@ def test_workers_can_be_spawned(run: Any, tmp_path: Path, small_llama: Path) -> 
 
     source = sources.resolve([str(write(tmp_path / "d.jsonl", rows(20)))])[0]
     tokenizer = PairTokenizer.load(small_llama, max_length=100)
-    here = worker.Converter(tokenizer, [worker.plan_input(source, "auto", None, "--input")], None)
+    here = worker.Converter(tokenizer, [reader.plan_input(source)], None)
     there = pickle.loads(pickle.dumps(here))
     for chunk in sources.read_chunks(source, 0):
         assert there.convert(pickle.loads(pickle.dumps(chunk))) == here.convert(chunk)
@@ -633,7 +639,7 @@ def test_hostile_files(tmp_path: Path, small_llama: Path) -> None:
         with contextlib.suppress(ValueError):  # with its one line
             try:
                 source = sources.resolve([str(target)])[0]
-                plan = worker.plan_input(source, "auto", None, "--input")
+                plan = reader.plan_input(source)
                 converter = worker.Converter(tokenizer, [plan], None)
                 for chunk in sources.read_chunks(source, 0):
                     result = converter.convert(chunk)

@@ -14,8 +14,9 @@ from rmega.data.fingerprint import PROBES, is_tokenizer_of, tokenizer_fingerprin
 from rmega.preferences import sources
 from rmega.preferences.comparison import Comparison, Rejected, assistant, user
 from rmega.preferences.fast_bpe import make_word_encoder
+from rmega.preferences.reader import plan_input
 from rmega.preferences.tokenizer import PairTokenizer, common_prefix_length
-from rmega.preferences.worker import Converter, plan_input
+from rmega.preferences.worker import Converter
 from tests.conftest import ROOT
 from tests.made_models import make_smollm2_tokenizer
 from tests.made_rows import FILES
@@ -206,7 +207,7 @@ def check_ids(tokenizer: PairTokenizer, files: list[Path], step: int) -> None:
     checked = 0
     for name in files:
         source = sources.resolve([str(name)])[0]
-        plan = plan_input(source, "auto", None, "--input")
+        plan = plan_input(source)
         converter = Converter(tokenizer, [plan], None)
         for chunk in sources.read_chunks(source, 0):
             for line, row, _ in sources.decode(chunk):

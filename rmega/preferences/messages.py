@@ -1,0 +1,352 @@
+"""What a column holds -> messages, texts, numbers: the pieces that every schema is made of.
+
+Null means absent, also inside: parquet gives every message and every tool call the keys of all
+others, with null. A list of messages may be written as text (written.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rmega.preferences.comparison import Message, Rejected, assistant, user
+from rmega.preferences.written import value_of
+
+Row = dict[str, Any]
+
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
+_ROLE_NAMES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+    "observation": "tool",
+    "function_call": "assistant",
+}
+PROMPTS = (
+    "prompt",
+    "question",
+    "instruction",
+    "query",
+    "context",
+    "input",
+    "conversations",
+    "conversation",
+    "messages",
+)
+"""Columns that may hold the prompt, the first that is not null."""
+FIELDS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
+"""Further keys of a message that a chat template may write."""
+_MESSAGE_KEYS = frozenset({"role", "from", "content", "value", "function_call", *FIELDS})
+_ARGUMENTS = ("arguments", "parameters", "input")
+_MEDIA = re.compile(
+    r"(.*_)?(image|img|picture|photo|video|audio|media|pixel_value)s?"
+    r"(_(path|url|file|bytes|base64|b64|data)s?)?|jpg_\d+"
+)
+# Beginnings of a list of objects, or of one, that is written as text; and of messages.
+_WRITTEN_OBJECTS = re.compile(r"\s*(array\()?\s*(\[\s*(array\()?\s*)?\{")
+_WRITTEN_MESSAGES = re.compile(
+    _WRITTEN_OBJECTS.pattern + r"\s*['\"](role|from|content|value)['\"]\s*:"
+)
+
+
+class _MessageWithout(dict):  # type: ignore[type-arg]
+    """A message, with the names of the keys that were left out of it."""
+
+    left_out: Sequence[str] = ()
+
+
+def field_of(row: Row, *names: str) -> Any:
+    """The first of the columns that is there and not null."""
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    raise Rejected("missing_field", " or ".join(names))
+
+
+def as_text(value: Any, name: str) -> str:
+    """A text; the text parts of a list of parts are joined."""
+    if isinstance(value, str):
+        return value
+    if _is_parts(value):
+        texts = [part.get("text") for part in value if (part.get("type") or "text") == "text"]
+        if len(texts) == len(value) and all(isinstance(text, str) for text in texts):
+            return "".join(texts)
+        raise Rejected("not_text", f"{name}: parts that are not text")
+    raise Rejected("wrong_type", f"{name} is {type(value).__name__}, not text")
+
+
+def _is_parts(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(part, dict) and "role" not in part and "from" not in part for part in value
+        )
+    )
+
+
+def as_number(value: Any) -> float | None:
+    """A finite number (also written as text), else None."""
+    if not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+# ---- messages
+
+
+def as_message(value: Any, name: str) -> Message:
+    """A message from ``{role, content}`` or sharegpt's ``{from, value}``."""
+    if not isinstance(value, dict):
+        raise Rejected("wrong_type", f"{name} is {type(value).__name__}, not a message")
+    role = _first(value, "role", "from")
+    if not isinstance(role, str):
+        raise Rejected("missing_field", f"{name}: role")
+    role = _ROLE_NAMES.get(role.lower(), role.lower())
+    if role not in ROLES:
+        raise Rejected("unknown_role", f"{name}: {role[:60]!r}")
+    content = _first(value, "content", "value")
+    if len(value) == 2 and content is not None:
+        return {"role": role, "content": as_text(content, name)}
+    fields = {key: value[key] for key in FIELDS if value.get(key) is not None}
+    calls = fields.pop("tool_calls", None) or value.get("function_call")
+    if calls:
+        fields["tool_calls"] = _tool_calls(calls)
+    if content in (None, []) and fields.get("tool_calls"):
+        content = ""
+    if content is None:
+        raise Rejected("missing_field", f"{name}: content")
+    refuse_media(value, f"{name}: ")
+    message = _MessageWithout(role=role, content=as_text(content, name), **fields)
+    message.left_out = [k for k, v in value.items() if k not in _MESSAGE_KEYS and v is not None]
+    return message if message.left_out else dict(message)
+
+
+def _first(value: Row, *names: str) -> Any:
+    return next((value[name] for name in names if value.get(name) is not None), None)
+
+
+def as_messages(value: Any, name: str) -> list[Message]:
+    """A list of messages, also written as text; one message alone counts as a list of one."""
+    if isinstance(value, str) and is_messages(value):
+        found = value_of(value)
+        if found is None:
+            raise Rejected("wrong_type", f"{name}: a list written as text that cannot be read")
+        value = found
+    if isinstance(value, dict):
+        return [as_message(value, name)]
+    if not isinstance(value, list):
+        raise Rejected("wrong_type", f"{name} is {type(value).__name__}, not a list of messages")
+    if not value:
+        raise Rejected(
+            "empty_response" if name != "prompt" else "empty_prompt", f"{name} is an empty list"
+        )
+    return [as_message(v, f"{name}[{i}]") for i, v in enumerate(value)]
+
+
+def is_messages(value: Any) -> bool:
+    """Looks like messages: a dict or a list of dicts with a role; or a text that stands for such.
+
+    An answer that is JSON is a text: only one with the roles of messages stands for messages.
+    """
+    if isinstance(value, str):
+        if not _WRITTEN_OBJECTS.match(value):
+            return False
+        written = value_of(value)
+        if written is None:  # it may be cut short
+            return bool(_WRITTEN_MESSAGES.match(value))
+        if isinstance(written, dict):
+            return _has_known_role(written)
+        return bool(written) and all(
+            isinstance(part, dict) and ({"role", "content"} <= part.keys() or _has_known_role(part))
+            for part in written
+        )
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, dict) and ("role" in first or "from" in first)
+
+
+def _has_known_role(part: Row) -> bool:
+    role = _first(part, "role", "from")
+    known = isinstance(role, str) and _ROLE_NAMES.get(role.lower(), role.lower()) in ROLES
+    return known and bool({"content", "value", "tool_calls", "function_call"} & part.keys())
+
+
+def reply(value: Any, name: str) -> list[Message]:
+    """A response: text, or the messages of it."""
+    if isinstance(value, str) and not is_messages(value):
+        return [assistant(value)]
+    return as_messages(value, name)
+
+
+def notes_of(messages: Iterable[Message]) -> list[str]:
+    """A note for each key that was left out of the messages."""
+    names = {name for m in messages for name in getattr(m, "left_out", ())}
+    return [f"message field {name} left out" for name in sorted(names)]
+
+
+# ---- what stands beside the text
+
+
+def refuse_media(row: Row, where: str = "") -> None:
+    """Raise `Rejected` where a row or a message has pictures, sound or video."""
+    for name, value in row.items():
+        first = value[0] if isinstance(value, list) and value else value
+        stored = isinstance(first, dict) and isinstance(first.get("bytes"), bytes)
+        if stored or (_MEDIA.fullmatch(str(name).lower()) and not _is_absent(value)):
+            raise Rejected("not_text", f"{where}{name}")
+
+
+def _is_absent(value: Any) -> bool:
+    """Null, empty, false, NaN, or nothing but such inside."""
+    if isinstance(value, (list, dict)):
+        return all(map(_is_absent, value.values() if isinstance(value, dict) else value))
+    return not value or value != value
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the null entries of objects, at any depth."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def _decoded(value: Any) -> Any:
+    """The list or object that a text stands for (JSON may be encoded twice); else the value."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("{", "[", '"'):
+        return value
+    found = value_of(value)
+    if found is None and value.lstrip().startswith('"'):
+        with contextlib.suppress(ValueError, RecursionError):
+            found = value_of(json.loads(value))
+    return value if found is None else found
+
+
+def _tool_calls(value: Any) -> Any:
+    """Tool calls with their arguments as objects, as chat templates expect them."""
+    value = _decoded(value)
+    if isinstance(value, dict):
+        value = [value]
+    return [_call(v) for v in value if v is not None] if isinstance(value, list) else value
+
+
+def _call(call: Any) -> Any:
+    """One tool call, or one description of a tool."""
+    call = without_nulls(_decoded(call))
+    if not isinstance(call, dict):
+        return call
+    function = _decoded(call.get("function"))
+    if isinstance(function, dict):
+        return {**call, "function": _with_arguments(function)}
+    return _with_arguments(call)
+
+
+def _with_arguments(call: Row) -> Row:
+    return {k: without_nulls(_decoded(v)) if k in _ARGUMENTS else v for k, v in call.items()}
+
+
+def tools_of(row: Row) -> tuple[list[Any] | None, list[str]]:
+    """The row's tool descriptions for the chat template, and notes."""
+    tools = _first(row, "tools", "functions")
+    if isinstance(tools, str):
+        if not tools.strip():
+            return None, []
+        tools = value_of(tools)
+        if tools is None:
+            return None, ["a tools column that cannot be read: left out"]
+    if isinstance(tools, dict):
+        tools = [tools]
+    if not isinstance(tools, list):
+        return None, []
+    return [_call(tool) for tool in tools if tool is not None] or None, []
+
+
+# ---- whole conversations
+
+
+def prompt_of_value(value: Any, name: str = "prompt") -> list[Message]:
+    """Messages of a prompt: as such, as text that stands for them, as a dialogue of HH-RLHF or
+    HelpSteer, or one question."""
+    if _is_parts(value) or isinstance(value, dict) and not is_messages(value):
+        return [user(as_text(value, name))]
+    if not isinstance(value, str) or is_messages(value):
+        return as_messages(value, name)
+    if value.lstrip().startswith("Human:"):
+        messages = parse_hh(value if value.startswith("\n\n") else "\n\n" + value.lstrip(), name)
+        if messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
+            messages.pop()
+        return messages
+    if "<extra_id_1>" in value:  # HelpSteer's turns
+        first, *turns = re.split(r"\n?<extra_id_1>(User|Assistant)\n", value)
+        return [user(first)] + [
+            {"role": role.lower(), "content": content}
+            for role, content in zip(turns[::2], turns[1::2], strict=True)
+        ]
+    return [user(value)]
+
+
+def prompt_of(row: Row) -> list[Message]:
+    """The prompt in whichever of `PROMPTS` is not null; raises `Rejected`."""
+    name = next((name for name in PROMPTS if row.get(name) is not None), None)
+    if name == "instruction" and isinstance(row["instruction"], str):
+        return prompt_of_value(instruction_of(row))
+    return prompt_of_value(field_of(row, *PROMPTS))
+
+
+def instruction_of(row: Row) -> str:
+    """Alpaca's instruction with its input."""
+    question, extra = as_text(field_of(row, "instruction"), "instruction"), row.get("input")
+    if extra is None or not as_text(extra, "input"):
+        return question
+    return f"{question}\n{extra}" if question else extra
+
+
+def split_prompt(
+    conversations: Sequence[list[Message]],
+) -> tuple[list[Message], list[list[Message]]]:
+    """Whole conversations -> (the messages they share, the rest of each). At least one message is
+    left to each."""
+    shortest = min(len(c) for c in conversations)
+    shared, first = 0, conversations[0]
+    while shared < shortest - 1 and all(c[shared] == first[shared] for c in conversations):
+        shared += 1
+    return list(first[:shared]), [list(c[shared:]) for c in conversations]
+
+
+def with_system(row: Row, prompt: list[Message]) -> list[Message]:
+    """Put the row's ``system`` (or ``system_prompt``) column first, unless the prompt has a system
+    turn."""
+    system = row.get("system") or row.get("system_prompt")
+    if (
+        isinstance(system, str)
+        and system.strip()
+        and not (prompt and prompt[0]["role"] == "system")
+    ):
+        return [{"role": "system", "content": system}, *prompt]
+    return prompt
+
+
+_HH_TURN = re.compile(r"(?:\A|\n\n) ?(Human|Assistant|System):")
+_HH_ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
+
+
+def parse_hh(text: str, name: str) -> list[Message]:
+    """Messages of a dialogue written with ``\\n\\nHuman:`` and ``\\n\\nAssistant:``."""
+    parts = _HH_TURN.split(text)
+    if parts[0].strip() or len(parts) < 3:
+        raise Rejected("wrong_type", f"{name} does not begin with Human: or Assistant:")
+    return [
+        {"role": _HH_ROLES[role], "content": content.strip()}
+        for role, content in zip(parts[1::2], parts[2::2], strict=True)
+    ]
