@@ -19,11 +19,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
-from rmega.scoring.connections import (  # noqa: E402
-    VALUES_PER_CONVERSATION,
-    ValueCounter,
-    allowed_connections,
-)
+from rmega.scoring.connections import VALUES_PER_CONVERSATION, ValueCounter, allowed_connections  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
 from tests.reward_fixture import chat  # noqa: E402
 from tests.scoring.test_server import Client  # noqa: E402
