@@ -24,15 +24,7 @@ import torch
 
 sys.path.insert(0, __file__.rsplit("/", 2)[0])
 
-from benchmarks.common import (  # noqa: E402
-    RESULTS,
-    clock,
-    environment,
-    matmul_rate,
-    save,
-    step_flops,
-    table,
-)
+from benchmarks.common import RESULTS, clock, environment, matmul_rate, save, step_flops, table  # noqa: E402
 from rmega.cli import parse_args, run_tool  # noqa: E402
 
 

@@ -1,7 +1,7 @@
 # Sourced by the recipes and the Slurm scripts, which give a length of their own.
 
-# length_flags FLAGS...: the array `flags` becomes FLAGS with one of --train-steps and --train-epochs, which exclude each
-# other: the last one given.
+# length_flags FLAGS...: the array `flags` becomes FLAGS with one of --train-steps and
+# --train-epochs, which exclude each other: the last one given.
 length_flags() {
     local length=()
     flags=()

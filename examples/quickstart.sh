@@ -94,7 +94,7 @@ fi
 step 2 data
 [[ -n "$data" ]] || data=examples/data/demo.train.jsonl valid_data=examples/data/demo.valid.jsonl
 preprocess() {  # preprocess NAME INPUT FLAGS...
-    [[ ! -e "$output/data/$1.json" ]] || { echo "$output/data/$1: already there"; return; }
+    [[ ! -e "$output/data/$1.json" ]] || { echo "$output/data/$1: exists already"; return; }
     "$PYTHON" tools/preprocess_pref.py --input "$2" --output-prefix "$output/data/$1" --force \
         --tokenizer "$model" --max-length "$max_length" "${@:3}"
 }

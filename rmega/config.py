@@ -122,6 +122,7 @@ class TrainArgs:
         """(optimizer steps, comparisons) of the whole run, with so many comparisons per epoch."""
         if self.train_steps is not None:
             return self.train_steps, self.train_steps * self.global_batch_size
+        assert self.train_epochs is not None  # one of the two is given, see check
         comparisons = math.ceil(self.train_epochs * num_comparisons)
         return math.ceil(comparisons / self.global_batch_size), comparisons
 

@@ -1,28 +1,45 @@
-"""A folder, a Hugging Face hub name or ``modelscope:NAME`` -> a local folder."""
+"""A folder, a Hugging Face hub name or ``modelscope:NAME`` -> a local folder; the tokenizer in it.
+
+The only loader of tokenizers in rmega. No code of a folder runs unless the caller passes on
+``--trust-remote-code``, and nothing asks on the terminal.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import json
 import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from rmega.io import one_line
+from rmega.io import one_line, refuse_lfs_pointer
 
-# Files of a hub repository that a reward model is built from. Never its code: rmega runs no remote
-# code.
-HUB_FILES = ("*.json", "*.jinja", "*.model", "tokenizer*", "LICENSE*", "README.md")
+# Files of a hub repository that a reward model is built from, without weights and code.
+HUB_FILES = ("*.json", "*.jinja", "*.model", "tokenizer*", "merges.txt", "LICENSE*", "README.md")
+RECIPE = "reward_recipe.json"
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_BESIDE_VOCABULARY = (
+    "config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+_ABOUT_MODELS = re.compile("model of type|rope_scaling|rope_parameters")
+"""What transformers warns of on the way to a tokenizer that concerns only the model's weights."""
 
 
 def check_folder_or_hub_name(name: str, flag: str) -> None:
-    """ValueError for a text that is written as a path to where nothing is; what a hub would say to
-    it misleads.
+    """ValueError for text written as a path to where nothing is; the hub's answer would mislead.
 
-    A path is what no hub's name can be (absolute, with ``.`` or ``~`` in front, with several
-    slashes), and what lies in a folder that is here.
+    A path is what no hub name can be (absolute, with ``.`` or ``~`` in front, with several
+    slashes), and a name whose parent folder exists here.
     """
     path = Path(name).expanduser()
     if path.exists():
@@ -35,41 +52,38 @@ def check_folder_or_hub_name(name: str, flag: str) -> None:
         )
 
 
-def resolve_model(name: str, *, flag: str = "--hf-model") -> Path:
+def resolve_model(
+    name: str, *, flag: str = "--hf-model", weights: bool = True, code: bool = False
+) -> Path:
     """The local folder of a model: a folder, a Hugging Face hub name, or ``modelscope:NAME``.
 
-    Hub files are kept in the hub's own cache. Raises ValueError that names ``flag`` if there is no
-    such model.
+    Of a hub repository everything but its code is fetched, into the hub's own cache; without
+    ``weights`` only configuration and tokenizer, with ``code`` its Python files too. Raises
+    ValueError that names ``flag`` if there is no such model.
     """
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _refuse_look_alikes(path, flag, weights)
+        return path
+    if path.is_file():
+        raise ValueError(f"{flag} {name}: a file; name the folder that holds it")
     hub, colon, repository = name.partition(":")
     if colon and hub == "modelscope":
-        try:
-            from modelscope import snapshot_download
-        except ImportError:
-            raise ValueError(
-                f"{flag} {name}: pip install modelscope to read from ModelScope"
-            ) from None
-        try:
-            return Path(
-                snapshot_download(
-                    repository, ignore_file_pattern=[r".*\.(py|pth|pt|gguf|onnx|h5|msgpack)$"]
-                )
-            )
-        except Exception as error:  # the library has no common base class for its errors
-            raise ValueError(
-                f"{flag} {name}: not read from ModelScope: {one_line(error)}"
-            ) from None
+        return _from_modelscope(name, repository, flag, weights, code)
     check_folder_or_hub_name(name, flag)
     from huggingface_hub import snapshot_download
 
+    files = [*HUB_FILES, *(["*.py"] if code else [])]
     try:
         with one_line_for_retries():
-            folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "*.safetensors"]))
-            if not any(folder.glob("*.safetensors")):
+            folder = Path(
+                snapshot_download(
+                    name, allow_patterns=[*files, *(["*.safetensors"] if weights else [])]
+                )
+            )
+            if weights and not any(folder.glob("*.safetensors")):
                 folder = Path(
-                    snapshot_download(name, allow_patterns=[*HUB_FILES, "pytorch_model*.bin"])
+                    snapshot_download(name, allow_patterns=[*files, "pytorch_model*.bin"])
                 )
     except Exception as error:  # offline, not found, gated, disk full: the hub's message says which
         raise ValueError(
@@ -79,10 +93,68 @@ def resolve_model(name: str, *, flag: str = "--hf-model") -> Path:
     return folder
 
 
+def _from_modelscope(name: str, repository: str, flag: str, weights: bool, code: bool) -> Path:
+    try:
+        from modelscope import snapshot_download
+    except ImportError:
+        raise ValueError(f"{flag} {name}: pip install modelscope to read from ModelScope") from None
+    unwanted = ["pth", "pt", "gguf", "onnx", "h5", "msgpack"]
+    unwanted += [] if code else ["py"]
+    unwanted += [] if weights else ["safetensors", "bin"]
+    try:
+        return Path(
+            snapshot_download(repository, ignore_file_pattern=[rf".*\.({'|'.join(unwanted)})$"])
+        )
+    except Exception as error:  # the library has no common base class for its errors
+        raise ValueError(f"{flag} {name}: not read from ModelScope: {one_line(error)}") from None
+
+
+def _refuse_look_alikes(folder: Path, flag: str, weights: bool) -> None:
+    """ValueError for what is often taken for a model folder: a hub cache, a PEFT adapter."""
+    if (folder / "config.json").is_file() or (not weights and has_tokenizer(folder)):
+        if not weights or not (folder / "adapter_config.json").is_file() or _has_weights(folder):
+            return
+    if (folder / "adapter_config.json").is_file():
+        base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise ValueError(
+            f"{flag} {folder}: a PEFT adapter (adapter_config.json), not a model of its own; merge"
+            f" it into its base model{f' {base}' if base else ''} and name the merged folder"
+        )
+    repository = folder.parent if folder.name == "snapshots" else folder
+    if repository.name.startswith("models--") and (repository / "snapshots").is_dir():
+        snapshots = sorted((repository / "snapshots").iterdir())
+        name = repository.name.removeprefix("models--").replace("--", "/", 1)
+        where = f" or {snapshots[-1]}" if snapshots else ""
+        raise ValueError(
+            f"{flag} {folder}: the cache of a hub repository, not a model folder: name {name}"
+            f"{where}"
+        )
+    if cached := sorted(folder.glob("models--*")):
+        name = cached[0].name.removeprefix("models--").replace("--", "/", 1)
+        raise ValueError(
+            f"{flag} {folder}: a hub cache of {len(cached)} models, not a model folder: name one"
+            f" of them, such as {name}"
+        )
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where the file holds none: whoever needs it checks it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def model_config_folder(name: str) -> Path:
     """A folder with the model's config.json; of a hub name only that file is fetched."""
-    if Path(name).expanduser().is_dir() or ":" in name:
+    if Path(name).expanduser().exists() or ":" in name:
         return resolve_model(name)
+    check_folder_or_hub_name(name, "--hf-model")
     from huggingface_hub import hf_hub_download
 
     try:
@@ -90,27 +162,142 @@ def model_config_folder(name: str) -> Path:
     except Exception as error:  # offline, not found, gated: the hub's message says which
         raise ValueError(
             f"--hf-model {name}: no such folder, and config.json not read from the Hugging Face"
-            f" hub: {str(error).splitlines()[0]}"
+            f" hub: {one_line(error)}"
         ) from None
+
+
+def recorded_reward_token(folder: Path) -> str | None:
+    """The reward token that a reward model's folder records: an id as text, or ``none``.
+
+    ``none``: a reward model of another program, which is read at the last token of the templated
+    text (TRL, Skywork, RLHFlow). None: not a reward model.
+    """
+    recipe, config = _read_json(folder / RECIPE), _read_json(folder / "config.json")
+    for record in (recipe, config):
+        if record.get("reward_token_id") is not None:
+            return str(record["reward_token_id"])
+    heads = ("ForSequenceClassification", "ForRewardModel")
+    if not any(str(name).endswith(heads) for name in config.get("architectures") or ()):
+        return None
+    labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 1)
+    return "none" if labels == 1 else None
+
+
+def recorded_vocab_size(folder: Path) -> int | None:
+    """Rows of the embedding, as the config.json beside a tokenizer has it; None where it does not
+    say."""
+    size = _read_json(folder / "config.json").get("vocab_size")
+    return size if isinstance(size, int) and size > 0 else None
+
+
+# ---- tokenizers
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a vocabulary that a tokenizer can be loaded from."""
+    return any((folder / name).is_file() for name in _VOCABULARIES)
+
+
+def load_tokenizer(
+    name: str | Path,
+    *,
+    flag: str = "--tokenizer",
+    trust_remote_code: bool = False,
+    messages: list[str] | None = None,
+) -> Any:
+    """The transformers tokenizer of a folder or hub name (as `resolve_model`).
+
+    ``messages`` is extended by a line for each thing that transformers warns of. Raises ValueError
+    that names ``flag`` and says what to do.
+    """
+    # one process per core is the parallelism
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    folder = resolve_model(str(name), flag=flag, weights=False, code=trust_remote_code)
+    vocabulary = next((n for n in _VOCABULARIES if (folder / n).is_file()), None)
+    if vocabulary is None:
+        raise ValueError(f"{flag} {name}: no tokenizer in it ({', '.join(_VOCABULARIES)})")
+    for file in (vocabulary, *_BESIDE_VOCABULARY):
+        refuse_lfs_pointer(folder / file)
+    if vocabulary == "tokenizer.model":
+        _need_to_read_sentencepiece(f"{flag} {name}")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    with _transformers_warnings() as lines:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=trust_remote_code
+            )
+        except Exception as error:  # json, the Rust layer and transformers raise their own kinds
+            if trust_remote_code or "custom code" not in str(error):
+                reasons = "; ".join([one_line(error), *lines[:1]])
+                raise ValueError(f"{flag} {name}: cannot be loaded ({reasons})") from None
+            if vocabulary != "tokenizer.json":
+                raise ValueError(
+                    f"{flag} {name}: its tokenizer is code of its own, which is not run"
+                    " (tools/preprocess_pref.py --trust-remote-code runs it)"
+                ) from None
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+            lines.append("code of its own is not run; tokenizer.json alone is read")
+    if messages is not None:
+        messages += [f"tokenizer {name}: {line}" for line in dict.fromkeys(lines)]
+    return tokenizer
+
+
+def _need_to_read_sentencepiece(what: str) -> None:
+    """transformers speaks of tiktoken where one of the two libraries is missing."""
+    for module, package in (("google.protobuf", "protobuf"), ("sentencepiece", "sentencepiece")):
+        try:
+            found = importlib.util.find_spec(module)
+        except ModuleNotFoundError:  # not even a package "google"
+            found = None
+        if found is None:
+            raise ValueError(
+                f"{what}: tokenizer.model is read with {package}, which is not installed (pip"
+                f" install {package})"
+            )
+
+
+@contextlib.contextmanager
+def _transformers_warnings() -> Iterator[list[str]]:
+    """Collects what transformers would log inside, a line each, but for what concerns weights."""
+    from transformers.utils.logging import get_logger
+
+    lines: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = " ".join(record.getMessage().split())
+            if not _ABOUT_MODELS.search(text):
+                lines.append(text[:300])
+
+    root = get_logger("transformers")  # the library's handler is made by its first logger
+    handlers, propagate = root.handlers, root.propagate
+    root.handlers, root.propagate = [Collect(logging.WARNING)], False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # on names of model configurations
+            yield lines
+    finally:
+        root.handlers, root.propagate = handlers, propagate
 
 
 @contextlib.contextmanager
 def one_line_for_retries() -> Iterator[None]:
-    """The hub's client says two lines at each of its twelve attempts; inside this, one line at the
+    """The hub's client logs two lines at each of its twelve attempts; inside this, one line at the
     first."""
-    said = os.environ.get("RANK", "0") != "0"  # under torchrun one rank speaks
+    reported = os.environ.get("RANK", "0") != "0"  # under torchrun one rank reports
 
     def once(record: logging.LogRecord) -> bool:
-        nonlocal said
+        nonlocal reported
         text = record.getMessage()
         if "Retrying in" not in text and "thrown while requesting" not in text:
             return True
-        if not said:
+        if not reported:
             print(
                 "the Hugging Face hub does not answer; trying again, at most for a minute",
                 file=sys.stderr,
             )
-        said = True
+        reported = True
         return False
 
     logger = logging.getLogger("huggingface_hub.utils._http")

@@ -97,3 +97,17 @@ def checksum(path: Path | str) -> str:
 def one_line(error: BaseException) -> str:
     """What an error of another library says, short and without its line breaks."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """ValueError where a file is only Git LFS's pointer to it, as a clone without git-lfs leaves
+    it. No file at all is fine."""
+    try:
+        with open(path, "rb") as file:
+            pointer = file.read(64).startswith(b"version https://git-lfs.github.com/spec/")
+    except OSError:
+        return
+    if pointer:
+        raise ValueError(
+            f"{path}: a Git LFS pointer, not the file itself; in its folder: git lfs pull"
+        )

@@ -230,7 +230,8 @@ def length_controlled_accuracy(
         if np.abs(size * step).max() < 1e-9:
             break
     error = Z95 * math.sqrt(float(np.linalg.inv(hessian)[0, 0]))
-    return tuple(float(sigmoid(np.array(v))) for v in (w[0], w[0] - error, w[0] + error))
+    accuracy, low, high = sigmoid(np.array([w[0], w[0] - error, w[0] + error])).tolist()
+    return accuracy, low, high
 
 
 def rank_correlation_interval(rho: float, n: int, z: float = 1.96) -> tuple[float, float]:

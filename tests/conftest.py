@@ -33,12 +33,6 @@ def small_llama(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stories260k(small_llama: Path) -> Path:
-    """The former name of ``small_llama``."""
-    return small_llama
-
-
-@pytest.fixture(scope="session")
 def internlm2_tokenizer(tmp_path_factory) -> Path:
     """A small tokenizer in InternLM2's layout: tokenizer.model, tokenizer.json, chat template."""
     from tests.made_models import make_internlm2_tokenizer
@@ -66,10 +60,16 @@ def preference_files(tmp_path_factory) -> Path:
 def shared_dir() -> Path:
     """Real data, tokenizers and a small pretrained model beside the checkout (or at RMEGA_SHARED),
     for additional cases alone."""
-    path = Path(os.environ.get("RMEGA_SHARED", ROOT.parent / "shared"))
-    if not (path / "data").is_dir():
-        pytest.skip(f"no real data at {path} (set RMEGA_SHARED)")
-    return path
+    path = os.environ.get("RMEGA_SHARED", ROOT.parent / "shared")
+    if not path or not (Path(path) / "data").is_dir():
+        pytest.skip(f"no real data at {path or 'RMEGA_SHARED'}: a folder for additional cases")
+    return Path(path)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        if "shared_dir" in item.fixturenames:
+            item.add_marker(pytest.mark.real_data)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -1,8 +1,10 @@
 """Score with an exported folder where nothing but torch and transformers is installed. Imports
 nothing of rmega.
 
-python hf_load_check.py JOB.json      JOB: {"folder", "sequences", "pad", "conversation"}
-                                      prints {"version", "rewards": {"1right": [...], ...}, "ids", "chat"}
+python hf_load_check.py JOB.json
+
+JOB.json: {"folder", "sequences", "pad", "conversation"}; prints {"version", "rewards": {"1right":
+[...], ...}, "ids", "chat"}.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""A small reward model folder and what plain transformers says of it, for the tests of scoring
-and serving."""
+"""A small reward model folder and what plain transformers computes with it, for the tests of
+scoring and serving."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 
 
 def make_reward_model(source: Path, folder: Path) -> Path:
-    """``small_llama`` with a reward head, as transformers saves it."""
+    """``small_llama`` with a reward head, as transformers saves it, its reward token recorded."""
     from transformers import AutoTokenizer, LlamaForSequenceClassification
 
     model = LlamaForSequenceClassification.from_pretrained(str(source), num_labels=1)
+    model.config.reward_token_id = model.config.eos_token_id
     head = torch.randn(model.score.weight.shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         model.score.weight.copy_(0.3 * head)

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# All tests, from a fresh clone: does the set-up, then runs pytest. Arguments go to pytest: bash tests/run.sh -k hf -x
-# Without arguments two files run side by side: a test of several ranks, or one that waits, leaves a core idle.
+# All tests, from a fresh clone: does the set-up, then runs pytest. Arguments go to pytest:
+#   bash tests/run.sh -k hf -x
+# Without arguments two files run side by side: a test with several ranks, or one that waits, leaves
+# a core idle.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source examples/setup_env.sh
 rmega_setup
 # Tests start several processes each: more threads than cores would only wait for each other.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 side_by_side=()
 (($#)) || side_by_side=(-n 2 --dist loadfile)
-exec "$PYTHON" -m pytest ${side_by_side[@]+"${side_by_side[@]}"} "$@"  # tests/, and -q: see pyproject.toml
+exec "$PYTHON" -m pytest ${side_by_side[@]+"${side_by_side[@]}"} "$@"  # -q, tests/: pyproject.toml

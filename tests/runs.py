@@ -1,4 +1,4 @@
-"""Whole training runs for tests: data from generated comparisons, runs in worker processes or under a
+"""Training runs for tests: data from generated comparisons, runs in worker processes or under a
 launcher."""
 
 from __future__ import annotations
@@ -121,10 +121,10 @@ def train(
 
 def train_and_say(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
     """``train``, with what this rank printed."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
         code = train(rank, world_size, argv)
-    return code, said.getvalue()
+    return code, printed.getvalue()
 
 
 def start(
@@ -172,7 +172,7 @@ def start(
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, weights and optimizer state, whole."""
+    """Every full tensor of a checkpoint, weights and optimizer state."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -197,7 +197,7 @@ def edit_info(folder: Path, *, drop: str = "", **fields) -> None:
 
 def assert_same(one: Path, other: Path) -> None:
     """Two checkpoints hold the same tensors, bit for bit."""
-    mine, theirs = tensors(one), tensors(other)
-    assert mine.keys() == theirs.keys() and len(mine) > 10
-    for name, value in mine.items():
-        assert torch.equal(value, theirs[name]), name
+    first, second = tensors(one), tensors(other)
+    assert first.keys() == second.keys() and len(first) > 10
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name

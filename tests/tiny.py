@@ -25,6 +25,7 @@ def tiny_llama(
     seed: int = 0,
     reward_head: bool = True,
     family: str = "llama",
+    vocab: int = VOCAB,
     **config,
 ) -> Path:
     """A random reward model (or causal model) as transformers itself writes it: a Llama, or the
@@ -35,7 +36,7 @@ def tiny_llama(
     own = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": hidden // heads}}
     c = AutoConfig.for_model(
         family,
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=ffn,
         num_hidden_layers=layers,

@@ -7,6 +7,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 prepare 2048
 layout=(--tp "$(tp_of "$TP" "$@")")
 ((layout[1] == 1)) || layout+=(--sp)
-train "${layout[@]}" --train-epochs 1 --global-batch-size 128 --lr 9e-6 --max-tokens-per-microbatch 16384 \
-    --eval-interval 100 --save-interval 100 --keep-last 2 "$@"
+train "${layout[@]}" --train-epochs 1 --global-batch-size 128 --lr 9e-6 \
+    --max-tokens-per-microbatch 16384 --eval-interval 100 --save-interval 100 --keep-last 2 "$@"
 export_model

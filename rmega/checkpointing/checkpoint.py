@@ -29,6 +29,7 @@ from megatron.core.dist_checkpointing.core import (
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch.distributed.checkpoint.api import CheckpointException
 
+from rmega import __version__
 from rmega.checkpointing import optimizer_state, run_folder
 from rmega.checkpointing.find import damage
 from rmega.checkpointing.metadata import EXTRA_STATE, read_metadata
@@ -234,7 +235,8 @@ class Saver:
             shutil.copy2(file, folder / "hf" / file.name)
         names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
         files = {name: written.get(name) or fingerprint(folder / name) for name in sorted(names)}
-        content = {"format_version": run_folder.FORMAT_VERSION, **info, "files": files}
+        version = {"format_version": run_folder.FORMAT_VERSION, "rmega": __version__}
+        content = {**version, **info, "files": files}
         with open(folder / run_folder.INFO, "w", encoding="utf-8") as file:
             file.write(run_folder.info_text(content))
         # Nothing older may be removed before all of this would survive a power cut.
@@ -317,13 +319,3 @@ def load(folder: Path | str, *, wrapped, optimizer=None, scheduler=None) -> RunS
         scheduler.num_steps = 0  # it adds the loaded count to its own
         scheduler.load_state_dict(loaded["scheduler"])
     return RunState(iteration=info["iteration"], consumed=info["consumed"])
-
-
-def check_same_optimizer(info: dict[str, Any], use_distributed_optimizer: bool) -> None:
-    """Raise ValueError where optimizer state was written by the other kind of optimizer."""
-    saved = info["config"]["parallel"]["use_distributed_optimizer"]
-    if saved != use_distributed_optimizer:
-        flag = "--use-distributed-optimizer" if saved else "--no-use-distributed-optimizer"
-        raise ValueError(
-            f"--load: this checkpoint's optimizer state was written with {flag}; resume with {flag}"
-        )

@@ -91,8 +91,9 @@ def read_info(folder: Path | str) -> dict[str, Any]:
             f"{path}: checkpoint format version {version}; this rmega reads version"
             f" {FORMAT_VERSION}"
         )
-    recorded = info.pop("checksum", None)  # absent in checkpoints of earlier versions
-    if recorded is not None and recorded != _checksum(info):
+    recorded = info.pop("checksum", None)
+    # Checkpoints of earlier versions have neither.
+    if (recorded is not None or "rmega" in info) and recorded != _checksum(info):
         raise ValueError(f"{path}: its content has changed (checksum)")
     return info
 

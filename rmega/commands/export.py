@@ -2,8 +2,8 @@
 
     python tools/convert_to_hf.py --load RUN --output FOLDER
 
-Reads any layout on one process without building the model. Exit code 0: written and verified; 1: the
-verification failed, and the folder holds a file UNVERIFIED; 2: nothing was written.
+Reads any layout on one process without building the model. Exit code 0: written and verified; 1:
+the verification failed, and the folder holds a file UNVERIFIED; 2: nothing was written.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Literal
 
 from rmega.cli import parse_args, run_tool
 
+WRITING = ("dtype", "format", "max_shard_size", "force")
+
 
 @dataclasses.dataclass(kw_only=True)
 class Args:
@@ -23,7 +25,7 @@ class Args:
     load: str
     """Run folder (--save of the training), or one of its iter_ folders."""
     output: str
-    """Folder to write."""
+    """Folder to write: not a run, the base model, or in one of them."""
     iteration: str = "latest"
     """Which checkpoint of the run: a number, latest, or best (by accuracy on the first held-out
     set)."""
@@ -38,29 +40,37 @@ class Args:
     max_shard_size: str = "5GB"
     """Largest size of one file."""
     force: bool = False
-    """Replace the output folder if it exists."""
+    """Replace an older export. It is removed once the new one is verified; other folders, and
+    exports with files that were added or edited, are refused."""
     verify: bool = True
     """Compare the folder's rewards with those of the training. --no-verify leaves it marked as
     UNVERIFIED: for machines too small to run the model."""
     verify_only: bool = False
-    """Write no weights: verify the folder that --output already holds."""
+    """Write no weights: verify the export that --output already holds."""
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(Args, argv, prog="tools/convert_to_hf.py")
 
+    if args.verify_only:
+        given = [name for name in WRITING if getattr(args, name) != getattr(Args, name)]
+        given = [f"--{name.replace('_', '-')}" for name in given]
+        if given := [*given, *([] if args.verify else ["--no-verify"])]:
+            raise ValueError(f"--verify-only writes no weights: {given[0]} does not go with it")
     from rmega.export import convert
 
+    load, output = Path(args.load), Path(args.output)
+    if args.verify_only:
+        return convert.verify_only(run=load, output=output, iteration=args.iteration)
     return convert.convert(
-        run=Path(args.load),
-        output=Path(args.output),
+        run=load,
+        output=output,
         iteration=args.iteration,
         dtype=args.dtype,
         family=args.format,
         max_shard_size=args.max_shard_size,
         force=args.force,
         verify=args.verify,
-        write=not args.verify_only,
     )
 
 

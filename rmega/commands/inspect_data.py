@@ -95,9 +95,9 @@ def load_tokenizer(name: str | None, manifest: dict[str, Any], *, needed: bool) 
                 f"--tokenizer: {wanted or 'the tokenizer'} is not here; name its folder"
             )
         return None
-    from rmega.preferences.tokenizer import PairTokenizer
+    from rmega import hub
 
-    return PairTokenizer.load(wanted).tokenizer
+    return hub.load_tokenizer(wanted)
 
 
 def cli() -> int:

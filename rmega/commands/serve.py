@@ -36,6 +36,9 @@ class ServeArgs:
     variable RMEGA_API_KEY does the same."""
     dtype: Literal["fp32", "bf16", "fp16", "auto"] | None = None
     """Arithmetic. Default: bf16 on a GPU, fp32 on a CPU. auto: bf16 where it is faster here."""
+    reward_token: str | None = None
+    """Token (or id) that rewards are read at, appended to each text, for a model that records none.
+    Default: as the model records, else none (read at the last token of the text)."""
     max_tokens: int = 8192
     """Most tokens of a batch; a longer conversation has one to itself."""
     wait_ms: float = 5.0
@@ -96,11 +99,14 @@ def main(args: ServeArgs) -> None:
     def load() -> Any:
         from rmega.scoring.scorer import load_scorer
 
-        scorer = load_scorer(args.model, dtype=args.dtype, max_tokens=args.max_tokens)
+        scorer = load_scorer(
+            args.model, dtype=args.dtype, max_tokens=args.max_tokens, reward_token=args.reward_token
+        )
         if scorer.tokenizer is None:
             raise ValueError(f"--model {args.model}: has no tokenizer")
         for message in scorer.tokenizer.messages:
             print(message, file=sys.stderr)
+        print(scorer.tokenizer.reading, file=sys.stderr)
         info = scorer.describe()
         print(
             f"serving {args.model} ({info['family']}, {info['dtype']} on {info['device']}) at"

@@ -1,10 +1,16 @@
-"""Fingerprint of a tokenizer: whether two datasets, or a dataset and a model, speak the same token
-ids."""
+"""Fingerprint of a tokenizer: whether two datasets, or a dataset and a model, have the same token
+ids.
+
+Chat templates may print today's date; everywhere in rmega they print `TEMPLATE_DATE` instead, so
+that the ids of a conversation do not depend on the day.
+"""
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +24,40 @@ PROBES = (
     "naïve café – „Größe“ 🙂👍🏽 \u200b\u00a0",
     "مرحبا Привет こんにちは 안녕하세요 नमस्ते",
 )
+
+TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
+"""The day on which every chat template is rendered. Llama 3.2's template falls back to the same day
+where its engine gives it no clock."""
+
+_CLOCK = re.compile(r"""\bstrftime_now\s*\(\s*(?:format\s*=\s*)?('[^'\\]*'|"[^"\\]*")\s*\)""")
+_HAS_CLOCK = re.compile(r"\bstrftime_now\s+is\s+(not\s+)?defined\b")
+_DIRECTIVES = [f"%{d}" for d in "aAbBcdfGHIjmMpSuUVwWxXyYzZ"] + ["%-d", "%-m", "%-H", "%-I", "%e"]
+
+
+def freeze_date(template: str) -> str:
+    """The template with `TEMPLATE_DATE` written where it asks for the date (``strftime_now``).
+
+    The same text where it does not ask, so freezing twice is freezing once.
+    """
+
+    def written(match: re.Match[str]) -> str:
+        quote = match[1][0]
+        return quote + TEMPLATE_DATE.strftime(match[1][1:-1]) + quote
+
+    if "strftime_now" not in template or template.startswith("{%- macro strftime_now("):
+        return template
+    frozen = _CLOCK.sub(written, template)
+    frozen = _HAS_CLOCK.sub(lambda match: "false" if match[1] else "true", frozen)
+    if "strftime_now" not in frozen:
+        return frozen
+    # A format that only rendering knows: a macro of the clock's name stands in for the clock.
+    chain = "".join(f".replace('{d}', '{TEMPLATE_DATE.strftime(d)}')" for d in _DIRECTIVES)
+    return f"{{%- macro strftime_now(format) %}}{{{{ format{chain} }}}}{{% endmacro %}}\n{frozen}"
+
+
+def frozen_dates(template: str) -> frozenset[str]:
+    """What `freeze_date` writes in place of the clock, as far as the formats are constants."""
+    return frozenset(TEMPLATE_DATE.strftime(m[1][1:-1]) for m in _CLOCK.finditer(template))
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -35,19 +75,19 @@ def is_tokenizer_of(tokenizer: Any, manifest: Mapping[str, Any]) -> bool:
     """Whether a dataset was written with this tokenizer, or with one that differs from it in the
     pad token alone.
 
-    Datasets of earlier versions counted the pad token among the special ones: what the fingerprint
-    would be with the tokenizer's pad token, or with the dataset's own in its place, is good as
-    well.
+    Datasets of earlier versions counted the pad token among the special ones, and the template with
+    its clock: fingerprints made so, with the tokenizer's pad token or the dataset's own, match too.
     """
     special = _special_but_for_pad(tokenizer)
     pad_id = manifest.get("pad_token_id")
-    theirs = None if pad_id is None else tokenizer.convert_ids_to_tokens(int(pad_id))
-    pads = [set(), *({str(pad)} for pad in (tokenizer.pad_token, theirs) if pad is not None)]
+    written = None if pad_id is None else tokenizer.convert_ids_to_tokens(int(pad_id))
+    pads = [set(), *({str(pad)} for pad in (tokenizer.pad_token, written) if pad is not None)]
     templates = [own_template(tokenizer) or ""]
     if manifest.get("chat_template") == templates[0]:
-        templates.append(
-            ""
-        )  # an export writes down the template that stood in for one that its base did not have
+        # an export writes down the template that stood in for one that its base did not have
+        templates.append("")
+    if (dated := _default_template(tokenizer)) and dated != templates[0]:
+        templates.append(dated)
     return manifest.get("tokenizer_fingerprint") in {
         _fingerprint(tokenizer, special | pad, template) for pad in pads for template in templates
     }
@@ -80,6 +120,12 @@ def _fingerprint(tokenizer: Any, special: set[str], template: str) -> str:
 
 
 def own_template(tokenizer: Any) -> str | None:
+    """The tokenizer's chat template, its date frozen; None where it has none."""
+    template = _default_template(tokenizer)
+    return None if template is None else freeze_date(template)
+
+
+def _default_template(tokenizer: Any) -> str | None:
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
         template = template.get("default")

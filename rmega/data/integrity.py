@@ -95,12 +95,14 @@ def _verify_tokens(
         if int(ends[-1]) <= len(dataset.tokens)
         else np.zeros(0, np.int32)
     )
+    if manifest["reward_token_id"] is None:  # read at whatever token a text ends with
+        return wrong
     if (last != manifest["reward_token_id"]).any():
         wrong.append(
             f"{dataset.prefix}.bin: {int((last != manifest['reward_token_id']).sum())} responses do"
             " not end with the reward token"
         )
-    elif not wrong and num_reward != len(last):
+    elif not wrong and num_reward != len(last) and not manifest.get("template_writes_reward_token"):
         wrong.append(
             f"{dataset.prefix}.bin: the reward token occurs {num_reward} times, in {len(last)}"
             " responses"

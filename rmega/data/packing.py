@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,12 +72,19 @@ class PackedBatch:
         CPU)."""
         if device.type == "cpu":
             return self
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=True)
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), torch.Tensor)
         }
         return dataclasses.replace(self, **moved)
+
+
+def _segments(rows: Sequence[Sequence[int]]) -> Segments:
+    q_start, q_len, k_start, k_len, prefix_start, prefix_len = (
+        _int32(list(column)) for column in zip(*rows, strict=True)
+    )
+    return Segments(q_start, q_len, k_start, k_len, prefix_start, prefix_len)
 
 
 def _int32(values: list[int]) -> torch.Tensor:
@@ -179,10 +187,8 @@ def pack(
     return PackedBatch(
         tokens=torch.from_numpy(np.concatenate(build.tokens))[None],
         position_ids=torch.from_numpy(np.concatenate(build.positions))[None],
-        segments=Segments(*(_int32(list(column)) for column in zip(*build.segments, strict=True))),
-        pooled_segments=Segments(
-            *(_int32(list(column)) for column in zip(*build.pooled_segments, strict=True))
-        ),
+        segments=_segments(build.segments),
+        pooled_segments=_segments(build.pooled_segments),
         pooled=torch.tensor(build.pooled, dtype=torch.int64),
         chosen=torch.tensor(chosen, dtype=torch.int64),
         rejected=torch.tensor(rejected, dtype=torch.int64),

@@ -4,30 +4,29 @@ fails."""
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from rmega.checkpointing import run_folder
 from rmega.checkpointing.find import damage
 from rmega.config import TrainArgs
-from rmega.export.folder import (
-    RECIPE,
-    UNVERIFIED,
-    evaluations,
-    mark_unverified,
-    write_config,
-    write_recipe,
-    write_tokenizer,
-)
-from rmega.export.model_card import client_duties, kept_comparisons, usage, write_card
+from rmega.export import destination
+from rmega.export.destination import RECIPE, UNVERIFIED, mark_unverified
+from rmega.export.folder import make_recipe, write_config, write_json
+from rmega.export.model_card import kept_comparisons, write_card
+from rmega.export.tokenizer import write_tokenizer
+from rmega.export.usage import client_duties, usage
 from rmega.export.write_weights import DTYPES, CheckpointTensors, export_weights, parse_size
+from rmega.io import fingerprint
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
+
+NO_VERIFY = (
+    "Its rewards have not been compared with those of the training (--no-verify);"
+    " tools/convert_to_hf.py --verify-only does that."
+)
 
 
 def say(text: str = "") -> None:
@@ -45,30 +44,30 @@ def find_checkpoint(run: Path, iteration: str) -> Path:
         return run
     if not run.is_dir():
         raise ValueError(f"--load {run}: no such folder")
-    found = run_folder.list_iterations(run)
-    if not found:
+    iterations = run_folder.list_iterations(run)
+    if not iterations:
         raise ValueError(
             f"--load {run}: no checkpoint in it (folders iter_NNNNNNN with {run_folder.INFO})"
         )
     if iteration == "latest":
         return run_folder.iteration_dir(run, run_folder.latest_iteration(run))
     if iteration == "best":
-        best = run_folder.read_info(run_folder.iteration_dir(run, found[-1])).get("best")
+        best = run_folder.read_info(run_folder.iteration_dir(run, iterations[-1])).get("best")
         if not best:
             raise ValueError(
                 f"--iteration best: {run} was trained without a held-out set (--valid-data-path)"
             )
-        if best[1] not in found:
+        if best[1] not in iterations:
             raise ValueError(
                 f"--iteration best: the best evaluation was at step {best[1]}, where no checkpoint"
-                f" was kept (there are {', '.join(map(str, found))}); save at each evaluation to"
-                " have it"
+                f" was kept (there are {', '.join(map(str, iterations))}); save at each evaluation"
+                " to have it"
             )
         return run_folder.iteration_dir(run, best[1])
-    if not iteration.isdigit() or int(iteration) not in found:
+    if not iteration.isdigit() or int(iteration) not in iterations:
         raise ValueError(
             f"--iteration {iteration}: not among the checkpoints of {run}"
-            f" ({', '.join(map(str, found))})"
+            f" ({', '.join(map(str, iterations))})"
         )
     return run_folder.iteration_dir(run, int(iteration))
 
@@ -94,178 +93,180 @@ def convert(
     max_shard_size: str = "5GB",
     force: bool = False,
     verify: bool = True,
-    write: bool = True,
 ) -> int:
     """Export one checkpoint of ``run`` to ``output`` and verify it. Returns 0, or 1 if the
     verification failed.
 
-    The folder appears whole or not at all. It holds a file UNVERIFIED from its first moment until
-    its rewards have been confirmed. Raises ValueError or OSError, with nothing written, on anything
-    that stands in the way.
+    The folder appears complete or not at all, with a file UNVERIFIED if its rewards have not been
+    confirmed. An older export is replaced only with ``force``, and removed only after the new one
+    has been verified. Raises ValueError or OSError, with nothing written, on anything that stands
+    in the way.
     """
     shard_bytes = parse_size(max_shard_size)
     folder = find_checkpoint(run, iteration)
     info = run_folder.read_info(folder)
+    target = destination.check(
+        output, load=run, checkpoint=folder, base=info.get("base_model"), force=force, verify=verify
+    )
+    geometry = _read_checkpoint(folder, info)
+    geometry = dataclasses.replace(geometry, family=geometry.family if family == "auto" else family)
+    dtype = info.get("dtype", "float32") if dtype == "auto" else dtype
+    with destination.being_written(target) as partial:
+        recipe = _write(folder, info, partial, geometry, dtype, shard_bytes, output)
+        passed = verify and _verify(folder, info, partial, geometry, recipe)
+        mark_unverified(partial, recipe["verification"]["reason"] if verify else NO_VERIFY)
+        write_card(partial, output.resolve().name, recipe, folder / "hf")
+        recipe["files"] = destination.list_files(partial)
+        write_json(partial / RECIPE, recipe)
+        if passed:
+            (partial / UNVERIFIED).unlink()
+        published = destination.publish(partial, target)
+    shown = output if published == target else published
+    if verify and not passed:
+        _report_failure(shown, recipe["verification"]["reason"])
+        if shown != output:
+            say(f"The older export stays: {output}")
+        return 1
+    say("verified" if passed else f"not verified (--no-verify): {shown / UNVERIFIED}")
+    _show_usage(recipe, str(output))
+    return 0
+
+
+def verify_only(*, run: Path, output: Path, iteration: str = "latest") -> int:
+    """Verify an export that was written before, against the checkpoint that it was made of.
+    Returns 0, or 1 if it failed; the folder's recipe, card and marker follow."""
+    recipe = destination.read_recipe(output)
+    if recipe is None:
+        raise ValueError(f"--output {output}: no export of rmega ({RECIPE} is missing)")
+    folder = find_checkpoint(run, iteration)
+    if folder.resolve().name != recipe["checkpoint"]:
+        number = str(recipe["checkpoint"]).removeprefix("iter_").lstrip("0")
+        raise ValueError(
+            f"--output {output}: was exported from {recipe['checkpoint']}, not from {folder.name}:"
+            f" --iteration {number}"
+        )
+    info = run_folder.read_info(folder)
+    geometry = _read_export(output, _read_checkpoint(folder, info), recipe)
+    mark_unverified(output, "The verification was interrupted.")
+    changed = destination.changed_files(output, recipe["files"])
+    passed = _verify(folder, info, output, geometry, recipe)
+    if others := [name for name in changed if name != "README.md"]:
+        passed = recipe["verification"]["passed"] = False
+        reason = f"Changed since the export: {', '.join(others)}."
+        recipe["verification"]["reason"] = f"{recipe['verification']['reason']} {reason}".strip()
+    if "README.md" in changed:
+        say(f"{output / 'README.md'} has been edited: it keeps its text")
+    else:
+        write_card(output, output.resolve().name, recipe, folder / "hf")
+        recipe["files"]["README.md"] = fingerprint(output / "README.md")
+    write_json(output / RECIPE, recipe)
+    if not passed:
+        mark_unverified(output, recipe["verification"]["reason"])
+        _report_failure(output, recipe["verification"]["reason"])
+        return 1
+    (output / UNVERIFIED).unlink()
+    say("verified")
+    _show_usage(recipe, str(output))
+    return 0
+
+
+def _read_checkpoint(folder: Path, info: dict[str, Any]) -> Geometry:
+    """The geometry of an undamaged checkpoint; says where the run has not come to its end."""
     if problem := damage(folder):
         raise ValueError(
             f"--load {folder}: damaged ({problem}); another checkpoint can be named by --iteration"
         )
-    trained = Geometry.from_dict(info["geometry"])
     if (planned := planned_steps(info)) and info["iteration"] < planned:
         say(
             f"note: {folder} is step {info['iteration']:,} of the {planned:,} that the run is"
             " planned for"
         )
-    if write:
-        geometry = dataclasses.replace(
-            trained, family=trained.family if family == "auto" else family
-        )
-        dtype = info.get("dtype", "float32") if dtype == "auto" else dtype
-        _check_output(output, force)
-        _write(folder, info, output, geometry, dtype, shard_bytes)
-        if not verify:
-            mark_unverified(
-                output,
-                "The rewards of this folder have not been compared with those of the training "
-                "(--no-verify). Verify it with: tools/convert_to_hf.py --verify-only",
-            )
-            say(f"not verified (--no-verify): {output / UNVERIFIED}")
-            _show_usage(output)
-            return 0
-    else:
-        geometry, dtype = _written_geometry(output, trained)
-    return _verify(folder, info, output, geometry, dtype)
+    return Geometry.from_dict(info["geometry"])
 
 
-def _check_output(output: Path, force: bool) -> None:
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise ValueError(f"--output {output}: exists and is not a folder")
-    if not any(output.iterdir()):
-        return
-    if not force:
-        raise ValueError(f"--output {output}: exists already; --force replaces it")
-    if not (output / "config.json").is_file():
+def _read_export(output: Path, trained: Geometry, recipe: dict[str, Any]) -> Geometry:
+    """The geometry of a folder that was written before."""
+    from rmega.models.hf import read_geometry
+
+    geometry, config = read_geometry(output)
+    if config.get("dtype") != recipe["dtype"] or recipe["dtype"] not in DTYPES:
         raise ValueError(
-            f"--output {output}: --force replaces only a model folder, and this holds no"
-            " config.json"
+            f"{output}/config.json: dtype={config.get('dtype')!r}, exported as {recipe['dtype']!r}"
         )
+    expected = dataclasses.replace(trained, family=geometry.family, has_reward_head=True)
+    if geometry != expected:
+        raise ValueError(f"{output}/config.json: describes another model than the checkpoint")
+    return geometry
 
 
 def _write(
     folder: Path,
     info: dict[str, Any],
-    output: Path,
+    partial: Path,
     geometry: Geometry,
     dtype: str,
     shard_bytes: int,
-) -> None:
+    output: Path,
+) -> dict[str, Any]:
+    """Write all files but card and recipe; returns the recipe as far as it is known."""
     started = time.perf_counter()
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        mark_unverified(
-            partial,
-            "The rewards of this folder have not been compared with those of the training yet.",
+    example = write_tokenizer(folder / "hf", partial, info)
+    if example is None:
+        say(
+            f"{folder}/hf holds no tokenizer: put the one of the training into the output folder"
+            " yourself"
         )
-        example = write_tokenizer(folder / "hf", partial, info)
-        if example is None:
-            say(
-                f"{folder}/hf holds no tokenizer: put the one of the training into the output"
-                " folder yourself"
-            )
-        elif example["pad_token_id"] != info["pad_token_id"]:
-            say(
-                f"pad token: {example['pad_token']} (id {example['pad_token_id']}), because id"
-                f" {info['pad_token_id']} occurs in texts, where transformers 4 would read the"
-                " reward before it"
-            )
-            info = {**info, "pad_token_id": example["pad_token_id"]}
-        elif info["pad_token_id"] in example["token_ids"] and not BACKBONES[geometry.family].code:
-            say(
-                f"warning: pad token {example['pad_token']} (id {info['pad_token_id']}) occurs in"
-                " texts and the tokenizer has no free one: transformers 4 would read rewards too"
-                " early (5 does not; nor does --format internlm2)"
-            )
-        write_config(partial, geometry, info, dtype)
-        source = CheckpointTensors(folder)
-        table = BACKBONES[geometry.family].weight_table(geometry)
-        bar = tqdm(desc="writing", total=len(table), leave=False, disable=None)
-        writer = export_weights(
-            source, geometry, partial, dtype=dtype, max_shard_bytes=shard_bytes, progress=bar.update
+    elif example["pad_token_id"] != info["pad_token_id"]:
+        say(
+            f"pad token: {example['pad_token']} (id {example['pad_token_id']}), because id"
+            f" {info['pad_token_id']} occurs in texts, where transformers 4 would read the"
+            " reward before it"
         )
-        bar.close()
-        recipe = write_recipe(
-            partial,
-            info=info,
-            geometry=geometry,
-            dtype=dtype,
-            source=folder.name,
-            example=example,
-            evaluation=evaluations(folder.parent, info["iteration"]),
-            verification=None,
+        info = {**info, "pad_token_id": example["pad_token_id"]}
+    elif info["pad_token_id"] in example["token_ids"] and not BACKBONES[geometry.family].code:
+        say(
+            f"warning: pad token {example['pad_token']} (id {info['pad_token_id']}) occurs in"
+            " texts and the tokenizer has no free one: transformers 4 would read rewards too"
+            " early (5 does not; nor does --format internlm2)"
         )
-        for file in sorted((folder / "hf").glob("LICENSE*")):
-            shutil.copyfile(file, partial / file.name)
-        write_card(partial, recipe, folder / "hf")
-        if output.exists():
-            shutil.rmtree(output)
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    seconds = time.perf_counter() - started
+    write_config(partial, geometry, info, dtype)
+    for file in sorted((folder / "hf").glob("LICENSE*")):
+        shutil.copyfile(file, partial / file.name)
+    writer = export_weights(
+        CheckpointTensors(folder), geometry, partial, dtype=dtype, max_shard_bytes=shard_bytes
+    )
+    recipe = make_recipe(info=info, geometry=geometry, dtype=dtype, checkpoint=folder.resolve())
+    if example:
+        recipe |= {key: example.pop(key) for key in ("reward_token", "pad_token")}
+        recipe["example"] = {key: example[key] for key in ("messages", "text", "token_ids")}
     say(
         f"wrote {output}: {recipe['architecture']}, {dtype}, {writer.total_size / 1e9:.2f} GB in"
-        f" {len(writer.files)} file{'s' if len(writer.files) > 1 else ''}, {seconds:.1f} s, from"
-        f" {folder}"
+        f" {len(writer.files)} file{'s' if len(writer.files) > 1 else ''},"
+        f" {time.perf_counter() - started:.1f} s, from {folder}"
     )
-
-
-def _written_geometry(output: Path, trained: Geometry) -> tuple[Geometry, str]:
-    """Geometry and dtype of a folder that was written before."""
-    from rmega.models.hf import read_geometry
-
-    geometry, config = read_geometry(output)
-    if config.get("dtype") not in DTYPES:
-        raise ValueError(
-            f"{output}/config.json: dtype={config.get('dtype')!r} is none of {', '.join(DTYPES)}"
-        )
-    wanted = dataclasses.replace(trained, family=geometry.family, has_reward_head=True)
-    if geometry != wanted:
-        raise ValueError(f"{output}/config.json: describes another model than the checkpoint")
-    return geometry, config["dtype"]
+    return recipe
 
 
 def _verify(
-    folder: Path, info: dict[str, Any], output: Path, geometry: Geometry, dtype: str
-) -> int:
+    folder: Path, info: dict[str, Any], output: Path, geometry: Geometry, recipe: dict[str, Any]
+) -> bool:
+    """Verify a written folder, put the result into its recipe and report it."""
     from rmega.export.verify import verify_export
 
-    mark_unverified(output, "The verification of this folder was interrupted.")
-    written = json.loads((output / "config.json").read_text(encoding="utf-8"))
-    info = {**info, "pad_token_id": written["pad_token_id"]}
-    recipe_path = output / RECIPE
-    recipe = json.loads(recipe_path.read_text(encoding="utf-8")) if recipe_path.is_file() else {}
     example = recipe.get("example")
     result = verify_export(
-        folder, info, output, geometry, dtype, example=(example or {}).get("token_ids"), say=say
+        folder,
+        info,
+        output,
+        geometry,
+        recipe["dtype"],
+        pad_token_id=recipe["pad_token_id"],
+        example=example["token_ids"] if example else None,
+        say=say,
     )
     if example:
         example["reward"] = result.example_reward
-    recipe = write_recipe(
-        output,
-        info=info,
-        geometry=geometry,
-        dtype=dtype,
-        source=folder.name,
-        example=example,
-        evaluation=evaluations(folder.parent, info["iteration"]),
-        verification=dataclasses.asdict(result),
-    )
-    write_card(output, recipe, folder / "hf")
+    recipe["verification"] = dataclasses.asdict(result)
     say(f"verification: {result.weights}")
     kept = kept_comparisons(result.comparisons, result.held_out)
     say(
@@ -273,24 +274,25 @@ def _verify(
         f" {result.largest_difference:.3g} on rewards up to {result.largest_reward:.3g} ="
         f" {result.relative_difference:.2g} relative, tolerance {result.tolerance:.0e}"
     )
+    if result.training_difference is not None:
+        say(
+            "verification: rewards that the training computed:"
+            f" {result.training_difference:.2g} relative"
+        )
     if result.rounding_effect:
         say(
-            f"verification: rounding the weights to {dtype} moves a reward by {result.rounding_effect:.3g}"
-            " at most"
+            f"verification: rounding the weights to {recipe['dtype']} moves a reward by"
+            f" {result.rounding_effect:.3g} at most"
         )
-    if not result.passed:
-        mark_unverified(output, result.why)
-        say(f"NOT VERIFIED: {result.why} The folder is marked: {output / UNVERIFIED}")
-        return 1
-    (output / UNVERIFIED).unlink()
-    say("verified")
-    _show_usage(output)
-    return 0
+    return result.passed
 
 
-def _show_usage(output: Path) -> None:
-    recipe = json.loads((output / RECIPE).read_text(encoding="utf-8"))
-    for title, command, code in usage(recipe, str(output)):
+def _report_failure(folder: Path, reason: str) -> None:
+    say(f"NOT VERIFIED: {reason} The folder is marked: {folder / UNVERIFIED}")
+
+
+def _show_usage(recipe: dict[str, Any], folder: str) -> None:
+    for title, command, code in usage(recipe, folder):
         say(f"\n---- score with {title}")
         if command:
             say(f"{command}\n")

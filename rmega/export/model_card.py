@@ -1,4 +1,4 @@
-"""The text that goes with an export: how to get the same rewards elsewhere, and the model card."""
+"""The model card of an export: README.md, with evaluation results in its metadata."""
 
 from __future__ import annotations
 
@@ -6,253 +6,161 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from rmega.export.usage import client_duties, example_tolerance, usage
+
+LICENSE_FIELDS = ("license", "license_name", "license_link")
+
 
 def kept_comparisons(count: int, held_out: int) -> str:
-    """What an export was verified with: "16 held-out comparisons", "16 comparisons (4 held out, 12 of the
-    training set)"."""
+    """What an export was verified with: "16 held-out comparisons", "16 comparisons (4 held out, 12
+    of the training set)"."""
     if held_out == count:
         return f"{count} held-out comparisons"
     return f"{count} comparisons ({held_out} held out, {count - held_out} of the training set)"
 
 
-def usage(recipe: dict[str, Any], folder: str) -> list[tuple[str, str, str]]:
-    """(title, shell command or "", Python code) for each way to score with the folder; to be pasted
-    as they are."""
-    reward, name = recipe["reward_token_id"], Path(folder).name
-    remote = recipe["architecture"] == "InternLM2ForRewardModel"
-    trust = " --trust-remote-code" if remote else ""
-    messages = (recipe.get("example") or {}).get("messages") or [
-        {"role": "user", "content": "..."},
-        {"role": "assistant", "content": "..."},
-    ]
-    chat = (
-        "chat = [" + ",\n        ".join(json.dumps(m, ensure_ascii=False) for m in messages) + "]"
+def write_card(folder: Path, name: str, recipe: dict[str, Any], base: Path) -> None:
+    """``README.md`` of the export ``name``. ``base`` is the folder with the base model's own files
+    (for its license)."""
+    license_fields = base_license(base)
+    results = {row.get("name"): row for row in recipe["evaluation"]}  # the last of each set
+    base_model = recipe.get("base_model")
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=["reward-model"],
+        base_model=base_model if _is_hub_name(base_model) else None,
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="text-classification",
+                task_name="Reward modeling",
+                dataset_type=str(set_name),
+                dataset_name=str(set_name),
+                metric_type="accuracy",
+                metric_name=f"Accuracy on {row['num_pairs']} held-out pairs",
+                metric_value=row["accuracy"],
+            )
+            for set_name, row in results.items()
+        ]
+        or None,
+        **license_fields,
     )
-    load = (
-        ("AutoModel", ", trust_remote_code=True")
-        if remote
-        else ("AutoModelForSequenceClassification", "")
-    )
-    encode = f"""text = tokenizer.apply_chat_template(chat, tokenize=False)
-ids = tokenizer.encode(text, add_special_tokens=False) + [{reward}]"""
-    score = (
-        "print(model.get_score(tokenizer, chat))"
-        if remote
-        else f"""{encode}
-with torch.no_grad():
-    print(model(torch.tensor([ids])).logits[0, 0].item())"""
-    )
-    plain = f"""import torch
-from transformers import {load[0]}, AutoTokenizer
+    stated = license_fields.get("license_name") or license_fields.get("license")
+    body = f"""# {name}
 
-model = {load[0]}.from_pretrained("{folder}"{load[1]}).eval()
-tokenizer = AutoTokenizer.from_pretrained("{folder}"{load[1]})
-{chat}
-{score}"""
-    client = f"""import requests
-from transformers import AutoTokenizer
+A reward model ({recipe["architecture"]}, {recipe["dtype"]}): it reads a conversation and gives one
+number, higher for a better last reply. It was trained on differences between replies to one prompt;
+the number by itself has no unit.
 
-tokenizer = AutoTokenizer.from_pretrained("{folder}"{load[1]})
-{chat}
-{encode}
+| | |
+|---|---|
+| base model | {base_model} |
+| license of the base model | {stated or license_text(base) or "not stated in its folder"} |
+| trained for | {recipe["iteration"]} steps, {_count(recipe.get("comparisons_seen"))} comparisons |
+| reward token | {recipe["reward_token_id"]} {_code(recipe.get("reward_token"))} |
+| pad token | {recipe["pad_token_id"]} {_code(recipe.get("pad_token"))} |
+
+## Verification
+
+{_verification(recipe.get("verification"))}
+
+{_evaluation(recipe["evaluation"])}## Use
+
+{_numbered(client_duties(recipe))}
+
+{_examples(recipe, f"./{name}")}## Training
+
+{_data_list(recipe["data"])}
+
+```json
+{_training(recipe.get("config") or {})}
+```
+
+All of it, with the data's manifest, is in `reward_recipe.json`.
 """
-    # vLLM gives InternLM2's reward model as one value per token; the last one is the reward.
-    task, read = ("token_classify", "[-1]") if remote else ("classify", "")
-    vllm = f"""{client}answer = requests.post("http://localhost:8000/pooling",
-                       json={{"model": "{name}", "input": ids, "task": "{task}"}}).json()
-print(answer["data"][0]["data"]{read}[0])"""
-    sglang = f"""{client}answer = requests.post("http://localhost:30000/classify", json={{"input_ids": [ids]}}).json()
-print(answer[0]["embedding"][0])"""
-    return [
-        ("transformers", "", plain),
-        (
-            "vLLM",
-            (
-                f"vllm serve {folder} --served-model-name {name} --runner pooling{trust} "
-                "--pooler-config '{\"use_activation\": false}'"
-            ),
-            vllm,
-        ),
-        (
-            "SGLang",
-            (
-                f"python3 -m sglang.launch_server --model-path {folder} --is-embedding{trust}"
-                " --port 30000"
-            ),
-            sglang,
-        ),
-    ]
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(folder / "README.md")
 
 
-def client_duties(recipe: dict[str, Any]) -> list[str]:
-    """What a client must do itself, whatever serves the model; a sentence each."""
-    token = f" ({recipe['reward_token']})" if recipe.get("reward_token") else ""
-    limit = (
-        f" The model was trained on at most {recipe['max_length']} tokens."
-        if recipe.get("max_length")
-        else ""
+def _verification(result: dict[str, Any] | None) -> str:
+    if result is None:
+        return (
+            "**Not verified**: the rewards of this folder have not been compared with those of the"
+            " training."
+        )
+    outcome = "agree" if result["passed"] else "**DO NOT AGREE: do not use this folder**"
+    reason = f" {result['reason']}" if result["reason"] else f" {result['weights']}"
+    return (
+        f"{result['responses']} responses of"
+        f" {kept_comparisons(result['comparisons'], result['held_out'])}, scored by the training"
+        f" code and by stock transformers {result['transformers']} from this folder: they {outcome}"
+        f" (largest difference {result['largest_difference']:.3g} on rewards up to"
+        f" {result['largest_reward']:.3g}, that is {result['relative_difference']:.2g}; tolerance"
+        f" {result['tolerance']:.0e}).{reason}"
     )
-    return [
-        (
-            "Render the chat template of tokenizer_config.json without a generation prompt, and"
-            " tokenize the text without adding special tokens (the template writes the beginning of"
-            " the text; a second one changes the reward)."
-        ),
-        (
-            f"Append the reward token, id {recipe['reward_token_id']}{token}, as the last token."
-            " Send ids, not text."
-        ),
-        (
-            f"Pad batches with id {recipe['pad_token_id']}; use no softmax or sigmoid on the"
-            f" value.{limit}"
-        ),
-        "Break up control-token text such as <|im_end|> in user content before tokenizing.",
-    ]
 
 
-def write_card(folder: Path, recipe: dict[str, Any], base: Path) -> None:
-    """``README.md`` of the export. ``base`` is the folder with the base model's own files (for its
-    license)."""
-    verification, license_name = recipe.get("verification"), base_license(base)
-    head = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-classification",
-        "tags:",
-        "- reward-model",
-    ]
-    if license_name and " " not in license_name:
-        head.append(f"license: {license_name}")
-    if _hub_name(recipe.get("base_model")):
-        head.append(f"base_model: {recipe['base_model']}")
+def _evaluation(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
     lines = [
-        *head,
-        "---",
-        "",
-        f"# {folder.name}",
-        "",
-        (
-            f"A reward model ({recipe['architecture']}, {recipe['dtype']}): it reads a conversation"
-            " and gives one number, higher for a better last reply. Differences between replies to"
-            " one prompt are what it was trained on; the number by itself has no unit."
-        ),
-        "",
-        "| | |",
-        "|---|---|",
-        f"| base model | {recipe.get('base_model')} |",
-        (
-            "| license of the base model |"
-            f" {license_name or 'not stated in its folder: see its page'} |"
-        ),
-        (
-            f"| trained for | {recipe['iteration']} steps, {_count(recipe.get('comparisons_seen'))}"
-            " comparisons |"
-        ),
-        f"| reward token | {recipe['reward_token_id']} {_code(recipe.get('reward_token'))} |",
-        f"| pad token | {recipe['pad_token_id']} {_code(recipe.get('pad_token'))} |",
-        "",
+        f"| {row.get('name')} | {row.get('step')} | {row['accuracy']:.4f} |"
+        f" {row['accuracy_low']:.4f} to {row['accuracy_high']:.4f} | {row['num_pairs']} |"
+        for row in rows
     ]
-    lines += ["## Verification", ""]
-    if verification is None:
-        lines += [
-            (
-                "**Not verified**: the rewards of this folder have not been compared with those of"
-                " the training."
-            ),
-            "",
-        ]
-    else:
-        verdict = "agree" if verification["passed"] else "**DO NOT AGREE: do not use this folder**"
-        lines += [
-            (
-                f"{verification['responses']} responses of"
-                f" {kept_comparisons(verification['comparisons'], verification['held_out'])}, scored by the"
-                f" training code and by plain transformers {verification['transformers']} from this"
-                f" folder: they {verdict} (largest difference {verification['largest_difference']:.3g} on"
-                f" rewards up to {verification['largest_reward']:.3g}, that is"
-                f" {verification['relative_difference']:.2g}; tolerance {verification['tolerance']:.0e})."
-                f" {verification['weights']}"
-            ),
-            "",
-        ]
-    if recipe["evaluation"]:
-        lines += [
-            "## Evaluation on held-out pairs",
-            "",
-            "| set | step | accuracy | 95 % interval | pairs |",
-            "|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {row.get('name')} | {row.get('step')} | {row['accuracy']:.4f} |"
-            f" {row['accuracy_low']:.4f} to {row['accuracy_high']:.4f} | {row['num_pairs']} |"
-            for row in recipe["evaluation"]
-        ]
-        lines.append("")
-    lines += [
-        "## Use",
-        "",
-        *(f"{i}. {duty}" for i, duty in enumerate(client_duties(recipe), 1)),
-        "",
-    ]
-    for title, command, code in usage(recipe, f"./{folder.name}"):
+    head = ["| set | step | accuracy | 95 % interval | pairs |", "|---|---|---|---|---|"]
+    return "\n".join(["## Evaluation on held-out pairs", "", *head, *lines, "", ""])
+
+
+def _examples(recipe: dict[str, Any], folder: str) -> str:
+    lines = []
+    for title, command, code in usage(recipe, folder):
         shell = ["```bash", command, "```", ""] if command else []
         lines += [f"### {title}", "", *shell, "```python", code, "```", ""]
     if example := recipe.get("example"):
-        reward = (
-            "" if example.get("reward") is None else f", and its reward is {example['reward']:.5f}"
-        )
-        lines += [
-            f"To check a client: the conversation above must become exactly these ids{reward}.",
-            "",
-            "```",
-            str(example["token_ids"]),
-            "```",
-            "",
-        ]
-    config = recipe.get("config") or {}
-    lines += [
-        "## Training",
-        "",
-        *_data_lines(recipe["data"]),
-        "",
-        "```json",
-        json.dumps(
-            {key: config.get(key) for key in ("loss", "optimizer", "train", "parallel")},
-            ensure_ascii=False,
-            indent=1,
-        ),
-        "```",
-        "",
-        "All of it, with the data's manifest, is in `reward_recipe.json`.",
-        "",
-    ]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+        check = "To check a client: the conversation above must become exactly these ids"
+        if example.get("reward") is not None:
+            check += (
+                f", and its reward is {example['reward']:.5f}, give or take"
+                f" {example_tolerance(recipe):.1g} in {recipe['dtype']}"
+            )
+        lines += [f"{check}.", "", "```", str(example["token_ids"]), "```", ""]
+    return "\n".join([*lines, ""])
 
 
-def base_license(base: Path) -> str | None:
-    """The license that the base model's own card states (its front matter), or the first line of
-    its LICENSE file."""
+def base_license(base: Path) -> dict[str, str]:
+    """The license fields that the base model's own card states in its metadata; {} for none."""
     readme = base / "README.md"
-    if readme.is_file():
-        text = readme.read_text(encoding="utf-8", errors="replace")
-        if text.startswith("---"):
-            for line in text[3:].split("\n---", 1)[0].splitlines():
-                if line.startswith("license:"):
-                    return line.partition(":")[2].strip().strip("'\"") or None
-    for file in sorted(base.glob("LICENSE*")) if base.is_dir() else ():
+    try:
+        data = (
+            ModelCard.load(readme, ignore_metadata_errors=True).data if readme.is_file() else None
+        )
+    except Exception:  # a card that is no text, or whose metadata is no YAML
+        return {}
+    fields = {field: getattr(data, field, None) for field in LICENSE_FIELDS}
+    return {field: value for field, value in fields.items() if isinstance(value, str) and value}
+
+
+def license_text(base: Path) -> str | None:
+    """The first line of the base model's LICENSE file."""
+    for file in sorted(base.glob("LICENSE*")):
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.strip():
                 return line.strip()
     return None
 
 
-def _hub_name(name: Any) -> bool:
-    return (
-        isinstance(name, str)
-        and name.count("/") == 1
-        and not name.startswith((".", "/"))
-        and ":" not in name
-    )
+def _is_hub_name(name: str | None) -> bool:
+    if name is None:
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not Path(name).exists()
 
 
 def _count(number: Any) -> str:
@@ -263,11 +171,20 @@ def _code(text: Any) -> str:
     return f"`{text}`" if text else ""
 
 
-def _data_lines(data: dict[str, Any]) -> list[str]:
+def _numbered(lines: list[str]) -> str:
+    return "\n".join(f"{number}. {line}" for number, line in enumerate(lines, 1))
+
+
+def _data_list(data: dict[str, Any]) -> str:
     """The manifest of the data as a list, its short values only."""
     short = {
         key: value
         for key, value in data.items()
         if isinstance(value, (str, int, float, bool)) and len(str(value)) < 100
     }
-    return [f"- {key}: {value}" for key, value in short.items()] or ["- no manifest"]
+    return "\n".join(f"- {key}: {value}" for key, value in short.items()) or "- no manifest"
+
+
+def _training(config: dict[str, Any]) -> str:
+    parts = {key: config.get(key) for key in ("loss", "optimizer", "train", "parallel")}
+    return json.dumps(parts, ensure_ascii=False, indent=1)

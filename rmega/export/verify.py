@@ -1,16 +1,18 @@
-"""Verification of an export: every written value is the checkpoint's, and plain transformers gives the
-training's rewards.
+"""Verification of an export: every written value is the checkpoint's, and stock transformers gives
+the training's rewards.
 
 Both sides compute in fp32 on the same rounded weights, so that one tolerance serves every dtype:
-what remains is summation order. What rounding the weights itself does to the rewards is measured
-apart.
+what remains is summation order. What rounding the weights does to the rewards is measured
+separately. Where the checkpoint holds the rewards that the training itself computed for the
+comparisons, the checkpoint's weights must reproduce them, too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,14 @@ from rmega.models.hf import HfFolder, source_names
 TOLERANCE = 1e-4
 """Largest difference of a reward that is accepted, relative to the largest reward among the
 comparisons."""
+TRAINING_TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+"""The same for the rewards that the training computed, by the dtype of its arithmetic: other
+layouts and kernels, and activations that were rounded."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class Verification:
-    """What a verification found. ``relative_difference`` is what is held against ``tolerance``."""
+    """Result of a verification. ``relative_difference`` is compared with ``tolerance``."""
 
     passed: bool
     comparisons: int
@@ -42,10 +47,13 @@ class Verification:
     tolerance: float
     rounding_effect: float
     """Largest change of a reward by rounding the weights to the dtype of the files."""
+    training_difference: float | None
+    """Largest difference of the checkpoint's rewards from those that the training computed,
+    relative to the largest; None where the checkpoint holds none."""
     weights: str
     """One sentence on the comparison of the written values."""
     transformers: str
-    why: str = ""
+    reason: str = ""
     """Why it did not pass."""
     example_reward: float | None = None
     """Reward of the recipe's example, by the training path with the written weights."""
@@ -77,7 +85,7 @@ def compare_weights(
 
 
 @torch.no_grad()
-def training_rewards(
+def checkpoint_rewards(
     checkpoint_folder: Path, items: Sequence[Sequence[Sequence[int]]], dtypes: Sequence[str]
 ) -> list[torch.Tensor]:
     """fp32 rewards [n] by the training's own model on one process, with the weights rounded to each
@@ -92,7 +100,7 @@ def training_rewards(
     from rmega import distributed
     from rmega.scoring.scorer import TokenRules, load_scorer
 
-    mine = not dist.is_initialized()
+    started_here = not dist.is_initialized()
     try:
         rules = TokenRules(reward_token="0")  # ids are scored, no text
         scorer = load_scorer(checkpoint_folder, dtype="fp32", rules=rules, flag="--load")
@@ -107,8 +115,19 @@ def training_rewards(
             )
         return results
     finally:
-        if mine:
+        if started_here:
             distributed.finish()
+
+
+def check_code(folder: Path, written: Iterable[Path]) -> None:
+    """ValueError where a folder names other code than the files ``written`` by an export: verifying
+    would run it."""
+    own = {file.name: file.read_bytes() for file in written}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name in sorted({str(name) for name in (config.get("auto_map") or {}).values()}):
+        file = folder / f"{name.partition('.')[0]}.py"
+        if not file.is_file() or file.read_bytes() != own.get(file.name):
+            raise ValueError(f"{file}: not the code that an export writes, so it is not run")
 
 
 @torch.no_grad()
@@ -121,12 +140,13 @@ def transformers_rewards(
     batch_size: int = 8,
     left_padding: bool = False,
 ) -> torch.Tensor:
-    """fp32 rewards [n] by plain transformers from a written folder, in padded batches."""
+    """fp32 rewards [n] by stock transformers from a written folder, in padded batches [B, T]."""
     import transformers
 
     if BACKBONES[geometry.family].code:
+        check_code(folder, BACKBONES[geometry.family].code)
         load = transformers.AutoModel.from_pretrained
-        options = {"trust_remote_code": True}  # the two files that this very export wrote
+        options = {"trust_remote_code": True}  # the two files that an export writes
     else:
         load, options = transformers.AutoModelForSequenceClassification.from_pretrained, {}
     verbosity = transformers.logging.get_verbosity()
@@ -164,17 +184,17 @@ def verify_export(
     geometry: Geometry,
     dtype: str,
     *,
+    pad_token_id: int,
     example: Sequence[int] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Verification:
-    """Hold a written folder against its checkpoint. ``geometry`` is that of the folder (its family
-    may be another).
+    """Compare a written folder with its checkpoint. ``geometry`` is that of the folder (its family
+    may be another), ``info`` the checkpoint's rmega.json.
 
     ``example``: ids of one more sequence, whose reward is reported.
     """
     import transformers
 
-    source = CheckpointTensors(checkpoint_folder)
     kept = info.get("verification") or ()
     items = [
         [[*comparison["prefix"], *suffix] for suffix in comparison["suffixes"]]
@@ -183,31 +203,36 @@ def verify_export(
     items += [[list(example)]] if example else []
     sequences = [sequence for item in items for sequence in item]
     say("comparing every written value with the checkpoint")
-    sentence, equal = compare_weights(source, folder, geometry, dtype)
+    sentence, equal = compare_weights(CheckpointTensors(checkpoint_folder), folder, geometry, dtype)
     say(f"scoring {len(sequences)} responses by the training path")
-    exact, rounded = training_rewards(checkpoint_folder, items, ("float32", dtype))
+    exact, rounded = checkpoint_rewards(checkpoint_folder, items, ("float32", dtype))
     gc.collect()
     say(f"scoring them by transformers {transformers.__version__} from {folder}")
     largest, scale = torch.zeros(()), rounded.abs().amax() if sequences else torch.zeros(())
     for left in (False, True):
-        theirs = transformers_rewards(
-            folder, geometry, sequences, info["pad_token_id"], left_padding=left
-        )
+        served = transformers_rewards(folder, geometry, sequences, pad_token_id, left_padding=left)
         if sequences:
-            largest = torch.maximum(largest, (theirs - rounded).abs().max())  # keeps nan
+            largest = torch.maximum(largest, (served - rounded).abs().max())  # keeps nan
     relative = (largest / scale if scale > 0 else largest).item()
-    why = []
+    drift = training_difference(kept, exact)
+    allowed = TRAINING_TOLERANCE.get(info.get("dtype", "float32"), 0.0)
+    reasons = []
     if not equal:
-        why.append(sentence)
+        reasons.append(sentence)
     if not relative <= TOLERANCE:
-        why.append(f"Rewards differ by {relative:.3g} relative, more than {TOLERANCE:.0e}.")
+        reasons.append(f"Rewards differ by {relative:.3g} relative, more than {TOLERANCE:.0e}.")
+    if drift is not None and not drift <= allowed:
+        reasons.append(
+            f"Rewards of the checkpoint differ from those of its training by {drift:.3g} relative,"
+            f" more than {allowed:.0e}."
+        )
     if len(kept) < MIN_COMPARISONS:
-        why.append(
-            f"The checkpoint holds {len(kept)} comparisons to verify with; at least {MIN_COMPARISONS}"
-            " are needed (--num-verification-comparisons of the training)."
+        reasons.append(
+            f"The checkpoint holds {len(kept)} comparisons to verify with; at least"
+            f" {MIN_COMPARISONS} are needed (--num-verification-comparisons of the training)."
         )
     return Verification(
-        passed=not why,
+        passed=not reasons,
         comparisons=len(kept),
         held_out=sum(x.get("held_out", True) for x in kept),
         responses=len(sequences),
@@ -216,8 +241,29 @@ def verify_export(
         relative_difference=relative,
         tolerance=TOLERANCE,
         rounding_effect=(exact - rounded).abs().max().item() if sequences else 0.0,
+        training_difference=drift,
         weights=sentence,
         transformers=transformers.__version__,
-        why=" ".join(why),
+        reason=" ".join(reasons),
         example_reward=rounded[-1].item() if example else None,
     )
+
+
+def training_difference(kept: Sequence[dict[str, Any]], rewards: torch.Tensor) -> float | None:
+    """Largest difference between ``rewards`` [n] of the kept comparisons' responses (n may be
+    larger) and the field ``rewards`` of those comparisons, relative to the largest of these."""
+    pairs, at = [], 0
+    for comparison in kept:
+        computed = comparison.get("rewards")
+        count = len(comparison["suffixes"])
+        if computed is not None:
+            if len(computed) != count:
+                return float("nan")
+            pairs += zip(computed, rewards[at : at + count].tolist(), strict=True)
+        at += count
+    if not pairs:
+        return None
+    theirs, ours = torch.tensor(pairs).unbind(dim=1)
+    scale = theirs.abs().max()
+    difference = (theirs - ours).abs().max()
+    return (difference / scale if scale > 0 else difference).item()

@@ -11,11 +11,12 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from tqdm import tqdm
 
 from rmega.io import one_line
 from rmega.models import BACKBONES
@@ -283,31 +284,23 @@ class SafetensorsWriter:
 
 
 def export_weights(
-    source: CheckpointTensors,
-    geometry: Geometry,
-    folder: Path,
-    *,
-    dtype: str,
-    max_shard_bytes: int,
-    progress: Callable[[int], None] | None = None,
+    source: CheckpointTensors, geometry: Geometry, folder: Path, *, dtype: str, max_shard_bytes: int
 ) -> SafetensorsWriter:
     """Write all weights of a checkpoint into ``folder`` under the names of ``geometry.family``.
 
     Holds at most one stored piece, the tensor that it belongs to where columns were cut over ranks,
-    and a block of ``CAST_BYTES``. ``progress`` is called with 1 per tensor of the weight table.
+    and a block of ``CAST_BYTES``.
     """
     table = BACKBONES[geometry.family].weight_table(geometry)
     writer = SafetensorsWriter(folder, hf_shapes(table), dtype, max_shard_bytes)
     try:
-        for rule in table:
+        for rule in tqdm(table, desc="writing", unit="tensor", leave=False, disable=None):
             for first, rows in source.rows(rule):
                 for offset, part in rule.overlaps(first, first + len(rows)):
                     writer.write(
                         part.name, part.start, rows[offset : offset + part.stop - part.start]
                     )
                 del rows
-            if progress:
-                progress(1)
     finally:
         writer.close()
     writer.check_complete()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,18 +27,20 @@ from rmega.checkpointing import checkpoint, run_folder
 from rmega.checkpointing.find import find
 from rmega.data.balance import CostModel, balanced_bins
 from rmega.data.packing import pack
-from rmega.hub import resolve_model
+from rmega.hub import RECIPE, has_tokenizer, recorded_reward_token, resolve_model
 from rmega.models.geometry import Geometry
 from rmega.models.hf import load_hf, read_geometry
 from rmega.models.reward_model import RewardModel, transformer_config
 from rmega.preferences.comparison import Comparison, Rejected
+from rmega.preferences.overlong import common_prefix_length
 from rmega.preferences.scorable import Conversation
-from rmega.preferences.tokenizer import PairTokenizer, common_prefix_length
+from rmega.preferences.special_tokens import NO_REWARD_TOKEN
+from rmega.preferences.tokenizer import NotEncoded, PairTokenizer
 
 MIN_SHARED = 16  # tokens: less is not worth a segment
+NO_LIMIT = 2**40  # tokens
 MAX_DEPTH = 64  # of nested beginnings that are looked at
 GROUP = 256  # prompts that are packed together: enough to fill bins, few enough to report progress
-RECIPE = "reward_recipe.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +55,9 @@ class TokenRules:
     @classmethod
     def from_manifest(cls, manifest: dict[str, Any]) -> TokenRules:
         """The rules that a dataset's manifest (or an export's recipe) records."""
+        token = manifest["reward_token_id"]
         return cls(
-            reward_token=str(manifest["reward_token_id"]),
+            reward_token=NO_REWARD_TOKEN if token is None else str(token),
             chat_template=manifest.get("chat_template"),
             max_length=manifest.get("max_length"),
             overlong=manifest.get("overlong") or "left-prompt",
@@ -66,32 +70,32 @@ def load_scorer(
     dtype: str | None = None,
     max_tokens: int = 8192,
     rules: TokenRules | None = None,
+    reward_token: str | None = None,
     flag: str = "--model",
 ) -> Scorer:
     """A scorer of a Hugging Face reward model (folder or hub name), a run folder, or one checkpoint
     of a run.
 
     ``dtype`` is fp32, bf16, fp16, auto, or None: bf16 on a GPU (where fp32 would leave attention to
-    the plain reference), fp32 on a CPU. Under torchrun the ranks share the work. Raises ValueError
-    naming ``flag`` where there is no reward model.
+    the plain reference), fp32 on a CPU. ``rules`` stand in for those that the model records;
+    ``reward_token`` (a token's text or id, or none) names what it does not record: a reward model
+    of another program is read at the last token of the text, nothing appended. Under torchrun the
+    ranks share the work. Raises ValueError naming ``flag`` where there is no reward model.
     """
     found = find(path, flag, "weights from") if Path(path).is_dir() else None
     device = distributed.initialize()
     if dtype is None:
         dtype = "auto" if device.type == "cuda" else "fp32"
     chosen = precision.choose_together(dtype, "auto", device)
+    options: dict[str, Any] = {"max_tokens": max_tokens, "name": str(path)}
     if found is not None:
         info = run_folder.read_info(found)
         geometry = Geometry.from_dict(info["geometry"])
         model = _empty_model(geometry, chosen.dtype, device)
         checkpoint.load(found, wrapped=[model])
-        return Scorer(
-            model,
-            _tokenizer(found / "hf", rules or TokenRules.from_manifest(info["manifest"])),
-            device,
-            max_tokens=max_tokens,
-            name=str(path),
-        )
+        rules = rules or TokenRules.from_manifest(info["manifest"])
+        tokenizer = _tokenizer(found / "hf", rules, reward_token)
+        return Scorer(model, tokenizer, device, **options)
     folder = resolve_model(str(path), flag=flag)
     geometry, config = read_geometry(folder)
     if not geometry.has_reward_head:
@@ -101,14 +105,10 @@ def load_scorer(
         )
     model = _empty_model(geometry, chosen.dtype, device)
     load_hf(model, folder, geometry)
-    if rules is None:
-        recipe = folder / RECIPE
-        reward_token = config.get("reward_token_id")
-        if recipe.is_file():
-            rules = TokenRules.from_manifest(json.loads(recipe.read_text(encoding="utf-8")))
-        else:
-            rules = TokenRules(reward_token="auto" if reward_token is None else str(reward_token))
-    return Scorer(model, _tokenizer(folder, rules), device, max_tokens=max_tokens, name=str(path))
+    recipe = folder / RECIPE
+    if rules is None and recipe.is_file():
+        rules = TokenRules.from_manifest(json.loads(recipe.read_text(encoding="utf-8")))
+    return Scorer(model, _tokenizer(folder, rules, reward_token), device, **options)
 
 
 def _empty_model(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> RewardModel:
@@ -116,17 +116,23 @@ def _empty_model(geometry: Geometry, dtype: torch.dtype, device: torch.device) -
     return RewardModel(config, geometry).to(device).eval()
 
 
-def _tokenizer(folder: Path, rules: TokenRules) -> PairTokenizer | None:
+def _tokenizer(
+    folder: Path, rules: TokenRules | None, reward_token: str | None
+) -> PairTokenizer | None:
     """None where the folder has no tokenizer: token ids can still be scored."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if not has_tokenizer(folder):
         return None
-    return PairTokenizer.load(
-        folder,
-        reward_token=rules.reward_token,
-        chat_template=rules.chat_template,
-        max_length=rules.max_length,
-        overlong=rules.overlong,
-    )
+    recorded = recorded_reward_token(folder) if rules is None else rules.reward_token
+    rules = dataclasses.asdict(rules or TokenRules())
+    tokenizer = PairTokenizer.load(folder, **rules)
+    if reward_token is None:
+        return tokenizer
+    named = PairTokenizer.load(folder, **{**rules, "reward_token": reward_token})
+    if recorded != NO_REWARD_TOKEN and named.reward_token_id != tokenizer.reward_token_id:
+        raise ValueError(
+            f"--reward-token {reward_token}: the model was trained with {tokenizer.reading}"
+        )
+    return named
 
 
 class Scorer:
@@ -149,7 +155,6 @@ class Scorer:
         )
         self.name = name
         self._cost = CostModel.of(model.geometry)
-        self._turn_end: str | None = None
 
     # ---- text to tokens
 
@@ -164,62 +169,24 @@ class Scorer:
         """Ids with the reward token, as in training. ``notes`` is extended by what was changed
         (such as a cut).
 
-        Text instead of messages is taken as the output of a chat template: no token is added but
-        the reward token, and the white space that the template puts behind the end of a turn (a
-        sampler stops before it). ValueError where there is nothing to score. ``max_length`` stands
-        in for the training's limit of tokens.
+        Text instead of messages is the output of a chat template, with or without the white space
+        that the template puts behind the last turn, padding and the reward token. ValueError where
+        there is nothing to score. ``max_length`` stands in for the training's limit of tokens.
         """
         if self.tokenizer is None:
             raise ValueError("the model's folder has no tokenizer, so only token ids can be scored")
         if isinstance(conversation, str):
-            return self._encode_text(conversation, notes, max_length)
-        return self.tokenizer.encode_conversation(
-            conversation, tools=tools, notes=notes, max_length=max_length
-        )
-
-    def _encode_text(self, text: str, notes: list[str] | None, max_length: int | None) -> list[int]:
-        tokenizer = self.tokenizer
-        end = self.turn_end
-        if end != end.rstrip() and not text.endswith(end) and text.endswith(end.rstrip()):
-            text += end[len(end.rstrip()) :]
-        try:
-            ids = list(tokenizer.tokenizer.encode(text, add_special_tokens=False))
-        except UnicodeEncodeError:
-            raise ValueError("half of a surrogate pair is no text") from None
-        if not ids:
-            raise ValueError("no text")
-        if ids[-1] != tokenizer.reward_token_id:
-            ids.append(tokenizer.reward_token_id)
-        limit = max_length or tokenizer.max_length
-        if limit is not None and len(ids) > limit:
-            if tokenizer.overlong in ("drop", "error"):
-                raise ValueError(f"{Rejected('overlong', f'{len(ids)} tokens')}")
-            ids = (
-                ids[-limit:]
-                if tokenizer.overlong == "left-prompt"
-                else [*ids[: limit - 1], ids[-1]]
+            ids = self.tokenizer.encode_text(conversation, notes=notes, max_length=max_length)
+        else:
+            ids = self.tokenizer.encode_conversation(
+                conversation, tools=tools, notes=notes, max_length=max_length
             )
-            if notes is not None:
-                notes.append("cut: beginning or end of the text left out")
+        if (largest := max(ids)) >= self.model.geometry.vocab_size:
+            token = self.tokenizer.tokenizer.convert_ids_to_tokens(largest)
+            size = self.model.geometry.vocab_size
+            detail = f"{token}, id {largest} of {size}"
+            raise NotEncoded(Rejected("outside_vocabulary", detail))
         return ids
-
-    @property
-    def turn_end(self) -> str:
-        """What the chat template puts behind the last answer: ``<|im_end|>`` and a new line, for
-        example."""
-        if self._turn_end is None:
-            probe = [
-                {"role": "user", "content": "question"},
-                {"role": "assistant", "content": "answer"},
-            ]
-            try:
-                text = self.tokenizer.tokenizer.apply_chat_template(
-                    probe, chat_template=self.tokenizer.template, tokenize=False
-                )
-                self._turn_end = text.rpartition("answer")[2]
-            except Exception:  # a template that refuses the probe: then nothing is known of its end
-                self._turn_end = ""
-        return self._turn_end
 
     # ---- tokens to rewards
 
@@ -275,14 +242,46 @@ class Scorer:
         return out
 
     def score_comparisons(
-        self, comparisons: Iterable[Comparison], progress: Callable[[int], None] | None = None
+        self,
+        comparisons: Iterable[Comparison],
+        progress: Callable[[int], None] | None = None,
+        *,
+        notes: Counter[str] | None = None,
+        errors: dict[int, NotEncoded] | None = None,
+        max_length: int | None = None,
     ) -> list[list[float]]:
-        """Rewards of each comparison's responses, in the order of ``comparison.responses``."""
-        items = [
-            [self.encode([*c.prompt, *response], c.tools) for response in c.responses]
-            for c in comparisons
-        ]
+        """Rewards of each comparison's responses, in the order of ``comparison.responses``.
+
+        ``notes`` counts what was changed in the responses on the way, such as cuts. With ``errors``
+        a comparison that cannot be encoded, such as one over the limit of the training, gets no
+        rewards ([]), and its number and reason go there; without, ValueError.
+        """
+        items: list[list[list[int]]] = []
+        for number, c in enumerate(comparisons):
+            changes: list[str] = []
+            try:
+                items.append(
+                    [
+                        self.encode([*c.prompt, *r], c.tools, changes, max_length=max_length)
+                        for r in c.responses
+                    ]
+                )
+            except NotEncoded as error:
+                if errors is None:
+                    raise
+                errors[number] = error
+                items.append([])
+                continue
+            if notes is not None:
+                notes.update(changes)
         return self.score_tokens(items, progress)
+
+    def score_uncut(self, comparisons: Iterable[Comparison]) -> list[list[float]]:
+        """As `score_comparisons`, of altered comparisons (probes): none is left out because it is
+        longer than what the training took."""
+        policy = self.tokenizer.overlong if self.tokenizer else None
+        limit = NO_LIMIT if policy in ("drop", "error") else None
+        return self.score_comparisons(comparisons, max_length=limit)
 
     def score_conversations(
         self, conversations: Sequence[Conversation], progress: Callable[[int], None] | None = None

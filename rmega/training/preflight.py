@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from rmega import distributed
-from rmega.checkpointing import checkpoint, run_folder
+from rmega.checkpointing import run_folder
 from rmega.checkpointing.find import find
 from rmega.config import TrainingConfig
 from rmega.data.fingerprint import is_tokenizer_of, tokenizer_fingerprint
 from rmega.distributed import log
 from rmega.evaluation.files import eval_rows
+from rmega.hub import has_tokenizer, load_tokenizer, recorded_reward_token
 from rmega.models.geometry import Geometry
 from rmega.models.rotary import check_length
 
@@ -71,10 +72,15 @@ def find_start(config: TrainingConfig) -> Path | None:
 def check_dataset(flag: str, dataset, first, geometry: Geometry, folder: Path) -> None:
     """A dataset must fit the model, and the dataset ``first`` of the run."""
     manifest = dataset.manifest
-    if manifest["vocab_size"] > geometry.vocab_size:
+    # A tokenizer may have more ids than the model, such as a pad token: only those in texts count.
+    if (
+        manifest["vocab_size"] > geometry.vocab_size
+        and (largest := int(dataset.tokens.max(initial=0))) >= geometry.vocab_size
+    ):
         raise ValueError(
-            f"{flag} {dataset.prefix}: was written with a tokenizer of {manifest['vocab_size']}"
-            f" ids, the model {folder} knows {geometry.vocab_size}"
+            f"{flag} {dataset.prefix}: has token id {largest}, from a tokenizer of"
+            f" {manifest['vocab_size']} ids; the vocabulary of the model {folder} ends before"
+            f" {geometry.vocab_size}"
         )
     for field in ("tokenizer_fingerprint", "reward_token_id"):
         if manifest[field] != first.manifest[field] and not (
@@ -99,12 +105,32 @@ def _same_but_for_pad(one: dict[str, Any], other: dict[str, Any], folder: Path) 
 
 
 def _tokenizer_of(folder: Path) -> Any:
-    """transformers' tokenizer of a model's folder; None where it has none."""
-    if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model")):
+    """transformers' tokenizer of a model's folder; None where it has none, or none that loads."""
+    if not has_tokenizer(folder):
         return None
-    from transformers import AutoTokenizer
+    try:
+        return load_tokenizer(folder, flag="--hf-model")
+    except ValueError as error:
+        log(f"warning: not checked whether the data were written for this model: {error}")
+        return None
 
-    return AutoTokenizer.from_pretrained(str(folder))
+
+def check_reward_token(dataset, folder: Path) -> None:
+    """Say where the head of ``--hf-model`` was trained to be read at another token than the
+    data's."""
+    recorded, token = recorded_reward_token(folder), dataset.manifest["reward_token_id"]
+    if recorded in (None, "none" if token is None else str(token)):
+        return
+
+    def name(text: str) -> str:
+        return "the last token of the text" if text == "none" else f"token {text}"
+
+    log(
+        f"warning: the reward head of --hf-model {folder} was trained to be read at"
+        f" {name(recorded)}, {dataset.prefix} has it read at"
+        f" {name('none' if token is None else str(token))}; tools/preprocess_pref.py --tokenizer"
+        f" {folder} --reward-token {recorded} writes data for it"
+    )
 
 
 def check_positions(flag: str, dataset, geometry: Geometry) -> None:
@@ -177,19 +203,13 @@ def check_same_model(info: dict[str, Any], found: Path, geometry: Geometry, fold
             )
 
 
-def check_same_run(info: dict[str, Any], found: Path, config: TrainingConfig, dataset) -> None:
-    """Another batch size or seed would visit other comparisons than the ones that are left."""
-    then, now, now_data = info["config"]["train"], config.train, dataset.identity
-    for field, flag in (("global_batch_size", "--global-batch-size"), ("seed", "--seed")):
-        if then[field] != getattr(now, field):
-            raise ValueError(
-                f"{flag} {getattr(now, field)}: {found} was written with {then[field]}, and the"
-                " order of the data depends on it"
-            )
+def check_same_data(info: dict[str, Any], found: Path, dataset) -> None:
+    """Other data, or the same in another order, would give other comparisons than the ones that are
+    left."""
+    now_data = dataset.identity
     if info["num_comparisons"] != len(dataset) or info.get("data", now_data) != now_data:
         raise ValueError(
             f"--data-path: {found} was trained on other data ({info['num_comparisons']} comparisons"
             f" per epoch then, {len(dataset)} now; weights and contents must be the same, in the"
             " same order)"
         )
-    checkpoint.check_same_optimizer(info, config.parallel.use_distributed_optimizer)

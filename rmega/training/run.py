@@ -29,7 +29,7 @@ from rmega.evaluation.results import flat_summary
 from rmega.hub import resolve_model
 from rmega.io import write_durably
 from rmega.models.hf import load_hf, read_geometry
-from rmega.training import disk, plan, preflight, train
+from rmega.training import disk, plan, preflight, resume, train
 from rmega.training.logs import MetricsLog, TimeSpent, duration, memory_mb, train_line
 from rmega.training.monitor import Watch
 from rmega.training.stopping import EXIT_REQUEUE, StopRequest
@@ -113,10 +113,17 @@ class Run:
             )
         self.found = preflight.find_start(config)
         self.info = run_folder.read_info(self.found) if self.found else {}
+        self.changes: list[dict[str, Any]] = list(self.info.get("changes", []))
+        """What differed at each resume: {"iteration": ..., flag: [before, from there on]}."""
         if self.found:
             preflight.check_same_model(self.info, self.found, self.geometry, self.folder)
+            if changes := resume.changes(self.info, config):
+                log(resume.describe(changes))
+                self.changes.append({"iteration": self.info["iteration"], **changes})
         self.precision = precision.choose_together(
-            config.train.precision, config.train.matmul_precision, self.device
+            resume.precision_to_use(self.info, config.train.precision),
+            config.train.matmul_precision,
+            self.device,
         )
         self.state = checkpoint.RunState()
         self.best: tuple[float, int] | None = None
@@ -144,8 +151,9 @@ class Run:
         ]:
             preflight.check_dataset(flag, dataset, self.dataset, self.geometry, self.folder)
         preflight.check_tokenizer(self.dataset, self.folder)
+        preflight.check_reward_token(self.dataset, self.folder)
         if self.found:
-            preflight.check_same_run(self.info, self.found, c, self.dataset)
+            preflight.check_same_data(self.info, self.found, self.dataset)
             self.evaluated = preflight.evaluated_before(c, self.info["iteration"])
         self.steps, self.comparisons = c.train.total_steps(len(self.dataset))
         # a short run, too, leaves enough rows for a curve
@@ -237,6 +245,7 @@ class Run:
                 "steps": self.steps,
                 "layout": self.layout,
                 "precision": precision.dtype_name(self.precision.dtype),
+                "changes": self.changes,
             }
             Path(c.checkpoint.save, "config.json").write_text(
                 json.dumps({**c.as_dict(), "run": known}, indent=1), encoding="utf-8"
@@ -593,6 +602,7 @@ class Run:
             "reward_token_id": self.manifest["reward_token_id"],
             "pad_token_id": self.manifest["pad_token_id"],
             "dtype": str(self.precision.dtype).removeprefix("torch."),
+            "changes": self.changes,
             "best": self.best,
             "train_seconds": self.spent.whole,
             "ops": ops.active_implementation(self.device),

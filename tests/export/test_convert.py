@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rmega.checkpointing import checkpoint, run_folder
-from rmega.export.convert import convert, find_checkpoint
-from rmega.export.folder import RECIPE, UNVERIFIED
-from rmega.export.verify import training_rewards, transformers_rewards
+from rmega.export.convert import convert, find_checkpoint, verify_only
+from rmega.export.destination import RECIPE, UNVERIFIED
+from rmega.export.verify import checkpoint_rewards, transformers_rewards
 from rmega.export.write_weights import CheckpointTensors, parse_size
 from rmega.models import BACKBONES
 from rmega.models.geometry import RopeScaling
@@ -270,7 +270,7 @@ def test_plain_transformers_gives_the_training_rewards(python, runs, outputs, tm
     items = [[[*c.prefix.tolist(), *s.tolist()] for s in c.suffixes] for c in comparisons]
     sequences = [ids for item in items for ids in item]
     for family, run in runs.items():
-        expected = training_rewards(run / "iter_0000010", items, ["float32"])[0].tolist()
+        expected = checkpoint_rewards(run / "iter_0000010", items, ["float32"])[0].tolist()
         for form in FORMATS.get(family, (family,)):
             answer = check_load(python, outputs[family, form], sequences, PAD, tmp_path)
             for rewards in answer["rewards"].values():
@@ -417,11 +417,11 @@ def test_one_changed_value_fails_the_verification(tensor, runs, outputs, tmp_pat
     """Also a value that no comparison of the verification reads: the last row of the embedding."""
     folder = tmp_path / "out"
     shutil.copytree(outputs["llama", "llama"], folder)
-    assert convert(run=runs["llama"], output=folder, write=False) == 0
+    assert verify_only(run=runs["llama"], output=folder) == 0
     tensors = load_file(folder / "model.safetensors")
     tensors[tensor][-1, -1] *= 1.5
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert convert(run=runs["llama"], output=folder, write=False) == 1
+    assert verify_only(run=runs["llama"], output=folder) == 1
     assert tensor in (folder / UNVERIFIED).read_text()
     assert "NOT VERIFIED" in capsys.readouterr().out
     assert "DO NOT AGREE" in (folder / "README.md").read_text()
@@ -450,12 +450,67 @@ def test_output_is_not_overwritten(runs, outputs, tmp_path) -> None:
     shutil.copytree(outputs["llama", "llama"], folder)
     with pytest.raises(ValueError, match="exists already; --force"):
         convert(run=runs["llama"], output=folder)
-    (folder / "extra").write_text("")
-    assert convert(run=runs["llama"], output=folder, force=True, verify=False) == 0
-    assert not (folder / "extra").exists() and (folder / UNVERIFIED).exists()
-    (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="holds no config.json"):
+    with pytest.raises(ValueError, match="a verified export; --no-verify does not replace it"):
+        convert(run=runs["llama"], output=folder, force=True, verify=False)
+    old = (folder / "model.safetensors").stat().st_ino
+    assert convert(run=runs["llama"], output=folder, force=True) == 0
+    assert (folder / "model.safetensors").stat().st_ino != old
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (folder / "notes.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds notes.md, not written by the export; --force"):
         convert(run=runs["llama"], output=folder, force=True)
+    (folder / "notes.md").unlink()
+    (folder / RECIPE).unlink()
+    with pytest.raises(ValueError, match="holds no reward_recipe.json"):
+        convert(run=runs["llama"], output=folder, force=True)
+    assert (folder / "model.safetensors").exists()
+
+
+def test_a_verified_export_stays_where_its_successor_fails(runs, outputs, tmp_path, capsys) -> None:
+    folder, run = tmp_path / "out", tmp_path / "run"
+    shutil.copytree(outputs["llama", "llama"], folder)
+    shutil.copytree(runs["llama"], run)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    info = json.loads((run / "iter_0000010" / "rmega.json").read_text())
+    change(run / "iter_0000010", verification=info["verification"][:3])
+    assert convert(run=run, output=folder, force=True) == 1
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert (tmp_path / "out.unverified" / UNVERIFIED).exists()
+    assert f"The older export stays: {folder}" in capsys.readouterr().out
+    shutil.copytree(outputs["llama", "llama"], tmp_path / "other")
+    assert convert(run=run, output=tmp_path / "out.unverified", force=True) == 1
+    assert convert(run=run, output=tmp_path / "out.unverified", force=True, verify=False) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "other",
+        "out",
+        "out.unverified",
+        "run",
+    ]
+
+
+@pytest.mark.parametrize("where", ["run", "checkpoint", "inside", "base", "above", "link"])
+def test_force_never_replaces_a_run_or_its_base_model(where, bases, runs, tmp_path) -> None:
+    """It used to: a run folder holds a config.json, and all its checkpoints went with it."""
+    home = tmp_path / "home"
+    run, base = home / "run", home / "base"
+    shutil.copytree(runs["llama"], run)
+    shutil.copytree(bases["llama"], base)
+    (run / "config.json").write_text("{}")
+    change(run / "iter_0000010", base_model=str(base))
+    (tmp_path / "link").symlink_to(run)
+    output = {
+        "run": run,
+        "checkpoint": run / "iter_0000010",
+        "inside": run / "export",
+        "base": base,
+        "above": home,
+        "link": tmp_path / "link",
+    }[where]
+    before = sorted(tmp_path.rglob("*"))
+    for load in (run, run / "iter_0000010"):
+        with pytest.raises(ValueError, match=r"--output .*: (is|holds|lies in) "):
+            convert(run=load, output=output, force=True)
+    assert before == sorted(tmp_path.rglob("*"))
 
 
 def test_a_full_disk_leaves_nothing(runs, tmp_path, monkeypatch) -> None:
@@ -477,6 +532,8 @@ def test_a_full_disk_leaves_nothing(runs, tmp_path, monkeypatch) -> None:
             "not a readable checkpoint",
         ),
         (lambda d: next(d.glob("__0_*.distcp")).unlink(), "damaged .*No such file"),
+        (lambda d: flip(next(d.glob("__0_*.distcp"))), "damaged .*has changed"),
+        (lambda d: flip(d / "hf" / "config.json"), "damaged .*has changed"),
         (lambda d: cut(next(d.glob("__0_*.distcp"))), "damaged .*bytes instead of"),
         (
             lambda d: (change(d, files=None), next(d.glob("__0_*.distcp")).unlink()),
@@ -501,6 +558,13 @@ def test_a_checkpoint_that_cannot_be_read(spoil, message, runs, tmp_path) -> Non
 
 def change(folder: Path, **fields) -> None:
     edit_info(folder, **fields)
+
+
+def flip(file: Path) -> None:
+    """One bit, in the middle."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 def cut(file: Path, share: int = 2) -> None:
@@ -586,7 +650,7 @@ def test_the_tool_on_the_command_line(runs, tmp_path) -> None:
     for words in (
         "\nverified\n",
         f"vllm serve {out}",
-        "sglang.launch_server",
+        "sglang serve --model-path",
         "get_score",
         "Append the reward token, id 3",
     ):

@@ -145,22 +145,28 @@ REAL_FILES = {
 }
 
 
-@pytest.mark.parametrize("real", [False, True], ids=["made", "real"])
 def test_every_file_goes_in(
-    real: bool, run: Any, tmp_path: Path, request: Any, internlm2_tokenizer: Path
+    run: Any, tmp_path: Path, preference_files: Path, internlm2_tokenizer: Path
+) -> None:
+    counts = {name: count for name, (_, count) in FILES.items()}
+    check_counts(run, tmp_path, preference_files, counts, internlm2_tokenizer)
+
+
+def test_every_real_file_goes_in(
+    run: Any, tmp_path: Path, shared_dir: Path, internlm2_tokenizer: Path
+) -> None:
+    check_counts(run, tmp_path, shared_dir / "data", REAL_FILES, internlm2_tokenizer)
+
+
+def check_counts(
+    run: Any, tmp_path: Path, folder: Path, counts: dict[str, int], tokenizer: Path
 ) -> None:
     """The counts equal the row counts minus the rows of the rejected file, without --format."""
-    folder = (
-        request.getfixturevalue("shared_dir") / "data"
-        if real
-        else request.getfixturevalue("preference_files")
-    )
-    counts = REAL_FILES if real else {name: count for name, (_, count) in FILES.items()}
     dataset = run(
         [folder / name for name in counts],
         duplicates="keep",
         workers=2,
-        tokenizer=str(internlm2_tokenizer),
+        tokenizer=str(tokenizer),
         max_length=2048,
     )
     left_out = rejected(tmp_path)

@@ -188,6 +188,16 @@ def test_savings_are_exact(text, switches, folder, single):
     assert max(differences.values()) <= TOLERANCE, differences
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_an_odd_vocabulary_is_exact(tmp_path, family):
+    """As published reward models have that were given a pad token: the embedding is padded."""
+    from rmega.training.parity import compare
+
+    folder = tiny_llama(tmp_path, family=family, vocab=VOCAB + 1, layers=2)
+    differences = compare(result_of("tp2,sp", folder), result_of("1", folder))
+    assert max(differences.values()) <= TOLERANCE, differences
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_padded_heads_are_exact(tmp_path, family):
     """Three key/value groups on two ranks: the fourth is zero and stays zero, biases, too."""

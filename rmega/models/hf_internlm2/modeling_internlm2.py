@@ -239,10 +239,9 @@ class InternLM2ForRewardModel(InternLM2PreTrainedModel):
             tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=False)
             for c in conversations
         ]
-        ids = [
-            tokenizer.encode(text, add_special_tokens=False) + [self.config.reward_token_id]
-            for text in texts
-        ]
+        ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        reward = self.config.reward_token_id
+        ids = [i if reward in (None, i[-1]) else [*i, reward] for i in ids]
         order = sorted(
             range(len(ids)), key=lambda i: len(ids[i])
         )  # like lengths together: little padding

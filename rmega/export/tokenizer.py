@@ -1,0 +1,187 @@
+"""The tokenizer of an export: the training's own, in files that transformers 4.44, 4.57 and 5 read
+alike.
+
+``tokenizer.json`` holds what the training's tokenizer does, ``tokenizer_config.json`` the tokens
+with a role and the chat template. Code of the base model's tokenizer is not carried along.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rmega.data.fingerprint import PROBES
+from rmega.export.folder import write_json
+from rmega.hub import has_tokenizer, load_tokenizer
+
+EXAMPLE = [
+    {"role": "user", "content": "What is the capital of France?"},
+    {"role": "assistant", "content": "The capital of France is Paris."},
+]
+COPIED = ("tokenizer.model", "vocab.json", "merges.txt")  # for converters to other formats
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token", "mask_token")
+# Fields of a base model's tokenizer_config.json that must not reach an export: code of its own,
+# what only one generation of transformers reads, or reads in another form, and what tokenizer.json
+# says already.
+DROPPED = (
+    "auto_map",
+    "extra_special_tokens",
+    "added_tokens_decoder",
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "legacy",
+    "sp_model_kwargs",
+    "use_default_system_prompt",
+    "spaces_between_special_tokens",
+    "backend",
+    "is_local",
+    "local_files_only",
+    "name_or_path",
+    "tokenizer_file",
+    "vocab_file",
+)
+
+
+def write_tokenizer(source: Path, folder: Path, info: dict[str, Any]) -> dict[str, Any] | None:
+    """Write the tokenizer of the checkpoint's ``source`` folder; returns an example for the recipe.
+
+    The example is a conversation with its ids as the training makes them and as a client makes them
+    from the written folder. ``info`` is the checkpoint's rmega.json. None if the checkpoint holds
+    no tokenizer. Raises ValueError where the written files give other ids than the training.
+    """
+    if not has_tokenizer(source):
+        return None
+    from rmega.preferences.special_tokens import NO_REWARD_TOKEN
+    from rmega.preferences.tokenizer import PairTokenizer
+
+    template = (info.get("manifest") or {}).get("chat_template")
+    reward_id = info["reward_token_id"]
+    reward_token = NO_REWARD_TOKEN if reward_id is None else str(reward_id)
+    ours = PairTokenizer.load(source, chat_template=template, reward_token=reward_token)
+    expected = ours.encode_conversation(EXAMPLE)
+    pad_id = choose_pad_token(ours.tokenizer, ours.template, info, expected)
+    pad = ours.tokenizer.convert_ids_to_tokens(pad_id)
+
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    backend = getattr(ours.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(
+            f"{source}: a tokenizer written in Python, which has no tokenizer.json, cannot be"
+            " exported"
+        )
+    write_backend(backend, folder / "tokenizer.json")
+    given = source / "tokenizer_config.json"
+    base = json.loads(given.read_text(encoding="utf-8")) if given.is_file() else {}
+    write_json(
+        folder / "tokenizer_config.json", config_of(ours.tokenizer, base, ours.template, pad)
+    )
+    (folder / "chat_template.jinja").write_text(ours.template, encoding="utf-8")
+
+    written = load_tokenizer(folder, flag="--output")
+    text = written.apply_chat_template(EXAMPLE, tokenize=False)
+    ids = written.encode(text, add_special_tokens=False)  # as a client makes them
+    if reward_id not in (None, ids[-1]):
+        ids.append(reward_id)
+    pairs = [(ids, expected)]
+    pairs += [
+        [t.encode(probe, add_special_tokens=False) for t in (written, ours.tokenizer)]
+        for probe in PROBES
+    ]
+    for theirs, wanted in pairs:
+        if theirs != wanted:
+            raise ValueError(
+                f"{folder}: the written tokenizer gives other ids than the training: {theirs}, not"
+                f" {wanted}"
+            )
+    return {
+        "messages": EXAMPLE,
+        "text": text,
+        "token_ids": ids,
+        "reward_token": None if reward_id is None else written.convert_ids_to_tokens(reward_id),
+        "pad_token": pad,
+        "pad_token_id": pad_id,
+    }
+
+
+def config_of(
+    tokenizer: Any, base: dict[str, Any], template: str, pad: str | None
+) -> dict[str, Any]:
+    """``tokenizer_config.json``. ``base`` is the base model's, whose other fields are kept.
+
+    Special tokens are plain text: their white space rules are in ``tokenizer.json``. Those without
+    a role are ``additional_special_tokens``, which all generations read; transformers 5 writes them
+    as a list ``extra_special_tokens``, which 4.57 refuses.
+    """
+    config = {key: value for key, value in base.items() if key not in DROPPED}
+    for role in ROLES:
+        config.pop(role, None)
+        if (token := getattr(tokenizer, role, None)) is not None:
+            config[role] = str(token)
+    named = {config.get(role) for role in ROLES}
+    more = getattr(tokenizer, "extra_special_tokens", None) or getattr(
+        tokenizer, "additional_special_tokens", ()
+    )
+    more = [str(token) for token in more if str(token) not in named]
+    config.pop("additional_special_tokens", None)
+    return {
+        **config,
+        **({"additional_special_tokens": more} if more else {}),
+        **({} if pad is None else {"pad_token": pad}),
+        # The class of the base model may be code of its own, or one that reads other files.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        # Decoders take no token_type_ids, which this class would make.
+        "model_input_names": ["input_ids", "attention_mask"],
+        "chat_template": template,
+    }
+
+
+def write_backend(backend: Any, path: Path) -> None:
+    """``tokenizer.json``, with BPE merges as "a b", which every version of tokenizers reads; pairs
+    are read by 0.20 and later only."""
+    content = json.loads(backend.to_str())
+    content["truncation"] = content["padding"] = None  # what an earlier call has set
+    merges = content.get("model", {}).get("merges") or ()
+    pairs = [pair for pair in merges if not isinstance(pair, str)]
+    if pairs and not any(" " in part for pair in pairs for part in pair):
+        content["model"]["merges"] = [" ".join(pair) for pair in pairs]
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def choose_pad_token(
+    tokenizer: Any, template: str, info: dict[str, Any], example: list[int]
+) -> int:
+    """A pad token that no text contains: the training's own, else a special token that the template
+    does not write.
+
+    transformers 4 reads a Llama's reward before the *first* pad token of a row. Many tokenizers pad
+    with the token that ends every turn (SmolLM2: ``<|im_end|>``), so the reward would be read in
+    the middle of the text, without a word. The training pads nothing, so an export is free to
+    choose. The training's own where no token is free.
+    """
+    used = {*example, info["reward_token_id"]}
+    for kept in info.get("verification") or ():
+        used.update(kept["prefix"], *kept["suffixes"])
+    special = {
+        int(index): str(token)
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if index in tokenizer.all_special_ids or token.special
+    }
+    free = sorted(
+        (index for index, text in special.items() if text not in template),
+        key=lambda index: (
+            "pad" not in special[index].lower(),
+            special[index] != tokenizer.unk_token,
+            index,
+        ),
+    )
+    own = info["pad_token_id"]
+    candidates = [own] if tokenizer.convert_ids_to_tokens(own) not in template else []
+    for index in (*candidates, *free):
+        if index not in used and index < info["geometry"]["vocab_size"]:
+            return index
+    return own
