@@ -44,6 +44,8 @@ class EvalSet:
     label: str
     schema: str
     rows: list[EvalRow] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    """What was changed in how many responses to score them, such as cuts."""
 
     @property
     def usable(self) -> list[EvalRow]:

@@ -26,7 +26,13 @@ from rmega.preferences.chat_template import CHECK_EVERY, DEFAULT_TEMPLATE, ChatT
 from rmega.preferences.comparison import Comparison, Message, Rejected
 from rmega.preferences.fast_bpe import make_word_encoder
 from rmega.preferences.messages import FIELDS
-from rmega.preferences.overlong import OVERLONG_POLICIES, common_prefix_length, cut_end, shorten
+from rmega.preferences.overlong import (
+    OVERLONG_POLICIES,
+    Overlong,
+    common_prefix_length,
+    cut_end,
+    shorten,
+)
 from rmega.preferences.rendered_text import RenderedText
 from rmega.preferences.special_tokens import (
     NO_REWARD_TOKEN,
@@ -221,6 +227,8 @@ class PairTokenizer:
             ids, changes = self._encode(comparison, limit)
         except Rejected as error:
             raise NotEncoded(error) from None
+        except Overlong as error:  # the policy for training's data: here one conversation is left
+            raise NotEncoded(Rejected("overlong", str(error))) from None
         if notes is not None:
             notes += changes
         return ids[0].tolist()
