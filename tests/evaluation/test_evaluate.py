@@ -311,6 +311,25 @@ def test_benchmark_files(tmp_path):
     }
     assert got["num_pairs"] == 27 and got["effective_pairs"] == 3
 
+    del rm[0]["domain"]  # the file of one domain names it in its own name only
+    for i, name in enumerate(("safety-refuse_filtered", "safety-response_filtered", "other")):
+        rows = [{**row, "domain": None, "subset": f"part {i}"} for row in rm[: 3 - i]]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+        (tmp_path / "some.json").write_text(json.dumps(scores[: 3 - i]))
+        got = evaluate(
+            tmp_path, data=[str(tmp_path / f"{name}.json")], scores=[str(tmp_path / "some.json")]
+        )[name]
+        known = name != "other"
+        assert (got["rm_bench"] is not None) == known
+        assert not known or got["rm_bench"]["domains"]["safety"]["num_prompts"] == 3 - i
+    (tmp_path / "total.json").write_text(
+        json.dumps([{**row, "domain": "code", "subset": "x", "source": "y"} for row in rm])
+    )
+    got = evaluate(
+        tmp_path, data=[str(tmp_path / "total.json")], scores=[str(tmp_path / "s.json")]
+    )["total"]
+    assert list(got["rm_bench"]["domains"]) == ["code"]
+
     bench = [
         pair(f"yes {i}", "no", subset="hep-go" if i else "math-prm", id=str(i)) for i in range(2)
     ]
