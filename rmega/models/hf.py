@@ -145,7 +145,7 @@ class HfFolder:
         )
         if not rows.dtype.is_floating_point or rows.dtype.itemsize < 2:
             raise ValueError(
-                f"{self.folder / self.files[name]}: {name} is {rows.dtype}: quantised weights"
+                f"{self.folder / self.files[name]}: {name} is {rows.dtype}: quantized weights"
                 " cannot be trained"
             )
         self._bytes_read += rows.numel() * rows.element_size()
@@ -224,7 +224,7 @@ def load_hf(
     from.
 
     The model's parameters may be of any float dtype and on any device. ``tp_rank`` and ``tp_size``
-    default to those of megatron-core's process groups. The answer, such as ``"new head (zero)"`` or
+    default to those of Megatron-Core's process groups. The answer, such as ``"new head (zero)"`` or
     ``"head from model.safetensors"``, is the same on every rank, whether or not its stage holds the
     head. A new head is ``zero`` or ``normal`` with standard deviation ``head_std`` (default 1 /
     sqrt(h + 1)), drawn from ``head_seed`` alone, so that replicas agree.
@@ -280,8 +280,8 @@ def fill(
     tp_rank: int,
     tp_size: int,
 ) -> None:
-    """Copy this rank's part of one global tensor into ``parameter``; what the engine padded becomes
-    zero."""
+    """Copy this rank's part of one global tensor into ``parameter``; what Megatron-Core padded
+    becomes zero."""
     expected = rule.local_shape(tp_size)
     assert len(expected) == parameter.dim() and all(
         have == want or (have > want and dim == rule.shard_dim and rule.shard_blocks == 1)
