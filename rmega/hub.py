@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -273,7 +274,9 @@ def _transformers_warnings() -> Iterator[list[str]]:
     handlers, propagate = root.handlers, root.propagate
     root.handlers, root.propagate = [Collect(logging.WARNING)], False
     try:
-        yield lines
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # on names of model configurations
+            yield lines
     finally:
         root.handlers, root.propagate = handlers, propagate
 

@@ -12,12 +12,14 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from rmega.hub import one_line_for_retries
-from rmega.io import checksum, one_line
+from rmega.io import checksum, one_line, refuse_lfs_pointer
 from rmega.preferences.chunks import CHUNK_BYTES, CHUNK_ROWS, MAX_ROW_BYTES, Chunk, Item
 from rmega.preferences.comparison import Rejected
 from rmega.preferences.resolve import Input, resolve
@@ -58,10 +60,13 @@ def read_chunks(source: Input, index: int, hashes: dict[str, str] | None = None)
     elif source.kind == "modelscope":
         yield from _modelscope_chunks(source, index)
     elif source.kind in ("parquet", "arrow"):
+        refuse_lfs_pointer(Path(source.name))
         yield from arrow_chunks(source, index)
         if hashes is not None:
             hashes[source.name] = checksum(source.name)
     else:
+        if os.path.isfile(source.name):  # not standard input
+            refuse_lfs_pointer(Path(source.name))
         raw = HashingFile(source.name)
         buffered = io.BufferedReader(raw, 1 << 18)
         try:
