@@ -6,6 +6,7 @@ into micro-batches and over data-parallel ranks is decided afterwards, by cost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 
@@ -46,20 +47,20 @@ class Mixture:
     @classmethod
     def open(cls, paths: Sequence[str], *, seed: int) -> Mixture:
         """Open ``PREFIX`` or ``WEIGHT=PREFIX`` arguments."""
-        from rmega.data.indexed import open_preferences
+        from rmega.data.indexed import open_preferences, split_label
 
         datasets, weights = [], []
         for text in paths:
-            weight, equals, prefix = text.partition("=")
+            weight, prefix = split_label(text)
             try:
-                weights.append(float(weight) if equals else 1.0)
+                weights.append(1.0 if weight is None else float(weight))
             except ValueError:
                 raise ValueError(
                     f"--data-path {text}: {weight} is not a number (WEIGHT=PREFIX)"
                 ) from None
-            if not weights[-1] > 0:
+            if not 0 < weights[-1] < math.inf:
                 raise ValueError(f"--data-path {text}: the weight must be greater than 0")
-            datasets.append(open_preferences(prefix if equals else text))
+            datasets.append(open_preferences(prefix))
         return cls(datasets, weights, seed=seed)
 
     @property

@@ -129,6 +129,18 @@ def exists(prefix: str | Path) -> bool:
     return any(os.path.exists(f"{prefix}{suffix}") for suffix in (*DATA_SUFFIXES, MANIFEST_SUFFIX))
 
 
+def split_label(text: str) -> tuple[str | None, str]:
+    """``LABEL=PREFIX`` or ``PREFIX`` of a flag -> (label or None, prefix).
+
+    A dataset that is there under the whole text is meant by it, for its path may hold a ``=``; and
+    no label holds a slash, unless a dataset is there under what follows it.
+    """
+    label, equals, prefix = text.partition("=")
+    if not equals or exists(text) or ("/" in label and not exists(prefix)):
+        return None, text
+    return label, prefix
+
+
 def read_manifest(prefix: str | Path) -> dict[str, Any]:
     """The manifest of the dataset at ``prefix``; ValueError if there is none or it is of another
     format."""
