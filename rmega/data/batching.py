@@ -15,7 +15,7 @@ import numpy as np
 
 from rmega.config import TrainingConfig
 from rmega.data.balance import CostModel, balanced_bins
-from rmega.data.indexed import named_prefix, open_preferences
+from rmega.data.indexed import open_preferences, split_label
 from rmega.data.packing import PackedBatch, pack
 
 
@@ -52,7 +52,7 @@ class Mixture:
         """Open ``PREFIX`` or ``WEIGHT=PREFIX`` arguments."""
         datasets, weights = [], []
         for text in paths:
-            weight, prefix = named_prefix(text)
+            weight, prefix = split_label(text)
             try:
                 weights.append(1.0 if weight is None else float(weight))
             except ValueError:

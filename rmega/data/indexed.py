@@ -129,8 +129,8 @@ def exists(prefix: str | Path) -> bool:
     return any(os.path.exists(f"{prefix}{suffix}") for suffix in (*DATA_SUFFIXES, MANIFEST_SUFFIX))
 
 
-def named_prefix(text: str) -> tuple[str | None, str]:
-    """``HEAD=PREFIX`` or ``PREFIX`` -> (head or None, prefix), where both may hold ``=``.
+def split_label(text: str) -> tuple[str | None, str]:
+    """``LABEL=PREFIX`` or ``PREFIX`` of a flag -> (label or None, prefix); both may hold ``=``.
 
     A dataset at the whole text comes first, then the longest one behind a ``=``. Where there is
     none, the text is split at its first ``=``, unless that stands in the name of a folder.

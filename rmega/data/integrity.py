@@ -12,6 +12,38 @@ from rmega.io import checksum
 _BLOCK = 1 << 22
 
 
+def damage(dataset: PreferenceDataset, *, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with the files of a dataset, or None: a file that is not the one that was
+    written, an id outside the vocabulary. What a training checks before it starts.
+
+    ``share`` (i, n) does each n-th part of the work, for n ranks.
+    """
+    recorded = dataset.manifest.get("checksums", {})
+    jobs = [*(s for s in DATA_SUFFIXES if s in recorded), ".bin's ids"]
+    for job in jobs[share[0] :: share[1]]:
+        if job in recorded:
+            if checksum(dataset.prefix + job) != recorded[job]:
+                return f"{dataset.prefix}{job}: its content has changed (checksum)"
+        elif problem := _outside(dataset):
+            return problem
+    return None
+
+
+def _outside(dataset: PreferenceDataset) -> str | None:
+    """The first id that is outside the vocabulary."""
+    size = dataset.manifest["vocab_size"]
+    for start in range(0, len(dataset.tokens), _BLOCK):
+        block = dataset.tokens[start : start + _BLOCK]
+        outside = (block < 0) | (block >= size)
+        if outside.any():
+            at = start + int(outside.argmax())
+            return (
+                f"{dataset.prefix}.bin: token {at} is {int(dataset.tokens[at])}, outside the"
+                f" vocabulary of {size}"
+            )
+    return None
+
+
 def verify(dataset: PreferenceDataset, tokenizer: Any = None) -> list[str]:
     """Everything that is wrong with a dataset, a line each; empty if it is sound.
 
@@ -20,7 +52,10 @@ def verify(dataset: PreferenceDataset, tokenizer: Any = None) -> list[str]:
     is given.
     """
     manifest, prefix = dataset.manifest, dataset.prefix
-    wrong = _verify_checksums(dataset)
+    wrong: list[str] = []
+    for suffix in DATA_SUFFIXES:
+        if manifest.get("checksums", {}).get(suffix) != checksum(prefix + suffix):
+            wrong.append(f"{prefix}{suffix}: its checksum is not the manifest's")
     lengths, indices = dataset.sequence_lengths, dataset.document_indices
     sizes = np.diff(indices)
     if len(sizes) and (int(sizes.min()) < 3 or int(indices[0]) != 0):
@@ -72,42 +107,15 @@ def verify(dataset: PreferenceDataset, tokenizer: Any = None) -> list[str]:
     return wrong
 
 
-def check(dataset: PreferenceDataset, flag: str = "--data-path") -> None:
-    """What is worth a pass over the files before a training: the checksums of the manifest and the
-    bounds of the ids. ValueError names flag and file; `verify` finds more."""
-    wrong = _verify_checksums(dataset) or _verify_bounds(dataset)
-    if wrong:
-        raise ValueError(f"{flag} {wrong[0]}; tools/inspect_data.py {dataset.prefix} verify")
-
-
-def _verify_checksums(dataset: PreferenceDataset) -> list[str]:
-    checksums = dataset.manifest.get("checksums", {})
-    return [
-        f"{dataset.prefix}{suffix}: its checksum is not the manifest's"
-        for suffix in DATA_SUFFIXES
-        if checksums.get(suffix) != checksum(dataset.prefix + suffix)
-    ]
-
-
-def _verify_bounds(dataset: PreferenceDataset) -> list[str]:
-    size = dataset.manifest["vocab_size"]
-    for start in range(0, len(dataset.tokens), _BLOCK):
-        block = dataset.tokens[start : start + _BLOCK]
-        if block.min() < 0 or block.max() >= size:
-            at = start + int(((block < 0) | (block >= size)).argmax())
-            found = f"token {at} is {int(dataset.tokens[at])}"
-            return [f"{dataset.prefix}.bin: {found}, outside the vocabulary of {size}"]
-    return []
-
-
 def _verify_tokens(
     dataset: PreferenceDataset, ends: np.ndarray, is_suffix: np.ndarray
 ) -> list[str]:
-    manifest, wrong = dataset.manifest, _verify_bounds(dataset)
-    num_reward = sum(
-        int((dataset.tokens[start : start + _BLOCK] == manifest["reward_token_id"]).sum())
-        for start in range(0, len(dataset.tokens), _BLOCK)
-    )
+    manifest, wrong, num_reward = dataset.manifest, [], 0
+    if problem := _outside(dataset):
+        wrong.append(problem)
+    for start in range(0, len(dataset.tokens), _BLOCK):
+        block = dataset.tokens[start : start + _BLOCK]
+        num_reward += int((block == manifest["reward_token_id"]).sum())
     last = (
         dataset.tokens[ends[is_suffix] - 1]
         if int(ends[-1]) <= len(dataset.tokens)

@@ -22,7 +22,6 @@ import gzip
 import io
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +82,8 @@ def read_scores(path: str | Path) -> list[ScoreRow]:
     if isinstance(whole, list) and whole and isinstance(whole[0], (dict, list)):
         return [_row(value, f"{path}: row {i}") for i, value in enumerate(whole, 1)]
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # JSON may hold other line separators
+    # not splitlines: a JSON string may hold U+2028, U+0085 and the like
+    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
         if line.strip():
             value = _json(line)
             if value is None:
@@ -191,23 +191,25 @@ def _read_columns(columns: dict[str, Any], path: Path) -> list[ScoreRow]:
 
 
 def _read_table(text: str, path: Path) -> list[ScoreRow]:
-    lines = re.split(r"\r\n|\r|\n", text)
-    first = next((line for line in lines if line.strip() and not line.startswith("#")), "")
-    cut = next((c for c in ",\t;" if c in first), None)
-    if cut is None:
-        table = [(n, line.split()) for n, line in enumerate(lines, 1)]
-    else:  # a quoted cell may hold line breaks: rows are numbered by the line they begin on
-        table, start = [], 1
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=cut, strict=True)
+    table: list[tuple[int, list[str]]] = []
+    lines = io.StringIO(text, newline="").readlines()  # a cell in quotes keeps its line breaks
+    content = [line for line in lines if line.strip() and not line.startswith("#")]
+    if not content:
+        raise ValueError(f"--scores {path}: no rows")
+    delimiter = next((c for c in ",\t;" if c in content[0]), None)
+    if delimiter is None:
+        plain = "".join(lines).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        rows_of_cells = [(n, line.split()) for n, line in enumerate(plain, 1)]
+        table = [(n, c) for n, c in rows_of_cells if c and not c[0].startswith("#")]
+    else:
+        reader, first = csv.reader(lines, delimiter=delimiter, strict=True), 1
         try:
             for cells in reader:
-                table.append((start, cells))
-                start = reader.line_num + 1
+                if any(map(str.strip, cells)) and not cells[0].startswith("#"):
+                    table.append((first, cells))
+                first = reader.line_num + 1  # of the next row: one may take several lines
         except csv.Error as error:
-            raise ValueError(f"--scores {path}:{start}: broken table ({error})") from None
-    table = [(n, c) for n, c in table if any(map(str.strip, c)) and not c[0].startswith("#")]
-    if not table:
-        raise ValueError(f"--scores {path}: no rows")
+            raise ValueError(f"--scores {path}:{first}: {error}") from None
     names: list[str] | None = None
     if not any(_is_number(cell) for cell in table[0][1]):
         names = [cell.strip().lower() for cell in table.pop(0)[1]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -127,7 +128,7 @@ class MetricsLog:
             return
         if self._file:
             try:
-                self._file.write(json.dumps({"type": kind, "step": step, **values}) + "\n")
+                self._file.write(json.dumps(_no_nan({"type": kind, "step": step, **values})) + "\n")
                 self._file.flush()
             except OSError as error:  # a full disk, say: the row stays in the buffer and is tried again with the next
                 log(f"warning: metrics.jsonl: {error}; training goes on")
@@ -171,6 +172,15 @@ class MetricsLog:
         if self._wandb:
             self._kept(self._wandb, "wandb", lambda run: run.finish())
         self._file = self._board = self._wandb = None
+
+
+def _no_nan(value: Any) -> Any:
+    """nan and infinity as null, because JSON has neither."""
+    if isinstance(value, Mapping):
+        return {key: _no_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_no_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _board(folder: Path, resumed_at: int | None, *, named: bool) -> Any:

@@ -20,8 +20,8 @@ from rmega.checkpointing import checkpoint, run_folder
 from rmega.checkpointing.lock import hold
 from rmega.checkpointing.run_folder import check_shared
 from rmega.config import MIN_COMPARISONS, TrainingConfig
-from rmega.data import indexed
 from rmega.data.batching import Batcher, Mixture
+from rmega.data.indexed import open_preferences, split_label
 from rmega.distributed import log
 from rmega.evaluation.in_training import Evaluations
 from rmega.evaluation.results import flat_summary
@@ -53,8 +53,8 @@ TOKENIZER_FILES = (
 def named_prefix(text: str) -> tuple[str, str]:
     """``NAME=PREFIX`` or ``PREFIX`` -> (name, prefix); the name defaults to the prefix's last
     part."""
-    name, prefix = indexed.named_prefix(text)
-    return Path(prefix).name if name is None else name, prefix
+    name, prefix = split_label(text)
+    return (Path(prefix).name if name is None else name), prefix
 
 
 class EvaluationLeft(Exception):
@@ -142,13 +142,16 @@ class Run:
                 raise ValueError(
                     f"--valid-data-path {text}: the name {name} is taken (write NAME=PREFIX)"
                 )
-            self.valid[name] = indexed.open_preferences(prefix)
+            self.valid[name] = open_preferences(prefix)
         self.manifest = self.dataset.manifest
         for flag, dataset in [
             *(("--data-path", d) for d in self.dataset.datasets),
             *(("--valid-data-path", d) for d in self.valid.values()),
         ]:
             preflight.check_dataset(flag, dataset, self.dataset, self.geometry, self.folder)
+            preflight.check_content(flag, dataset)
+        if c.loss.use_margin:
+            preflight.check_margins(self.dataset)
         preflight.check_tokenizer(self.dataset, self.folder)
         preflight.check_reward_token(self.dataset, self.folder)
         if self.found:
@@ -276,8 +279,14 @@ class Run:
         )
         self._check_verification()
         stop = StopRequest(c.checkpoint.exit_duration_min)
-        if self.state.iteration == 0 and (reason := self._evaluate(stop)):
-            return self._leave(f"before the first step: {reason}")
+        first = self.state.iteration
+        # Also what a signal kept the run before from: sets that it has evaluated are left out.
+        interval = c.train.eval_interval
+        if first == 0 or (interval and first < self.steps and first % interval == 0):
+            if reason := self._evaluate(stop):
+                return self._leave(f"before step {first + 1}: {reason}")
+            if first and self.best and self.best[1] == first and not preflight.resumes_in_place(c):
+                self._save()  # the best checkpoint so far, in this run's own folder
         progress = tqdm(
             desc="training",
             total=self.steps,
@@ -286,7 +295,7 @@ class Run:
             disable=None if distributed.rank() == 0 else True,  # None: where stderr is no terminal
         )
         watch = Watch()
-        clock, first = train.Clock(), self.state.iteration
+        clock = train.Clock()
         window: list[tuple[train.StepReport, float, float]] = []
         evaluated = saved = self.state.iteration
         while self.state.iteration < self.steps:
@@ -483,7 +492,15 @@ class Run:
                 return str(left)
             finally:
                 bar.close()
-            step, result = self.state.iteration, flat_summary(evaluation)
+            step = self.state.iteration
+            if bad := evaluation.get("not_finite"):
+                log(
+                    f"warning: step {step}: {name}: {bad} of {evaluation['num_rewards']} rewards are"
+                    " not finite: no result of this evaluation"
+                )
+                self.metrics.row("eval_failed", step, {"name": name, **evaluation})
+                continue
+            result = flat_summary(evaluation)
             log(
                 f"Iter(val) [{step}/{self.steps}]  {name}: accuracy {result['accuracy']:.4f} (95 %"
                 f" interval {result['accuracy_low']:.4f} to {result['accuracy_high']:.4f},"

@@ -20,11 +20,11 @@ from rmega.data.indexed import (
     StoredComparison,
     count_pairs,
     exists,
-    named_prefix,
     open_preferences,
+    split_label,
     write_index,
 )
-from rmega.data.integrity import check, verify
+from rmega.data.integrity import damage, verify
 
 REWARD = 99
 MANIFEST = {
@@ -248,19 +248,17 @@ def test_sets_of_format_version_1_are_read(tmp_path: Path) -> None:
     assert all(same(dataset.get(i), item) for i, item in enumerate(items))
 
 
-def test_the_check_before_a_training(tmp_path: Path) -> None:
+def test_damage_before_a_training(tmp_path: Path) -> None:
     prefix = write(tmp_path / "d", some(5))
-    check(open_preferences(prefix))
+    assert damage(open_preferences(prefix)) is None
     whole = Path(f"{prefix}.bin").read_bytes()
     for at in (0, len(whole) // 2, len(whole) - 4):
         flipped = bytearray(whole)
         flipped[at] ^= 1
         Path(f"{prefix}.bin").write_bytes(flipped)
-        with pytest.raises(ValueError, match="--data-path .*d.bin: its checksum"):
-            check(open_preferences(prefix))
+        assert "d.bin: its content has changed" in damage(open_preferences(prefix))
     write(tmp_path / "d", some(5), vocab_size=90)  # the reward token is 99
-    with pytest.raises(ValueError, match="--valid-data-path .*is 99, outside the vocabulary of 90"):
-        check(open_preferences(prefix), "--valid-data-path")
+    assert "is 99, outside the vocabulary of 90" in damage(open_preferences(prefix))
 
 
 @pytest.mark.parametrize("suffix", [*DATA_SUFFIXES, ".json"])
@@ -289,7 +287,7 @@ def test_prefixes_with_equals_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("runs/a=1/nothing", (None, "runs/a=1/nothing")),
         ("x/set", (None, "x/set")),
     ):
-        assert named_prefix(text) == wanted
+        assert split_label(text) == wanted
     mixed = Mixture.open(["lr=1e-5/set", "2=x/set", "0.5=a=b/set"], seed=0)
     assert mixed.weights == [1.0, 1.0, 0.5]
     assert [d.prefix for d in mixed.datasets] == ["lr=1e-5/set", "2=x/set", "a=b/set"]
