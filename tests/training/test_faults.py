@@ -20,7 +20,7 @@ from tests import runs
 from tests.dist import run_distributed
 
 STEPS = 6
-SAME = "going on gives the unbroken run's weights and optimizer state, bit for bit"
+SAME = "resuming gives the unbroken run's weights and optimizer state, bit for bit"
 DOWN = "all ranks end within a minute; the last line names the first rank's reason"
 LAYOUTS = {"dp2": {"dp": 2}, "tp2,pp2": {"tp": 2, "pp": 2, "num_layers_in_first_pipeline_stage": 3}}
 RANKS = {"dp2": 2, "tp2,pp2": 4}
@@ -411,7 +411,7 @@ def test_a_node_that_vanishes(layout, two_nodes, small_llama, data, unbroken, tm
     )
     with runs.fault(
         "a node vanishes: the cable between two launchers is cut (dp2, pp2)",
-        "both sides end within a minute and say so; with the cable back the run goes on",
+        "both sides end within a minute and say so; with the cable back the run resumes",
     ):
         processes = on_two_nodes(
             two_nodes, runs.flags(small_llama, data, run, steps=10_000, **flags)
