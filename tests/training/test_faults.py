@@ -156,7 +156,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk(small_disk, small_llama, data, unbroken):
-    """The saves that do not fit are said and training goes on; the last one is an error; what was
+    """The saves that do not fit are said and training continues; the last one is an error; what was
     there is good."""
     from rmega.checkpointing import run_folder
     from rmega.checkpointing.find import damage
