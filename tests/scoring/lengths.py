@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 class Lengths:
     """Stands in for a scorer: a character is a token, the reward is the number of tokens."""
 
-    tokenizer = SimpleNamespace(max_length=None, messages=[])
+    tokenizer = SimpleNamespace(max_length=None, messages=[], reading="none")
     model = SimpleNamespace(geometry=SimpleNamespace(max_position_embeddings=100))
 
     def __init__(self) -> None:
