@@ -244,8 +244,9 @@ class Run:
                 "precision": precision.dtype_name(self.precision.dtype),
                 "changes": self.changes,
             }
-            Path(c.checkpoint.save, "config.json").write_text(
-                json.dumps({**c.as_dict(), "run": known}, indent=1), encoding="utf-8"
+            write_durably(
+                Path(c.checkpoint.save, "config.json"),
+                json.dumps({**c.as_dict(), "run": known}, indent=1),
             )
         if c.checkpoint.save:
             if self.found and distributed.rank() == 0 and preflight.resumes_in_place(c):
@@ -538,7 +539,7 @@ class Run:
         except OSError as error:
             if last:
                 raise
-            log(f"warning: {error}; training goes on")
+            log(f"warning: {error}; training continues")
             return
         self._save_begun, self._save_stall = begun, time.monotonic() - stalled
         if last or not self.config.checkpoint.async_save:
@@ -551,7 +552,7 @@ class Run:
         except OSError as error:
             if raises:
                 raise
-            log(f"warning: {error}; training goes on")
+            log(f"warning: {error}; training continues")
             return
         if folder is not None:
             for line in self.saver.warnings:
