@@ -567,6 +567,7 @@ def templates() -> list[Row]:
         {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
         {"conversation_a": turn + reply, "conversation_b": turn + other, "winner": "model_a"},
         {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 0},
+        {"question": "q", "response_A": "a", "response_B": "b", "label": "A>B"},
     ]
 
 
