@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -208,7 +209,7 @@ class CheckpointArgs:
     """Steps between checkpoints; 0: none on the way but those of --save-best. There is always one
     at the end."""
     async_save: bool = True
-    """Write checkpoints while training goes on; costs memory for one copy. Off: wait for each."""
+    """Write checkpoints while training continues; costs memory for one copy. Off: wait for each."""
     keep_last: int = 0
     """Remove all but this many newest checkpoints (the best one stays too); 0: keep all."""
     save_best: bool = True
@@ -356,6 +357,21 @@ class TrainingConfig:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, group by group."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, groups: Mapping[str, Any]) -> TrainingConfig:
+        """The configuration that ``as_dict`` recorded. Fields that this version does not have are
+        left out; those that it has in addition get their defaults."""
+        built = {}
+        for name, kind in group_types().items():
+            known = {field.name for field in dataclasses.fields(kind)}
+            values = {
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in groups.get(name, {}).items()
+                if key in known
+            }
+            built[name] = kind(**values)
+        return cls(**built)
 
 
 def _flag(field: str) -> str:

@@ -80,6 +80,10 @@ def test_as_dict_is_json_and_complete() -> None:
     back = json.loads(json.dumps(config.as_dict()))
     groups = {field.name: field.type for field in dataclasses.fields(TrainingConfig)}
     assert set(back) == set(groups)
+    assert TrainingConfig.from_dict(back) == config
+    back["train"]["of_another_version"] = 1
+    del back["optimizer"]["clip_grad"]
+    assert TrainingConfig.from_dict(back) == config
     assert back["parallel"]["tensor_model_parallel_size"] == 2 and back["train"]["train_steps"] == 3
 
 

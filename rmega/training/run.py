@@ -20,7 +20,6 @@ from rmega.checkpointing import checkpoint, run_folder
 from rmega.checkpointing.lock import hold
 from rmega.checkpointing.run_folder import check_shared
 from rmega.config import MIN_COMPARISONS, TrainingConfig
-from rmega.data.balance import CostModel
 from rmega.data.batching import Batcher, Mixture
 from rmega.data.indexed import open_preferences, split_label
 from rmega.distributed import log
@@ -55,7 +54,7 @@ def named_prefix(text: str) -> tuple[str, str]:
     """``NAME=PREFIX`` or ``PREFIX`` -> (name, prefix); the name defaults to the prefix's last
     part."""
     name, prefix = split_label(text)
-    return (Path(text).name if name is None else name), prefix
+    return (Path(prefix).name if name is None else name), prefix
 
 
 class EvaluationLeft(Exception):
@@ -164,17 +163,12 @@ class Run:
         shards = c.parallel.tensor_model_parallel_size * c.parallel.pipeline_model_parallel_size
         from megatron.core import parallel_state
 
-        self.batcher = Batcher(
+        self.batcher = Batcher.of(
+            c,
             self.dataset,
-            global_batch_size=c.train.global_batch_size,
-            max_tokens=c.data.max_tokens_per_microbatch,
-            seed=c.train.seed,
-            cost=CostModel.of(self.geometry),
+            self.geometry,
             num_ranks=distributed.world_size() // shards,
             rank=parallel_state.get_data_parallel_rank(),
-            share_prefix=c.data.share_prefix,
-            token_multiple=c.token_multiple,
-            microbatch_multiple=c.microbatch_multiple,
             max_consumed=self.comparisons,
         )
         log(
@@ -250,8 +244,9 @@ class Run:
                 "precision": precision.dtype_name(self.precision.dtype),
                 "changes": self.changes,
             }
-            Path(c.checkpoint.save, "config.json").write_text(
-                json.dumps({**c.as_dict(), "run": known}, indent=1), encoding="utf-8"
+            write_durably(
+                Path(c.checkpoint.save, "config.json"),
+                json.dumps({**c.as_dict(), "run": known}, indent=1),
             )
         if c.checkpoint.save:
             if self.found and distributed.rank() == 0 and preflight.resumes_in_place(c):
@@ -544,7 +539,7 @@ class Run:
         except OSError as error:
             if last:
                 raise
-            log(f"warning: {error}; training goes on")
+            log(f"warning: {error}; training continues")
             return
         self._save_begun, self._save_stall = begun, time.monotonic() - stalled
         if last or not self.config.checkpoint.async_save:
@@ -557,7 +552,7 @@ class Run:
         except OSError as error:
             if raises:
                 raise
-            log(f"warning: {error}; training goes on")
+            log(f"warning: {error}; training continues")
             return
         if folder is not None:
             for line in self.saver.warnings:
