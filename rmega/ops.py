@@ -46,7 +46,7 @@ STATS = (
 )
 
 _implementation = "auto"
-_said: set[str] = set()  # devices whose fallback was said
+_said: set[str] = set()  # devices whose fallback was reported
 
 
 def set_implementation(name: str) -> None:
@@ -159,10 +159,11 @@ def pairwise_loss(
     margin``, ``e = label_smoothing``:
 
     - base, ranking: ``-(1-e) logsigmoid(x) - e logsigmoid(-x)``
-    - base, focal: the same times ``(1 - 2 relu(sigmoid(x) - 1/2))^2``, gradient through the factor (InternLM2 report)
-    - penalty, log_barrier: ``B(r_c) + B(r_r)``, ``B(s) = -ln(5 - s) - ln(5 + s)``; beyond +-4.999 it goes on as the
-      tangent there, so a score that has left the range is pulled back; ``barrier_clamp`` clamps the score instead
-      (XTuner: no gradient outside)
+    - base, focal: the same times ``(1 - 2 relu(sigmoid(x) - 1/2))^2``, gradient through the factor
+      (InternLM2 report)
+    - penalty, log_barrier: ``B(r_c) + B(r_r)``, ``B(s) = -ln(5 - s) - ln(5 + s)``; beyond +-4.999
+      it continues as the tangent there, so a score that has left the range is pulled back;
+      ``barrier_clamp`` clamps the score instead (XTuner: no gradient outside)
     - penalty, l2: ``r_c^2 + r_r^2``;  center: ``(r_c + r_r)^2`` (TRL)
 
     Returns ``(loss_sum [], stats [8])``; stats carries no gradient and is in the order of
@@ -305,7 +306,7 @@ def gather_prefix_kv(
 
     ``prefix_start, prefix_len, own_start, own_len`` [s], int32 or int64. ``total`` = sum of both
     lengths; give it when the index tensors lie on a GPU, else it is read from there (a
-    synchronisation). A prefix row's gradient is the sum over the segments that share it, in the
+    synchronization). A prefix row's gradient is the sum over the segments that share it, in the
     order of segments.
     """
     if not _native(x.device):
@@ -363,7 +364,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * (x / sqrt(mean(x^2) + eps))`` over the last dimension of ``x`` [..., h];
     ``weight`` [h], x's dtype.
 
-    Statistics in fp32, the normalised value rounded to x's dtype before the product (Hugging Face's
+    Statistics in fp32, the normalized value rounded to x's dtype before the product (Hugging Face's
     LlamaRMSNorm).
     """
     if not _native_elementwise(x):
@@ -426,10 +427,10 @@ _rope = _operator("rope", lambda x, cos, sin, backwards: x.new_empty(x.shape))
 
 
 # ---- linear
-# The three products of a linear layer in half precision on a CPU, where torch's are slow: in bfloat16 on CPUs with AMX
-# natively (csrc/cpu/linear.cpp); in fp32, rounded once at the end, on CPUs that have no instructions for the dtype.
-# Elsewhere torch's. They have no gradient of their own: megatron-core's linear layers call them in their forward and
-# backward (fusion.py).
+# The three matmuls of a linear layer in half precision on a CPU, where torch's are slow: natively
+# in bfloat16 on CPUs with AMX (csrc/cpu/linear.cpp); in fp32, rounded once at the end, on CPUs
+# without instructions for the dtype; torch's elsewhere. They have no gradient of their own:
+# Megatron-Core's linear layers call them in their forward and backward (rmega/megatron/fusion.py).
 
 _HALF = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 

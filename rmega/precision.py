@@ -1,7 +1,7 @@
 """Which number formats this machine computes in: a short self-test decides, and the choice is
 printed.
 
-A CPU may run bf16 matrix products several times faster than fp32 (AMX, AVX512-BF16) or several
+A CPU may run bf16 matmuls several times faster than fp32 (AMX, AVX512-BF16) or several
 times slower (all others), and ``torch.set_float32_matmul_precision("medium")`` may keep fp32
 accuracy or round to bf16. Only a measurement tells.
 """
@@ -21,7 +21,7 @@ SIZE = 768  # one product takes milliseconds, and is large enough for the fast k
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """What was chosen and what was measured (GFLOP/s of a square matrix product, error relative to
+    """What was chosen and what was measured (GFLOP/s of a square matmul, error relative to
     fp64)."""
 
     dtype: torch.dtype

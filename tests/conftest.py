@@ -33,12 +33,6 @@ def small_llama(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stories260k(small_llama: Path) -> Path:
-    """The former name of ``small_llama``."""
-    return small_llama
-
-
-@pytest.fixture(scope="session")
 def internlm2_tokenizer(tmp_path_factory) -> Path:
     """A small tokenizer in InternLM2's layout: tokenizer.model, tokenizer.json, chat template."""
     from tests.made_models import make_internlm2_tokenizer

@@ -8,6 +8,7 @@ one that is not on the short list of what cannot be run here (``PARSED_ONLY``).
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -39,7 +40,7 @@ DOCUMENTS = [
 ]
 # Checked by ``parse`` alone: the set-up installs packages; the tests are running already; figures
 # take minutes.
-PARSED_ONLY = ("source", "pip", "examples/quickstart.sh", "tests/run.sh", "benchmarks/")
+PARSED_ONLY = ("source", "pip", "examples/quickstart.sh", "tests/run.sh", ".ci/run", "benchmarks/")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,11 @@ class Command:
     def program(self) -> str:
         """The file that is run, or the first word."""
         return next(
-            (w for w in self.words if w.endswith((".py", ".sh")) and w != "tools/launch.py"),
+            (
+                w
+                for w in self.words
+                if w.endswith((".py", ".sh", ".ci/run")) and w != "tools/launch.py"
+            ),
             self.words[0],
         )
 
@@ -109,6 +114,8 @@ def parse(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
 
         given = get_args_parser().parse_args(rest[first == "python" :])
         parse(("python", given.training_script, *given.training_script_args), monkeypatch)
+    elif first == "python" and rest[0] == "-m":
+        assert importlib.util.find_spec(rest[1]), f"no module {rest[1]}"
     elif first == "python":
         parse_python(rest[0], rest[1:], monkeypatch)
     elif first == "bash":
@@ -201,6 +208,7 @@ def test_what_cannot_be_checked_fails(monkeypatch):
     for words in (
         "docker run rmega",
         "python tools/none.py",
+        "python -m tests.none",
         "python tools/score.py --modell x",
         "bash none.sh",
         "torchrun --nproc-per-node 8 examples/pretrain_reward.py --tq 2",

@@ -12,6 +12,6 @@ layout=(--tp "$(tp_of "$TP" "$@")")
 ((layout[1] == 1)) || layout+=(--sp)
 train "${layout[@]}" --train-epochs 1 --global-batch-size 128 --lr 3e-6 \
     --lr-decay-style linear --lr-warmup-fraction 0 --loss ranking --penalty none --head-init normal \
-    --max-tokens-per-microbatch 16384 --eval-interval 100 \
-    --save-interval 100 --keep-last 2 "$@"
+    --max-tokens-per-microbatch 16384 \
+    --eval-interval 100 --save-interval 100 --keep-last 2 "$@"
 export_model

@@ -319,13 +319,3 @@ def load(folder: Path | str, *, wrapped, optimizer=None, scheduler=None) -> RunS
         scheduler.num_steps = 0  # it adds the loaded count to its own
         scheduler.load_state_dict(loaded["scheduler"])
     return RunState(iteration=info["iteration"], consumed=info["consumed"])
-
-
-def check_same_optimizer(info: dict[str, Any], use_distributed_optimizer: bool) -> None:
-    """Raise ValueError where optimizer state was written by the other kind of optimizer."""
-    saved = info["config"]["parallel"]["use_distributed_optimizer"]
-    if saved != use_distributed_optimizer:
-        flag = "--use-distributed-optimizer" if saved else "--no-use-distributed-optimizer"
-        raise ValueError(
-            f"--load: this checkpoint's optimizer state was written with {flag}; resume with {flag}"
-        )

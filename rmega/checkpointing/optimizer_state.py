@@ -58,7 +58,17 @@ def load_state(optimizer, state: dict[str, Any]) -> None:
         # same ones as another. Their order is that of the parameters, which is the same in every
         # run of a model.
         part._filter_and_reorder_param_groups = lambda current, loaded: loaded
+    # A checkpoint's groups also carry max_lr, min_lr, betas, eps and more, and the scheduler
+    # prefers what is in a group: this run's own settings are put back. "step" is FusedAdam's state.
+    groups = [
+        {key: value for key, value in group.items() if key not in ("params", "step")}
+        for part in optimizer.chained_optimizers
+        for group in part.param_groups
+    ]
     optimizer.load_state_dict(state)
+    loaded = [group for part in optimizer.chained_optimizers for group in part.param_groups]
+    for group, settings in zip(loaded, groups, strict=True):
+        group.update(settings)
     for part in optimizer.chained_optimizers:
         # Megatron-Core gives all parameters one tensor as their step, which torch's Adam would
         # then increment once for each of them.

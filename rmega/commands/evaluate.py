@@ -24,6 +24,9 @@ import numpy as np
 from rmega.cli import parse_args, run_tool
 from rmega.evaluation.probes import NUM_PROBED
 
+NUM_NAMED = 10
+"""Rows without a reward that are named one by one."""
+
 
 @dataclass(kw_only=True)
 class EvaluateArgs:
@@ -47,6 +50,9 @@ class EvaluateArgs:
     dtype: Literal["fp32", "bf16", "fp16", "auto"] | None = None
     """Arithmetic of --model. Default: bf16 on a GPU, fp32 on a CPU. auto: bf16 where it is faster
     here."""
+    reward_token: str | None = None
+    """Token (or id) that --model is read at, appended to each text, where it records none. Default: as the
+    model records, else none (read at the last token of the text)."""
     probes: int = NUM_PROBED
     """With --model: score so many comparisons again in other forms (responses reversed, blanked,
     under the wrong prompt). 0: none."""
@@ -90,8 +96,14 @@ def main(args: EvaluateArgs) -> None:
         if args.model:
             from rmega.scoring import scorer
 
-            scorer = stack.enter_context(scorer.scorer(args.model, dtype=args.dtype))
-            rewards = model_rewards(scorer, sets)
+            scorer = stack.enter_context(
+                scorer.scorer(args.model, dtype=args.dtype, reward_token=args.reward_token)
+            )
+            if scorer.tokenizer is not None:
+                say(f"{args.model}: {scorer.tokenizer.reading}")
+                for message in scorer.tokenizer.messages:
+                    say(f"note: {message}")
+            rewards = model_rewards(scorer, sets, say)
         else:
             rewards = file_rewards(args.scores or [], sets)
         items = {
@@ -105,15 +117,17 @@ def main(args: EvaluateArgs) -> None:
         for label, own in items.items():
             probes: dict[str, Any] = {}
             if scorer is not None and args.probes > 0:
-                some = pick(own, args.probes)
-                probes = {
-                    "swap": swap_probe(some, scorer.score_comparisons),
-                    "prompt": prompt_probe(some, scorer.score_comparisons),
-                }
+                some, score = pick(own, args.probes), scorer.score_uncut
+                probes = {"swap": swap_probe(some, score), "prompt": prompt_probe(some, score)}
             results[label] = evaluate(own, length_unit=unit, probes=probes)
             say(f"\n{table_of(label, results[label])}")
     for label, data in zip(labels, sets, strict=True):
-        results[label] |= {"data": data.name, "schema": data.schema, "left_out": data.left_out}
+        results[label] |= {
+            "data": data.name,
+            "schema": data.schema,
+            "left_out": data.left_out,
+            "notes": dict(data.notes),
+        }
     if not speaks:
         return
 
@@ -124,7 +138,7 @@ def main(args: EvaluateArgs) -> None:
         path = Path(args.json)
         path.parent.mkdir(parents=True, exist_ok=True)
         numbers = to_json({"format_version": FORMAT_VERSION, "subject": subject, "sets": results})
-        path.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         say(f"\nnumbers: {path}")
     if args.report:
         from rmega.report.evaluation import write_evaluation_report
@@ -149,8 +163,13 @@ def length_counter(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
     return lambda text: len(loaded(text, add_special_tokens=False)["input_ids"]), "tokens"
 
 
-def model_rewards(scorer: Any, sets: list[Any]) -> list[list[np.ndarray]]:
-    """Rewards of every usable row of every set, best response first."""
+def model_rewards(
+    scorer: Any, sets: list[Any], say: Callable[[str], None]
+) -> list[list[np.ndarray]]:
+    """Rewards of every usable row of every set, best response first.
+
+    A row that cannot be scored, such as one over the training's limit, is left out from here on.
+    """
     from tqdm import tqdm
 
     out = []
@@ -161,8 +180,23 @@ def model_rewards(scorer: Any, sets: list[Any]) -> list[list[np.ndarray]]:
             leave=False,
             disable=None if os.environ.get("RANK", "0") == "0" else True,
         ) as bar:
-            comparisons = [row.comparison for row in data.usable]
-            out.append([np.array(r) for r in scorer.score_comparisons(comparisons, bar.update)])
+            rows, errors = data.usable, {}
+            rewards = scorer.score_comparisons(
+                [row.comparison for row in rows], bar.update, notes=data.notes, errors=errors
+            )
+        out.append([np.array(r) for i, r in enumerate(rewards) if i not in errors])
+        for number, error in errors.items():
+            rows[number].comparison, rows[number].reason = None, error.reason
+            if number in list(errors)[:NUM_NAMED]:
+                say(f"left out: {rows[number].where}: {error}")
+        if len(errors) > NUM_NAMED:
+            say(f"left out: {len(errors) - NUM_NAMED:,} more rows")
+        if len(errors) == len(rows):
+            raise ValueError(
+                f"--data {data.name}: no row can be scored ({next(iter(errors.values()))})"
+            )
+        for note, count in sorted(data.notes.items()):
+            say(f"note: {data.label}: {count:,} responses: {note}")
     return out
 
 
@@ -202,7 +236,10 @@ def save_scores(folder: Path, sets: list[Any], rewards: list[list[np.ndarray]]) 
                 if row.comparison is not None and row.comparison.positions is not None:
                     values = values[np.argsort(row.comparison.positions)]
                 line = {"scores": [float(v) for v in values]}
-                file.write(json.dumps(line if row.id is None else {"id": row.id, **line}) + "\n")
+                file.write(
+                    json.dumps(line if row.id is None else {"id": row.id, **line}, allow_nan=False)
+                    + "\n"
+                )
         print(f"rewards: {path}")
 
 

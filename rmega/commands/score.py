@@ -18,10 +18,14 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from rmega.cli import parse_args, run_tool
+
+NUM_NAMED = 10
+"""Rows over the training's limit that are named on stderr one by one (in the output all are)."""
 
 
 @dataclass(kw_only=True)
@@ -47,6 +51,9 @@ class ScoreArgs:
     """Replace --output if it exists."""
     dtype: Literal["fp32", "bf16", "fp16", "auto"] | None = None
     """Arithmetic. Default: bf16 on a GPU, fp32 on a CPU. auto: bf16 where it is faster here."""
+    reward_token: str | None = None
+    """Token (or id) that rewards are read at, appended to each text, for a model that records none.
+    Default: as the model records, else none (read at the last token of the text)."""
     max_tokens: int = 8192
     """Most tokens of a pack; a longer conversation has a pack to itself."""
     format: str = "auto"
@@ -110,14 +117,17 @@ def score(args: ScoreArgs, rank: int) -> int:
     output = (
         Output(args.output, resume=args.resume, force=args.force) if rank == 0 else None
     )  # all score, one writes
-    counts = dict.fromkeys(("rows", "responses", "tokens", "bad", "cut"), 0)
+    counts = dict.fromkeys(("rows", "responses", "tokens", "bad", "overlong", "cut"), 0)
+    notes: Counter[str] = Counter()
     try:
-        with scorer(args.model, dtype=args.dtype, max_tokens=args.max_tokens) as model:
+        with scorer(
+            args.model, dtype=args.dtype, max_tokens=args.max_tokens, reward_token=args.reward_token
+        ) as model:
             info = model.describe()
             limit = info.get("max_length")
             say(
-                f"{args.model}: {info['family']}, {info['dtype']} on {info['device']}, reward token"
-                f" {info.get('reward_token_id')},"
+                f"{args.model}: {info['family']}, {info['dtype']} on {info['device']},"
+                f" {model.tokenizer.reading if model.tokenizer else 'no tokenizer'},"
                 f" {f'at most {limit} tokens' if limit else 'no limit of length'}"
             )
             for message in model.tokenizer.messages if model.tokenizer else []:
@@ -160,11 +170,15 @@ def score(args: ScoreArgs, rank: int) -> int:
                             "one response; --best-of ranks several (prompt and responses)"
                         )
                     counts["rows"] += 1
-                    counts["bad"] += result.error is not None
+                    counts["bad"] += result.error is not None and not result.overlong
+                    counts["overlong"] += result.overlong
+                    notes.update(result.notes)
                     counts["responses"] += len(result.rewards)
                     counts["tokens"] += result.num_tokens
                     counts["cut"] += result.num_cut
-                    if result.error is not None and not args.skip_bad:
+                    if result.overlong and counts["overlong"] <= NUM_NAMED:
+                        say(f"no reward: {row.where}: {result.error}")
+                    elif result.error is not None and not args.skip_bad and not result.overlong:
                         if output:
                             output.write("".join(text))
                         progress.close()
@@ -174,7 +188,7 @@ def score(args: ScoreArgs, rank: int) -> int:
                     text.append(
                         ranking_text(row, line)
                         if as_text
-                        else json.dumps(line, ensure_ascii=False) + "\n"
+                        else json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
                     )
                 if output:
                     output.write("".join(text))
@@ -187,6 +201,8 @@ def score(args: ScoreArgs, rank: int) -> int:
             if output:
                 output.finish()
             say(summary(counts, time.monotonic() - start, info.get("max_length")))
+            for note, count in sorted(notes.items()):
+                say(f"note: {count:,} responses: {note}")
     finally:
         if output:
             output.close()
@@ -209,6 +225,10 @@ def summary(counts: dict[str, int], seconds: float, max_length: int | None) -> s
     parts = [f"{counts['responses']:,} responses"]
     if counts["bad"]:
         parts.append(f"{counts['bad']:,} bad rows")
+    if counts["overlong"]:
+        parts.append(
+            f"{counts['overlong']:,} rows without a reward: over the training's {max_length} tokens"
+        )
     if counts["cut"]:
         parts.append(f"{counts['cut']:,} responses cut to {max_length} tokens as in training")
     rate = (

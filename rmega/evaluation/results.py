@@ -365,8 +365,11 @@ def _calibration_finding(j: dict[str, Any]) -> dict[str, str]:
             "level": "warn" if c["reason"] == "no signal" else "note",
             "text": f"Calibration cannot be fitted: {why}; {head}.",
         }
+    # the temperature is fitted to the likelihood: that need not lower the calibration error
     fitted = (
         f"dividing rewards by {t:.3g} would fit best, calibration error then {c['ece_scaled']:.3f}"
+        if round(c["ece_scaled"], 3) < round(c["ece"], 3)
+        else "no fitted temperature lowers it"
     )
     sure = c["low"] <= 1 <= (c["high"] or math.inf)
     if sure or 0.8 <= t <= 1.25 or c["ece"] <= 0.03:

@@ -1,11 +1,11 @@
-"""The one place that lets megatron-core run without CUDA.
+"""The one place that lets Megatron-Core run without CUDA.
 
-megatron-core 0.16 names the device "cuda" and asks ``torch.cuda`` for the current device, streams
-and random states. ``install`` gives the modules under ``megatron.core`` (and no others) a ``torch``
-whose ``cuda`` is the CPU. Nothing outside megatron-core sees a difference: the methods of
+Megatron-Core names the device "cuda" and asks ``torch.cuda`` for the current device, streams and
+random states. ``install`` gives the modules under ``megatron.core`` (and no others) a ``torch``
+whose ``cuda`` is the CPU. Nothing outside Megatron-Core sees a difference: the methods of
 ``Tensor`` that cannot be replaced per module look at their caller first. ``installed`` lists what
-was replaced, and a test holds that list, so that a new release of the engine fails loudly instead
-of half working.
+was replaced, and a test compares it with a list per release, so that a new release of
+Megatron-Core fails loudly instead of half working.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.
 
 NORM_ROW = 4096  # values whose squares are added up in one go
 
-# Functions of torch that take a device; megatron-core passes "cuda" to them.
+# Functions of torch that take a device; Megatron-Core passes "cuda" to them.
 FACTORIES = (
     "arange",
     "empty",
@@ -42,8 +42,8 @@ FACTORIES = (
     "zeros_like",
 )
 
-# Every module of the engine that a run reaches; those that are imported only inside functions are
-# listed so that they are here before the replacement, not after.
+# Every module of Megatron-Core that a run reaches, also those that are imported only inside
+# functions, so that they exist before the replacement.
 ENGINE_MODULES = (
     "megatron.core",
     "megatron.core.dist_checkpointing",
@@ -162,7 +162,7 @@ def _patch_tensor() -> None:
 
 
 def install() -> None:
-    """Make megatron-core use the CPU. Call before models, wrappers or optimizers are built;
+    """Make Megatron-Core use the CPU. Call before models, wrappers or optimizers are built;
     harmless when repeated."""
     for name in ENGINE_MODULES:
         importlib.import_module(name)
@@ -181,7 +181,7 @@ def install() -> None:
 def replace_products(
     layers: types.ModuleType, product: Callable, product_of_gradient: Callable
 ) -> None:
-    """Let the half-precision products in megatron-core's ``layers`` be made by ``product(x,
+    """Let the half-precision matmuls in Megatron-Core's ``layers`` be computed by ``product(x,
     weight)`` = x weight^T and ``product_of_gradient(grad, weight)`` = grad weight; harmless when
     repeated.
 
@@ -231,5 +231,5 @@ def keep_memory() -> None:
 
 
 def installed() -> list[str]:
-    """Names of the engine's modules that were given the substitute, sorted."""
+    """Names of Megatron-Core's modules that were given the substitute, sorted."""
     return sorted(name for name in _replaced if name != "torch")

@@ -1,4 +1,4 @@
-"""What megatron-core does with more work than needed when no NVIDIA package is there to help it."""
+"""Work that Megatron-Core does twice where no NVIDIA package is installed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def wgrad_gemm_accum_fp32(
     """main_grad [n, k] fp32 += grad_output [t, n]^T inputs [t, k], without a gradient tensor in
     between if it can be.
 
-    What apex's ``fused_weight_gradient_mlp_cuda`` does, in the signature under which megatron-core
+    What apex's ``fused_weight_gradient_mlp_cuda`` does, in the signature under which Megatron-Core
     calls it.
     """
     if inputs.is_cuda and inputs.dtype != main_grad.dtype:
@@ -28,8 +28,8 @@ def wgrad_gemm_accum_fp32(
 
 
 def fuse_weight_gradients(device: torch.device, dtype: torch.dtype) -> bool:
-    """Let the engine add weight gradients to its fp32 buffers inside the matrix product; True where
-    that works.
+    """Let Megatron-Core add weight gradients to its fp32 buffers inside the matmul; True where that
+    works.
 
     apex's kernel is used where it is installed. On CUDA torch's own needs products with an output
     dtype of their own, which is tried on small tensors first.
@@ -40,7 +40,7 @@ def fuse_weight_gradients(device: torch.device, dtype: torch.dtype) -> bool:
         return device.type == "cuda"
     if device.type == "cpu" and dtype is not torch.float32:
         if ops.best_products(device, dtype) == "torch":
-            # the product must be made in half precision and added, which the engine does by itself
+            # the matmul has to run in half precision, which Megatron-Core does by itself
             return False
         cpu.replace_products(layers, ops.linear, ops.linear_grad_input)
     if device.type == "cuda":

@@ -1,7 +1,7 @@
 """Releases of torch and Megatron-Core that rmega was tested with. Imports neither of them.
 
-There is no upper bound in the package's metadata, because pip would replace the torch of a container
-to meet it: a newer release runs, with a note.
+The package's metadata has no upper bound, because pip would replace the torch of a container to
+meet it: a newer release runs, with a note.
 """
 
 from __future__ import annotations

@@ -82,9 +82,9 @@ def packed_attention_ref(
             ]
         )
         queries = slice(s.q_start, s.q_start + s.q_len)
-        scores = (
-            torch.einsum("qad,kad->aqk", q[queries], k[rows].repeat_interleave(r, dim=1)) * scale
-        )
+        keys = k[rows].repeat_interleave(r, dim=1)  # [prefix + own, a, d]
+        scores = torch.einsum("qad,kad->aqk", q[queries], keys) * scale  # [a, q_len, prefix + own]
+        # Causal, aligned bottom right: the last query sees every key.
         visible = torch.ones(s.q_len, len(rows), dtype=torch.bool, device=q.device)
         visible = visible.tril(diagonal=len(rows) - s.q_len)
         weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
@@ -204,6 +204,8 @@ class _FlashParts(torch.autograd.Function):
                 scale=scale,
             )
             part_out, part_lse = part_out[0].transpose(0, 1), part_lse[0].transpose(0, 1)
+            # Two partial softmaxes make one: each output [q_len, a, d] is weighted by its share
+            # exp(lse - total) of the sum [q_len, a].
             before, total = lse[rows], torch.logaddexp(lse[rows], part_lse)
             share = (before - total).exp_().unsqueeze(-1)
             merged = out[rows] * share + part_out * (1 - share)

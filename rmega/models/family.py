@@ -1,8 +1,8 @@
-"""What differs between families of backbones, as data: every family of this package is one
+"""What differs between families of backbones, as data: each family of this package is one
 ``Family``.
 
-All of them are decoders with RMSNorm, rotary attention and a gated silu MLP. What is shared, reading
-``config.json`` into a ``Geometry`` and writing it back, is here and knows no family by name.
+All are decoders with RMSNorm, rotary attention and a gated silu MLP. What they share, reading
+``config.json`` into a ``Geometry`` and writing it back, is here and names no family.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Family:
             raise refuse(
                 config,
                 "quantization_config",
-                "quantised weights cannot be trained; use the unquantised folder",
+                "quantized weights cannot be trained; use the unquantized folder",
             )
         for field, only in {**COMMON, **self.only}.items():
             if config.get(field, only.values[0]) not in only.values:

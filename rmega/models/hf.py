@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rmega.io import one_line
+from rmega.io import one_line, refuse_pointer
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
 from rmega.models.hf_config import read_config
@@ -32,6 +32,7 @@ def read_geometry(folder: Path | str) -> tuple[Geometry, dict[str, Any]]:
     """(geometry, ``config.json`` as a dict) of a model folder of any known family; ValueError on
     anything else."""
     config = read_config(folder)
+    check_no_separate_head(Path(folder))
     family = config.get("model_type")
     if family not in BACKBONES:
         raise ValueError(
@@ -40,6 +41,17 @@ def read_geometry(folder: Path | str) -> tuple[Geometry, dict[str, Any]]:
         )
     geometry = BACKBONES[family].read_geometry(config)
     return geometry, {key: value for key, value in config.items() if key != "_path"}
+
+
+def check_no_separate_head(folder: Path) -> None:
+    """ValueError where a head lies in a file of its own (LLaMA-Factory: value_head.safetensors)."""
+    for file in sorted(folder.glob("*head*")):
+        if file.suffix in (".safetensors", ".bin", ".pt", ".pth"):
+            raise ValueError(
+                f"{file}: a head in a file of its own, which rmega does not read; put its weight"
+                " into the model's weights as a sequence classifier has it, or remove the file to"
+                " start with a new head"
+            )
 
 
 class HfFolder:
@@ -71,6 +83,7 @@ class HfFolder:
                 self.folder / f"{stem}.{suffix}.index.json",
             )
             if index.is_file():
+                refuse_pointer(index)
                 try:
                     files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
                 except (ValueError, KeyError, TypeError):
@@ -92,6 +105,7 @@ class HfFolder:
         return list(handle.keys())
 
     def _load(self, path: Path) -> Any:
+        refuse_pointer(path)
         if path.suffix == ".safetensors":
             from safetensors import SafetensorError, safe_open
 
@@ -131,7 +145,7 @@ class HfFolder:
         )
         if not rows.dtype.is_floating_point or rows.dtype.itemsize < 2:
             raise ValueError(
-                f"{self.folder / self.files[name]}: {name} is {rows.dtype}: quantised weights"
+                f"{self.folder / self.files[name]}: {name} is {rows.dtype}: quantized weights"
                 " cannot be trained"
             )
         self._bytes_read += rows.numel() * rows.element_size()
@@ -210,7 +224,7 @@ def load_hf(
     from.
 
     The model's parameters may be of any float dtype and on any device. ``tp_rank`` and ``tp_size``
-    default to those of megatron-core's process groups. The answer, such as ``"new head (zero)"`` or
+    default to those of Megatron-Core's process groups. The answer, such as ``"new head (zero)"`` or
     ``"head from model.safetensors"``, is the same on every rank, whether or not its stage holds the
     head. A new head is ``zero`` or ``normal`` with standard deviation ``head_std`` (default 1 /
     sqrt(h + 1)), drawn from ``head_seed`` alone, so that replicas agree.
@@ -266,8 +280,8 @@ def fill(
     tp_rank: int,
     tp_size: int,
 ) -> None:
-    """Copy this rank's part of one global tensor into ``parameter``; what the engine padded becomes
-    zero."""
+    """Copy this rank's part of one global tensor into ``parameter``; what Megatron-Core padded
+    becomes zero."""
     expected = rule.local_shape(tp_size)
     assert len(expected) == parameter.dim() and all(
         have == want or (have > want and dim == rule.shard_dim and rule.shard_blocks == 1)

@@ -1,4 +1,4 @@
-"""The layers of a reward model as specifications for megatron-core, and the last layer that
+"""The layers of a reward model as specifications for Megatron-Core, and the last layer that
 computes pooled rows only.
 
 Shape letters: t tokens, n pooled tokens, h hidden, a query heads and g key/value groups of this
@@ -41,7 +41,7 @@ from rmega.models.attention import packed_attention
 
 @dataclasses.dataclass
 class PackedRewardParams(PackedSeqParams):
-    """What every layer knows of a pack; megatron-core hands it through to the core attention
+    """What every layer knows of a pack; Megatron-Core hands it through to the core attention
     unchanged.
 
     cos, sin: [t, d/2]. pooled: [n] rows whose hidden state becomes a reward.
@@ -147,7 +147,8 @@ class PooledLastLayer(TransformerLayer):
         self, hidden_states: torch.Tensor, *, packed_seq_params: PackedRewardParams, **_: object
     ):
         pack, attention = packed_seq_params, self.self_attention
-        x = self.input_layernorm(hidden_states)
+        x = self.input_layernorm(hidden_states)  # [t(/tp), 1, h]
+        # Every tensor rank reads all tokens; backward sums what the ranks' heads want of them.
         if self.shards_sequence:
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True)
         else:
@@ -172,15 +173,16 @@ class PooledLastLayer(TransformerLayer):
             None if bias is None else bias[:, r:].transpose(0, 1).reshape(-1),
         )
         key, value = key_value.view(-1, 2, g, d).unbind(1)  # [t, g, d] each
-        query = attention.q_layernorm(query.view(-1, g * r, d))  # the identity without QK norm
-        key = attention.k_layernorm(key)
+        query = query.view(-1, g * r, d)
+        if self.config.qk_layernorm:  # without it, newer releases have None there
+            query, key = attention.q_layernorm(query), attention.k_layernorm(key)
         query = ops.rope(query, pack.cos[pack.pooled], pack.sin[pack.pooled])
         key = ops.rope(key, pack.cos, pack.sin)
         out = packed_attention(  # [n, g r d]
             query, key, value, pack.pooled_segments, attention.core_attention.scale
         )
         out, _ = attention.linear_proj(out[:, None])
-        hidden = pool_rows(hidden_states, pack.pooled, self.shards_sequence) + out
+        hidden = pool_rows(hidden_states, pack.pooled, self.shards_sequence) + out  # [n, 1, h]
         return self._forward_mlp(hidden), None
 
 
@@ -210,7 +212,7 @@ def pool_rows(hidden: torch.Tensor, pooled: torch.Tensor, shards_sequence: bool)
         return ops.gather_last_token(hidden, pooled)[:, None]
     from megatron.core.parallel_state import get_tensor_model_parallel_rank
 
-    local = pooled - get_tensor_model_parallel_rank() * hidden.shape[0]
+    local = pooled - get_tensor_model_parallel_rank() * hidden.shape[0]  # [n], in this shard
     mine = (local >= 0) & (local < hidden.shape[0])
     rows = ops.gather_last_token(hidden, local.clamp(0, hidden.shape[0] - 1)) * mine[:, None].to(
         hidden.dtype

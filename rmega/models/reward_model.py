@@ -67,7 +67,7 @@ def transformer_config(
     fp8_recipe: str = "tensorwise",
     prune_last_layer: bool = True,
 ) -> TransformerConfig:
-    """megatron-core's configuration of a backbone in a layout. Raises ValueError where they do not
+    """Megatron-Core's configuration of a backbone in a layout. Raises ValueError where they do not
     fit."""
     check_divides(geometry, tp=tp, pad_attention_heads=pad_attention_heads)
     groups = padded_groups(geometry, tp)
@@ -152,7 +152,7 @@ def _check_stages(
 class RewardModel(MegatronModule):
     """What one pipeline stage (or one virtual chunk of it) holds.
 
-    Composed of megatron-core's embedding and block; not a ``GPTModel``, which would carry a
+    Composed of Megatron-Core's embedding and block; not a ``GPTModel``, which would carry a
     language-model head into checkpoints and stages. ``forward`` takes a ``PackedBatch`` and returns
     rewards [n] in fp32 on the last stage, hidden states elsewhere.
     """
@@ -215,7 +215,7 @@ class RewardModel(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ):
-        """megatron-core's; weights of padded heads may be longer or shorter in a checkpoint of
+        """Megatron-Core's; weights of padded heads may be longer or shorter in a checkpoint of
         another layout."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         for name, value in state.items():
@@ -234,6 +234,7 @@ class RewardModel(MegatronModule):
             sin=sin,
         )
         hidden = self.embedding(batch.tokens, batch.position_ids) if self.pre_process else None
+        # [t(/tp), 1, h], on the last stage [n, 1, h] where its last layer is pruned
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=pack)
         if not self.post_process:
             return hidden

@@ -25,7 +25,7 @@ class Names:
     """
 
     prefix: str = "model."
-    """In front of every name but those of the head and the output matrix; a bare backbone has none."""
+    """Before every name but those of the head and the output matrix; a bare backbone has none."""
     embedding: str = "model.embed_tokens.weight"
     layer: str = "model.layers.{i}."
     attention_norm: str = "input_layernorm.weight"

@@ -38,6 +38,7 @@ REASONS = {
     "template": "the chat template refuses the conversation",
     "identical_in_template": "the responses differ only in what the chat template leaves out",
     "overlong": "longer than --max-length",
+    "outside_vocabulary": "a token that the model has no embedding for",
     "identical_after_cut": "the responses are the same after cutting to --max-length",
     "map_failed": "the --map function raised an error",
     "skipped_by_map": "the --map function returned None",

@@ -190,6 +190,13 @@ SCHEMAS: tuple[Schema, ...] = (
         ranked.arena,
     ),
     Schema(
+        "judgebench",
+        "question, response_A, response_B, label (A>B or B>A)",
+        (PROMPTS, ("response_A",), ("response_B",), ("label",)),
+        lambda r: all(name in r for name in ("response_A", "response_B", "label")),
+        ranked.judgebench,
+    ),
+    Schema(
         "helpsteer",
         "prompt, response, helpfulness (a row per response)",
         (("prompt",), ("response",), ("helpfulness",)),

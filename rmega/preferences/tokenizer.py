@@ -19,14 +19,20 @@ from typing import Any
 
 import numpy as np
 
-from rmega.data.fingerprint import PROBES, TEMPLATE_DATE, own_template, tokenizer_fingerprint
+from rmega.data.fingerprint import PROBES, TEMPLATE_DATE, given_template, tokenizer_fingerprint
 from rmega.hub import load_tokenizer, recorded_reward_token, recorded_vocab_size, resolve_model
 from rmega.io import one_line
 from rmega.preferences.chat_template import CHECK_EVERY, DEFAULT_TEMPLATE, ChatTemplate
 from rmega.preferences.comparison import Comparison, Message, Rejected
 from rmega.preferences.fast_bpe import make_word_encoder
 from rmega.preferences.messages import FIELDS
-from rmega.preferences.overlong import OVERLONG_POLICIES, common_prefix_length, cut_end, shorten
+from rmega.preferences.overlong import (
+    OVERLONG_POLICIES,
+    Overlong,
+    common_prefix_length,
+    cut_end,
+    shorten,
+)
 from rmega.preferences.rendered_text import RenderedText
 from rmega.preferences.special_tokens import (
     NO_REWARD_TOKEN,
@@ -101,7 +107,7 @@ class PairTokenizer:
         self._trust_remote_code = False
         self.messages: list[str] = []
         """What the user should know, a line each."""
-        source = chat_template or own_template(tokenizer)
+        source = chat_template or given_template(tokenizer)
         if source is None:
             source = DEFAULT_TEMPLATE
             self.messages.append(
@@ -221,6 +227,8 @@ class PairTokenizer:
             ids, changes = self._encode(comparison, limit)
         except Rejected as error:
             raise NotEncoded(error) from None
+        except Overlong as error:  # the policy for training's data: here one conversation is left
+            raise NotEncoded(Rejected("overlong", str(error))) from None
         if notes is not None:
             notes += changes
         return ids[0].tolist()

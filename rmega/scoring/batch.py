@@ -30,6 +30,10 @@ class RowResult:
     num_tokens: int = 0
     num_cut: int = 0
     error: str | None = None
+    overlong: bool = False
+    """The error: longer than what the training took (--overlong drop or error)."""
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """What was changed in its conversations, such as cuts."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -77,8 +81,10 @@ def score_rows(
                 notes: list[str] = []
                 own.append(scorer.encode(conversation, row.tools, notes))
                 result.num_cut += any(note.startswith("cut") for note in notes)
+                result.notes += notes
         except ValueError as error:
-            result.error, result.num_cut = str(error), 0
+            result.error, result.num_cut, result.notes = str(error), 0, []
+            result.overlong = getattr(error, "reason", "") == "overlong"
             continue
         result.num_tokens = sum(map(len, own))
         sequences += own

@@ -2,7 +2,8 @@
 path.
 
     scorer = load_scorer("RUN")          # or a Hugging Face reward model
-    scorer.score_conversations([[{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]])
+    scorer.score_conversations([[{"role": "user", "content": ...},
+                                 {"role": "assistant", "content": ...}]])
 
 Batches are packed without padding and conversations with the same beginning compute it once;
 neither changes a reward.
@@ -31,13 +32,14 @@ from rmega.hub import RECIPE, has_tokenizer, recorded_reward_token, resolve_mode
 from rmega.models.geometry import Geometry
 from rmega.models.hf import load_hf, read_geometry
 from rmega.models.reward_model import RewardModel, transformer_config
-from rmega.preferences.comparison import Comparison
+from rmega.preferences.comparison import Comparison, Rejected
 from rmega.preferences.overlong import common_prefix_length
 from rmega.preferences.scorable import Conversation
 from rmega.preferences.special_tokens import NO_REWARD_TOKEN
-from rmega.preferences.tokenizer import PairTokenizer
+from rmega.preferences.tokenizer import NotEncoded, PairTokenizer
 
 MIN_SHARED = 16  # tokens: less is not worth a segment
+NO_LIMIT = 2**40  # tokens
 MAX_DEPTH = 64  # of nested beginnings that are looked at
 GROUP = 256  # prompts that are packed together: enough to fill bins, few enough to report progress
 
@@ -182,10 +184,9 @@ class Scorer:
             )
         if (largest := max(ids)) >= self.model.geometry.vocab_size:
             token = self.tokenizer.tokenizer.convert_ids_to_tokens(largest)
-            raise ValueError(
-                f"token {token} has id {largest}, the model's vocabulary ends before"
-                f" {self.model.geometry.vocab_size}"
-            )
+            size = self.model.geometry.vocab_size
+            detail = f"{token}, id {largest} of {size}"
+            raise NotEncoded(Rejected("outside_vocabulary", detail))
         return ids
 
     # ---- tokens to rewards
@@ -247,7 +248,8 @@ class Scorer:
         progress: Callable[[int], None] | None = None,
         *,
         notes: Counter[str] | None = None,
-        errors: dict[int, ValueError] | None = None,
+        errors: dict[int, NotEncoded] | None = None,
+        max_length: int | None = None,
     ) -> list[list[float]]:
         """Rewards of each comparison's responses, in the order of ``comparison.responses``.
 
@@ -259,8 +261,13 @@ class Scorer:
         for number, c in enumerate(comparisons):
             changes: list[str] = []
             try:
-                items.append([self.encode([*c.prompt, *r], c.tools, changes) for r in c.responses])
-            except ValueError as error:
+                items.append(
+                    [
+                        self.encode([*c.prompt, *r], c.tools, changes, max_length=max_length)
+                        for r in c.responses
+                    ]
+                )
+            except NotEncoded as error:
                 if errors is None:
                     raise
                 errors[number] = error
@@ -269,6 +276,13 @@ class Scorer:
             if notes is not None:
                 notes.update(changes)
         return self.score_tokens(items, progress)
+
+    def score_uncut(self, comparisons: Iterable[Comparison]) -> list[list[float]]:
+        """As `score_comparisons`, of altered comparisons (probes): none is left out because it is
+        longer than what the training took."""
+        policy = self.tokenizer.overlong if self.tokenizer else None
+        limit = NO_LIMIT if policy in ("drop", "error") else None
+        return self.score_comparisons(comparisons, max_length=limit)
 
     def score_conversations(
         self, conversations: Sequence[Conversation], progress: Callable[[int], None] | None = None

@@ -20,16 +20,15 @@ from rmega.checkpointing import checkpoint, run_folder
 from rmega.checkpointing.lock import hold
 from rmega.checkpointing.run_folder import check_shared
 from rmega.config import MIN_COMPARISONS, TrainingConfig
-from rmega.data.balance import CostModel
 from rmega.data.batching import Batcher, Mixture
-from rmega.data.indexed import open_preferences
+from rmega.data.indexed import open_preferences, split_label
 from rmega.distributed import log
 from rmega.evaluation.in_training import Evaluations
 from rmega.evaluation.results import flat_summary
 from rmega.hub import resolve_model
 from rmega.io import write_durably
 from rmega.models.hf import load_hf, read_geometry
-from rmega.training import disk, plan, preflight, train
+from rmega.training import disk, plan, preflight, resume, train
 from rmega.training.logs import MetricsLog, TimeSpent, duration, memory_mb, train_line
 from rmega.training.monitor import Watch
 from rmega.training.stopping import EXIT_REQUEUE, StopRequest
@@ -54,8 +53,8 @@ TOKENIZER_FILES = (
 def named_prefix(text: str) -> tuple[str, str]:
     """``NAME=PREFIX`` or ``PREFIX`` -> (name, prefix); the name defaults to the prefix's last
     part."""
-    name, equals, prefix = text.partition("=")
-    return (name, prefix) if equals else (Path(text).name, text)
+    name, prefix = split_label(text)
+    return (Path(prefix).name if name is None else name), prefix
 
 
 class EvaluationLeft(Exception):
@@ -113,10 +112,17 @@ class Run:
             )
         self.found = preflight.find_start(config)
         self.info = run_folder.read_info(self.found) if self.found else {}
+        self.changes: list[dict[str, Any]] = list(self.info.get("changes", []))
+        """What differed at each resume: {"iteration": ..., flag: [before, from there on]}."""
         if self.found:
             preflight.check_same_model(self.info, self.found, self.geometry, self.folder)
+            if changes := resume.changes(self.info, config):
+                log(resume.describe(changes))
+                self.changes.append({"iteration": self.info["iteration"], **changes})
         self.precision = precision.choose_together(
-            config.train.precision, config.train.matmul_precision, self.device
+            resume.precision_to_use(self.info, config.train.precision),
+            config.train.matmul_precision,
+            self.device,
         )
         self.state = checkpoint.RunState()
         self.best: tuple[float, int] | None = None
@@ -143,10 +149,13 @@ class Run:
             *(("--valid-data-path", d) for d in self.valid.values()),
         ]:
             preflight.check_dataset(flag, dataset, self.dataset, self.geometry, self.folder)
+            preflight.check_content(flag, dataset)
+        if c.loss.use_margin:
+            preflight.check_margins(self.dataset)
         preflight.check_tokenizer(self.dataset, self.folder)
         preflight.check_reward_token(self.dataset, self.folder)
         if self.found:
-            preflight.check_same_run(self.info, self.found, c, self.dataset)
+            preflight.check_same_data(self.info, self.found, self.dataset)
             self.evaluated = preflight.evaluated_before(c, self.info["iteration"])
         self.steps, self.comparisons = c.train.total_steps(len(self.dataset))
         # a short run, too, leaves enough rows for a curve
@@ -154,17 +163,12 @@ class Run:
         shards = c.parallel.tensor_model_parallel_size * c.parallel.pipeline_model_parallel_size
         from megatron.core import parallel_state
 
-        self.batcher = Batcher(
+        self.batcher = Batcher.of(
+            c,
             self.dataset,
-            global_batch_size=c.train.global_batch_size,
-            max_tokens=c.data.max_tokens_per_microbatch,
-            seed=c.train.seed,
-            cost=CostModel.of(self.geometry),
+            self.geometry,
             num_ranks=distributed.world_size() // shards,
             rank=parallel_state.get_data_parallel_rank(),
-            share_prefix=c.data.share_prefix,
-            token_multiple=c.token_multiple,
-            microbatch_multiple=c.microbatch_multiple,
             max_consumed=self.comparisons,
         )
         log(
@@ -238,9 +242,11 @@ class Run:
                 "steps": self.steps,
                 "layout": self.layout,
                 "precision": precision.dtype_name(self.precision.dtype),
+                "changes": self.changes,
             }
-            Path(c.checkpoint.save, "config.json").write_text(
-                json.dumps({**c.as_dict(), "run": known}, indent=1), encoding="utf-8"
+            write_durably(
+                Path(c.checkpoint.save, "config.json"),
+                json.dumps({**c.as_dict(), "run": known}, indent=1),
             )
         if c.checkpoint.save:
             if self.found and distributed.rank() == 0 and preflight.resumes_in_place(c):
@@ -274,8 +280,14 @@ class Run:
         )
         self._check_verification()
         stop = StopRequest(c.checkpoint.exit_duration_min)
-        if self.state.iteration == 0 and (reason := self._evaluate(stop)):
-            return self._leave(f"before the first step: {reason}")
+        first = self.state.iteration
+        # Also what a signal kept the run before from: sets that it has evaluated are left out.
+        interval = c.train.eval_interval
+        if first == 0 or (interval and first < self.steps and first % interval == 0):
+            if reason := self._evaluate(stop):
+                return self._leave(f"before step {first + 1}: {reason}")
+            if first and self.best and self.best[1] == first and not preflight.resumes_in_place(c):
+                self._save()  # the best checkpoint so far, in this run's own folder
         progress = tqdm(
             desc="training",
             total=self.steps,
@@ -284,7 +296,7 @@ class Run:
             disable=None if distributed.rank() == 0 else True,  # None: where stderr is no terminal
         )
         watch = Watch()
-        clock, first = train.Clock(), self.state.iteration
+        clock = train.Clock()
         window: list[tuple[train.StepReport, float, float]] = []
         evaluated = saved = self.state.iteration
         while self.state.iteration < self.steps:
@@ -481,7 +493,15 @@ class Run:
                 return str(left)
             finally:
                 bar.close()
-            step, result = self.state.iteration, flat_summary(evaluation)
+            step = self.state.iteration
+            if bad := evaluation.get("not_finite"):
+                log(
+                    f"warning: step {step}: {name}: {bad} of {evaluation['num_rewards']} rewards are"
+                    " not finite: no result of this evaluation"
+                )
+                self.metrics.row("eval_failed", step, {"name": name, **evaluation})
+                continue
+            result = flat_summary(evaluation)
             log(
                 f"Iter(val) [{step}/{self.steps}]  {name}: accuracy {result['accuracy']:.4f} (95 %"
                 f" interval {result['accuracy_low']:.4f} to {result['accuracy_high']:.4f},"
@@ -519,7 +539,7 @@ class Run:
         except OSError as error:
             if last:
                 raise
-            log(f"warning: {error}; training goes on")
+            log(f"warning: {error}; training continues")
             return
         self._save_begun, self._save_stall = begun, time.monotonic() - stalled
         if last or not self.config.checkpoint.async_save:
@@ -532,7 +552,7 @@ class Run:
         except OSError as error:
             if raises:
                 raise
-            log(f"warning: {error}; training goes on")
+            log(f"warning: {error}; training continues")
             return
         if folder is not None:
             for line in self.saver.warnings:
@@ -594,6 +614,7 @@ class Run:
             "reward_token_id": self.manifest["reward_token_id"],
             "pad_token_id": self.manifest["pad_token_id"],
             "dtype": str(self.precision.dtype).removeprefix("torch."),
+            "changes": self.changes,
             "best": self.best,
             "train_seconds": self.spent.whole,
             "ops": ops.active_implementation(self.device),

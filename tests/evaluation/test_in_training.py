@@ -269,7 +269,7 @@ def test_files_hold_the_whole_result_and_stale_ones_go(tmp_path):
     (folder / "step_0000010.json").write_text("[]")
     with pytest.raises(ValueError, match="step_0000010.json: not an evaluation"):
         files.read_evaluations(tmp_path)
-    assert "step_0000010.json: not an evaluation of a run; training goes on" in noted(
+    assert "step_0000010.json: not an evaluation of a run; training continues" in noted(
         tmp_path, "..", {}, resumed_at=10
     )
     noted(tmp_path, "..", {})  # from scratch
@@ -590,7 +590,7 @@ def test_a_disk_error_does_not_end_the_run(data, small_llama, tmp_path):
     warnings = [
         line for line in said.splitlines() if line.startswith(f"warning: {run}/evaluations/")
     ]
-    assert len(warnings) == 4 and all(line.endswith("; training goes on") for line in warnings)
+    assert len(warnings) == 4 and all(line.endswith("; training continues") for line in warnings)
 
 
 def test_the_page_of_a_run(single, tmp_path):

@@ -251,7 +251,7 @@ def test_head_start(tmp_path: Path) -> None:
             "does not agree",
         ),
         ("llama", {"hidden_act": "gelu"}, "hidden_act"),
-        ("llama", {"quantization_config": {"bits": 4}}, "quantised"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantized"),
         (
             "llama",
             {"architectures": ["LlamaForTokenClassification"]},
@@ -395,7 +395,7 @@ def test_rope_scaling_is_read_in_both_forms(tmp_path: Path, scaling: RopeScaling
         ),
         (lambda t: t.pop("model.layers.2.mlp.up_proj.weight"), "up_proj.weight not found"),
         (lambda t: t.update({"model.norm.weight": torch.zeros(31)}), r"shape \(31,\)"),
-        (lambda t: t.update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)}), "quantised"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)}), "quantized"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path, change, message: str) -> None:

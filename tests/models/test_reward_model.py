@@ -366,7 +366,15 @@ def test_rewards_and_gradients_are_transformers(name: str, folders) -> None:
 
 
 def test_tied_embeddings_and_an_odd_number_of_layers(small_llama: Path) -> None:
-    """A language model, on texts as long as it allows."""
+    check_long_texts(small_llama)
+
+
+def test_a_pretrained_model(shared_dir: Path) -> None:
+    check_long_texts(shared_dir / "models" / "stories260k")
+
+
+def check_long_texts(folder: Path) -> None:
+    """A language model of 512 tokens and positions, on texts as long as it allows."""
     from rmega.data.packing import pack
 
     texts = [
@@ -377,10 +385,10 @@ def test_tied_embeddings_and_an_odd_number_of_layers(small_llama: Path) -> None:
     ]
     for c in texts:
         c.prefix, c.suffixes = c.prefix % 500 + 3, [s % 500 + 3 for s in c.suffixes]
-    _, forward = theirs(small_llama)
+    _, forward = theirs(folder)
     with torch.no_grad():
         expected = torch.cat([forward(*padded([text])) for text in sequences(texts)])
-        close(ours(small_llama)(pack(texts)), expected)
+        close(ours(folder)(pack(texts)), expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "internlm2", "llama_scaled", "qwen2", "qwen3"])

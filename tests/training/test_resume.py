@@ -4,11 +4,13 @@ holds."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import shutil
 
 import pytest
+import torch
 
 from tests import runs
 from tests.dist import run_distributed
@@ -145,3 +147,74 @@ def test_a_second_run_in_the_same_folder_is_refused(small_llama, data, tmp_path)
         assert rows == list(range(1, len(rows) + 1))
     finally:
         first.kill()
+
+
+def test_every_flag_has_a_class() -> None:
+    """What a flag does that differs from the checkpoint's: a new flag needs an entry."""
+    from rmega.config import group_types
+    from rmega.training.resume import BOUND, CLASSES, CONTENT, EFFECT, HARMLESS
+
+    known = {name: {f.name for f in dataclasses.fields(c)} for name, c in group_types().items()}
+    assert {name: set(fields) for name, fields in CLASSES.items()} == known
+    kinds = {kind for fields in CLASSES.values() for kind in fields.values()}
+    assert kinds == {BOUND, EFFECT, CONTENT, HARMLESS}
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"no_use_distributed_optimizer": True}, {"precision": "bf16"}]
+)
+def test_a_lower_learning_rate_takes_effect(more, small_llama, data, tmp_path) -> None:
+    """So do all values that the optimizer's groups carry; the log and the records say it."""
+    run = tmp_path / "run"
+    flags = {"lr_warmup_fraction": 0, "lr_decay_style": "constant", **more}
+    assert run_distributed(runs.train, 1, runs.flags(small_llama, data, run, steps=2, **flags)) == [
+        0
+    ]
+    argv = runs.flags(small_llama, data, run, steps=4, adam_beta1=0.5, adam_eps=1e-3, **flags)
+    argv[argv.index("--lr") + 1] = "1e-6"
+    ((code, said),) = run_distributed(runs.train_and_say, 1, argv)
+    (line,) = [x for x in said.splitlines() if x.startswith("differs from the checkpoint's run")]
+    for part in (
+        "--lr 1e-06 (was 0.001)",
+        "--adam-beta1 0.5 (was 0.9)",
+        "--adam-eps 0.001 (was 1e-08)",
+        "--train-steps 4 (was 2)",
+    ):
+        assert part in line
+    rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows] == [1e-3, 1e-3, 1e-6, 1e-6]
+    common = torch.load(run / "iter_0000004" / "common.pt")
+    optimizer = common["optimizer"]
+    for group in optimizer.get("optimizer", optimizer)["param_groups"]:
+        assert (group["max_lr"], tuple(group["betas"]), group["eps"]) == (1e-6, (0.5, 0.999), 1e-3)
+    info = json.loads((run / "iter_0000004" / "rmega.json").read_text())
+    config = json.loads((run / "config.json").read_text())
+    assert info["changes"] == config["run"]["changes"]
+    (change,) = info["changes"]
+    assert change["iteration"] == 2 and change["--lr"] == [1e-3, 1e-6]
+
+
+def test_auto_keeps_the_precision_of_the_checkpoint(run, small_llama, data, tmp_path) -> None:
+    """Whatever is faster on this processor; another one by name is listed."""
+    for precision, listed in (("auto", False), ("bf16", True)):
+        argv = runs.flags(
+            small_llama, data, tmp_path / precision, steps=5, load=run, precision=precision
+        )
+        ((_, said),) = run_distributed(runs.train_and_say, 1, argv)
+        assert ("--precision bf16 (was fp32)" in said) == listed
+        assert f"compute: {'bf16' if listed else 'fp32'}, " in said
+
+
+@pytest.mark.parametrize(
+    "flag,value,says",
+    [
+        ("--head-init", "zero", "--head-init zero: the checkpoint's run has normal"),
+        ("--seed", "5", "--seed 5: the checkpoint's run has 42"),
+        ("--global-batch-size", "3", "--global-batch-size 3: the checkpoint's run has 6"),
+    ],
+)
+def test_what_is_bound_is_refused(flag, value, says, run, small_llama, data) -> None:
+    (said,) = run_distributed(
+        refused, 1, [*runs.flags(small_llama, data, run, steps=5), flag, value]
+    )
+    assert says in said
