@@ -481,3 +481,18 @@ def test_prefixes_of_a_model_without_a_reward_token(tmp_path: Path) -> None:
     )
     assert all(len(s) for s in encoded.suffixes)
     assert np.array_equal(encoded.suffixes[0][-1:], encoded.suffixes[1][-1:])
+
+
+def test_data_for_a_model_without_a_reward_token(tmp_path: Path, capsys) -> None:
+    from rmega.data.indexed import open_preferences
+    from rmega.data.integrity import verify
+
+    folder, rows = make_model(tmp_path / "model", CHATML, foreign=True), tmp_path / "rows.jsonl"
+    pairs = [{"chosen": c, "rejected": [*c[:-1], assistant("No.")]} for c in CONVERSATIONS]
+    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    prefix = str(tmp_path / "data")
+    manifest = preprocess(
+        PreprocessArgs(input=[str(rows)], tokenizer=str(folder), output_prefix=prefix, workers=1)
+    )
+    assert manifest["reward_token_id"] is None and verify(open_preferences(prefix)) == []
+    assert "no reward token (read at the last token of the text)" in capsys.readouterr().err

@@ -180,10 +180,9 @@ def _check(args: PreprocessArgs) -> None:
 
 def _announce(plans: list[Plan], tokenizer: PairTokenizer, converter: Converter) -> None:
     """Say what was recognised, with an example, before the work starts."""
-    token = tokenizer.tokenizer.convert_ids_to_tokens(tokenizer.reward_token_id)
     say(
-        f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} ids; reward token {token} "
-        f"({tokenizer.reward_token_id}), pad id {tokenizer.pad_token_id}"
+        f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} ids; {tokenizer.reading}, pad id"
+        f" {tokenizer.pad_token_id}"
     )
     shown: set[str] = set()
     for plan in plans:
