@@ -507,3 +507,18 @@ def test_line_separators_inside_a_value(tmp_path: Path, separator: str) -> None:
         writer.writerow(row)
     for name in ("a.jsonl", "a.csv"):
         assert [r for _, r, _ in read(tmp_path / name)] == [row], name
+
+
+def test_columns_of_other_rows_are_absent() -> None:
+    """In parquet a row has the columns of every other row, with null."""
+    columns = ("prompt", "chosen", "rejected", "responses", "response_0", "better_response_id")
+    columns += ("response_1", "preference_strength", "rejected_response", "preferred_output")
+    nulls = dict.fromkeys((*columns, "conversations", "messages", "winner", "tools", "images"))
+    same({**nulls, "instruction": Q, "output": [A, B]})
+    same({**nulls, "prompt": Q, "chosen": A, "rejected": B})
+    same({**nulls, "prompt": Q, "responses": [B, A], "scores": [0, 1]})
+    same({**nulls, "messages": PROMPT + GOOD, "rejected_response": B})
+    same({**nulls, "prompt": Q, "response_0": A, "response_1": B, "better_response_id": 0})
+    same({**nulls, "context": PROMPT, "response1": A, "response2": B, "overall_preference": -1})
+    assert scorable({**nulls, "prompt": Q, "response": A})[0] == [PROMPT + GOOD]
+    assert scorable({**nulls, "messages": PROMPT + GOOD})[0] == [PROMPT + GOOD]
