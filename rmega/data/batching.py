@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
+from rmega.config import TrainingConfig
 from rmega.data.balance import CostModel, balanced_bins
+from rmega.data.indexed import open_preferences, split_label
 from rmega.data.packing import PackedBatch, pack
 
 
@@ -47,8 +50,6 @@ class Mixture:
     @classmethod
     def open(cls, paths: Sequence[str], *, seed: int) -> Mixture:
         """Open ``PREFIX`` or ``WEIGHT=PREFIX`` arguments."""
-        from rmega.data.indexed import open_preferences, split_label
-
         datasets, weights = [], []
         for text in paths:
             weight, prefix = split_label(text)
@@ -136,6 +137,33 @@ class Batcher:
         self.max_consumed = max_consumed
         self._epoch: tuple[int, np.ndarray] | None = None
 
+    @classmethod
+    def of(
+        cls,
+        config: TrainingConfig,
+        dataset,
+        geometry: Any,
+        *,
+        num_ranks: int,
+        rank: int = 0,
+        max_consumed: int | None = None,
+    ) -> Batcher:
+        """The batcher of a run on ``num_ranks`` data-parallel ranks. geometry: of the backbone
+        (``rmega.models.geometry.Geometry``)."""
+        return cls(
+            dataset,
+            global_batch_size=config.train.global_batch_size,
+            max_tokens=config.data.max_tokens_per_microbatch,
+            seed=config.train.seed,
+            cost=CostModel.of(geometry),
+            num_ranks=num_ranks,
+            rank=rank,
+            share_prefix=config.data.share_prefix,
+            token_multiple=config.token_multiple,
+            microbatch_multiple=config.microbatch_multiple,
+            max_consumed=max_consumed,
+        )
+
     def over(self, dataset) -> Batcher:
         """The same cutting into packs for another dataset, from its beginning to its end."""
         return Batcher(
@@ -178,12 +206,7 @@ class Batcher:
 
     def plan(self, documents: np.ndarray) -> list[list[list[int]]]:
         """``plan[rank][microbatch]`` = comparisons (numbers in the dataset) of one global batch."""
-        lengths = [self.lengths(int(d)) for d in documents]
-        tokens = [p + sum(s) if self.share_prefix else sum(p + x for x in s) for p, s in lengths]
-        if self.share_prefix:
-            costs = [self.cost(p, s) for p, s in lengths]
-        else:
-            costs = [self.cost(0, [p + x for x in s]) for p, s in lengths]
+        tokens, costs = zip(*(self.size(int(d)) for d in documents), strict=True)
         bins = balanced_bins(
             tokens,
             costs,
@@ -198,6 +221,13 @@ class Batcher:
         first, last = self.dataset.document_indices[document : document + 2]
         lengths = self.dataset.sequence_lengths[first:last]
         return int(lengths[0]), [int(x) for x in lengths[1:]]
+
+    def size(self, document: int) -> tuple[int, float]:
+        """Computed tokens of one comparison, and their cost."""
+        prefix, suffixes = self.lengths(document)
+        if not self.share_prefix:
+            prefix, suffixes = 0, [prefix + suffix for suffix in suffixes]
+        return prefix + sum(suffixes), self.cost(prefix, suffixes)
 
     def packs(self, documents: np.ndarray) -> list[PackedBatch]:
         """This rank's micro-batches for the given comparisons."""

@@ -1,4 +1,4 @@
-"""Comparisons on disk: write, open, verify, merge.
+"""Comparisons on disk: write and open.
 
 ``PREFIX.bin`` and ``PREFIX.idx`` are megatron-core's ``IndexedDataset`` (int32): a document is a
 comparison, its sequences are ``[prefix, suffix_1 .. suffix_K]``, best response first. Beside them:
@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from rmega.io import checksum
+from rmega.io import checksum, refuse_pointer
 
 FORMAT_VERSION = 2
 _READABLE = (1, 2)
@@ -130,15 +130,20 @@ def exists(prefix: str | Path) -> bool:
 
 
 def split_label(text: str) -> tuple[str | None, str]:
-    """``LABEL=PREFIX`` or ``PREFIX`` of a flag -> (label or None, prefix).
+    """``LABEL=PREFIX`` or ``PREFIX`` of a flag -> (label or None, prefix); both may hold ``=``.
 
-    A dataset that is there under the whole text is meant by it, for its path may hold a ``=``; and
-    no label holds a slash, unless a dataset is there under what follows it.
+    A dataset at the whole text comes first, then the longest one behind a ``=``. Where there is
+    none, the text is split at its first ``=``, unless that stands in the name of a folder.
     """
-    label, equals, prefix = text.partition("=")
-    if not equals or exists(text) or ("/" in label and not exists(prefix)):
+    if exists(text):
         return None, text
-    return label, prefix
+    splits = [(text[:i], text[i + 1 :]) for i, c in enumerate(text) if c == "="]
+    for head, prefix in splits:
+        if exists(prefix):
+            return head, prefix
+    if splits and "/" not in splits[0][0]:
+        return splits[0]
+    return None, text
 
 
 def read_manifest(prefix: str | Path) -> dict[str, Any]:
@@ -146,6 +151,7 @@ def read_manifest(prefix: str | Path) -> dict[str, Any]:
     format."""
     path = f"{prefix}{MANIFEST_SUFFIX}"
     try:
+        refuse_pointer(path)
         with open(path, encoding="utf-8") as stream:
             manifest = json.load(stream)
     except FileNotFoundError:
@@ -181,6 +187,7 @@ def open_preferences(prefix: str | Path) -> PreferenceDataset:
             raise ValueError(
                 f"{prefix}{suffix}: missing, though {prefix}{MANIFEST_SUFFIX} is there"
             )
+        refuse_pointer(prefix + suffix)
     lengths, pointers, documents = _open_index(f"{prefix}.idx")
     tokens = _memmap(f"{prefix}.bin", np.int32, 0, None)
     dtype = np.float32 if manifest["format_version"] == 1 else np.float64

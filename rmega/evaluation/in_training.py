@@ -74,7 +74,7 @@ class Evaluations:
         }
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(path, json.dumps(to_json(whole), indent=1) + "\n")
+            write_durably(path, json.dumps(to_json(whole), indent=1, allow_nan=False) + "\n")
         except OSError as error:  # an evaluation that is not kept is no reason to end a training
             log(f"warning: {path}: {error.strerror or error}; training continues")
 
@@ -93,4 +93,5 @@ def _origin(dataset: Any) -> dict[str, Any]:
         "data": dataset.prefix,
         "schema": ", ".join(schemas),
         "left_out": {} if manifest.get("split") else made_of.get("rejected", {}),
+        "notes": {} if manifest.get("split") else made_of.get("notes", {}),
     }

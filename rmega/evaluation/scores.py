@@ -29,6 +29,8 @@ from typing import Any
 
 import numpy as np
 
+from rmega.io import refuse_pointer
+
 LISTS = ("scores", "rewards")
 PAIRS = (
     ("chosen", "rejected"),
@@ -57,6 +59,7 @@ class ScoreRow:
 def read_scores(path: str | Path) -> list[ScoreRow]:
     """All rows of a scores file (see the head of this file). ValueError names file and row."""
     path = Path(path)
+    refuse_pointer(path, "--scores")
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:

@@ -162,6 +162,24 @@ def arena(row: Row) -> Parsed:
     return Parsed(prompt=prompt, responses=responses, scores=scores, ordered=False)
 
 
+JUDGEBENCH_LABELS = {"A>B": [1.0, 0.0], "B>A": [0.0, 1.0], "A=B": [0.0, 0.0]}
+
+
+def judgebench(row: Row) -> Parsed:
+    """JudgeBench: two responses and which is the better one, "A>B" or "B>A"."""
+    label = field_of(row, "label")
+    scores = JUDGEBENCH_LABELS.get(label.replace(" ", "") if isinstance(label, str) else "")
+    if scores is None:
+        raise Rejected("wrong_type", f"label is {label!r:.40}, not one of A>B, B>A, A=B")
+    names = ("response_A", "response_B")
+    return Parsed(
+        prompt=prompt_of(row),
+        responses=[[assistant(as_text(field_of(row, name), name))] for name in names],
+        scores=list(scores),
+        ordered=False,
+    )
+
+
 def rated_rows(row: Row) -> Parsed:
     """HelpSteer: a row per response; ``{"rows": [...]}`` holds those of one prompt."""
     rows = row["rows"]

@@ -13,7 +13,6 @@ import torch
 from rmega import distributed, precision
 from rmega.checkpointing import checkpoint, run_folder
 from rmega.config import MIN_COMPARISONS, TrainingConfig
-from rmega.data.balance import CostModel
 from rmega.data.batching import Batcher, Mixture
 from rmega.data.indexed import PreferenceDataset, open_preferences, split_label
 from rmega.distributed import log
@@ -28,7 +27,7 @@ def named_prefix(text: str) -> tuple[str, str]:
     """``NAME=PREFIX`` or ``PREFIX`` -> (name, prefix); the name defaults to the prefix's last
     part."""
     name, prefix = split_label(text)
-    return (Path(text).name if name is None else name), prefix
+    return (Path(prefix).name if name is None else name), prefix
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -177,17 +176,12 @@ def _batcher(
 ) -> Batcher:
     from megatron.core import parallel_state
 
-    return Batcher(
+    return Batcher.of(
+        config,
         dataset,
-        global_batch_size=config.train.global_batch_size,
-        max_tokens=config.data.max_tokens_per_microbatch,
-        seed=config.train.seed,
-        cost=CostModel.of(geometry),
+        geometry,
         num_ranks=parallel_state.get_data_parallel_world_size(),
         rank=parallel_state.get_data_parallel_rank(),
-        share_prefix=config.data.share_prefix,
-        token_multiple=config.token_multiple,
-        microbatch_multiple=config.microbatch_multiple,
         max_consumed=comparisons,
     )
 

@@ -523,3 +523,41 @@ def test_scored_checks_the_count(tmp_path):
     ).rows[0]
     with pytest.raises(ValueError, match="d.jsonl:1: 3 rewards for 2 responses"):
         scored(row, [1, 2, 3], len)
+
+
+@pytest.mark.parametrize(
+    "separator", ["\n", "\r\n", "\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c"]
+)
+def test_scores_with_line_separators_inside_a_cell(tmp_path: Path, separator: str) -> None:
+    import csv
+
+    from rmega.evaluation.scores import read_scores
+
+    with (tmp_path / "s.csv").open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["id", "chosen", "rejected", "comment"])
+        writer.writerows([f"r{i}", i + 1.5, 0.5, f"two{separator}lines"] for i in range(3))
+    rows = [{"id": f"r{i}", "scores": [i + 1.5, 0.5], "c": f"a{separator}b"} for i in range(3)]
+    lines = "".join(json.dumps(r, ensure_ascii=separator < " ") + "\n" for r in rows)
+    (tmp_path / "s.jsonl").write_text(lines, encoding="utf-8", newline="")
+    for name in ("s.csv", "s.jsonl"):
+        found = read_scores(tmp_path / name)
+        assert [r.scores.tolist() for r in found] == [[i + 1.5, 0.5] for i in range(3)]
+        assert [r.id for r in found] == ["r0", "r1", "r2"]
+    (tmp_path / "bad.csv").write_text('chosen,rejected\n1,2\n3,"4\n')
+    with pytest.raises(ValueError, match="bad.csv:3: "):
+        read_scores(tmp_path / "bad.csv")
+
+
+def test_scores_of_all_responses_where_one_was_left_out(tmp_path: Path) -> None:
+    """A row whose third response has no rating: scores of all three, or of the rated two."""
+    from rmega.evaluation.rows import read_eval_set, rewards_in_order
+    from rmega.evaluation.scores import ScoreRow
+    from rmega.preferences.sources import resolve
+
+    row = {"prompt": "p", "responses": ["a", "b", "c"], "ratings": [2, None, 5]}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
+    data = read_eval_set(resolve([str(tmp_path / "d.jsonl")])[0])
+    for scores in ([1.0, 9.0, 3.0], [1.0, 3.0]):
+        given = ScoreRow(np.array(scores), None, "s:1")
+        assert rewards_in_order(data.rows[0], given).tolist() == [3.0, 1.0]

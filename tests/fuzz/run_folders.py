@@ -383,7 +383,7 @@ class Walk:
     def settle(self, iteration: int, token: str) -> None:
         """``iteration`` is what a reader finds: it must be the newest healthy one."""
         expected = [(max(self.healthy), self.healthy[max(self.healthy)])] if self.healthy else []
-        allowed = [*self.maybe, *expected] or [(0, "")]
+        allowed = [*self.maybe, *(expected or [(0, "")])]
         assert (iteration, token) in allowed, f"found {iteration} {token}, not one of {allowed}"
         if (iteration, token) in self.maybe:
             self.start_from(iteration, token)

@@ -33,6 +33,7 @@ def groups(rank: int, world_size: int, argv: list[str]) -> dict[str, float]:
 
     config = parse_args(TrainingConfig, argv)
     run = start.prepare(config, start.join(config))
+    start.write_config(run)
     Checkpointer(run, start.build(run), TimeSpent(run.info, run.resumed_at))
     return {
         f"{number} {group.group_desc} {dist.get_process_group_ranks(group)}": (
