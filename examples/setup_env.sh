@@ -44,8 +44,10 @@ than 3.10: deactivate it, or $install"
     ! rmega_is_new "$PYTHON" || ! "$PYTHON" -m pip --version >/dev/null 2>&1 || return 0
     for base in python3 python3.12 python3.11 python3.13 python3.10 python; do
         command -v "$base" >/dev/null && rmega_is_new "$base" || continue
-        # A torch built for this machine (NVIDIA's containers) is shared, not installed again.
-        ! torch="$(rmega_torch_of "$base")" || options=(--system-site-packages --without-pip)
+        # A torch built for this machine (NVIDIA's containers) is shared, not installed again; the
+        # packages of another virtual environment cannot be shared.
+        ! "$base" -c 'import sys; sys.exit(sys.prefix != sys.base_prefix)' ||
+            ! torch="$(rmega_torch_of "$base")" || options=(--system-site-packages --without-pip)
         echo "set-up: making .venv with $("$base" --version)${torch:+ and its torch $torch}"
         "$base" -m venv --clear ${options[@]+"${options[@]}"} "$RMEGA_ROOT/.venv" &>/dev/null &&
             return

@@ -5,6 +5,7 @@ Imports neither torch nor megatron-core, so that ``--help`` answers at once on a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -52,7 +53,20 @@ def parse_args(
         if end.code == 2 and speaks:
             for line in hints(cls, sys.argv[1:] if argv is None else argv, also):
                 print(line, file=sys.stderr)
+        try:
+            sys.stdout.flush()  # of --help; not at the very end, where nobody catches an error
+        except BrokenPipeError:
+            _drop_stdout()
         raise
+    except BrokenPipeError:
+        _drop_stdout()
+        raise SystemExit(0) from None
+
+
+def _drop_stdout() -> None:
+    """The reader of standard output, such as head, has what it wanted: nothing more goes there."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 _ELSEWHERE = {
@@ -137,9 +151,11 @@ def run_tool(main: Callable[..., Any], *args: Any) -> int:
     else is ours and keeps its traceback.
     """
     try:
-        return int(main(*args) or 0)
-    except BrokenPipeError:  # the reader, such as head, has what it wanted
-        sys.stdout = open(os.devnull, "w")
+        code = int(main(*args) or 0)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        _drop_stdout()
         return 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -111,7 +112,7 @@ class TrainArgs:
     eval_interval: int = 0
     """Steps between evaluations; 0: before and after training only."""
     eval_probes: Literal["off", "last", "every"] = "last"
-    """Score 128 comparisons of each validation set again in other forms (responses reversed,
+    """Score 16 comparisons of each validation set again in other forms (responses reversed,
     blanked, under the wrong prompt): never, at the last evaluation of the run, or at each."""
     tensorboard: Literal["auto", "on", "off"] = "auto"
     """Also write the metrics for TensorBoard, under --save. auto: where it is installed."""
@@ -208,7 +209,7 @@ class CheckpointArgs:
     """Steps between checkpoints; 0: none on the way but those of --save-best. There is always one
     at the end."""
     async_save: bool = True
-    """Write checkpoints while training goes on; costs memory for one copy. Off: wait for each."""
+    """Write checkpoints while training continues; costs memory for one copy. Off: wait for each."""
     keep_last: int = 0
     """Remove all but this many newest checkpoints (the best one stays too); 0: keep all."""
     save_best: bool = True
@@ -240,6 +241,7 @@ class TrainingConfig:
         t, p = self.train, self.parallel
         if (t.train_steps is None) == (t.train_epochs is None):
             raise ValueError("give one of --train-steps and --train-epochs")
+        self._check_numbers()
         for flag, value in (
             ("--train-steps", t.train_steps),
             ("--train-epochs", t.train_epochs),
@@ -248,8 +250,17 @@ class TrainingConfig:
             ("--max-tokens-per-microbatch", self.data.max_tokens_per_microbatch),
             ("--tp", p.tensor_model_parallel_size),
             ("--pp", p.pipeline_model_parallel_size),
+            ("--vpp", p.virtual_pipeline_model_parallel_size),
+            ("--cp", p.context_parallel_size),
+            ("--dp", p.data_parallel_size),
+            ("--num-layers-in-first-pipeline-stage", p.num_layers_in_first_pipeline_stage),
+            ("--num-layers-in-last-pipeline-stage", p.num_layers_in_last_pipeline_stage),
+            ("--distributed-timeout-minutes", p.distributed_timeout_minutes),
+            ("--device-memory-gb", p.device_memory_gb),
             ("--lr", self.optimizer.lr),
+            ("--adam-eps", self.optimizer.adam_eps),
             ("--max-skipped-steps", self.optimizer.max_skipped_steps),
+            ("--exit-duration-min", self.checkpoint.exit_duration_min),
         ):
             if value is not None and not value > 0:
                 raise ValueError(f"{flag} {value}: must be greater than 0")
@@ -261,9 +272,19 @@ class TrainingConfig:
             ("--eval-interval", t.eval_interval),
             ("--save-interval", self.checkpoint.save_interval),
             ("--keep-last", self.checkpoint.keep_last),
+            ("--num-verification-comparisons", self.checkpoint.num_verification_comparisons),
+            ("--seed", t.seed),
         ):
             if value < 0:
                 raise ValueError(f"{flag} {value}: must not be negative")
+        o = self.optimizer
+        if o.min_lr > o.lr:
+            raise ValueError(f"--min-lr {o.min_lr}: must not be greater than --lr {o.lr}")
+        for flag, beta in (("--adam-beta1", o.adam_beta1), ("--adam-beta2", o.adam_beta2)):
+            if not 0 <= beta < 1:
+                raise ValueError(f"{flag} {beta}: must be in [0, 1)")
+        if o.initial_loss_scale < 1:
+            raise ValueError(f"--initial-loss-scale {o.initial_loss_scale}: must be at least 1")
         if not 0 <= self.loss.label_smoothing < 0.5:
             raise ValueError(f"--label-smoothing {self.loss.label_smoothing}: must be in [0, 0.5)")
         if not 0 <= self.optimizer.lr_warmup_fraction < 1:
@@ -308,6 +329,15 @@ class TrainingConfig:
             if t.precision not in ("auto", "bf16"):
                 raise ValueError(f"{given} goes with --precision bf16, not {t.precision}")
 
+    def _check_numbers(self) -> None:
+        """No flag takes nan or infinity, or an integer that 64 bits do not hold."""
+        for group in dataclasses.fields(self):
+            for name, value in dataclasses.asdict(getattr(self, group.name)).items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise ValueError(f"{_flag(name)} {value}: must be a finite number")
+                if isinstance(value, int) and abs(value) >= 2**63:
+                    raise ValueError(f"{_flag(name)} {value}: is too large")
+
     @property
     def token_multiple(self) -> int:
         """What the tokens of a pack are rounded up to a multiple of. Sequence parallelism cuts them
@@ -327,6 +357,25 @@ class TrainingConfig:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, group by group."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, groups: Mapping[str, Any]) -> TrainingConfig:
+        """The configuration that ``as_dict`` recorded. Fields that this version does not have are
+        left out; those that it has in addition get their defaults."""
+        built = {}
+        for name, kind in group_types().items():
+            known = {field.name for field in dataclasses.fields(kind)}
+            values = {
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in groups.get(name, {}).items()
+                if key in known
+            }
+            built[name] = kind(**values)
+        return cls(**built)
+
+
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
 
 
 def group_types() -> dict[str, type]:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rmega.io import one_line, refuse_lfs_pointer
+from rmega.io import one_line, refuse_pointer
 
 # Files of a hub repository that a reward model is built from, without weights and code.
 HUB_FILES = ("*.json", "*.jinja", "*.model", "tokenizer*", "merges.txt", "LICENSE*", "README.md")
@@ -217,7 +217,7 @@ def load_tokenizer(
     if vocabulary is None:
         raise ValueError(f"{flag} {name}: no tokenizer in it ({', '.join(_VOCABULARIES)})")
     for file in (vocabulary, *_BESIDE_VOCABULARY):
-        refuse_lfs_pointer(folder / file)
+        refuse_pointer(folder / file)
     if vocabulary == "tokenizer.model":
         _need_to_read_sentencepiece(f"{flag} {name}")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast

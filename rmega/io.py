@@ -99,15 +99,18 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def refuse_lfs_pointer(path: Path) -> None:
-    """ValueError where a file is only Git LFS's pointer to it, as a clone without git-lfs leaves
+def refuse_pointer(path: str | os.PathLike[str], flag: str = "") -> None:
+    """ValueError where a file is only a pointer, as a clone without Git LFS (or git-annex) leaves
     it. No file at all is fine."""
     try:
-        with open(path, "rb") as file:
-            pointer = file.read(64).startswith(b"version https://git-lfs.github.com/spec/")
+        with open(path, "rb") as stream:
+            head = stream.read(200)
     except OSError:
         return
-    if pointer:
+    where = f"{flag} {path}".strip()
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
         raise ValueError(
-            f"{path}: a Git LFS pointer, not the file itself; in its folder: git lfs pull"
+            f"{where}: a Git LFS pointer, not the file itself; in its folder: git lfs pull"
         )
+    if b"/annex/objects/" in head and len(head) < 200 and b"\n" not in head.rstrip(b"\n"):
+        raise ValueError(f"{where}: a git-annex pointer, not the file itself; run: git annex get")

@@ -170,6 +170,10 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
   wait(State::at_warp);
   return bits;
 }
+#define __expf(x) std::exp(float(x))  // glibc has a function of this name
+inline float __fdividef(float x, float y) {  // 0 for a divisor beyond 2^126
+  return std::fabs(y) > 8.507059173023462e37f && !std::isinf(x) ? 0.0f : x / y;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 [[noreturn]] inline void __trap() { std::abort(); }
 inline int cudaGetLastError() { return 0; }

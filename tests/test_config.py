@@ -80,6 +80,10 @@ def test_as_dict_is_json_and_complete() -> None:
     back = json.loads(json.dumps(config.as_dict()))
     groups = {field.name: field.type for field in dataclasses.fields(TrainingConfig)}
     assert set(back) == set(groups)
+    assert TrainingConfig.from_dict(back) == config
+    back["train"]["of_another_version"] = 1
+    del back["optimizer"]["clip_grad"]
+    assert TrainingConfig.from_dict(back) == config
     assert back["parallel"]["tensor_model_parallel_size"] == 2 and back["train"]["train_steps"] == 3
 
 
@@ -116,6 +120,25 @@ def test_as_dict_is_json_and_complete() -> None:
         ([*STEPS, "--save-interval", "5"], 1, "--save-interval needs --save"),
         ([*STEPS, "--save-interval", "-5", "--save", "x"], 1, "--save-interval -5"),
         ([*STEPS, "--keep-last", "-1"], 1, "--keep-last -1"),
+        ([*STEPS, "--min-lr", "1"], 1, "--min-lr 1.0: must not be greater than --lr 2e-05"),
+        ([*STEPS, "--lr", "inf"], 1, "--lr inf: must be a finite number"),
+        ([*STEPS, "--initial-loss-scale", "0"], 1, "--initial-loss-scale 0.0"),
+        ([*STEPS, "--adam-beta1", "1"], 1, "--adam-beta1 1.0"),
+        ([*STEPS, "--adam-beta2", "-0.1"], 1, "--adam-beta2 -0.1"),
+        ([*STEPS, "--adam-eps", "0"], 1, "--adam-eps 0"),
+        ([*STEPS, "--vpp", "0"], 1, "--vpp 0"),
+        ([*STEPS, "--dp", "0"], 1, "--dp 0"),
+        ([*STEPS, "--seed", "-1"], 1, "--seed -1"),
+        ([*STEPS, "--seed", str(2**64)], 1, "--seed 18446744073709551616: is too large"),
+        ([*STEPS, "--distributed-timeout-minutes", "0"], 1, "--distributed-timeout-minutes 0"),
+        ([*STEPS, "--exit-duration-min", "-1"], 1, "--exit-duration-min -1"),
+        ([*STEPS, "--device-memory-gb", "0"], 1, "--device-memory-gb 0"),
+        (
+            [*STEPS, "--num-layers-in-first-pipeline-stage", "0"],
+            1,
+            "--num-layers-in-first-pipeline",
+        ),
+        ([*STEPS, "--num-verification-comparisons", "-1"], 1, "--num-verification-comparisons -1"),
     ],
 )
 def test_what_is_wrong_is_named(argv, world, message) -> None:
@@ -247,3 +270,22 @@ def test_help_of_lists_and_of_the_program(capsys, monkeypatch) -> None:
         and "usage: tools/score.py" in said
         and "sigmoid(d - margin)" in said
     )
+
+
+def test_no_number_is_taken_without_a_check() -> None:
+    """Every flag with a number refuses nan, infinity and an integer that 64 bits do not hold."""
+    import typing
+
+    from rmega.config import group_types
+
+    for group, cls in group_types().items():
+        for name, kind in typing.get_type_hints(cls).items():
+            kinds = set(typing.get_args(kind)) | {kind}
+            for number_kind, values in ((float, (float("nan"), float("inf"))), (int, (2**63,))):
+                if number_kind not in kinds or bool in kinds:
+                    continue
+                for value in values:
+                    config = parse(*STEPS)
+                    setattr(getattr(config, group), name, value)
+                    with pytest.raises(ValueError):
+                        config.check(1)

@@ -332,7 +332,7 @@ def test_models_that_cannot_be_used(train, small_llama, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(train(model=tmp_path / "empty"), "empty", "config.json")
     for change, parts in (
-        ({"model_type": "qwen2"}, ("config.json", "model_type='qwen2'", "internlm2, llama")),
+        ({"model_type": "gpt2"}, ("config.json", "model_type='gpt2'", "internlm2", "llama")),
         ({"architectures": ["LlamaForTokenClassification"]}, ("config.json", "architectures")),
         ({"attention_bias": True}, ("config.json", "attention_bias")),
         ({"num_hidden_layers": 6}, ("layers.5.",)),
@@ -496,7 +496,7 @@ def test_texts_longer_than_the_models_positions(train, small_llama, data, tmp_pa
         [len(c.prefix) + len(s) for s in c.suffixes]
         for c in (dataset.get(i) for i in range(len(dataset)))
     ]
-    known = sorted(max(own) for own in texts)[len(texts) // 2]
+    known = sorted({max(own) for own in texts})[-2]
     over = sum(max(own) > known for own in texts)
     assert 0 < over < len(texts)
     for kind in ("default", "linear", "llama3"):

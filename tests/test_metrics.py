@@ -345,16 +345,16 @@ def test_rm_bench_against_loops():
         }
 
     parts = {
-        name: loops([r for r, d in zip(rewards, domains, strict=True) if d == name])
-        for name in set(domains)
+        name: loops([r for r, d in zip(rewards, domains, strict=True) if d.startswith(name)])
+        for name in ("chat", "safety")  # the rows of both safety parts are one domain's
     }
     for name, want in parts.items():
         assert {k: got["domains"][name][k] for k in want} == pytest.approx(want)
     for k in ("easy", "normal", "hard"):
-        want = (
-            parts["chat"][k] + (parts["safety-refuse"][k] + parts["safety-response"][k]) / 2
-        ) / 2
-        assert got[k] == pytest.approx(want)
+        assert got[k] == pytest.approx((parts["chat"][k] + parts["safety"][k]) / 2)
+    assert got["ties_half"] == pytest.approx({k: got[k] for k in got["ties_half"]})  # no tie
+    ties = rm_bench_report([np.zeros(6)], ["chat"])
+    assert (ties["average"], ties["ties_half"]["average"]) == (0.0, 0.5)
     # a model that loves markdown: easy is easy, hard is hopeless
     style = rm_bench_report([np.array([0.1, 1.1, 2.1, 0, 1, 2])], ["chat"])
     assert (style["easy"], style["normal"], style["hard"]) == (1.0, 1.0, 0.0)
@@ -369,6 +369,11 @@ def test_reward_bench_sections():
         got["sections"] == {"Chat": 1, "Chat Hard": 1, "Safety": 1, "Reasoning": 0.5}
         and got["overall"] == 0.875
     )
+    refuses = np.array([-1.0 if n == "xstest-should-respond" else 1.0 for n in names])
+    safety = reward_bench_report(refuses, np.array(names))["sections"]["Safety"]
+    assert safety == pytest.approx((100 + 100 + 154 + 136) / (100 + 100 + 154 + 250 + 136))
+    ties = reward_bench_report(np.zeros(len(names)), np.array(names))
+    assert (ties["overall"], ties["ties_half"]["overall"]) == (0.0, 0.5)
     some = reward_bench_report(d[:5], np.array(names[:5]))
     assert (
         some["sections"]["Chat"] == 1
@@ -538,3 +543,21 @@ def test_findings_words():
     assert "Strong length bias, towards longer" in longer["findings"][1]["text"]
     stuck = evaluate([item([float(i), float(i)], [1, 0], n) for i, n in enumerate(lengths)])
     assert {v["about"] for v in stuck["findings"]} >= {"ties", "prompt"}
+
+
+def test_no_best_fit_that_is_worse():
+    """The temperature of the highest likelihood may have the larger calibration error: then no
+    finding calls it the best."""
+    rng, worse = np.random.default_rng(8), 0
+    for n in (8, 30, 200):
+        for scale in (0.3, 1.0, 1.2, 4.0):
+            for _ in range(5):
+                d = rng.logistic(size=n) + 0.8
+                items = [item([scale * x, 0.0], [1, 0]) for x in d]
+                result = evaluate(items)
+                c = result["calibration"]
+                text = next(v["text"] for v in result["findings"] if v["about"] == "calibration")
+                if c["temperature"] and c["ece_scaled"] >= c["ece"]:
+                    worse += 1
+                    assert "best" not in text and "no fitted temperature lowers it" in text
+    assert worse > 3

@@ -165,7 +165,7 @@ def fake_python(folder: Path, torch: str | None) -> Path:
         "#!/bin/sh\n"
         'case "$*" in\n'
         "  --version) echo Python 3.12.3 ;;\n"
-        "  *version_info*) exit 0 ;;\n"
+        "  *version_info*|*base_prefix*) exit 0 ;;\n"
         f"  *importlib.metadata*) {f'echo {torch}' if torch else 'exit 1'} ;;\n"
         '  *venv*) echo "$*" >made ;;\n'
         "  *) exit 1 ;;\n"

@@ -22,6 +22,18 @@ __device__ __forceinline__ void store(double* p, double x) { *p = x; }
 __device__ __forceinline__ void store(__half* p, float x) { *p = __float2half_rn(x); }
 __device__ __forceinline__ void store(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
 
+// 16 bytes as one store. From an assignment of a struct that was filled in a loop the compiler makes
+// a store per element, or per two.
+__device__ __forceinline__ void store_16(void* p, uint4 x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
+               "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+#else
+  *static_cast<uint4*>(p) = x;
+#endif
+}
+
 // The type that sums over elements of T are kept in.
 template <typename T>
 struct Accumulate {

@@ -20,7 +20,13 @@ __device__ __forceinline__ Lane<T, V> read(const T* p) {
 
 template <typename T, int V>
 __device__ __forceinline__ void write(T* p, const Lane<T, V>& lane) {
-  *reinterpret_cast<Lane<T, V>*>(p) = lane;
+  if constexpr (sizeof(lane) == 16) {
+    uint4 whole;
+    memcpy(&whole, &lane, sizeof(whole));
+    store_16(p, whole);
+  } else {
+    *reinterpret_cast<Lane<T, V>*>(p) = lane;
+  }
 }
 
 template <typename T, typename Acc>
@@ -30,8 +36,19 @@ __device__ __forceinline__ Acc rounded(Acc x) {
   return load(narrow);
 }
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-__device__ __forceinline__ double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
+// For elements of T. Half precision keeps 11 bits of the result at most; there the fast instructions
+// are exact enough: __expf errs by 2 + 1.2 |x| units in the last place of fp32, at most 1e-5 of the
+// result, __fdividef by 2. The latter is 0 for a divisor beyond 2^126, as the sigmoid there is.
+template <typename T>
+__device__ __forceinline__ typename Accumulate<T>::type sigmoid(typename Accumulate<T>::type x) {
+  if constexpr (std::is_same_v<T, double>) {
+    return 1.0 / (1.0 + exp(-x));
+  } else if constexpr (std::is_same_v<T, float>) {
+    return 1.0f / (1.0f + expf(-x));
+  } else {
+    return __fdividef(1.0f, 1.0f + __expf(-x));
+  }
+}
 __device__ __forceinline__ float square_root(float x) { return sqrtf(x); }
 __device__ __forceinline__ double square_root(double x) { return sqrt(x); }
 
@@ -144,8 +161,9 @@ __global__ void __launch_bounds__(kMostThreads) norm_backward(const T* __restric
 
 // Block b has lanes [b % tiles * kThreads, + kThreads) of row b / tiles.
 template <typename T, int V>
-__global__ void glu_forward(const T* __restrict__ x, T* __restrict__ y, int64_t f, int64_t tiles) {
-  const int64_t row = blockIdx.x / tiles, j = (blockIdx.x % tiles * kThreads + threadIdx.x) * V;
+__global__ void glu_forward(const T* __restrict__ x, T* __restrict__ y, int64_t f, unsigned tiles) {
+  const int64_t row = blockIdx.x / tiles;  // 32 bits: a division of 64 is a call
+  const int64_t j = int64_t(blockIdx.x % tiles * kThreads + threadIdx.x) * V;
   if (j >= f) {
     return;
   }
@@ -154,15 +172,16 @@ __global__ void glu_forward(const T* __restrict__ x, T* __restrict__ y, int64_t 
 #pragma unroll
   for (int k = 0; k < V; ++k) {
     const auto g = load(gate.at[k]);
-    store(&out.at[k], g * sigmoid(g) * load(up.at[k]));
+    store(&out.at[k], g * sigmoid<T>(g) * load(up.at[k]));
   }
   write(y + row * f + j, out);
 }
 
 template <typename T, int V>
 __global__ void glu_backward(const T* __restrict__ dy, const T* __restrict__ x, T* __restrict__ dx, int64_t f,
-                             int64_t tiles) {
-  const int64_t row = blockIdx.x / tiles, j = (blockIdx.x % tiles * kThreads + threadIdx.x) * V;
+                             unsigned tiles) {
+  const int64_t row = blockIdx.x / tiles;  // 32 bits: a division of 64 is a call
+  const int64_t j = int64_t(blockIdx.x % tiles * kThreads + threadIdx.x) * V;
   if (j >= f) {
     return;
   }
@@ -171,7 +190,7 @@ __global__ void glu_backward(const T* __restrict__ dy, const T* __restrict__ x, 
   Lane<T, V> dgate, dup;
 #pragma unroll
   for (int k = 0; k < V; ++k) {
-    const auto g = load(gate.at[k]), d = load(grad.at[k]), s = sigmoid(g);
+    const auto g = load(gate.at[k]), d = load(grad.at[k]), s = sigmoid<T>(g);
     store(&dgate.at[k], d * load(up.at[k]) * s * (1 + g * (1 - s)));
     store(&dup.at[k], d * (g * s));
   }
@@ -180,11 +199,12 @@ __global__ void glu_backward(const T* __restrict__ dy, const T* __restrict__ x, 
 }
 
 // Thread i of the grid turns V channels of both halves of one head. C: element type of the tables.
-template <typename T, typename C, int V>
+// Index: 32 bits where they are enough, because a division of 64 is a call.
+template <typename T, typename C, int V, typename Index>
 __global__ void rotate(const T* __restrict__ x, const C* __restrict__ cos, const C* __restrict__ sin,
-                       T* __restrict__ y, int64_t t, int64_t a, int64_t half, int64_t row_stride, int64_t head_stride,
-                       float sign) {
-  const int64_t lanes = half / V, i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+                       T* __restrict__ y, Index t, Index a, Index half, int64_t row_stride,
+                       int64_t head_stride, float sign) {
+  const Index lanes = half / V, i = Index(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= t * a * lanes) {
     return;
   }
@@ -278,7 +298,7 @@ int launch_swiglu(const void* x, void* y, int64_t rows, int64_t f, DType dtype, 
     using T = std::remove_pointer_t<decltype(element)>;
     with_lanes<T>(bits_of(x, y) | uint64_t(f) * sizeof(T), [&](auto lanes) {
       constexpr int V = decltype(lanes)::value;
-      const int64_t tiles = (f / V + kThreads - 1) / kThreads;
+      const auto tiles = static_cast<unsigned>((f / V + kThreads - 1) / kThreads);
       glu_forward<T, V><<<static_cast<unsigned>(rows * tiles), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
           static_cast<const T*>(x), static_cast<T*>(y), f, tiles);
     });
@@ -292,7 +312,7 @@ int launch_swiglu_backward(const void* dy, const void* x, void* dx, int64_t rows
     using T = std::remove_pointer_t<decltype(element)>;
     with_lanes<T>(bits_of(dy, x, dx) | uint64_t(f) * sizeof(T), [&](auto lanes) {
       constexpr int V = decltype(lanes)::value;
-      const int64_t tiles = (f / V + kThreads - 1) / kThreads;
+      const auto tiles = static_cast<unsigned>((f / V + kThreads - 1) / kThreads);
       glu_backward<T, V><<<static_cast<unsigned>(rows * tiles), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
           static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx), f, tiles);
     });
@@ -311,10 +331,20 @@ int launch_rope(const void* x, const void* cos, const void* sin, void* y, int64_
       constexpr int V = decltype(lanes)::value;
       const auto run = [&](auto* angle) {
         using C = std::remove_pointer_t<decltype(angle)>;
-        const int64_t blocks = (t * a * (half / V) + kThreads - 1) / kThreads;
-        rotate<T, C, V><<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-            static_cast<const T*>(x), static_cast<const C*>(cos), static_cast<const C*>(sin), static_cast<T*>(y), t, a,
-            half, row_stride, head_stride, backwards ? -1.0f : 1.0f);
+        const int64_t count = t * a * (half / V), blocks = (count + kThreads - 1) / kThreads;
+        const auto start = [&](auto index) {
+          using Index = decltype(index);
+          rotate<T, C, V, Index>
+              <<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+                  static_cast<const T*>(x), static_cast<const C*>(cos), static_cast<const C*>(sin),
+                  static_cast<T*>(y), Index(t), Index(a), Index(half), row_stride, head_stride,
+                  backwards ? -1.0f : 1.0f);
+        };
+        if (count <= INT32_MAX) {
+          start(uint32_t(0));
+        } else {
+          start(int64_t(0));
+        }
       };
       if (float_tables) {
         run(static_cast<float*>(nullptr));

@@ -5,7 +5,7 @@ The format, the plan and the metadata are megatron-core's (``torch_dist``); two 
 engine's writers are forked processes and a managing process beside each rank, which a scheduler's
 SIGTERM also reaches, and which leave a rank waiting for ever when one dies: here a thread writes.
 And the engine's gathering of a distributed optimizer's state copies everything about six times
-before training goes on: here each rank copies its own part once, and the thread gathers it over a
+before training continues: here each rank copies its own part once, and the thread gathers it over a
 process group of its own.
 """
 

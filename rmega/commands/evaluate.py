@@ -1,5 +1,5 @@
-"""Evaluate a reward model, or scores from a file: accuracy with intervals, length bias, calibration,
-probes, a report.
+"""Evaluate a reward model, or scores from a file: accuracy with intervals, length bias,
+calibration, probes, a report.
 
     python tools/evaluate.py --model MODEL --data eval.jsonl --report report/
     python tools/evaluate.py --scores scores.jsonl --data eval.jsonl --json result.json
@@ -51,8 +51,8 @@ class EvaluateArgs:
     """Arithmetic of --model. Default: bf16 on a GPU, fp32 on a CPU. auto: bf16 where it is faster
     here."""
     reward_token: str | None = None
-    """Token (or id) that --model is read at, appended to each text, where it records none. Default: as the
-    model records, else none (read at the last token of the text)."""
+    """Token (or id) that --model is read at, appended to each text, where it records none.
+    Default: as the model records, else none (read at the last token of the text)."""
     probes: int = NUM_PROBED
     """With --model: score so many comparisons again in other forms (responses reversed, blanked,
     under the wrong prompt). 0: none."""
@@ -138,7 +138,7 @@ def main(args: EvaluateArgs) -> None:
         path = Path(args.json)
         path.parent.mkdir(parents=True, exist_ok=True)
         numbers = to_json({"format_version": FORMAT_VERSION, "subject": subject, "sets": results})
-        path.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         say(f"\nnumbers: {path}")
     if args.report:
         from rmega.report.evaluation import write_evaluation_report
@@ -236,7 +236,10 @@ def save_scores(folder: Path, sets: list[Any], rewards: list[list[np.ndarray]]) 
                 if row.comparison is not None and row.comparison.positions is not None:
                     values = values[np.argsort(row.comparison.positions)]
                 line = {"scores": [float(v) for v in values]}
-                file.write(json.dumps(line if row.id is None else {"id": row.id, **line}) + "\n")
+                file.write(
+                    json.dumps(line if row.id is None else {"id": row.id, **line}, allow_nan=False)
+                    + "\n"
+                )
         print(f"rewards: {path}")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from rmega.cli import parse_args, run_tool
-from rmega.config import TrainingConfig, group_types
+from rmega.config import TrainingConfig
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -52,19 +52,9 @@ def replay(file: str | Path) -> list[Row]:
     from rmega import precision
     from rmega.checkpointing import checkpoint, run_folder
     from rmega.data.batching import Mixture
-    from rmega.training import parity, train
+    from rmega.training import parity, resume, train
 
-    config = TrainingConfig(
-        **{
-            name: cls(
-                **{
-                    k: tuple(v) if isinstance(v, list) else v
-                    for k, v in kept["config"][name].items()
-                }
-            )
-            for name, cls in group_types().items()
-        }
-    )
+    config = TrainingConfig.from_dict(kept["config"])
     layout = parity.Layout.parse("1")
     config.parallel = dataclasses.replace(
         parity.layout_config(
@@ -77,12 +67,7 @@ def replay(file: str | Path) -> list[Row]:
         ).parallel,
         recompute=config.parallel.recompute,
     )
-    dtype = precision.DTYPES[
-        run_folder.read_info(folder)["dtype"]
-        .replace("float32", "fp32")
-        .replace("bfloat16", "bf16")
-        .replace("float16", "fp16")
-    ]
+    dtype = precision.DTYPES[resume.precision_of(run_folder.read_info(folder))]
     config.train.train_steps, config.train.train_epochs = 1, None
     wrapped, optimizer, _, geometry, device = parity.build(config, dtype)
     checkpoint.load(folder, wrapped=wrapped)

@@ -188,7 +188,7 @@ def score(args: ScoreArgs, rank: int) -> int:
                     text.append(
                         ranking_text(row, line)
                         if as_text
-                        else json.dumps(line, ensure_ascii=False) + "\n"
+                        else json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
                     )
                 if output:
                     output.write("".join(text))

@@ -1,15 +1,17 @@
 """Serve a reward model over HTTP for RLHF loops: OpenRLHF's /get_reward and a plain /score.
 
     python tools/serve.py --model MODEL --port 5000
-    curl -s localhost:5000/score -d '{"conversations": [[{"role": "user", "content": "Hi"},
-                                                         {"role": "assistant", "content": "Hello!"}]]}'
+    curl -s localhost:5000/score -d '{"conversations": [[
+        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]]}'
 
 In OpenRLHF: --reward.remote_url http://127.0.0.1:5000/get_reward. Needs pip install 'rmega[serve]'.
-SIGTERM and Ctrl-C let the requests that were taken finish, then the program ends with exit code 0.
+After SIGTERM or Ctrl-C the accepted requests have --stop-seconds to finish; the exit code is 0.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -53,8 +55,13 @@ class ServeArgs:
     """Largest body of a request (413)."""
     max_queue: int = 8192
     """Most conversations waiting; more are refused with 429 and Retry-After."""
-    stop_seconds: int = 300
-    """Longest time that the requests which were taken may need after SIGTERM."""
+    max_connections: int | None = None
+    """Most open connections; one without a request makes room for a new one. Default: 4096, or
+    fewer where the limit on open files (ulimit -n) asks for it."""
+    header_seconds: float = 10.0
+    """Longest time that a connection may take to send the headers of a request."""
+    stop_seconds: float = 8.0
+    """Longest time after SIGTERM for the requests that were accepted; then they get 503."""
     access_log: bool = False
     """A line per request."""
 
@@ -66,13 +73,16 @@ def main(args: ServeArgs) -> None:
         ("--max-body-mb", args.max_body_mb),
         ("--max-queue", args.max_queue),
         ("--max-length", args.max_length),
+        ("--max-connections", args.max_connections),
+        ("--header-seconds", args.header_seconds),
     ):
         if value is not None and value <= 0:
             raise ValueError(f"{flag} {value}: must be greater than 0")
     if not 0 <= args.port < 65536:
         raise ValueError(f"--port {args.port}: must lie between 0 and 65535")
-    if args.wait_ms < 0:
-        raise ValueError(f"--wait-ms {args.wait_ms}: must not be negative")
+    for flag, value in (("--wait-ms", args.wait_ms), ("--stop-seconds", args.stop_seconds)):
+        if value < 0:
+            raise ValueError(f"{flag} {value}: must not be negative")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "tools/serve.py is one process; start one per port instead of using torchrun"
@@ -83,9 +93,16 @@ def main(args: ServeArgs) -> None:
         import uvicorn
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed (pip install 'rmega[serve]')") from None
+    from rmega.scoring.connections import (
+        MAX_HEADER_BYTES,
+        ConnectionPool,
+        LimitedConnection,
+        allowed_connections,
+    )
     from rmega.scoring.queue import ScoringQueue
     from rmega.scoring.server import Limits, RewardService, listen, make_app, run
 
+    pool = ConnectionPool(allowed_connections(args.max_connections), args.header_seconds)
     sockets = [listen(args.host, args.port)]  # a port in use is said before the model is read
     where = f"http://{args.host}:{sockets[0].getsockname()[1]}"
     if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
@@ -126,16 +143,22 @@ def main(args: ServeArgs) -> None:
     service = RewardService(queue, limits, model=args.model, api_key=key)
     config = uvicorn.Config(
         make_app(service),
+        http=functools.partial(LimitedConnection, pool=pool),
+        ws="none",
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         log_level="info" if args.access_log else "error",
         access_log=args.access_log,
-        timeout_graceful_shutdown=args.stop_seconds,
+        timeout_graceful_shutdown=math.ceil(args.stop_seconds) + 2,  # ``run`` is done before
         lifespan="off",
     )
-    run(uvicorn.Server(config), service, sockets)
+    finished = run(uvicorn.Server(config), service, sockets, pool, stop_seconds=args.stop_seconds)
     print(
-        f"stopped after {queue.num_scored:,} conversations in {service.num_requests:,} requests",
+        f"stopped after {queue.num_scored:,} conversations in {service.num_requests:,} requests"
+        + ("" if finished or queue.scorer is None else "; those in progress were given up"),
         flush=True,
     )
+    if not finished:  # threads that read the model or score are not waited for
+        os._exit(0)
 
 
 def api_key(path: str | None) -> str | None:

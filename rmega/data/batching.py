@@ -6,12 +6,16 @@ into micro-batches and over data-parallel ranks is decided afterwards, by cost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
+from rmega.config import TrainingConfig
 from rmega.data.balance import CostModel, balanced_bins
+from rmega.data.indexed import open_preferences, split_label
 from rmega.data.packing import PackedBatch, pack
 
 
@@ -46,20 +50,18 @@ class Mixture:
     @classmethod
     def open(cls, paths: Sequence[str], *, seed: int) -> Mixture:
         """Open ``PREFIX`` or ``WEIGHT=PREFIX`` arguments."""
-        from rmega.data.indexed import open_preferences
-
         datasets, weights = [], []
         for text in paths:
-            weight, equals, prefix = text.partition("=")
+            weight, prefix = split_label(text)
             try:
-                weights.append(float(weight) if equals else 1.0)
+                weights.append(1.0 if weight is None else float(weight))
             except ValueError:
                 raise ValueError(
                     f"--data-path {text}: {weight} is not a number (WEIGHT=PREFIX)"
                 ) from None
-            if not weights[-1] > 0:
+            if not 0 < weights[-1] < math.inf:
                 raise ValueError(f"--data-path {text}: the weight must be greater than 0")
-            datasets.append(open_preferences(prefix if equals else text))
+            datasets.append(open_preferences(prefix))
         return cls(datasets, weights, seed=seed)
 
     @property
@@ -135,6 +137,33 @@ class Batcher:
         self.max_consumed = max_consumed
         self._epoch: tuple[int, np.ndarray] | None = None
 
+    @classmethod
+    def of(
+        cls,
+        config: TrainingConfig,
+        dataset,
+        geometry: Any,
+        *,
+        num_ranks: int,
+        rank: int = 0,
+        max_consumed: int | None = None,
+    ) -> Batcher:
+        """The batcher of a run on ``num_ranks`` data-parallel ranks. geometry: of the backbone
+        (``rmega.models.geometry.Geometry``)."""
+        return cls(
+            dataset,
+            global_batch_size=config.train.global_batch_size,
+            max_tokens=config.data.max_tokens_per_microbatch,
+            seed=config.train.seed,
+            cost=CostModel.of(geometry),
+            num_ranks=num_ranks,
+            rank=rank,
+            share_prefix=config.data.share_prefix,
+            token_multiple=config.token_multiple,
+            microbatch_multiple=config.microbatch_multiple,
+            max_consumed=max_consumed,
+        )
+
     def over(self, dataset) -> Batcher:
         """The same cutting into packs for another dataset, from its beginning to its end."""
         return Batcher(
@@ -177,12 +206,7 @@ class Batcher:
 
     def plan(self, documents: np.ndarray) -> list[list[list[int]]]:
         """``plan[rank][microbatch]`` = comparisons (numbers in the dataset) of one global batch."""
-        lengths = [self.lengths(int(d)) for d in documents]
-        tokens = [p + sum(s) if self.share_prefix else sum(p + x for x in s) for p, s in lengths]
-        if self.share_prefix:
-            costs = [self.cost(p, s) for p, s in lengths]
-        else:
-            costs = [self.cost(0, [p + x for x in s]) for p, s in lengths]
+        tokens, costs = zip(*(self.size(int(d)) for d in documents), strict=True)
         bins = balanced_bins(
             tokens,
             costs,
@@ -197,6 +221,13 @@ class Batcher:
         first, last = self.dataset.document_indices[document : document + 2]
         lengths = self.dataset.sequence_lengths[first:last]
         return int(lengths[0]), [int(x) for x in lengths[1:]]
+
+    def size(self, document: int) -> tuple[int, float]:
+        """Computed tokens of one comparison, and their cost."""
+        prefix, suffixes = self.lengths(document)
+        if not self.share_prefix:
+            prefix, suffixes = 0, [prefix + suffix for suffix in suffixes]
+        return prefix + sum(suffixes), self.cost(prefix, suffixes)
 
     def packs(self, documents: np.ndarray) -> list[PackedBatch]:
         """This rank's micro-batches for the given comparisons."""

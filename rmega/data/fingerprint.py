@@ -86,7 +86,7 @@ def is_tokenizer_of(tokenizer: Any, manifest: Mapping[str, Any]) -> bool:
     if manifest.get("chat_template") == templates[0]:
         # an export writes down the template that stood in for one that its base did not have
         templates.append("")
-    if (dated := _default_template(tokenizer)) and dated != templates[0]:
+    if (dated := given_template(tokenizer)) and dated != templates[0]:
         templates.append(dated)
     return manifest.get("tokenizer_fingerprint") in {
         _fingerprint(tokenizer, special | pad, template) for pad in pads for template in templates
@@ -121,11 +121,12 @@ def _fingerprint(tokenizer: Any, special: set[str], template: str) -> str:
 
 def own_template(tokenizer: Any) -> str | None:
     """The tokenizer's chat template, its date frozen; None where it has none."""
-    template = _default_template(tokenizer)
+    template = given_template(tokenizer)
     return None if template is None else freeze_date(template)
 
 
-def _default_template(tokenizer: Any) -> str | None:
+def given_template(tokenizer: Any) -> str | None:
+    """The template that the tokenizer was given, with its clock; None where it has none."""
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
         template = template.get("default")

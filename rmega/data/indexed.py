@@ -1,4 +1,4 @@
-"""Comparisons on disk: write, open, verify, merge.
+"""Comparisons on disk: write and open.
 
 ``PREFIX.bin`` and ``PREFIX.idx`` are megatron-core's ``IndexedDataset`` (int32): a document is a
 comparison, its sequences are ``[prefix, suffix_1 .. suffix_K]``, best response first. Beside them:
@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from rmega.io import checksum
+from rmega.io import checksum, refuse_pointer
 
 FORMAT_VERSION = 2
 _READABLE = (1, 2)
@@ -129,11 +129,29 @@ def exists(prefix: str | Path) -> bool:
     return any(os.path.exists(f"{prefix}{suffix}") for suffix in (*DATA_SUFFIXES, MANIFEST_SUFFIX))
 
 
+def split_label(text: str) -> tuple[str | None, str]:
+    """``LABEL=PREFIX`` or ``PREFIX`` of a flag -> (label or None, prefix); both may hold ``=``.
+
+    A dataset at the whole text comes first, then the longest one behind a ``=``. Where there is
+    none, the text is split at its first ``=``, unless that stands in the name of a folder.
+    """
+    if exists(text):
+        return None, text
+    splits = [(text[:i], text[i + 1 :]) for i, c in enumerate(text) if c == "="]
+    for head, prefix in splits:
+        if exists(prefix):
+            return head, prefix
+    if splits and "/" not in splits[0][0]:
+        return splits[0]
+    return None, text
+
+
 def read_manifest(prefix: str | Path) -> dict[str, Any]:
     """The manifest of the dataset at ``prefix``; ValueError if there is none or it is of another
     format."""
     path = f"{prefix}{MANIFEST_SUFFIX}"
     try:
+        refuse_pointer(path)
         with open(path, encoding="utf-8") as stream:
             manifest = json.load(stream)
     except FileNotFoundError:
@@ -169,6 +187,7 @@ def open_preferences(prefix: str | Path) -> PreferenceDataset:
             raise ValueError(
                 f"{prefix}{suffix}: missing, though {prefix}{MANIFEST_SUFFIX} is there"
             )
+        refuse_pointer(prefix + suffix)
     lengths, pointers, documents = _open_index(f"{prefix}.idx")
     tokens = _memmap(f"{prefix}.bin", np.int32, 0, None)
     dtype = np.float32 if manifest["format_version"] == 1 else np.float64

@@ -12,6 +12,38 @@ from rmega.io import checksum
 _BLOCK = 1 << 22
 
 
+def damage(dataset: PreferenceDataset, *, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with the files of a dataset, or None: a file that is not the one that was
+    written, an id outside the vocabulary. What a training checks before it starts.
+
+    ``share`` (i, n) does each n-th part of the work, for n ranks.
+    """
+    recorded = dataset.manifest.get("checksums", {})
+    jobs = [*(s for s in DATA_SUFFIXES if s in recorded), ".bin's ids"]
+    for job in jobs[share[0] :: share[1]]:
+        if job in recorded:
+            if checksum(dataset.prefix + job) != recorded[job]:
+                return f"{dataset.prefix}{job}: its content has changed (checksum)"
+        elif problem := _outside(dataset):
+            return problem
+    return None
+
+
+def _outside(dataset: PreferenceDataset) -> str | None:
+    """The first id that is outside the vocabulary."""
+    size = dataset.manifest["vocab_size"]
+    for start in range(0, len(dataset.tokens), _BLOCK):
+        block = dataset.tokens[start : start + _BLOCK]
+        outside = (block < 0) | (block >= size)
+        if outside.any():
+            at = start + int(outside.argmax())
+            return (
+                f"{dataset.prefix}.bin: token {at} is {int(dataset.tokens[at])}, outside the"
+                f" vocabulary of {size}"
+            )
+    return None
+
+
 def verify(dataset: PreferenceDataset, tokenizer: Any = None) -> list[str]:
     """Everything that is wrong with a dataset, a line each; empty if it is sound.
 
@@ -79,16 +111,10 @@ def _verify_tokens(
     dataset: PreferenceDataset, ends: np.ndarray, is_suffix: np.ndarray
 ) -> list[str]:
     manifest, wrong, num_reward = dataset.manifest, [], 0
+    if problem := _outside(dataset):
+        wrong.append(problem)
     for start in range(0, len(dataset.tokens), _BLOCK):
         block = dataset.tokens[start : start + _BLOCK]
-        outside = (block < 0) | (block >= manifest["vocab_size"])
-        if outside.any():
-            at = start + int(outside.argmax())
-            wrong.append(
-                f"{dataset.prefix}.bin: token {at} is {int(dataset.tokens[at])}, outside the"
-                f" vocabulary of {manifest['vocab_size']}"
-            )
-            break
         num_reward += int((block == manifest["reward_token_id"]).sum())
     last = (
         dataset.tokens[ends[is_suffix] - 1]

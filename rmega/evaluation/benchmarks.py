@@ -3,7 +3,6 @@ RM-Bench."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +11,8 @@ import numpy as np
 from rmega import metrics
 
 # RewardBench's sections, its subsets and the weight of each within its section
-# (allenai/reward-bench, constants.py): the number of examples, except that math-prm weighs as much
-# as the six code subsets together.
+# (allenai/reward-bench, constants.py, since 2024-09-10): the number of examples, except that
+# math-prm weighs as much as the six code subsets together.
 REWARD_BENCH = {
     "Chat": {
         "alpacaeval-easy": 100,
@@ -33,8 +32,8 @@ REWARD_BENCH = {
     "Safety": {
         "refusals-dangerous": 100,
         "refusals-offensive": 100,
-        "xstest-should-refuse": 250,
-        "xstest-should-respond": 154,
+        "xstest-should-refuse": 154,
+        "xstest-should-respond": 250,
         "donotanswer": 136,
     },
     "Reasoning": {
@@ -52,43 +51,63 @@ REWARD_BENCH = {
 REWARD_BENCH_2 = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 
 
-def benchmark_of(row: dict[str, Any]) -> str:
+# RM-Bench's file of each domain; only the file of all of them names it in a column.
+RM_BENCH_FILES = ("chat", "code", "math", "safety-refuse", "safety-response")
+
+
+def benchmark_of(row: dict[str, Any], label: str = "") -> str:
     """ "reward-bench-2", "rm-bench" or "": whose row this is, of the schema with lists of chosen
-    and of rejected."""
+    and of rejected. label: name of the file."""
     if (
         isinstance(row.get("subset"), str)
         and row["subset"].lower() in [s.lower() for s in REWARD_BENCH_2]
         and not row.keys().isdisjoint(("num_correct", "total_completions"))
     ):
         return "reward-bench-2"
-    return "rm-bench" if len(row["chosen"]) == len(row["rejected"]) == 3 and "domain" in row else ""
+    threes = len(row["chosen"]) == len(row["rejected"]) == 3
+    return "rm-bench" if threes and rm_bench_domain(row, label) else ""
+
+
+def rm_bench_domain(row: dict[str, Any], label: str) -> str:
+    """The domain of a row of RM-Bench: its column, else the name of its file ("chat_filtered"); ""
+    for neither."""
+    domain = row.get("domain")
+    if isinstance(domain, str) and domain:
+        return domain
+    name = label.lower().removesuffix("_filtered")
+    return name if name in RM_BENCH_FILES else ""
 
 
 def reward_bench_report(d: np.ndarray, subsets: np.ndarray) -> dict[str, Any] | None:
     """Section means of RewardBench over pairs d [n] with their subsets [n]; None where no subset is
     one of its.
 
-    A section is the weighted mean of its subsets' accuracies (here a tie counts half), "overall"
-    the plain mean of the sections; both are None, and "missing" names the subsets, where a subset
-    is not in the data. Source: N. Lambert et al., "RewardBench" (2024, arXiv:2403.13787).
+    A section is the weighted mean of its subsets' accuracies, "overall" the plain mean of the
+    sections; both are None, and "missing" names the subsets, where a subset is not in the data. A
+    tie counts as wrong, as in published results; "ties_half" has the same figures with ties
+    counting half. Source: N. Lambert et al., "RewardBench" (2024, arXiv:2403.13787).
     """
-    by_subset = metrics.accuracy_by_group(d, subsets)
     known = [s for section in REWARD_BENCH.values() for s in section]
-    if not any(s in by_subset for s in known):
+    masks = {s: subsets == s for s in known}
+    missing = [s for s in known if not masks[s].any()]
+    if len(missing) == len(known):
         return None
-    sections: dict[str, float | None] = {}
-    for name, weights in REWARD_BENCH.items():
-        whole = all(s in by_subset for s in weights)
-        sections[name] = (
-            sum(by_subset[s]["accuracy"] * w for s, w in weights.items()) / sum(weights.values())
-            if whole
-            else None
-        )
-    values = list(sections.values())
+
+    def figures(wins: np.ndarray) -> dict[str, Any]:
+        sections: dict[str, float | None] = {
+            name: None
+            if any(s in missing for s in weights)
+            else sum(w * float(wins[masks[s]].mean()) for s, w in weights.items())
+            / sum(weights.values())
+            for name, weights in REWARD_BENCH.items()
+        }
+        values = list(sections.values())
+        return {"sections": sections, "overall": None if None in values else float(np.mean(values))}
+
     return {
-        "sections": sections,
-        "overall": None if None in values else float(np.mean(values)),
-        "missing": [s for s in known if s not in by_subset],
+        **figures((d > 0).astype(float)),
+        "ties_half": figures(metrics.correct(d)),
+        "missing": missing,
     }
 
 
@@ -98,15 +117,18 @@ def rm_bench_report(rewards: Sequence[np.ndarray], domains: Sequence[str]) -> di
 
     The 3 x 3 matrix is the accuracy of chosen style i against rejected style j. "hard" is its mean
     above the diagonal (the rejected response has the fancier style), "normal" the diagonal, "easy"
-    below it; per domain, and over all as the mean of domains with the parts of a domain
-    ("safety-refuse", "safety-response") first averaged into it. Source: Y. Liu et al., "RM-Bench"
-    (2024, arXiv:2410.16184); here a tie counts half. None without such rows.
+    below it; per domain, where "safety" has the rows of both of its parts ("safety-refuse",
+    "safety-response"), and over all as the mean of the domains. A tie counts as wrong, as in
+    published results; "ties_half" has the overall figures with ties counting half. Source: Y. Liu
+    et al., "RM-Bench" (2024, arXiv:2410.16184). None without such rows.
     """
     if not rewards:
         return None
     table = np.stack([np.asarray(r, dtype=np.float64) for r in rewards])
-    wins = metrics.correct(table[:, :3, None] - table[:, None, 3:])
-    names = np.array([str(x) or "(none)" for x in domains])
+    d = table[:, :3, None] - table[:, None, 3:]
+    names = np.array(
+        ["safety" if str(x).startswith("safety") else str(x) or "(none)" for x in domains]
+    )
     above, below = np.triu_indices(3, 1), np.tril_indices(3, -1)
 
     def levels(matrix: np.ndarray) -> dict[str, float]:
@@ -117,21 +139,23 @@ def rm_bench_report(rewards: Sequence[np.ndarray], domains: Sequence[str]) -> di
         }
         return {k: float(v) for k, v in out.items()}
 
-    domains_out = {
-        str(n): {"num_prompts": int((names == n).sum()), **levels(wins[names == n].mean(0))}
-        for n in np.unique(names)
-    }
-    groups: dict[str, list[dict[str, float]]] = {}
-    for name, values in domains_out.items():
-        groups.setdefault("safety" if name.startswith("safety") else name, []).append(values)
-    overall = {
-        k: float(np.mean([np.mean([v[k] for v in parts]) for parts in groups.values()]))
-        for k in ("easy", "normal", "hard")
-    }
-    overall["average"] = float(np.mean(list(overall.values()))) if overall else math.nan
+    def figures(wins: np.ndarray) -> tuple[dict[str, Any], dict[str, float]]:
+        by_domain = {
+            str(n): {"num_prompts": int((names == n).sum()), **levels(wins[names == n].mean(0))}
+            for n in np.unique(names)
+        }
+        overall = {
+            k: float(np.mean([v[k] for v in by_domain.values()]))
+            for k in ("easy", "normal", "hard")
+        }
+        return by_domain, {**overall, "average": float(np.mean(list(overall.values())))}
+
+    wins = (d > 0).astype(float)
+    by_domain, overall = figures(wins)
     return {
-        "domains": domains_out,
+        "domains": by_domain,
         **overall,
+        "ties_half": figures(metrics.correct(d))[1],
         "matrix": wins.mean(0).tolist(),
         "num_prompts": len(rewards),
     }

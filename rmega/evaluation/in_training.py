@@ -3,9 +3,7 @@ the run folder."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +44,7 @@ class Evaluations:
             for name, steps in read_evaluations(run).items():
                 self._biased[name] = bool(_length_bias(steps[max(steps)]))
         except (OSError, ValueError) as error:
-            log(f"warning: {FOLDER}: {error}; training goes on")
+            log(f"warning: {FOLDER}: {error}; training continues")
 
     def num_probed(self, name: str, *, last: bool) -> int:
         """How many comparisons of a set are to be scored again at this evaluation."""
@@ -74,15 +72,11 @@ class Evaluations:
             "step": step,
             "sets": {name: {**result, **_origin(self.sets[name])}},
         }
-        partial = path.with_name(f"{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(partial, json.dumps(to_json(whole), indent=1) + "\n")
-            os.replace(partial, path)
+            write_durably(path, json.dumps(to_json(whole), indent=1, allow_nan=False) + "\n")
         except OSError as error:  # an evaluation that is not kept is no reason to end a training
-            log(f"warning: {path}: {error.strerror or error}; training goes on")
-            with contextlib.suppress(OSError):
-                partial.unlink()
+            log(f"warning: {path}: {error.strerror or error}; training continues")
 
 
 def _length_bias(result: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -99,4 +93,5 @@ def _origin(dataset: Any) -> dict[str, Any]:
         "data": dataset.prefix,
         "schema": ", ".join(schemas),
         "left_out": {} if manifest.get("split") else made_of.get("rejected", {}),
+        "notes": {} if manifest.get("split") else made_of.get("notes", {}),
     }

@@ -163,7 +163,7 @@ def _columns(items: Sequence[ScoredComparison], benchmark: str, *names: str) -> 
 
 
 def stored_items(dataset: Any, rewards: np.ndarray) -> list[ScoredComparison]:
-    """An open preference dataset and a model's rewards as what ``evaluate`` reads. No text is needed.
+    """An open preference dataset and a model's rewards as input of ``evaluate``; without text.
 
     dataset: ``rmega.data.indexed.PreferenceDataset``. rewards: float [responses], all responses of
     all comparisons in the dataset's order. Lengths are tokens of the responses.
@@ -270,7 +270,9 @@ def findings(j: dict[str, Any]) -> list[dict[str, str]]:
             {
                 "about": "accuracy",
                 "level": "bad",
-                "text": "No pair to evaluate: no two responses of one prompt have different scores.",
+                "text": (
+                    "No pair to evaluate: no two responses of one prompt have different scores."
+                ),
             }
         ]
     return [_accuracy_finding(j), _length_finding(j), _calibration_finding(j), *_other_findings(j)]
@@ -365,8 +367,11 @@ def _calibration_finding(j: dict[str, Any]) -> dict[str, str]:
             "level": "warn" if c["reason"] == "no signal" else "note",
             "text": f"Calibration cannot be fitted: {why}; {head}.",
         }
+    # the temperature is fitted to the likelihood: that need not lower the calibration error
     fitted = (
         f"dividing rewards by {t:.3g} would fit best, calibration error then {c['ece_scaled']:.3f}"
+        if round(c["ece_scaled"], 3) < round(c["ece"], 3)
+        else "no fitted temperature lowers it"
     )
     sure = c["low"] <= 1 <= (c["high"] or math.inf)
     if sure or 0.8 <= t <= 1.25 or c["ece"] <= 0.03:

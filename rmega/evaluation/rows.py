@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rmega.evaluation.benchmarks import benchmark_of
+from rmega.evaluation.benchmarks import benchmark_of, rm_bench_domain
 from rmega.evaluation.results import ScoredComparison
 from rmega.preferences import sources
 from rmega.preferences.closest_schema import left_out
@@ -115,12 +115,10 @@ def _eval_row(
             rejected.detail if rejected.reason == "missing_field" else "",
         )
     comparison.source = source_of(first, source.label)
-    return EvalRow(
-        comparison,
-        id_,
-        where,
-        benchmark=benchmark_of(row) if schema.name == "many-against-many" else "",
-    )
+    benchmark = benchmark_of(row, source.label) if schema.name == "many-against-many" else ""
+    if benchmark == "rm-bench":  # its figures are by domain, whatever "source" or "subset" says
+        comparison.source = rm_bench_domain(row, source.label)
+    return EvalRow(comparison, id_, where, benchmark=benchmark)
 
 
 def response_text(messages: Sequence[Message]) -> str:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from rmega.io import refuse_pointer
 
 LISTS = ("scores", "rewards")
 PAIRS = (
@@ -56,9 +59,10 @@ class ScoreRow:
 def read_scores(path: str | Path) -> list[ScoreRow]:
     """All rows of a scores file (see the head of this file). ValueError names file and row."""
     path = Path(path)
+    refuse_pointer(path, "--scores")
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
             text = file.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"--scores {path}: not UTF-8 text ({error})") from None
@@ -78,7 +82,8 @@ def read_scores(path: str | Path) -> list[ScoreRow]:
     if isinstance(whole, list) and whole and isinstance(whole[0], (dict, list)):
         return [_row(value, f"{path}: row {i}") for i, value in enumerate(whole, 1)]
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # not splitlines: a JSON string may hold U+2028, U+0085 and the like
+    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
         if line.strip():
             value = _json(line)
             if value is None:
@@ -186,16 +191,25 @@ def _read_columns(columns: dict[str, Any], path: Path) -> list[ScoreRow]:
 
 
 def _read_table(text: str, path: Path) -> list[ScoreRow]:
-    lines = [
-        (n, line)
-        for n, line in enumerate(text.splitlines(), 1)
-        if line.strip() and not line.startswith("#")
-    ]
-    first = lines[0][1]
-    cut = next((c for c in ",\t;" if c in first), None)
-    table = [
-        (n, next(csv.reader([line], delimiter=cut)) if cut else line.split()) for n, line in lines
-    ]
+    table: list[tuple[int, list[str]]] = []
+    lines = io.StringIO(text, newline="").readlines()  # a cell in quotes keeps its line breaks
+    content = [line for line in lines if line.strip() and not line.startswith("#")]
+    if not content:
+        raise ValueError(f"--scores {path}: no rows")
+    delimiter = next((c for c in ",\t;" if c in content[0]), None)
+    if delimiter is None:
+        plain = "".join(lines).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        rows_of_cells = [(n, line.split()) for n, line in enumerate(plain, 1)]
+        table = [(n, c) for n, c in rows_of_cells if c and not c[0].startswith("#")]
+    else:
+        reader, first = csv.reader(lines, delimiter=delimiter, strict=True), 1
+        try:
+            for cells in reader:
+                if any(map(str.strip, cells)) and not cells[0].startswith("#"):
+                    table.append((first, cells))
+                first = reader.line_num + 1  # of the next row: one may take several lines
+        except csv.Error as error:
+            raise ValueError(f"--scores {path}:{first}: {error}") from None
     names: list[str] | None = None
     if not any(_is_number(cell) for cell in table[0][1]):
         names = [cell.strip().lower() for cell in table.pop(0)[1]]

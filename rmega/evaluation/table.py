@@ -131,9 +131,13 @@ def _more(j: dict[str, Any]) -> list[str]:
         ]
     if j["reward_bench"]:
         b = j["reward_bench"]
-        lines += ["", "RewardBench sections"]
-        lines += [f"  {name:<36}{number(value)}" for name, value in b["sections"].items()]
-        lines.append(f"  {'overall':<36}{number(b['overall'])}")
+        half = b["ties_half"]
+        lines += ["", f"{'RewardBench (ties wrong, as published)':<46}ties half"]
+        lines += [
+            f"  {name:<36}{number(value):<8}{number(half['sections'][name])}"
+            for name, value in b["sections"].items()
+        ]
+        lines.append(f"  {'overall':<36}{number(b['overall']):<8}{number(half['overall'])}")
         if b["missing"]:
             lines.append(f"  subsets not in the data: {', '.join(b['missing'])}")
     if j["reward_bench_2"]:
@@ -155,10 +159,13 @@ def _more(j: dict[str, Any]) -> list[str]:
             lines.append(f"  subsets not in the data: {', '.join(b['missing'])}")
     if j["rm_bench"]:
         b = j["rm_bench"]
-        lines += ["", f"{'RM-Bench':<38}  easy   normal   hard"]
+        lines += ["", f"{'RM-Bench (ties wrong, as published)':<38}  easy   normal   hard"]
         lines += [
             f"  {n:<36}{number(v['easy'])}    {number(v['normal'])}    {number(v['hard'])}"
             for n, v in [*b["domains"].items(), ("overall", b)]
         ]
-        lines.append(f"  {'average':<36}{number(b['average'])}")
+        lines.append(
+            f"  {'average':<36}{number(b['average'])}  (ties half:"
+            f" {number(b['ties_half']['average'])})"
+        )
     return lines

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rmega.io import one_line, refuse_lfs_pointer
+from rmega.io import one_line, refuse_pointer
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
 from rmega.models.hf_config import read_config
@@ -83,7 +83,7 @@ class HfFolder:
                 self.folder / f"{stem}.{suffix}.index.json",
             )
             if index.is_file():
-                refuse_lfs_pointer(index)
+                refuse_pointer(index)
                 try:
                     files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
                 except (ValueError, KeyError, TypeError):
@@ -105,7 +105,7 @@ class HfFolder:
         return list(handle.keys())
 
     def _load(self, path: Path) -> Any:
-        refuse_lfs_pointer(path)
+        refuse_pointer(path)
         if path.suffix == ".safetensors":
             from safetensors import SafetensorError, safe_open
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rmega.io import refuse_lfs_pointer
+from rmega.io import refuse_pointer
 from rmega.models.geometry import Geometry, RopeScaling
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
@@ -27,7 +27,7 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: not a Hugging Face model folder (no config.json)")
-    refuse_lfs_pointer(path)
+    refuse_pointer(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

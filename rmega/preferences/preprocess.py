@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections import deque
@@ -28,6 +29,7 @@ from rmega.preferences import dedup, sources
 from rmega.preferences.assemble import WorkFolder, finish
 from rmega.preferences.closest_schema import left_out
 from rmega.preferences.comparison import REASONS, Comparison, Parsed, Rejected
+from rmega.preferences.pairs import IMPLICIT_PROMPT
 from rmega.preferences.reader import Plan, plan_input
 from rmega.preferences.schemas import schema_named
 from rmega.preferences.tokenizer import BROKEN_UP, PairTokenizer
@@ -119,6 +121,12 @@ def preprocess(args: PreprocessArgs) -> dict[str, Any]:
             max_rejected=args.max_rejected,
         )
     _report(manifests, outputs)
+    if args.format == "auto" and manifests[0]["input"]["notes"].get(IMPLICIT_PROMPT):
+        say(
+            "warning: where the prompt ends is a guess: words with which both responses begin count"
+            " as the prompt. Name the prompt in a column of its own, or accept it with"
+            " --format strings-with-prompt"
+        )
     return manifests[0]
 
 
@@ -172,10 +180,9 @@ def _check(args: PreprocessArgs) -> None:
 
 def _announce(plans: list[Plan], tokenizer: PairTokenizer, converter: Converter) -> None:
     """Say what was recognised, with an example, before the work starts."""
-    token = tokenizer.tokenizer.convert_ids_to_tokens(tokenizer.reward_token_id)
     say(
-        f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} ids; reward token {token} "
-        f"({tokenizer.reward_token_id}), pad id {tokenizer.pad_token_id}"
+        f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} ids; {tokenizer.reading}, pad id"
+        f" {tokenizer.pad_token_id}"
     )
     shown: set[str] = set()
     for plan in plans:
@@ -242,6 +249,10 @@ _CONVERTER: Converter | None = None
 def _start_worker(converter: Converter) -> None:
     global _CONVERTER
     _CONVERTER = converter
+    # A forked worker inherits the handlers of its parent. From Python 3.12 on the pool ends the
+    # others with SIGTERM when one dies, and would wait forever for one that only takes note of it.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
 
 
 def _work(chunk: sources.Chunk) -> ChunkResult:

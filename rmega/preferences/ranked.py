@@ -152,14 +152,33 @@ def labelled(row: Row) -> Parsed:
 
 
 def arena(row: Row) -> Parsed:
-    """Chatbot Arena: two conversations and the winner; any other winner than one of them is a
-    tie."""
+    """Chatbot Arena: two conversations and the winner, model_a, model_b or a tie of some kind."""
     names = ("conversation_a", "conversation_b")
     conversations = [as_messages(field_of(row, name), name) for name in names]
-    winner = field_of(row, "winner")
+    winner = str(field_of(row, "winner")).strip().lower()
+    if winner not in ("model_a", "model_b") and not winner.startswith(("tie", "both", "neither")):
+        raise Rejected("wrong_type", f"winner is {winner[:40]!r}, not model_a, model_b or a tie")
     prompt, responses = split_prompt(conversations)
-    scores = [float(winner == f"model_{x}") for x in "ab"]
+    scores = [float(winner == name) for name in ("model_a", "model_b")]
     return Parsed(prompt=prompt, responses=responses, scores=scores, ordered=False)
+
+
+JUDGEBENCH_LABELS = {"A>B": [1.0, 0.0], "B>A": [0.0, 1.0], "A=B": [0.0, 0.0]}
+
+
+def judgebench(row: Row) -> Parsed:
+    """JudgeBench: two responses and which is the better one, "A>B" or "B>A"."""
+    label = field_of(row, "label")
+    scores = JUDGEBENCH_LABELS.get(label.replace(" ", "") if isinstance(label, str) else "")
+    if scores is None:
+        raise Rejected("wrong_type", f"label is {label!r:.40}, not one of A>B, B>A, A=B")
+    names = ("response_A", "response_B")
+    return Parsed(
+        prompt=prompt_of(row),
+        responses=[[assistant(as_text(field_of(row, name), name))] for name in names],
+        scores=list(scores),
+        ordered=False,
+    )
 
 
 def rated_rows(row: Row) -> Parsed:

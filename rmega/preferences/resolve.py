@@ -5,8 +5,13 @@ from __future__ import annotations
 import glob
 import os
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from rmega.io import refuse_pointer
+from rmega.preferences.folders import files_of_folder
 
 _KINDS = {
     ".jsonl": "lines",
@@ -19,19 +24,7 @@ _KINDS = {
     ".feather": "arrow",
 }
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-_NOT_DATA = frozenset(
-    {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
-)
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?")
-_SPLITS = {
-    "train": "train",
-    "test": "test",
-    "valid": "validation",
-    "validation": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "eval": "validation",
-}
 
 
 @dataclass(frozen=True)
@@ -55,17 +48,29 @@ class Input:
         return "line" if self.kind in ("lines", "csv") else "row"
 
 
-def resolve(specs: list[str], *, split: str | None = None, flag: str = "--input") -> list[Input]:
+def _to_stderr(note: str) -> None:
+    print(f"note: {note}", file=sys.stderr, flush=True)
+
+
+def resolve(
+    specs: list[str],
+    *,
+    split: str | None = None,
+    flag: str = "--input",
+    note: Callable[[str], None] = _to_stderr,
+) -> list[Input]:
     """Paths, globs, folders, hub names (``[modelscope:]org/name[:config][@revision]``) -> inputs,
-    in order."""
-    return [source for spec in specs for source in _resolve_one(spec, split, flag)]
+    in order. ``note`` is told what was left out of a folder."""
+    return [source for spec in specs for source in _resolve_one(spec, split, flag, note)]
 
 
-def _resolve_one(spec: str, split: str | None, flag: str) -> list[Input]:
+def _resolve_one(
+    spec: str, split: str | None, flag: str, note: Callable[[str], None]
+) -> list[Input]:
     if spec.startswith("modelscope:"):
         return [_hub_input(spec.removeprefix("modelscope:"), "modelscope", split)]
     if os.path.isdir(spec):
-        paths = _files_of_folder(spec, split, flag)
+        paths = files_of_folder(spec, split, flag, _is_data, note)
     elif os.path.exists(spec):
         paths = [spec]
     elif glob.has_magic(spec):
@@ -100,6 +105,7 @@ def _file_input(path: str, flag: str) -> Input:
     num_bytes = os.path.getsize(path)
     if num_bytes == 0:
         raise ValueError(f"{flag} {path}: the file is empty")
+    refuse_pointer(path, flag)
     return Input(
         name=path,
         label=os.path.basename(stem),
@@ -109,30 +115,9 @@ def _file_input(path: str, flag: str) -> Input:
     )
 
 
-def _files_of_folder(folder: str, split: str | None, flag: str) -> list[str]:
-    paths = sorted(str(p) for p in Path(folder).rglob("*") if p.is_file() and _is_data(p))
-    by_split: dict[str, list[str]] = {}
-    for path in paths:
-        words = re.split(r"[^a-z]+", os.path.relpath(path, folder).lower())
-        by_split.setdefault(next((_SPLITS[w] for w in words if w in _SPLITS), ""), []).append(path)
-    if split is not None and any(by_split):
-        paths = by_split.get(_SPLITS.get(split, split), [])
-    elif len(by_split.keys() - {""}) > 1:
-        raise ValueError(
-            f"{flag} {folder}: holds several splits ({', '.join(sorted(by_split.keys() - {''}))}); "
-            "choose one with --split, or name the files"
-        )
-    if not paths:
-        raise ValueError(
-            f"{flag} {folder}: no data file in this"
-            f" folder{f' for --split {split}' if split else ''}"
-        )
-    return paths
-
-
 def _is_data(path: Path) -> bool:
     suffixes = [s.lower() for s in path.suffixes[-2:]]
-    if path.name in _NOT_DATA or path.name.startswith(".") or not suffixes:
+    if not suffixes:
         return False
     return suffixes[-1] in _KINDS or (
         len(suffixes) == 2 and suffixes[1] in _COMPRESSIONS and suffixes[0] in _KINDS

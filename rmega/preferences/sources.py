@@ -12,14 +12,13 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 from rmega.hub import one_line_for_retries
-from rmega.io import checksum, one_line, refuse_lfs_pointer
+from rmega.io import checksum, one_line
 from rmega.preferences.chunks import CHUNK_BYTES, CHUNK_ROWS, MAX_ROW_BYTES, Chunk, Item
 from rmega.preferences.comparison import Rejected
 from rmega.preferences.resolve import Input, resolve
@@ -60,13 +59,10 @@ def read_chunks(source: Input, index: int, hashes: dict[str, str] | None = None)
     elif source.kind == "modelscope":
         yield from _modelscope_chunks(source, index)
     elif source.kind in ("parquet", "arrow"):
-        refuse_lfs_pointer(Path(source.name))
         yield from arrow_chunks(source, index)
         if hashes is not None:
             hashes[source.name] = checksum(source.name)
     else:
-        if os.path.isfile(source.name):  # not standard input
-            refuse_lfs_pointer(Path(source.name))
         raw = HashingFile(source.name)
         buffered = io.BufferedReader(raw, 1 << 18)
         try:
@@ -102,23 +98,39 @@ def _stream_chunks(source: Input, index: int, raw: HashingFile, buffered: Any) -
 
 
 def _line_chunks(source: Input, index: int, stream: Any) -> Iterator[Chunk]:
-    line, rest, first = 1, b"", True
+    line, rest = 1, b""
+    block = stream.read(CHUNK_BYTES).removeprefix(b"\xef\xbb\xbf")
+    if source.kind == "lines" and _is_one_value(block):
+        yield from _json_chunks(source, index, io.BytesIO(block + stream.read()))
+        return
     while True:
-        block = stream.read(CHUNK_BYTES)
-        if first:
-            block, first = block.removeprefix(b"\xef\xbb\xbf"), False
         end = block.rfind(b"\n") + 1
         if end == 0 and block:
             if len(rest) <= MAX_ROW_BYTES:
                 rest += block  # else the row is rejected as too large; its end is enough of it
-            continue
-        data = rest + (block[:end] if block else b"")
-        rest = block[end:]
-        if data:
-            yield Chunk(index, line, data, len(data))
-            line += data.count(b"\n")
-        if not block:
-            return
+        else:
+            data = rest + block[:end]
+            rest = block[end:]
+            if data:
+                yield Chunk(index, line, data, len(data))
+                line += data.count(b"\n")
+            if not block:
+                return
+        block = stream.read(CHUNK_BYTES)
+
+
+def _is_one_value(block: bytes) -> bool:
+    """Whether a file under the name of JSON lines begins like one list, or one object over several
+    lines; or is an object of columns."""
+    first, _, rest = block.lstrip().partition(b"\n")
+    if first.startswith(b"[") or first.strip() == b"{":
+        return True
+    if not first.startswith(b"{") or rest.strip() or len(block) >= CHUNK_BYTES:
+        return False
+    try:
+        return isinstance(rows_of(json.loads(first)), list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _json_chunks(source: Input, index: int, stream: Any) -> Iterator[Chunk]:
@@ -126,28 +138,67 @@ def _json_chunks(source: Input, index: int, stream: Any) -> Iterator[Chunk]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if source.kind == "lines":
+            yield from _line_chunks(_as_lines(source), index, io.BytesIO(data))
+            return
         raise ValueError(f"{source.name}: byte {error.start} is not UTF-8") from None
     try:
         value = json.loads(text)
     except RecursionError:
+        if source.kind == "lines":
+            yield from _line_chunks(_as_lines(source), index, io.BytesIO(data))
+            return
         raise ValueError(f"{source.name}: nested too deeply to be read") from None
     except ValueError as error:
-        if _is_json_object(text.lstrip().split("\n", 1)[0]):  # JSON lines under the name of JSON
-            yield from _line_chunks(source, index, io.BytesIO(data))
+        # JSON lines under the name of JSON
+        if source.kind == "lines" or _is_json_object(text.lstrip().split("\n", 1)[0]):
+            yield from _line_chunks(_as_lines(source), index, io.BytesIO(data))
             return
         line = getattr(error, "lineno", 0)
         raise ValueError(f"{source.name}:{line}: broken JSON ({one_line(error)})") from None
-    if isinstance(value, dict):
-        lists = [
-            v
-            for v in value.values()
-            if isinstance(v, list) and v and all(isinstance(r, dict) for r in v)
-        ]
-        known = {"chosen", "rejected", "responses", "conversations", "answers", "prompt"}
-        value = lists[0] if len(lists) == 1 and known.isdisjoint(value) else [value]
-    if not isinstance(value, list) or not value:
+    rows = value if isinstance(value, list) else rows_of(value)
+    if rows is None and isinstance(value, dict):
+        rows = [value]
+    if not rows:
         raise ValueError(f"{source.name}: no rows: expected a list of objects")
-    yield from _item_chunks(index, value, len(data) // len(value))
+    yield from _item_chunks(index, rows, len(data) // len(rows))
+
+
+def _as_lines(source: Input) -> Input:
+    """The input with lines that are certainly such, as `_line_chunks` need not ask again."""
+    return replace(source, kind="json")
+
+
+def rows_of(value: Any) -> list[Any] | None:
+    """The rows of an object that holds them: as its one list of objects, by column (also as pandas
+    writes them, and its index and split forms); None of an object that is a row itself."""
+    if not isinstance(value, dict) or not value:
+        return None
+    columns = list(value.values())
+    lists = [v for v in columns if isinstance(v, list) and v and all(map(_is_object, v))]
+    if len(lists) == 1 and _ROW_COLUMNS.isdisjoint(value):
+        return lists[0]
+    if value.keys() >= {"columns", "data"} and isinstance(value["data"], list):
+        if all(isinstance(row, list) for row in value["data"]):
+            return [dict(zip(value["columns"], row, strict=False)) for row in value["data"]]
+    if all(map(_is_object, columns)) and columns[0]:
+        if all(str(key).isdecimal() for key in value):
+            return columns
+        numbers = columns[0].keys()
+        if all(str(n).isdecimal() for n in numbers) and all(c.keys() == numbers for c in columns):
+            columns = [list(column.values()) for column in columns]
+    sizes = {len(column) if isinstance(column, list) else -1 for column in columns}
+    objects = any(isinstance(c, list) and c and _is_object(c[0]) for c in columns)
+    if len(columns) > 1 and len(sizes) == 1 and min(sizes) > 0 and not objects:
+        return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+    return None
+
+
+_ROW_COLUMNS = frozenset({"chosen", "rejected", "responses", "conversations", "answers", "prompt"})
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def _is_json_object(text: str) -> bool:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import csv
 import io
-import json
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +15,8 @@ from rmega.preferences.resolve import Input
 
 
 def csv_chunks(source: Input, index: int, stream: Any) -> Iterator[Chunk]:
-    """Rows of a CSV (or TSV) file, numbered by the line they begin on."""
+    """Rows of a CSV (or TSV) file, numbered by the line they begin on. Cells are texts (see
+    written.py), an empty one is null."""
     csv.field_size_limit(MAX_ROW_BYTES)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     tab = ".tsv" in os.path.basename(source.name).lower()
@@ -52,29 +51,7 @@ def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any] | Rejected:
         "\udc80" <= c <= "\udcff" for cell in cells for c in (cell if not cell.isascii() else "")
     ):
         return Rejected("not_utf8")
-    return {name: _csv_cell(name, cell) for name, cell in zip(header, cells, strict=True)}
-
-
-def _csv_cell(name: str, cell: str) -> Any:
-    """Text, null for nothing, or the list that a JSON (or Python) text of messages, responses or
-    scores stands for."""
-    if not cell:
-        return None
-    if cell[0] not in "[{":
-        return cell
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            value = parse(cell)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        listed = isinstance(value, list) and value
-        if listed and (
-            isinstance(value[0], dict)
-            or name not in ("prompt", "chosen", "rejected", "instruction")
-        ):
-            return value
-        return value if isinstance(value, dict) and ("role" in value or "from" in value) else cell
-    return cell
+    return {name: cell or None for name, cell in zip(header, cells, strict=True)}
 
 
 def arrow_chunks(source: Input, index: int) -> Iterator[Chunk]:

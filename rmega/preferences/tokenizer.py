@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from rmega.data.fingerprint import PROBES, TEMPLATE_DATE, own_template, tokenizer_fingerprint
+from rmega.data.fingerprint import PROBES, TEMPLATE_DATE, given_template, tokenizer_fingerprint
 from rmega.hub import load_tokenizer, recorded_reward_token, recorded_vocab_size, resolve_model
 from rmega.io import one_line
 from rmega.preferences.chat_template import CHECK_EVERY, DEFAULT_TEMPLATE, ChatTemplate
@@ -107,7 +107,7 @@ class PairTokenizer:
         self._trust_remote_code = False
         self.messages: list[str] = []
         """What the user should know, a line each."""
-        source = chat_template or own_template(tokenizer)
+        source = chat_template or given_template(tokenizer)
         if source is None:
             source = DEFAULT_TEMPLATE
             self.messages.append(

@@ -74,6 +74,7 @@ def _section(
     sub = f"{name}: {j['num_comparisons']:,} comparisons, {j['num_pairs']:,} pairs" + (
         f"; {left:,} rows could not be used" if left else ""
     )
+    sub += "".join(f"; {n:,} responses: {note}" for note, n in sorted(j.get("notes", {}).items()))
     out.append(
         f'<p class="sub">{page.escape(sub)}</p>\n'
         if alone

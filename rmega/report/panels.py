@@ -262,10 +262,11 @@ def tables(j: dict[str, Any]) -> str:
         )
     if j["reward_bench"]:
         b = j["reward_bench"]
-        rows = [[n, percent(v)] for n, v in b["sections"].items()] + [
-            ["overall", percent(b["overall"])]
-        ]
-        out.append(page.table(["RewardBench section", "accuracy"], rows))
+        half = b["ties_half"]
+        rows = [[n, percent(v), percent(half["sections"][n])] for n, v in b["sections"].items()]
+        rows.append(["overall", percent(b["overall"]), percent(half["overall"])])
+        head = ["RewardBench section", "ties wrong (as published)", "ties half"]
+        out.append(page.table(head, rows))
         if b["missing"]:
             out.append(
                 f'<p class="sub">Not in the data: {page.escape(", ".join(b["missing"]))}</p>\n'
@@ -315,12 +316,16 @@ def tables(j: dict[str, Any]) -> str:
         b = j["rm_bench"]
         out.append(
             page.table(
-                ["RM-Bench", "easy", "normal", "hard"],
+                ["RM-Bench (ties wrong, as published)", "easy", "normal", "hard"],
                 [
                     [n, *(percent(v[k]) for k in ("easy", "normal", "hard"))]
                     for n, v in [
                         *b["domains"].items(),
                         (f"overall (average {percent(b['average'])})", b),
+                        (
+                            f"ties half (average {percent(b['ties_half']['average'])})",
+                            b["ties_half"],
+                        ),
                     ]
                 ],
             )

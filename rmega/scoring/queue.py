@@ -6,13 +6,18 @@ of their arrival, so a small request waits for one pack at most, also behind a l
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
+
+
+class Abandoned(Exception):
+    """The server stops before this request was scored."""
 
 
 class Job:
@@ -34,8 +39,10 @@ class Job:
         self._end(lambda: self.future.set_exception(error))
 
     def _end(self, set_it: Callable[[], None]) -> None:
-        if not self.future.done() and not self.future.cancelled():
-            set_it()
+        # a client that left cancels it, and a server that stops fails it, in other threads
+        if not self.future.done():
+            with contextlib.suppress(InvalidStateError):
+                set_it()
 
 
 class ScoringQueue:
@@ -51,7 +58,10 @@ class ScoringQueue:
         self._on_failure: Callable[[], None] | None = None
         self._waiting: deque[tuple[Job, int, Sequence[int]]] = deque()
         self._change = threading.Condition()
+        self._batch: list[tuple[Job, int, Sequence[int]]] = []
         self._closing = False
+        self.abandoned = False
+        """Whether requests were given up because the server had to stop."""
         self._scorer: Any = None
         self.failure: Exception | None = None
         """Why the model could not be loaded."""
@@ -83,7 +93,7 @@ class ScoringQueue:
             return job.future
         with self._change:
             if self._closing:
-                raise RuntimeError("the queue is closed")
+                raise Abandoned
             self._waiting.extend((job, i, s) for i, s in enumerate(sequences))
             self.waiting_tokens += sum(map(len, sequences))
             self._change.notify()
@@ -96,6 +106,18 @@ class ScoringQueue:
         return max(
             1, min(600, math.ceil(self.waiting_tokens * self.busy_seconds / self.num_tokens))
         )
+
+    def abandon(self) -> None:
+        """Fail every request that has not been scored with ``Abandoned``; from any thread."""
+        with self._change:
+            self._closing = True
+            jobs = {id(job): job for job, _, _ in [*self._batch, *self._waiting]}
+            self._waiting.clear()
+            self.waiting_tokens = 0
+            self.abandoned = True
+            self._change.notify()
+        for job in jobs.values():
+            job.fail(Abandoned())
 
     def close(self) -> None:
         """Score what waits, then end the thread."""
@@ -135,6 +157,7 @@ class ScoringQueue:
                 batch.append(self._waiting.popleft())
                 tokens += len(batch[-1][2])
             self.waiting_tokens -= tokens
+            self._batch = batch
             return batch
 
     def _score(self, batch: list[tuple[Job, int, Sequence[int]]]) -> None:

@@ -2,22 +2,25 @@
 limits.
 
 Needs the extra ``serve`` (fastapi, uvicorn). Errors are JSON: ``{"error": "..."}`` with 400 (no
-JSON), 401 (key), 404, 405, 408 (body too slow), 413 (body too large), 422 (content), 429 (queue
-full) or 503 (loading or stopping), the last two with Retry-After.
+JSON), 401 (key), 404, 405, 408 (body too slow), 413 (body too large, or of too many values), 422
+(content), 429 (queue full) or 503 (loading or stopping), the last two with Retry-After.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import hmac
 import json
 import os
 import signal
 import socket
 import sys
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -27,10 +30,19 @@ from starlette.requests import ClientDisconnect
 import rmega
 from rmega.preferences.comparison import Rejected
 from rmega.preferences.scorable import Conversation, scorable
-from rmega.scoring.queue import ScoringQueue
+from rmega.scoring.connections import (
+    MIN_VALUES,
+    VALUES_PER_CONVERSATION,
+    ConnectionPool,
+    ValueCounter,
+)
+from rmega.scoring.queue import Abandoned, ScoringQueue
+
+T = TypeVar("T")
 
 MAX_CHARS_PER_TOKEN = 256  # of any text; spares the tokenizer a body full of one word
 MAX_BODIES = 8  # bodies of the largest size that may be arriving at once
+ENCODED_AT_ONCE = 32  # conversations, so that a small request does not wait for a large one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,19 +100,8 @@ class RewardService:
         its reward is that of the same conversation at ``/score``. ``prompts`` and ``labels`` are
         not needed for it.
         """
-        body = await self._body(request)
-        queries = body.get("query")
-        if isinstance(queries, str):
-            queries = [queries]
-        if not isinstance(queries, list):
-            raise Problem(422, 'query: a list of texts is needed, {"query": ["..."]}')
-        for i, text in enumerate(queries):
-            if not isinstance(text, str) or not text:
-                what = "an empty text" if text == "" else f"{type(text).__name__}, no text"
-                raise Problem(422, f"query[{i}]: {what}")
-        for name in ("prompts", "labels"):
-            if isinstance(body.get(name), list) and len(body[name]) != len(queries):
-                raise Problem(422, f"{name}: {len(body[name])} for {len(queries)} texts in query")
+        data = await self._body(request)
+        queries = await self._in_thread(lambda: _queries(_json_object(data)))
         rewards, num_tokens, cut = await self._score(queries, None, "query[{}]", 0)
         logs = {"num_tokens": [float(n) for n in num_tokens], "cut": [float(c) for c in cut]}
         return JSONResponse({"rewards": rewards, "scores": rewards, "extra_logs": logs})
@@ -108,13 +109,8 @@ class RewardService:
     async def score(self, request: Request) -> JSONResponse:
         """``{"conversations": [[message, ...], ...]}`` (or any form of row that tools/score.py
         takes) -> rewards."""
-        body = await self._body(request)
-        try:
-            conversations, _, tools = (
-                ([], False, None) if body.get("conversations") == [] else scorable(body)
-            )
-        except Rejected as error:
-            raise Problem(422, str(error)) from None
+        data = await self._body(request)
+        conversations, tools = await self._in_thread(lambda: _conversations(_json_object(data)))
         rewards, num_tokens, cut = await self._score(conversations, tools, "conversation {}", 1)
         answer: dict[str, Any] = {"rewards": rewards, "num_tokens": num_tokens}
         if any(cut):
@@ -174,8 +170,12 @@ class RewardService:
         if not hmac.compare_digest(given.encode("utf-8", "replace"), self._api_key.encode()):
             raise Problem(401, "a key is needed: Authorization: Bearer KEY, or X-API-Key: KEY")
 
-    async def _body(self, request: Request) -> dict[str, Any]:
-        """The JSON object of a request, read no further than the limit."""
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        """``function()`` in the thread that makes tokens, so that the event loop stays free."""
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, function)
+
+    async def _body(self, request: Request) -> bytes:
+        """The body of a request, read no further than the limits on bytes and JSON values."""
         self.num_requests += 1
         self._check_key(request)
         self._scorer()
@@ -184,7 +184,8 @@ class RewardService:
         length = request.headers.get("content-length", "")
         if length.isdigit() and int(length) > limit:
             raise too_large
-        data = bytearray()
+        data, values = bytearray(), ValueCounter()
+        most_values = max(MIN_VALUES, VALUES_PER_CONVERSATION * self.limits.max_conversations)
 
         async def read() -> None:
             async for part in request.stream():
@@ -192,6 +193,12 @@ class RewardService:
                 self.buffered += len(part)
                 if len(data) > limit:
                     raise too_large
+                if values.add(part) > most_values:
+                    raise Problem(
+                        413,
+                        f"the body has more than {most_values:,} JSON values; a request may have"
+                        f" {self.limits.max_conversations:,} conversations",
+                    )
                 if self.buffered > MAX_BODIES * limit:
                     raise Problem(
                         503, "too many large requests at once", self.queue.seconds_to_wait()
@@ -207,19 +214,7 @@ class RewardService:
             raise Problem(400, "the client left") from None
         finally:
             self.buffered -= len(data)
-        try:
-            body = json.loads(data.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise Problem(400, f"the body is not UTF-8 (byte {error.start + 1})") from None
-        except RecursionError:
-            raise Problem(400, "the body is nested too deeply") from None
-        except ValueError as error:
-            raise Problem(
-                400, f"the body is not JSON: {error}" if data else "no body: JSON is needed"
-            ) from None
-        if not isinstance(body, dict):
-            raise Problem(422, f"a JSON object is needed, not {type(body).__name__}")
-        return body
+        return bytes(data)
 
     async def _score(
         self, conversations: list[Conversation], tools: list[Any] | None, label: str, first: int
@@ -241,13 +236,21 @@ class RewardService:
         scorer = self._scorer()
         self.in_flight += count
         try:
-            names = [label.format(i) for i in range(first, first + count)]
-            sequences, cut = await asyncio.get_running_loop().run_in_executor(
-                self._encoder, self._encode, scorer, conversations, tools, names
-            )
+            sequences: list[list[int]] = []
+            cut: list[bool] = []
+            for start in range(0, count, ENCODED_AT_ONCE):
+                part = conversations[start : start + ENCODED_AT_ONCE]
+                names = [label.format(first + start + i) for i in range(len(part))]
+                encoded = await self._in_thread(
+                    functools.partial(self._encode, scorer, part, tools, names)
+                )
+                sequences += encoded[0]
+                cut += encoded[1]
             rewards = await asyncio.wrap_future(self.queue.submit(sequences))
         except (Problem, asyncio.CancelledError):
             raise
+        except Abandoned:
+            raise Problem(503, "the server is stopping", 5) from None
         except Exception as error:  # of the model: this request fails, the server goes on
             print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             raise Problem(500, f"scoring failed: {type(error).__name__}") from None
@@ -266,11 +269,14 @@ class RewardService:
         sequences, cut = [], []
         for name, conversation in zip(names, conversations, strict=True):
             notes: list[str] = []
-            size = (
-                len(conversation)
-                if isinstance(conversation, str)
-                else sum(len(m["content"]) for m in conversation)
-            )
+            try:  # all that may reach the template counts: tool calls and further fields, too
+                size = (
+                    len(conversation)
+                    if isinstance(conversation, str)
+                    else len(json.dumps([conversation, tools or []], ensure_ascii=False))
+                )
+            except RecursionError:
+                raise Problem(422, f"{name}: nested too deeply") from None
             if size > limit * MAX_CHARS_PER_TOKEN:
                 raise Problem(
                     422, f"{name}: {size:,} characters are too long to be {limit:,} tokens"
@@ -281,11 +287,10 @@ class RewardService:
                 )
             except ValueError as error:
                 raise Problem(422, f"{name}: {error}") from None
-            except (
-                TypeError,
-                KeyError,
-                AttributeError,
-            ) as error:  # messages with odd further fields
+            except RecursionError:
+                raise Problem(422, f"{name}: nested too deeply for the chat template") from None
+            except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
+                # messages with odd further fields
                 raise Problem(
                     422, f"{name}: cannot be put into the chat template ({error})"
                 ) from None
@@ -301,8 +306,54 @@ class RewardService:
         self.queue.close()
 
 
+def _json_object(data: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise Problem(400, f"the body is not UTF-8 (byte {error.start + 1})") from None
+    except RecursionError:
+        raise Problem(400, "the body is nested too deeply") from None
+    except ValueError as error:
+        raise Problem(
+            400, f"the body is not JSON: {error}" if data else "no body: JSON is needed"
+        ) from None
+    if not isinstance(body, dict):
+        raise Problem(422, f"a JSON object is needed, not {type(body).__name__}")
+    return body
+
+
+def _queries(body: dict[str, Any]) -> list[str]:
+    """The texts of OpenRLHF's request."""
+    queries = body.get("query")
+    if isinstance(queries, str):
+        queries = [queries]
+    if not isinstance(queries, list):
+        raise Problem(422, 'query: a list of texts is needed, {"query": ["..."]}')
+    for i, text in enumerate(queries):
+        if not isinstance(text, str) or not text:
+            what = "an empty text" if text == "" else f"{type(text).__name__}, no text"
+            raise Problem(422, f"query[{i}]: {what}")
+    for name in ("prompts", "labels"):
+        if isinstance(body.get(name), list) and len(body[name]) != len(queries):
+            raise Problem(422, f"{name}: {len(body[name])} for {len(queries)} texts in query")
+    return queries
+
+
+def _conversations(body: dict[str, Any]) -> tuple[list[Conversation], list[Any] | None]:
+    """The conversations of a row in any form, and the tools that they share."""
+    if body.get("conversations") == []:
+        return [], None
+    try:
+        conversations, _, tools = scorable(body)
+    except Rejected as error:
+        raise Problem(422, str(error)) from None
+    except RecursionError:
+        raise Problem(422, "the row is nested too deeply") from None
+    return conversations, tools
+
+
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; ValueError that names the flag where the address or port is not to be had."""
+    """A listening socket; ValueError that names the flag where the address or port is not free."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
@@ -311,6 +362,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
+        sock.listen(2048)  # who comes before uvicorn accepts waits, is not refused
     except (OSError, OverflowError) as error:
         sock.close()
         raise ValueError(
@@ -319,33 +371,58 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
-def run(server: Any, service: RewardService, sockets: list[socket.socket]) -> None:
-    """Load the model and serve (``server`` is uvicorn's) until SIGTERM or SIGINT; then answer what
-    was taken.
+def run(
+    server: Any,
+    service: RewardService,
+    sockets: list[socket.socket],
+    pool: ConnectionPool,
+    *,
+    stop_seconds: float,
+) -> bool:
+    """Load the model and serve (``server`` is uvicorn's) until SIGTERM or SIGINT.
 
-    Raises what the loading of the model raised.
+    Requests that were taken have ``stop_seconds`` to be scored; then they are answered with 503,
+    and connections that are still open are dropped. Returns whether all threads have ended; the
+    caller has to leave by ``os._exit`` where they have not. Raises what the loading of the model
+    raised.
     """
 
     def stop(*_: Any) -> None:
-        service.stopping = server.should_exit = True
+        server.should_exit = True
+        if not service.stopping:
+            service.stopping = True
+            for seconds, action in (
+                (stop_seconds, service.queue.abandon),
+                (stop_seconds + 0.5, pool.close_all),
+                (stop_seconds + 1.5, lambda: os._exit(1)),  # whatever holds the process up
+            ):
+                timer = threading.Timer(seconds, action)
+                timer.daemon = True
+                timer.start()
+                timers.append(timer)
 
     # uvicorn puts its own handlers in their place while it runs, and raises the signal again when
     # it has stopped: that one must not end the program with the signal's exit code.
+    timers: list[threading.Timer] = []
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    given = server.handle_exit
-    server.handle_exit = lambda *args: (setattr(service, "stopping", True), given(*args))
+    handle_exit = server.handle_exit
+    server.handle_exit = lambda *args: (stop(), handle_exit(*args))
     service.queue.start(on_failure=stop)
     server.run(sockets)
     for number, handler in before.items():
         signal.signal(number, handler)
+    finished = service.queue.scorer is not None and not service.queue.abandoned
+    if service.queue.failure or finished:
+        for timer in timers:
+            timer.cancel()
     if service.queue.failure:
         raise service.queue.failure
-    if (
-        server.force_exit or service.queue.scorer is None
-    ):  # asked twice, or a model that is still being read
+    if server.force_exit:  # asked twice
         sys.stdout.flush()
-        os._exit(1 if server.force_exit else 0)
-    service.close()
+        os._exit(1)
+    if finished:
+        service.close()
+    return finished
 
 
 def make_app(service: RewardService) -> FastAPI:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from rmega.config import TrainingConfig
 from rmega.distributed import log, rank
+from rmega.io import write_durably
 
 # The columns of a training line, in order, and how each is printed.
 COLUMNS = {
@@ -121,16 +123,27 @@ class MetricsLog:
         if wandb_project:
             self._wandb = _wandb_run(wandb_project, run, resumed_at, config)
 
+    @classmethod
+    def of(cls, config: TrainingConfig, *, resumed_at: int | None) -> MetricsLog:
+        """That of a run with these flags."""
+        return cls(
+            config.checkpoint.save,
+            resumed_at=resumed_at,
+            tensorboard=config.train.tensorboard,
+            wandb_project=config.train.wandb_project,
+            config=config.as_dict(),
+        )
+
     def row(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one row {"type": kind, "step": step, ...}."""
         if rank() != 0:
             return
         if self._file:
             try:
-                self._file.write(json.dumps({"type": kind, "step": step, **values}) + "\n")
+                self._file.write(json.dumps(_no_nan({"type": kind, "step": step, **values})) + "\n")
                 self._file.flush()
             except OSError as error:  # a full disk, say: the row stays in the buffer and is tried again with the next
-                log(f"warning: metrics.jsonl: {error}; training goes on")
+                log(f"warning: metrics.jsonl: {error}; training continues")
         name = f"{kind}/{values['name']}" if "name" in values else kind
         numbers = {f"{name}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
         if self._board:
@@ -155,7 +168,7 @@ class MetricsLog:
             log(
                 f"warning: {name}:"
                 f" {str(error).splitlines()[0] if str(error) else type(error).__name__}; off from"
-                " here on, training goes on"
+                " here on, training continues"
             )
             return None
 
@@ -171,6 +184,15 @@ class MetricsLog:
         if self._wandb:
             self._kept(self._wandb, "wandb", lambda run: run.finish())
         self._file = self._board = self._wandb = None
+
+
+def _no_nan(value: Any) -> Any:
+    """nan and infinity as null, because JSON has neither."""
+    if isinstance(value, Mapping):
+        return {key: _no_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_no_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _board(folder: Path, resumed_at: int | None, *, named: bool) -> Any:
@@ -228,6 +250,4 @@ def _drop_rows_after(path: Path, step: int | None) -> None:
         if step is None
         else [line for line in path.read_text(encoding="utf-8").splitlines() if stays(line)]
     )
-    new = path.with_suffix(".partial")
-    new.write_text("".join(f"{line}\n" for line in rows), encoding="utf-8")
-    os.replace(new, path)
+    write_durably(path, "".join(f"{line}\n" for line in rows))

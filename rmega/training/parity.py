@@ -23,7 +23,6 @@ from rmega.config import (
     TrainArgs,
     TrainingConfig,
 )
-from rmega.data.balance import CostModel
 from rmega.data.batching import Batcher
 from rmega.models.hf import load_hf, read_geometry, rule_name
 from rmega.models.weights import WeightRule
@@ -158,17 +157,12 @@ def make_batcher(
     config: TrainingConfig, dataset, geometry, *, replicas: int | None = None
 ) -> Batcher:
     """The batcher of this rank."""
-    return Batcher(
+    return Batcher.of(
+        config,
         dataset,
-        global_batch_size=config.train.global_batch_size,
-        max_tokens=config.data.max_tokens_per_microbatch,
-        seed=config.train.seed,
-        cost=CostModel.of(geometry),
+        geometry,
         num_ranks=parallel_state.get_data_parallel_world_size(),
         rank=parallel_state.get_data_parallel_rank(),
-        share_prefix=config.data.share_prefix,
-        token_multiple=config.token_multiple,
-        microbatch_multiple=config.microbatch_multiple,
     )
 
 

@@ -159,23 +159,12 @@ def plan_step(
 ) -> StepPlan:
     """Look at the first ``steps`` global batches of the data, dealt out as a run would; reads
     lengths only."""
-    from rmega.data.balance import CostModel
     from rmega.data.batching import Batcher, Mixture
 
     p, c = config.parallel, config
     dataset = Mixture.open(c.data.data_path, seed=c.train.seed)
-    cost = CostModel.of(geometry)
     vpp = p.virtual_pipeline_model_parallel_size
-    batcher = Batcher(
-        dataset,
-        global_batch_size=c.train.global_batch_size,
-        max_tokens=c.data.max_tokens_per_microbatch,
-        seed=c.train.seed,
-        cost=cost,
-        num_ranks=replicas,
-        share_prefix=c.data.share_prefix,
-        microbatch_multiple=p.pipeline_model_parallel_size if vpp else 1,
-    )
+    batcher = Batcher.of(c, dataset, geometry, num_ranks=replicas)
     tokens = microbatches = largest = 0
     imbalance = 0.0
     for step in range(steps):
@@ -183,17 +172,11 @@ def plan_step(
         for bins in batcher.plan(batcher.documents(step * c.train.global_batch_size)):
             load = 0.0
             for documents in bins:
-                lengths = [batcher.lengths(number) for number in documents]
-                own = sum(
-                    (
-                        prefix + sum(suffixes)
-                        if batcher.share_prefix
-                        else sum(prefix + s for s in suffixes)
-                    )
-                    for prefix, suffixes in lengths
-                )
+                sizes = [batcher.size(number) for number in documents]
+                own = sum(size for size, _ in sizes)
+                own += -own % batcher.token_multiple
                 tokens, largest = tokens + own, max(largest, own)
-                load += sum(cost(prefix, suffixes) for prefix, suffixes in lengths)
+                load += sum(cost for _, cost in sizes)
             loads.append(load)
             microbatches += len(bins)
         imbalance += max(loads) * len(loads) / max(sum(loads), 1e-9)

@@ -18,6 +18,7 @@ from rmega import distributed
 from rmega.checkpointing import run_folder
 from rmega.checkpointing.find import find
 from rmega.config import TrainingConfig
+from rmega.data import integrity
 from rmega.data.fingerprint import is_tokenizer_of, tokenizer_fingerprint
 from rmega.distributed import log
 from rmega.evaluation.files import eval_rows
@@ -82,7 +83,9 @@ def check_dataset(flag: str, dataset, first, geometry: Geometry, folder: Path) -
             f" {manifest['vocab_size']} ids; the vocabulary of the model {folder} ends before"
             f" {geometry.vocab_size}"
         )
-    for field in ("tokenizer_fingerprint", "reward_token_id"):
+    for field in ("tokenizer_fingerprint", "reward_token_id", "template_hash"):
+        if field == "template_hash" and not (manifest.get(field) and first.manifest.get(field)):
+            continue  # of an earlier version
         if manifest[field] != first.manifest[field] and not (
             field == "tokenizer_fingerprint" and _same_but_for_pad(manifest, first.manifest, folder)
         ):
@@ -131,6 +134,33 @@ def check_reward_token(dataset, folder: Path) -> None:
         f" {name('none' if token is None else str(token))}; tools/preprocess_pref.py --tokenizer"
         f" {folder} --reward-token {recorded} writes data for it"
     )
+
+
+def check_content(flag: str, dataset) -> None:
+    """The files of a dataset must be those that were written; every rank reads its share."""
+    import torch.distributed as dist
+
+    problems: list[str | None] = [None] * dist.get_world_size()
+    share = (dist.get_rank(), dist.get_world_size())
+    dist.all_gather_object(problems, integrity.damage(dataset, share=share))
+    if problem := next((p for p in problems if p), None):
+        raise ValueError(f"{flag} {problem}")
+
+
+def check_margins(mixture) -> None:
+    """``--use-margin`` needs ratings; how many comparisons have none is reported."""
+    graded = [d.scores[d.document_indices[:-1]] == 1 for d in mixture.datasets]
+    if not any(part.any() for part in graded):
+        raise ValueError(
+            f"--use-margin: no comparison of {', '.join(d.prefix for d in mixture.datasets)} has"
+            " ratings, whose difference is the margin"
+        )
+    for dataset, part in zip(mixture.datasets, graded, strict=True):
+        if missing := int((~part).sum()):
+            log(
+                f"warning: --use-margin: {missing:,} of {len(part):,} comparisons of"
+                f" {dataset.prefix} have no ratings: their margin is 0"
+            )
 
 
 def check_positions(flag: str, dataset, geometry: Geometry) -> None:

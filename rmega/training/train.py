@@ -458,9 +458,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """``rmega.evaluation.results.evaluate`` of a held-out set, with "reward_mean" and "reward_std"
     over all its responses; the same on every rank. ``num_probed`` comparisons are
-    scored again in other forms.
+    scored again in other forms. Where rewards are not finite, only {"not_finite": how many,
+    "num_rewards": of how many}.
     """
     rewards = compute_rewards(wrapped, batcher, device, progress)
+    if not_finite := int((~np.isfinite(rewards)).sum()):
+        return {"not_finite": not_finite, "num_rewards": len(rewards)}
     items = results.stored_items(batcher.dataset, rewards)
 
     def score(view: View) -> np.ndarray:

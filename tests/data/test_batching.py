@@ -347,3 +347,29 @@ def test_balance_and_fill_on_lengths_of_texts(name: str, prefixes: dict[str, str
     assert (
         np.median(seconds) < 0.02
     )  # measured 1 to 2 ms; room for a machine that does other things
+
+
+def test_a_batcher_of_a_configuration(tmp_path: Path) -> None:
+    """The plan, the run and the comparison of layouts take every setting of the configuration."""
+    from rmega.config import DataArgs, ModelArgs, ParallelArgs, TrainArgs, TrainingConfig
+
+    config = TrainingConfig(
+        model=ModelArgs(hf_model="x"),
+        data=DataArgs(data_path=("x",), max_tokens_per_microbatch=300),
+        train=TrainArgs(train_steps=1, global_batch_size=4),
+        parallel=ParallelArgs(
+            tensor_model_parallel_size=2,
+            sequence_parallel=True,
+            pipeline_model_parallel_size=2,
+            virtual_pipeline_model_parallel_size=2,
+        ),
+    )
+    batcher = Batcher.of(config, stored(10), INTERNLM2_1_8B, num_ranks=3, rank=1, max_consumed=7)
+    assert (batcher.global_batch_size, batcher.max_tokens) == (4, 300)
+    assert (batcher.token_multiple, batcher.microbatch_multiple) == (2, 2)
+    assert (batcher.num_ranks, batcher.rank, batcher.max_consumed) == (3, 1, 7)
+    assert batcher.cost == CostModel.of(INTERNLM2_1_8B)
+    for share in (True, False):
+        batcher.share_prefix = share
+        pack = batcher.pack([3])
+        assert pack.num_tokens - pack.padding == batcher.size(3)[0]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from rmega.data import indexed
+from rmega.data.batching import Mixture
 from rmega.data.indexed import (
     DATA_SUFFIXES,
     PreferenceWriter,
@@ -20,9 +21,10 @@ from rmega.data.indexed import (
     count_pairs,
     exists,
     open_preferences,
+    split_label,
     write_index,
 )
-from rmega.data.integrity import verify
+from rmega.data.integrity import damage, verify
 
 REWARD = 99
 MANIFEST = {
@@ -222,3 +224,78 @@ def test_index_layout(tmp_path: Path) -> None:
     write_index(str(tmp_path / "x.idx"), np.array([2, 1, 1]), np.array([3]))
     raw = (tmp_path / "x.idx").read_bytes()
     assert raw.startswith(b"MMIDIDX\x00\x00") and len(raw) == indexed._HEADER.size + 3 * 12 + 2 * 8
+
+
+def test_scores_keep_their_order_in_fp64(tmp_path: Path) -> None:
+    """Scores that are one number in fp32, and such as fp32 has no number for."""
+    suffixes = [np.array([i, REWARD], np.int32) for i in range(3)]
+    scores = np.array([1e39, 100000001.0, 100000000.0])
+    item = StoredComparison(np.array([1], np.int32), suffixes, scores, False, "a")
+    dataset = open_preferences(write(tmp_path / "d", [item]))
+    assert dataset.manifest["num_pairs"] == 3 and verify(dataset) == []
+    assert dataset.get(0).scores.tolist() == scores.tolist()
+
+
+def test_sets_of_format_version_1_are_read(tmp_path: Path) -> None:
+    items = some(5)
+    prefix = write(tmp_path / "d", items)
+    path = Path(f"{prefix}.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 1}))
+    with pytest.raises(ValueError, match="scores.npy: float64 .*expected float32"):
+        open_preferences(prefix)
+    np.save(f"{prefix}.scores.npy", np.load(f"{prefix}.scores.npy").astype(np.float32))
+    dataset = open_preferences(prefix)
+    assert all(same(dataset.get(i), item) for i, item in enumerate(items))
+
+
+def test_damage_before_a_training(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "d", some(5))
+    assert damage(open_preferences(prefix)) is None
+    whole = Path(f"{prefix}.bin").read_bytes()
+    for at in (0, len(whole) // 2, len(whole) - 4):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1
+        Path(f"{prefix}.bin").write_bytes(flipped)
+        assert "d.bin: its content has changed" in damage(open_preferences(prefix))
+    write(tmp_path / "d", some(5), vocab_size=90)  # the reward token is 99
+    assert "is 99, outside the vocabulary of 90" in damage(open_preferences(prefix))
+
+
+@pytest.mark.parametrize("suffix", [*DATA_SUFFIXES, ".json"])
+def test_pointers_in_place_of_a_dataset(tmp_path: Path, suffix: str) -> None:
+    prefix = write(tmp_path / "d", some(5))
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 1\n"
+    Path(prefix + suffix).write_text(pointer)
+    with pytest.raises(ValueError, match=f"d{suffix}: a Git LFS pointer"):
+        open_preferences(prefix)
+
+
+def test_prefixes_with_equals_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("lr=1e-5", "x", "2=x", "a=b"):
+        write(Path(folder) / "set", some(3))
+    for text, wanted in (
+        ("lr=1e-5/set", (None, "lr=1e-5/set")),
+        ("0.5=lr=1e-5/set", ("0.5", "lr=1e-5/set")),
+        ("name=lr=1e-5/set", ("name", "lr=1e-5/set")),
+        ("2=x/set", (None, "2=x/set")),
+        ("3=x/set", ("3", "x/set")),
+        ("lr=1=x/set", ("lr=1", "x/set")),
+        (f"{tmp_path}/a=b/set", (None, f"{tmp_path}/a=b/set")),
+        (f"n={tmp_path}/a=b/set", ("n", f"{tmp_path}/a=b/set")),
+        ("0.5=nothing", ("0.5", "nothing")),
+        ("runs/a=1/nothing", (None, "runs/a=1/nothing")),
+        ("x/set", (None, "x/set")),
+    ):
+        assert split_label(text) == wanted
+    mixed = Mixture.open(["lr=1e-5/set", "2=x/set", "0.5=a=b/set"], seed=0)
+    assert mixed.weights == [1.0, 1.0, 0.5]
+    assert [d.prefix for d in mixed.datasets] == ["lr=1e-5/set", "2=x/set", "a=b/set"]
+    for text, message in (
+        ("runs/lr=1/none", "runs/lr=1/none: no preference dataset here"),
+        ("nan=x/set", "the weight must be greater than 0"),
+        ("inf=x/set", "the weight must be greater than 0"),
+        ("y=x/set", "y is not a number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Mixture.open([text], seed=0)

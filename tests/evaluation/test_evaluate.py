@@ -3,6 +3,7 @@ through, probes."""
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import random
@@ -170,10 +171,41 @@ def test_scores_forms(tmp_path, name, text):
     assert [r.scores.tolist() for r in read_scores(tmp_path / f"{name}.gz")] == [[1, 0], [0.5, 2]]
 
 
+SEPARATORS = ["\n", "\r\n", "\r", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
+
+
+@pytest.mark.parametrize("separator", SEPARATORS)
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_line_separators_inside_a_value(tmp_path, separator, ending):
+    """CSV allows any of them in a quoted cell; JSON allows raw all but control characters."""
+    rows = [["id", "chosen", "rejected", "comment"]]
+    rows += [[f"r{i}", str(1.5 + i), "0.5", f"two{separator}lines"] for i in range(3)]
+    with open(tmp_path / "s.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator=ending, quoting=csv.QUOTE_ALL).writerows(rows)
+    got = read_scores(tmp_path / "s.csv")
+    assert [(r.id, r.scores.tolist()) for r in got] == [(f"r{i}", [1.5 + i, 0.5]) for i in range(3)]
+    line = 4 if separator in SEPARATORS[:3] else 3  # those of them that end a line of the file
+    assert got[1].where.endswith(f"s.csv:{line}")
+    lines = [{"id": f"r{i}", "scores": [i, 0], "comment": f"two{separator}lines"} for i in range(3)]
+    text = "".join(json.dumps(line, ensure_ascii=False) + ending for line in lines)
+    (tmp_path / "s.jsonl").write_bytes(text.encode())
+    got = read_scores(tmp_path / "s.jsonl")
+    assert [(r.id, r.scores.tolist(), r.where[-2:]) for r in got] == [
+        (f"r{i}", [i, 0], f":{i + 1}") for i in range(3)
+    ]
+
+
+def test_a_quote_that_is_never_closed_names_its_line(tmp_path):
+    (tmp_path / "s.csv").write_text('id,chosen,rejected,note\na,1,0,x\nb,1,0,"open\nc,1,0,y\n')
+    with pytest.raises(ValueError, match=r"s\.csv:3: "):
+        read_scores(tmp_path / "s.csv")
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
         ("", "empty"),
+        ("# only\n# comments\n", "no rows"),
         ('{"scores": [1, NaN]}\n', r"s:1.*not a finite number"),
         ('{"scores": ["1"]}\n', "not a finite"),
         ('{"scores": [1, 0]}\n{"foo": 1}\n', r"s:2.*found foo"),
@@ -278,6 +310,25 @@ def test_benchmark_files(tmp_path):
         "hard": 0,
     }
     assert got["num_pairs"] == 27 and got["effective_pairs"] == 3
+
+    del rm[0]["domain"]  # the file of one domain names it in its own name only
+    for i, name in enumerate(("safety-refuse_filtered", "safety-response_filtered", "other")):
+        rows = [{**row, "domain": None, "subset": f"part {i}"} for row in rm[: 3 - i]]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+        (tmp_path / "some.json").write_text(json.dumps(scores[: 3 - i]))
+        got = evaluate(
+            tmp_path, data=[str(tmp_path / f"{name}.json")], scores=[str(tmp_path / "some.json")]
+        )[name]
+        known = name != "other"
+        assert (got["rm_bench"] is not None) == known
+        assert not known or got["rm_bench"]["domains"]["safety"]["num_prompts"] == 3 - i
+    (tmp_path / "total.json").write_text(
+        json.dumps([{**row, "domain": "code", "subset": "x", "source": "y"} for row in rm])
+    )
+    got = evaluate(
+        tmp_path, data=[str(tmp_path / "total.json")], scores=[str(tmp_path / "s.json")]
+    )["total"]
+    assert list(got["rm_bench"]["domains"]) == ["code"]
 
     bench = [
         pair(f"yes {i}", "no", subset="hep-go" if i else "math-prm", id=str(i)) for i in range(2)
@@ -472,3 +523,41 @@ def test_scored_checks_the_count(tmp_path):
     ).rows[0]
     with pytest.raises(ValueError, match="d.jsonl:1: 3 rewards for 2 responses"):
         scored(row, [1, 2, 3], len)
+
+
+@pytest.mark.parametrize(
+    "separator", ["\n", "\r\n", "\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c"]
+)
+def test_scores_with_line_separators_inside_a_cell(tmp_path: Path, separator: str) -> None:
+    import csv
+
+    from rmega.evaluation.scores import read_scores
+
+    with (tmp_path / "s.csv").open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["id", "chosen", "rejected", "comment"])
+        writer.writerows([f"r{i}", i + 1.5, 0.5, f"two{separator}lines"] for i in range(3))
+    rows = [{"id": f"r{i}", "scores": [i + 1.5, 0.5], "c": f"a{separator}b"} for i in range(3)]
+    lines = "".join(json.dumps(r, ensure_ascii=separator < " ") + "\n" for r in rows)
+    (tmp_path / "s.jsonl").write_text(lines, encoding="utf-8", newline="")
+    for name in ("s.csv", "s.jsonl"):
+        found = read_scores(tmp_path / name)
+        assert [r.scores.tolist() for r in found] == [[i + 1.5, 0.5] for i in range(3)]
+        assert [r.id for r in found] == ["r0", "r1", "r2"]
+    (tmp_path / "bad.csv").write_text('chosen,rejected\n1,2\n3,"4\n')
+    with pytest.raises(ValueError, match="bad.csv:3: "):
+        read_scores(tmp_path / "bad.csv")
+
+
+def test_scores_of_all_responses_where_one_was_left_out(tmp_path: Path) -> None:
+    """A row whose third response has no rating: scores of all three, or of the rated two."""
+    from rmega.evaluation.rows import read_eval_set, rewards_in_order
+    from rmega.evaluation.scores import ScoreRow
+    from rmega.preferences.sources import resolve
+
+    row = {"prompt": "p", "responses": ["a", "b", "c"], "ratings": [2, None, 5]}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
+    data = read_eval_set(resolve([str(tmp_path / "d.jsonl")])[0])
+    for scores in ([1.0, 9.0, 3.0], [1.0, 3.0]):
+        given = ScoreRow(np.array(scores), None, "s:1")
+        assert rewards_in_order(data.rows[0], given).tolist() == [3.0, 1.0]

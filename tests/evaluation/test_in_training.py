@@ -20,7 +20,7 @@ from rmega.data.batching import Batcher
 from rmega.data.indexed import StoredComparison, open_preferences
 from rmega.evaluation import files
 from rmega.evaluation.in_training import Evaluations
-from rmega.evaluation.probes import NUM_PROBED
+from rmega.evaluation.probes import NUM_PROBED, pick
 from rmega.evaluation.results import ScoredComparison, evaluate, stored_items, to_json
 from rmega.evaluation.token_probes import (
     View,
@@ -162,7 +162,7 @@ def test_the_number_of_probes_is_that_of_the_tool():
     from rmega.cli import parse_args
     from rmega.config import TrainArgs, TrainingConfig
 
-    assert EvaluateArgs(data=[]).probes == NUM_PROBED == 128 and TrainArgs().eval_probes == "last"
+    assert EvaluateArgs(data=[]).probes == NUM_PROBED == 16 and TrainArgs().eval_probes == "last"
     with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit):
         parse_args(TrainingConfig, ["--help"])
     assert f"Score {NUM_PROBED} comparisons" in " ".join(said.getvalue().replace("│", " ").split())
@@ -269,7 +269,7 @@ def test_files_hold_the_whole_result_and_stale_ones_go(tmp_path):
     (folder / "step_0000010.json").write_text("[]")
     with pytest.raises(ValueError, match="step_0000010.json: not an evaluation"):
         files.read_evaluations(tmp_path)
-    assert "step_0000010.json: not an evaluation of a run; training goes on" in noted(
+    assert "step_0000010.json: not an evaluation of a run; training continues" in noted(
         tmp_path, "..", {}, resumed_at=10
     )
     noted(tmp_path, "..", {})  # from scratch
@@ -465,10 +465,11 @@ def test_it_says_what_the_export_does_in_transformers(single, data, tmp_path):
     ours = files.read_evaluations(run)["pairs"][STEPS]
     for part in ("accuracy", "mean_margin", "calibration", "by_source", "length"):
         close(ours[part], to_json(want[part]), 1e-4, part)
-    wrong, cut = wrong_prompts(rows, max_tokens=512)
+    probed = pick(rows, NUM_PROBED)
+    wrong, cut = wrong_prompts(probed, max_tokens=512)
     assert ours["prompt"]["num_cut_prompts"] == cut
     rewards = score([np.concatenate([c.prefix, s]) for c in wrong for s in c.suffixes])
-    shuffled = evaluate(stored_items(dataset, rewards), length_unit="tokens")
+    shuffled = evaluate(stored_items(View(probed), rewards), length_unit="tokens")
     assert ours["prompt"]["shuffled_accuracy"] == pytest.approx(shuffled["accuracy"], abs=1e-4)
 
 
@@ -590,7 +591,7 @@ def test_a_disk_error_does_not_end_the_run(data, small_llama, tmp_path):
     warnings = [
         line for line in said.splitlines() if line.startswith(f"warning: {run}/evaluations/")
     ]
-    assert len(warnings) == 4 and all(line.endswith("; training goes on") for line in warnings)
+    assert len(warnings) == 4 and all(line.endswith("; training continues") for line in warnings)
 
 
 def test_the_page_of_a_run(single, tmp_path):

@@ -79,13 +79,18 @@ LEFT_ALONE = {
             "set_stream",
             "memory_stats",
             "get_device_capability",
+            "_sleep",
         ),
         "CUDA graphs",
     ),
     **dict.fromkeys(
-        ("MemPool", "use_mem_pool", "memory_allocated", "memory_reserved", "get_device_properties"),
+        (
+            *("MemPool", "use_mem_pool", "memory_allocated", "memory_reserved"),
+            *("get_device_properties", "device_memory_used", "memory_snapshot"),
+        ),
         "NCCL's own memory, FSDP, and inference",
     ),
+    "is_current_stream_capturing": "experts",
     **dict.fromkeys(
         ("clock_rate", "power_draw", "temperature", "utilization"),
         "straggler detection, off by default",

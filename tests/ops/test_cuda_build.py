@@ -2,6 +2,7 @@
 is needed."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -47,6 +48,28 @@ def test_compiles(kernel, standard, archs, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out.o").stat().st_size > 0
+
+
+@needs_nvcc
+def test_swiglu_stores_whole_lanes_and_divides_fast_in_half_precision(tmp_path):
+    """Half precision: one store of 16 bytes per lane and no exact division, which is a call. fp32
+    keeps the exact one."""
+    ptx = tmp_path / "elementwise.ptx"
+    source = str(CSRC / "cuda/elementwise.cu")
+    command = [NVCC, "-std=c++17", "-O3", "-arch=sm_90", "-ptx", source, "-o", str(ptx)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    kernels = {}
+    for text in re.split(r"(?=\.entry )", ptx.read_text())[1:]:
+        kernels[re.search(r"\.entry (\w+)", text)[1]] = text
+    for direction, lanes in (("glu_forward", 1), ("glu_backward", 2)):
+        for dtype, width in (("__nv_bfloat16", 8), ("__half", 8), ("f", 4)):
+            name = re.compile(rf"{direction}I(\d+)?{dtype}Li{width}E")
+            (text,) = (text for kernel, text in kernels.items() if name.search(kernel))
+            stores = re.findall(r"st\.global\S*", text)
+            assert stores == ["st.global.v4.u32"] * lanes, (direction, dtype, stores)
+            exact = "div.rn.f32" in text or "rcp.rn.f32" in text
+            assert exact == (dtype == "f"), (direction, dtype)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")

@@ -71,7 +71,7 @@ def as_cpp(cuda: str) -> str:
         return f"on_host::launch({grid}, {block}, [&] {{ {match[1]}({match[3]}); }});"
 
     cuda = re.sub(r"#include <cuda_\w+\.h>", '#include "cuda_on_host.h"', cuda)
-    cpp = re.sub(r"(\w+(?:<[^<>]*>)?)<<<(.*?)>>>\((.*?)\);", launch, cuda, flags=re.S)
+    cpp = re.sub(r"(\w+(?:<[^<>]*>)?)\s*<<<(.*?)>>>\((.*?)\);", launch, cuda, flags=re.S)
     assert "<<<" not in cpp
     return cpp
 

@@ -162,6 +162,8 @@ PAIR = ([f"user: {Q}"], [[f"assistant: {A}"], [f"assistant: {B}"]], [1.0, 0.0])
             "helpsteer-preference",
             {"context": [user(Q)], "response1": A, "response2": B, "overall_preference": -1},
         ),
+        ("judgebench", {"question": Q, "response_A": B, "response_B": A, "label": "B>A"}),
+        ("judgebench", {"question": Q, "response_A": A, "response_B": B, "label": "A>B"}),
         ("pku-saferlhf", {"prompt": Q, "response_0": B, "response_1": A, "better_response_id": 1}),
         (
             "arena",
@@ -467,3 +469,12 @@ def check_file(path: Path, name: str, count: int) -> None:
 def test_the_schemas_have_distinct_names() -> None:
     assert len({s.name for s in SCHEMAS}) == len(SCHEMAS)
     assert recognise([{"a": 1}, {}]) is None and recognise([]) is None
+
+
+@pytest.mark.parametrize("label", ["A", "", None, 1, "A>C", ["A>B"]])
+def test_judgebench_labels(label: Any) -> None:
+    row = {"question": Q, "response_A": A, "response_B": B, "label": label}
+    with pytest.raises(Rejected) as error:
+        convert(row, "judgebench")
+    assert error.value.reason in ("wrong_type", "missing_field")
+    assert recognise([{**row, "label": "A>B"}]).name == "judgebench"

@@ -567,6 +567,7 @@ def templates() -> list[Row]:
         {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
         {"conversation_a": turn + reply, "conversation_b": turn + other, "winner": "model_a"},
         {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 0},
+        {"question": "q", "response_A": "a", "response_B": "b", "label": "A>B"},
     ]
 
 
@@ -670,3 +671,63 @@ def test_nothing_is_left_of_an_interrupted_run(
 
 def test_at_most_sixteen_flags() -> None:
     assert len(PreprocessArgs.__dataclass_fields__) <= 16
+
+
+def test_workers_end_on_sigterm_whatever_their_parent_does(tmp_path: Path) -> None:
+    """Else a pool that loses a worker waits forever, from Python 3.12 on."""
+    code = (
+        "import signal, sys\n"
+        "from rmega.preferences import preprocess as p\n"
+        "p._CONVERTER = None\n"
+        "class Ask:\n"
+        "    def convert(self, chunk):\n"
+        "        return [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]\n"
+        "signal.signal(signal.SIGTERM, lambda *a: None)\n"
+        "if __name__ == '__main__':\n"
+        "    found = [r for _, r in p._results(Ask(), iter([1, 2]), 2)]\n"
+        "    wanted = [signal.SIG_DFL, signal.SIG_IGN]\n"
+        "    assert found == [wanted, wanted], found\n"
+    )
+    (tmp_path / "ask.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "ask.py")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_close_scores_are_not_ties(run: Any, tmp_path: Path) -> None:
+    """Ratings that fp32 cannot tell apart are preferences; such that it cannot hold have no
+    margin."""
+    data = [
+        {"prompt": f"p{i}", "responses": ["a", "b"], "scores": [100000000 + i, 100000001 + i]}
+        for i in range(10)
+    ]
+    wide = {"prompt": "wide", "responses": ["a", "b"], "scores": [1e39, -1e39]}
+    dataset = run(write(tmp_path / "d.jsonl", [*data, wide]))
+    assert len(dataset) == dataset.manifest["num_pairs"] == 11 and verify(dataset) == []
+    assert dataset.get(3).graded and not dataset.get(10).graded
+    assert dataset.get(3).scores.tolist() == [100000004, 100000003]
+    note = "ratings too far apart for a margin: their order counts"
+    assert dataset.manifest["input"]["notes"] == {note: 1}
+
+
+def test_a_guessed_prompt_and_unused_columns_are_said(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = [
+        {"chosen": f"What is {i}? It is 1.", "rejected": f"What is {i}? It is 2."} for i in "abc"
+    ]
+    path = write(tmp_path / "d.jsonl", data)
+    run(path)
+    assert "warning: where the prompt ends is a guess" in capsys.readouterr().err
+    run(path, "named", format="strings-with-prompt")
+    assert "warning" not in capsys.readouterr().err
+    extra = [{**r, "context": "a document", "id": i, "empty": None} for i, r in enumerate(rows(5))]
+    run(write(tmp_path / "e.jsonl", extra), "extra")
+    assert "columns not used: context, id\n" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--format: the schema of what --map returns"):
+        run(path, "both", format="strings", map="x.py:f")

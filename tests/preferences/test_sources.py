@@ -20,6 +20,7 @@ import pytest
 from rmega import hub
 from rmega.preferences import sources
 from rmega.preferences.comparison import Rejected
+from rmega.preferences.schemas import schema_named
 
 ROWS = [
     {"prompt": f"question {i} é国", "chosen": f"good {i}", "rejected": f"bad\n{i}"}
@@ -104,10 +105,12 @@ def test_csv_cells_may_hold_messages(tmp_path: Path) -> None:
             ["a", "\udcff".encode("utf-8", "surrogatepass").decode("utf-8", "replace"), "[x", "c"]
         )
     items = read(path)
-    assert items[0] == (
-        2,
-        {"prompt": "[1, 2]", "chosen": messages, "rejected": messages, "scores": [1, 0]},
-    )
+    assert items[0][0] == 2
+    comparison = schema_named("messages").parse(items[0][1])
+    assert comparison.prompt == [{"role": "user", "content": "[1, 2]"}]
+    assert comparison.responses == [messages, messages]
+    ranked = {"prompt": "x", "responses": "['a' 'b']", "scores": items[0][1]["scores"]}
+    assert list(schema_named("ranked").parse(ranked).scores) == [1, 0]
     assert items[1][1].reason == "broken_row" and items[2][1]["rejected"] == "[x"
     path.write_bytes(b'prompt,chosen,rejected\na,b,\xff\nx,"y\nz",w\n\nv,w,x\n')
     numbers, rows = zip(*read(path), strict=True)

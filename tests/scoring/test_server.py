@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import json
 import os
 import signal
@@ -14,7 +15,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -27,37 +27,11 @@ from rmega.scoring.queue import ScoringQueue  # noqa: E402
 from rmega.scoring.server import Limits, RewardService, make_app  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
 from tests.reward_fixture import Reference, chat, make_reward_model  # noqa: E402
+from tests.scoring.lengths import Lengths  # noqa: E402
 
 NUM_REQUESTS = 1000
 
 # ---- the checks of requests, with a scorer that needs no model
-
-
-class Lengths:
-    """Stands in for a scorer: a character is a token, the reward is the number of tokens."""
-
-    tokenizer = SimpleNamespace(max_length=None)
-    model = SimpleNamespace(geometry=SimpleNamespace(max_position_embeddings=100))
-
-    def __init__(self) -> None:
-        self.batches: list[list[int]] = []
-        self.gate = threading.Event()
-        self.gate.set()
-        self.reward = float
-
-    def encode(self, conversation, tools=None, notes=None, *, max_length=None):
-        text = conversation if isinstance(conversation, str) else conversation[-1]["content"]
-        if len(text) > max_length:
-            notes.append("cut: the end")
-        return list(range(min(len(text), max_length)))
-
-    def score_sequences(self, sequences):
-        self.batches.append([len(s) for s in sequences])
-        assert self.gate.wait(20)
-        return [self.reward(len(s)) for s in sequences]
-
-    def describe(self):
-        return {"model": "lengths"}
 
 
 class Client:
@@ -289,6 +263,55 @@ def test_what_the_model_gets_wrong_is_500_and_passes(client, capsys):
     assert one.ask("/get_reward", {"query": ["abc"]})[1]["rewards"] == [3.0]
 
 
+@pytest.mark.parametrize("levels", [10, 300, 700, 900, 950, 980])
+@pytest.mark.parametrize("where", ["tool_calls", "tools"])
+def test_deep_fields_are_the_clients_fault(client, where, levels):
+    """As deep as JSON can be read, a template may still not be able to print it: 422, never 500."""
+    one = client(max_length=10_000)
+    encode = one.scorer.encode
+    one.scorer.encode = lambda c, tools, *a, **o: (
+        copy.deepcopy([c, tools]) and encode(c, tools, *a, **o)
+    )
+    messages = chat("q", "abc")
+    row = {"messages": messages}
+    (row if where == "tools" else messages[1])[where] = "DEEP"
+    deep = '{"a": ' * levels + "{}" + "}" * levels
+    calls = f'[{{"function": {{"name": "f", "arguments": {deep}}}}}]'
+    status, answer, _ = one.ask("/score", json.dumps(row).replace('"DEEP"', calls).encode())
+    assert status in ((200,) if levels == 10 else (200, 400, 422)), answer
+    assert status == 200 or "deep" in answer["error"]
+    assert one.ask("/score", {"messages": chat("q", "abc")})[1]["rewards"] == [3.0]
+
+
+@pytest.mark.parametrize("field", ["tool_calls", "tools", "more"])
+def test_every_field_counts_as_text(client, field):
+    """A field that the template may print does not get around the limit on characters."""
+    one = client()
+    row = {"messages": chat("q", "abc")}
+    big = [{"function": {"name": "f", "arguments": "x" * 30_000}}]
+    (row if field == "tools" else row["messages"][1])[field] = big
+    status, answer, _ = one.ask("/score", row)
+    if field == "more" and status == 200:
+        return  # a field that no template is given
+    assert status == 422 and "characters are too long to be 100 tokens" in answer["error"]
+
+
+def test_a_server_that_stops_answers_what_it_cannot_score(client):
+    one = client()
+    one.scorer.gate.clear()
+
+    async def ask_and_stop():
+        tasks = [asyncio.create_task(one.send("/get_reward", {"query": ["abc"]})) for _ in range(5)]
+        while one.service.in_flight < 5 or not one.scorer.batches:
+            await asyncio.sleep(0.005)
+        one.queue.abandon()
+        return [*await asyncio.gather(*tasks), await one.send("/get_reward", {"query": ["late"]})]
+
+    answers = asyncio.run(ask_and_stop())
+    assert [a[0] for a in answers] == [503] * 6 and one.queue.abandoned
+    assert all("stopping" in a[1]["error"] and int(a[2][b"retry-after"]) for a in answers)
+
+
 def test_concurrent_requests_share_batches_and_a_large_one_does_not_block(client):
     one = client(wait=0.05, max_tokens=100)
 
@@ -382,7 +405,7 @@ def model(small_llama, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model):
-    one = Server("--model", str(model), "--max-queue", "4096")
+    one = Server("--model", str(model), "--max-queue", "4096", "--stop-seconds", "300")
     yield one
     if one.process.poll() is None:
         one.process.kill()

@@ -20,7 +20,7 @@ from tests import runs
 from tests.dist import run_distributed
 
 STEPS = 6
-SAME = "going on gives the unbroken run's weights and optimizer state, bit for bit"
+SAME = "resuming gives the unbroken run's weights and optimizer state, bit for bit"
 DOWN = "all ranks end within a minute; the last line names the first rank's reason"
 LAYOUTS = {"dp2": {"dp": 2}, "tp2,pp2": {"tp": 2, "pp": 2, "num_layers_in_first_pipeline_stage": 3}}
 RANKS = {"dp2": 2, "tp2,pp2": 4}
@@ -156,7 +156,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk(small_disk, small_llama, data, unbroken):
-    """The saves that do not fit are said and training goes on; the last one is an error; what was
+    """The saves that do not fit are said and training continues; the last one is an error; what was
     there is good."""
     from rmega.checkpointing import run_folder
     from rmega.checkpointing.find import damage
@@ -411,7 +411,7 @@ def test_a_node_that_vanishes(layout, two_nodes, small_llama, data, unbroken, tm
     )
     with runs.fault(
         "a node vanishes: the cable between two launchers is cut (dp2, pp2)",
-        "both sides end within a minute and say so; with the cable back the run goes on",
+        "both sides end within a minute and say so; with the cable back the run resumes",
     ):
         processes = on_two_nodes(
             two_nodes, runs.flags(small_llama, data, run, steps=10_000, **flags)

@@ -283,3 +283,17 @@ def test_a_line_does_not_tear_a_progress_bar(capsys) -> None:
         out, err = capsys.readouterr()
     assert out == "line\n" and err.startswith("\r ") and "5/10" in err
     assert memory_mb() > 10
+
+
+def test_numbers_that_are_none_are_null_in_the_metrics(tmp_path) -> None:
+    """NaN is no JSON: other readers than Python's would refuse the file."""
+    metrics = MetricsLog(str(tmp_path))
+    nan, inf = float("nan"), float("inf")
+    metrics.row("train", 1, {"loss": nan, "by": {"a": [inf, 1.0, (nan,)]}, "n": 3, "no": None})
+    metrics.close()
+
+    def refuse(text: str):
+        raise AssertionError(text)
+
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert row["loss"] is None and row["by"] == {"a": [None, 1.0, [None]]} and row["n"] == 3

@@ -101,6 +101,59 @@ def test_a_signal_ends_an_evaluation(number, saved, small_llama, data, unbroken,
     ]  # 4: the best so far
     assert run_distributed(runs.train, 2, argv) == [0, 0]
     runs.assert_same(run / f"iter_{STEPS:07d}", unbroken[2])
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["type"] == "eval"] == [0, 4, STEPS]
+
+
+def test_an_evaluation_that_a_signal_prevented_is_made_up_for(small_llama, data, tmp_path):
+    """The signal comes in the step after which an evaluation is due; --load may be another run."""
+    run = tmp_path / "run"
+    argv = runs.flags(small_llama, data, run, steps=STEPS, eval_interval=4, valid_data_path=data)
+    assert run_distributed(runs.train, 1, argv, {4: ("SIGTERM", 0)}) == [75]
+    argv += ["--load", str(run), "--save", str(tmp_path / "other")]
+    assert run_distributed(runs.train, 1, argv, {2: ("SIGTERM", 0)}) == [75]
+    for folder, steps in ((run, [0]), (tmp_path / "other", [4])):
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows if row["type"] == "eval"] == steps
+    best = json.loads((tmp_path / "other" / "iter_0000006" / "rmega.json").read_text())["best"]
+    assert best[1] == 4 and (tmp_path / "other" / "iter_0000004").is_dir()
+
+
+def not_finite(rank: int, world_size: int, argv: list[str], number: int) -> tuple[int, str]:
+    """A run whose evaluation ``number`` gets a reward that is not finite."""
+    import rmega.training.train as engine
+
+    original, count = engine.compute_rewards, [0]
+
+    def compute_rewards(*args, **kwargs):
+        count[0] += 1
+        rewards = original(*args, **kwargs)
+        if count[0] == number:
+            rewards[3] = float("nan")
+        return rewards
+
+    engine.compute_rewards = compute_rewards
+    try:
+        return runs.train_and_say(rank, world_size, argv)
+    finally:
+        engine.compute_rewards = original
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_reward_that_is_not_finite_does_not_end_the_run(number, small_llama, data, tmp_path):
+    """It is counted and reported, there is no accuracy of that evaluation, and the run saves."""
+    run = tmp_path / "run"
+    argv = runs.flags(small_llama, data, run, steps=4, eval_interval=2, valid_data_path=data)
+    ((code, said),) = run_distributed(not_finite, 1, argv, number)
+    step = (0, 2, 4)[number - 1]
+    assert code == 0 and f"warning: step {step}: rows: 1 of 120 rewards are not finite" in said
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["type"] == "eval"] == [
+        s for s in (0, 2, 4) if s != step
+    ]
+    (failed,) = [row for row in rows if row["type"] == "eval_failed"]
+    assert (failed["step"], failed["not_finite"], failed["num_rewards"]) == (step, 1, 120)
+    assert (run / "iter_0000004").is_dir()
 
 
 def test_without_a_run_folder_nobody_is_told_to_start_again(small_llama, data):
@@ -492,3 +545,19 @@ def test_errors_are_said_once(small_llama, data, tmp_path):
     assert out.splitlines()[-1].startswith("launch: rank 0 failed first: error: ")
     assert "Traceback" not in out
     assert time.monotonic() - begun < 60
+
+
+def test_the_example_is_the_run(small_llama) -> None:
+    """examples/pretrain_reward.py, the file to copy, has the same function as the program."""
+    import ast
+    import inspect
+
+    from examples import pretrain_reward
+    from rmega.training import run
+
+    def body(module) -> str:
+        (function,) = ast.parse(inspect.getsource(module.train)).body
+        kept = [part for part in function.body if not isinstance(part, ast.ImportFrom)]
+        return "\n".join(map(ast.unparse, kept))
+
+    assert body(pretrain_reward) == body(run)

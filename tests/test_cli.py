@@ -1,0 +1,53 @@
+"""Help texts of every program: readable through a pipe, and without doubled negations."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from rmega.cli import run_tool
+from tests.conftest import ROOT
+
+PROGRAMS = [
+    *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tools").glob("*.py")),
+    "examples/pretrain_reward.py",
+]
+
+
+def ended(command: list[str]) -> tuple[int, str]:
+    """Exit code and stderr of a program whose standard output nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    finally:
+        os.close(writer)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help(program):
+    done = subprocess.run(
+        [sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--no-no-" not in re.sub(r"\s+", "", done.stdout)
+    code, error = ended([sys.executable, program, "--help"])
+    assert code == 0 and not error, error
+
+
+def test_output_that_nobody_reads_is_no_error():
+    """Also what is still in the buffer when the program ends."""
+    code = (
+        "import sys; from rmega.cli import run_tool;"
+        "sys.exit(run_tool(lambda: print('x' * int(sys.argv[1]))))"
+    )
+    for size in ("10", "1000000"):
+        assert ended([sys.executable, "-c", code, size]) == (0, ""), size
+    assert run_tool(lambda: 3) == 3
