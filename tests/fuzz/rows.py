@@ -206,8 +206,8 @@ def as_table(rows: list[Row]) -> pa.Table:
             with pa.ipc.new_stream(io.BytesIO(), alone.schema) as out:
                 out.write_table(alone)  # at most 64 levels
         except (pa.ArrowException, ValueError, TypeError, OverflowError, RecursionError):
-            texts = [None if c is None else json.dumps(c) for c in cells]
-            columns[name] = pa.array(texts, pa.string())
+            texts = [c and as_cell(c).encode("utf-8", "replace").decode() for c in cells]
+            columns[name] = pa.array([t if t else None for t in texts], pa.string())
     return pa.table(columns)
 
 

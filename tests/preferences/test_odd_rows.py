@@ -522,3 +522,12 @@ def test_columns_of_other_rows_are_absent() -> None:
     same({**nulls, "context": PROMPT, "response1": A, "response2": B, "overall_preference": -1})
     assert scorable({**nulls, "prompt": Q, "response": A})[0] == [PROMPT + GOOD]
     assert scorable({**nulls, "messages": PROMPT + GOOD})[0] == [PROMPT + GOOD]
+
+
+def test_the_winner_is_one_of_two_or_a_tie() -> None:
+    row = {"conversation_a": PROMPT + GOOD, "conversation_b": PROMPT + BAD}
+    same({**row, "winner": "Model_A"})
+    for winner, reason in (("tie (bothbad)", "tie"), ("both_bad", "tie"), ("a", "wrong_type")):
+        with pytest.raises(Rejected) as caught:
+            convert({**row, "winner": winner})
+        assert caught.value.reason == reason
