@@ -257,6 +257,7 @@ def test_files_hold_the_whole_result_and_stale_ones_go(tmp_path):
     assert whole["sets"][".."] == to_json(fair) | {
         "data": "runs/data/valid",
         "schema": "messages",
+        "notes": {},
         "left_out": {"tie": 3, "overlong": 1},
     }
     assert list(files.read_evaluations(tmp_path)[".."]) == [0, 10, 20]
