@@ -81,7 +81,8 @@ def train(config: TrainingConfig) -> int:
         if reason:
             return EXIT_REQUEUE if checkpoints.saves else 1
         log(
-            f"done: {state.iteration} steps, {state.consumed:,} comparisons, {spent}{logger.skipped}"
+            f"done: {state.iteration} steps, {state.consumed:,} comparisons, {spent}"
+            f"{logger.skipped}"
         )
         return 0
 

@@ -1,4 +1,4 @@
-"""Processes: device, backend, megatron-core's groups, seeds, and the one rank that speaks."""
+"""Process setup: device, backend, Megatron-Core's groups, seeds, and logging from rank 0."""
 
 from __future__ import annotations
 

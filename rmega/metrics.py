@@ -1,5 +1,4 @@
-"""What a set of rewards is worth: accuracy with an interval, and everything that accuracy alone
-hides.
+"""Statistics of rewards: accuracy with intervals, calibration, length bias, correlations.
 
 Arrays in, numbers out; numpy only, so that scores of any origin can be evaluated without torch.
 ``rmega.evaluation`` decides which pairs there are.

@@ -543,3 +543,16 @@ def test_quick_start(tmp_path, small_llama):
         "\nverified\n" in done.stdout and (tmp_path / "runs" / "quickstart" / "finished").is_file()
     )
     shutil.rmtree(tmp_path / "runs")
+
+
+def test_the_architecture_page_names_every_file():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set()
+    for folder, table in re.findall(
+        r"\*\*`(rmega/[\w/]*)`\*\*\n(.*?)(?=\n\*\*`|\Z)", page, re.DOTALL
+    ):
+        named |= {
+            folder + name for name in re.findall(r"^\| `([\w/]+\.py)` \|", table, re.MULTILINE)
+        }
+    files = {str(p.relative_to(ROOT)) for p in (ROOT / "rmega").rglob("*.py")}
+    assert named == {name for name in files if not name.endswith("__init__.py")}

@@ -1,5 +1,4 @@
-"""Copies of what a checkpoint holds, taken between two steps and written by a thread while the run
-goes on.
+"""Asynchronous saves: copies taken between two steps, written by a thread.
 
 The format, the plan and the metadata are megatron-core's (``torch_dist``); two things are not. The
 engine's writers are forked processes and a managing process beside each rank, which a scheduler's

@@ -1,5 +1,4 @@
-"""Evaluate a reward model, or scores from a file: accuracy with intervals, length bias,
-calibration, probes, a report.
+"""Evaluate a reward model, or scores from a file.
 
     python tools/evaluate.py --model MODEL --data eval.jsonl --report report/
     python tools/evaluate.py --scores scores.jsonl --data eval.jsonl --json result.json

@@ -1,4 +1,4 @@
-"""Look into a preference dataset.
+"""Inspect a preference dataset: statistics, one comparison, verification, report.
 
 python tools/inspect_data.py PREFIX                     counts, lengths, savings, heuristics
 python tools/inspect_data.py PREFIX show 0 17           comparisons as text
@@ -64,15 +64,10 @@ def main(args: InspectArgs) -> int:
 
         tokenizer = load_tokenizer(args.tokenizer, dataset.manifest, needed=False)
         wrong = verify(dataset, tokenizer)
-        print(
-            "\n".join(wrong)
-            if wrong
-            else (
-                f"{args.prefix}: sound ({len(dataset):,} comparisons;"
-                f" {'fingerprint of the tokenizer' if tokenizer else 'tokenizer not there, fingerprint not'}"
-                " checked)"
-            )
-        )
+        fingerprint = "" if tokenizer else "tokenizer not there, "
+        fingerprint += f"fingerprint of the tokenizer{'' if tokenizer else ' not'} checked"
+        sound = f"{args.prefix}: sound ({len(dataset):,} comparisons; {fingerprint})"
+        print("\n".join(wrong) if wrong else sound)
         return 1 if wrong else 0
     else:
         from rmega.report.dataset import write_dataset_report

@@ -1,4 +1,4 @@
-"""Serve a reward model over HTTP for RLHF loops: OpenRLHF's /get_reward and a plain /score.
+"""Serve a reward model over HTTP.
 
     python tools/serve.py --model MODEL --port 5000
     curl -s localhost:5000/score -d '{"conversations": [[

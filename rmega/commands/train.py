@@ -1,4 +1,4 @@
-"""Train a reward model; examples/pretrain_reward.py has the same run, to be copied and changed."""
+"""Train a reward model."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Comparisons dealt out to ranks and micro-batches so that what is computed, tokens and attention,
-is even."""
+"""Balanced assignment of comparisons to ranks and micro-batches, by tokens and attention cost."""
 
 from __future__ import annotations
 

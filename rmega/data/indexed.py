@@ -1,10 +1,11 @@
-"""Comparisons on disk: write and open.
+"""The dataset on disk: write and open.
 
 ``PREFIX.bin`` and ``PREFIX.idx`` are megatron-core's ``IndexedDataset`` (int32): a document is a
 comparison, its sequences are ``[prefix, suffix_1 .. suffix_K]``, best response first. Beside them:
 ``PREFIX.scores.npy`` (float64 per sequence; the prefix's entry is 1 if the scores are ratings, so
-that their differences are margins, else 0; float32 in sets of format version 1), ``PREFIX.sources.npy`` (uint16 per document) and
-``PREFIX.json``, the manifest, which is written last: without it there is no dataset.
+that their differences are margins, else 0; float32 in sets of format version 1),
+``PREFIX.sources.npy`` (uint16 per document) and ``PREFIX.json``, the manifest, which is written
+last: without it there is no dataset.
 
 The files are read with numpy alone, through memory maps, and written with vectorised numpy:
 ``IndexedDataset`` reads the same files (a test holds both to it), but its builder keeps a Python

@@ -1,4 +1,4 @@
-"""The one batch format: comparisons as one sequence without padding, and who attends to whom in it.
+"""``PackedBatch``, the one batch format: packed tokens, segments, pooled rows, pairs.
 
 Shape letters: t tokens of a pack, n responses (pooled tokens) in it, m pairs, s attention segments.
 """

@@ -1,5 +1,5 @@
-"""Aggregates of public benchmarks, for local files in their schemas: RewardBench, RewardBench 2,
-RM-Bench."""
+"""Aggregates of RewardBench, RewardBench 2, RM-Bench and JudgeBench, for local files in their
+schemas."""
 
 from __future__ import annotations
 

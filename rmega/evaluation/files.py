@@ -1,5 +1,4 @@
-"""The evaluations that a run leaves behind: RUN/evaluations/NAME/step_0000010.json, one file each
-(no torch).
+"""Evaluations stored in a run folder (no torch).
 
 A file is what tools/evaluate.py --json writes, with one set and the "step" beside it. Written by
 ``rmega.evaluation.in_training``, read here.

@@ -1,5 +1,4 @@
-"""What a training does with the result of a validation set: its lines in the log, its file in
-the run folder."""
+"""Evaluation during training: log lines and files in the run folder."""
 
 from __future__ import annotations
 

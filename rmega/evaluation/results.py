@@ -1,5 +1,4 @@
-"""Rewards of comparisons -> one result: every number of the report, and findings in plain
-words.
+"""Rewards of comparisons -> metrics and findings.
 
 A result is a dict of plain values (``to_json`` writes it), so that the table, the page and a
 training log read the same thing. numpy only.

@@ -1,5 +1,4 @@
-"""The probes on stored token ids: a few comparisons of an open dataset in another form, as a
-training scores them.
+"""The probes on stored token ids, for evaluation during training.
 
 The ids do not say where a prompt ends and its responses begin, only how far all responses of a
 comparison are alike (its prefix). So a blanked response keeps the words with which all responses of

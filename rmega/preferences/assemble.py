@@ -1,7 +1,7 @@
-"""The work folder of a preprocessing run, and its end: from the pieces to the dataset.
+"""Collect the workers' results, drop what is rejected, write the dataset.
 
-``PREFIX.partial`` holds everything converted so far in plain growing files, because a large set does
-not fit into memory. It is removed at the end, also at the end by an error.
+``PREFIX.partial`` holds everything converted so far in plain growing files, because a large set
+does not fit into memory. It is removed at the end, also at the end by an error.
 """
 
 from __future__ import annotations

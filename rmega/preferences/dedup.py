@@ -1,5 +1,5 @@
-"""What is decided over all comparisons at once: duplicates, contradictions, overlap with a held-out
-set, the split.
+"""Decisions over all comparisons at once: duplicates, contradictions, overlap with held-out data,
+the split by prompt.
 
 Works on a table with one row of numbers per comparison, so that ten million comparisons need
 neither ten million Python objects nor their text.

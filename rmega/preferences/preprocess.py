@@ -1,5 +1,4 @@
-"""From raw preference data to a dataset on disk: read, convert, tokenize in all cores, check,
-write.
+"""The preprocessing run: read, convert, tokenize on all cores, check, write.
 
 Chunks go to worker processes and come back in order; what comes back is appended to the files of a
 work folder, ``PREFIX.partial``. After the last chunk, the checks over the whole set run and the

@@ -1,5 +1,4 @@
-"""Readers of rows in which the order of the responses is free: scores, ranks, labels, the winner of
-two."""
+"""Schemas with K responses in any order: scores, ranks, labels, the winner of two."""
 
 from __future__ import annotations
 

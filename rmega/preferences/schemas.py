@@ -1,4 +1,4 @@
-"""The schemas of preference sets: how each is recognised by its columns, and who reads its rows."""
+"""The known schemas: how each is recognized by its columns, and which reader parses it."""
 
 from __future__ import annotations
 

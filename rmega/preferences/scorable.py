@@ -1,5 +1,4 @@
-"""Rows to be scored: conversations, a prompt with its response or responses, or any preference
-schema.
+"""Rows to score: conversations, a prompt with responses, or any preference schema.
 
 Unlike training, scoring asks nothing of the responses: ties, equal responses and empty ones have
 rewards too.

@@ -1,4 +1,4 @@
-"""The page of a dataset: counts, lengths, margins, sources, what was left out, some comparisons."""
+"""Report on a dataset."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The HTML shell of a report and its parts. Every text that comes from outside goes through
-``escape``."""
+"""HTML of a report; escapes every text that comes from outside."""
 
 from __future__ import annotations
 

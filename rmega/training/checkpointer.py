@@ -1,5 +1,4 @@
-"""The checkpoints of a run: what they hold beside tensors, when they are done, and the line that
-says so."""
+"""When a run saves, what its checkpoints hold beside tensors, pruning."""
 
 from __future__ import annotations
 

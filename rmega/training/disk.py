@@ -1,4 +1,4 @@
-"""What the checkpoints of a run will take on disk, said before its training."""
+"""Disk space that the checkpoints of a run will take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The evaluations of a run on the way and at its end."""
+"""Evaluations during a run and at its end."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What a run reports of its steps: a log line and a row of metrics per interval, a progress bar, and
-warnings."""
+"""Log line, metrics row and progress bar of the steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run reports: one line and one row of metrics per interval, and the optional trackers."""
+"""Log lines, ``metrics.jsonl``, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -142,7 +142,8 @@ class MetricsLog:
             try:
                 self._file.write(json.dumps(_no_nan({"type": kind, "step": step, **values})) + "\n")
                 self._file.flush()
-            except OSError as error:  # a full disk, say: the row stays in the buffer and is tried again with the next
+            # a full disk, say: the row stays in the buffer and is retried with the next one
+            except OSError as error:
                 log(f"warning: metrics.jsonl: {error}; training continues")
         name = f"{kind}/{values['name']}" if "name" in values else kind
         numbers = {f"{name}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}

@@ -1,4 +1,4 @@
-"""Numbers that go wrong: updates that were skipped, and gradient norms or scores that jump."""
+"""Warnings about skipped updates and spikes of gradient norm or scores."""
 
 from __future__ import annotations
 

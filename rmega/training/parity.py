@@ -1,5 +1,4 @@
-"""Does a layout change anything? A few steps in a given layout, with everything that must not
-depend on it.
+"""Layout parity: a few steps in a given layout, with everything that must not depend on it.
 
 Used by ``tools/check_layouts.py`` and by the tests: one code for both.
 """

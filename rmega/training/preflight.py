@@ -1,5 +1,4 @@
-"""What can be known to be wrong with a run before a model is built: folders, data, the checkpoint
-to go on from.
+"""Checks before the model is built: folders, data, tokenizer, the checkpoint to resume from.
 
 Every function raises ValueError with the flag. None of them writes anything.
 """

@@ -1,4 +1,4 @@
-"""A training run from configuration to the last checkpoint: one function, read from top to bottom.
+"""``train(config)``: a whole run in one function.
 
 ``examples/pretrain_reward.py`` has the same function, to be copied and changed.
 """
@@ -74,6 +74,7 @@ def train(config: TrainingConfig) -> int:
         if reason:
             return EXIT_REQUEUE if checkpoints.saves else 1
         log(
-            f"done: {state.iteration} steps, {state.consumed:,} comparisons, {spent}{logger.skipped}"
+            f"done: {state.iteration} steps, {state.consumed:,} comparisons, {spent}"
+            f"{logger.skipped}"
         )
         return 0

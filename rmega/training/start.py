@@ -1,5 +1,4 @@
-"""Where a run starts: its data, the checkpoint that it resumes from, and its model as built and
-loaded."""
+"""Data, checkpoint to resume from, and the built model of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a run ends early: a signal, the end of its time, or an error on some rank.
+"""Stop requests from signals, a time limit or a failed rank; exit codes.
 
 Imports no torch before it is needed: a program can wrap itself in ``run_ranks`` and still answer
 --help at once.

@@ -8,8 +8,8 @@ A step of a walk is a process of its own, which can end at any operation on a fi
 also what was not yet durable (files without fsync, names whose folder was not synced) is lost.
 
 After each step, the newest healthy state of the trajectory must be there and ``find`` must return
-it, with the numbers that its steps give; so must as many older ones as ``--keep-last`` promises, the
-best one, and every checkpoint that was set aside.
+it, with the numbers that its steps give; so must as many older ones as ``--keep-last`` promises,
+the best one, and every checkpoint that was set aside.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Rows as people have them: nulls inside, lists as text, other spellings, folders with more than data.
-Each gives the comparisons that are meant, or is refused or noted by name."""
+"""Rows as people have them: nulls inside, lists as text, other spellings, folders with more than
+data. Each gives the comparisons that are meant, or is refused or noted by name."""
 
 from __future__ import annotations
 

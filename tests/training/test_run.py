@@ -499,8 +499,8 @@ def spoken(rank: int, world_size: int, argv: list[str]) -> str:
 
 
 def test_a_small_held_out_set_is_filled_up_for_verification(small_llama, data, tmp_path):
-    """Three held-out comparisons are too few to verify an export; training comparisons take the other
-    places, and say so."""
+    """Three held-out comparisons are too few to verify an export; training comparisons take the
+    other places, and say so."""
     from rmega.data.indexed import open_preferences
 
     train = open_preferences(data)
