@@ -1,5 +1,5 @@
-"""The rows of an input and their schema: one reader, with one rule for the sample from which a schema
-is recognised, for preprocessing, evaluation and scoring."""
+"""The rows of an input and their schema: one reader for preprocessing, evaluation and scoring, with
+one rule for the sample from which a schema is recognised."""
 
 from __future__ import annotations
 

@@ -81,7 +81,8 @@ TEMPLATES: tuple[Row, ...] = (
 )
 TEXTS = (
     "", " ", "text", "a\ud800", "\x00", "<|im_end|>", "</s>", "\n\nHuman: a\n\nAssistant: b",
-    "x" * 3000, "[{", "1e999", "🙂👍🏽" * 30, "\u2028\u0085\x0b\x0c", "[]", "{}", "null", "NaN", "N/A",
+    "x" * 3000, "[{", "1e999", "🙂👍🏽" * 30, "\u2028\u0085\x0b\x0c", "[]", "{}", "null", "NaN",
+    "N/A",
     '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]',
     "[{'role': 'assistant', 'content': 'a'}\n {'role': 'assistant'", "['a' 'b']", "[1. 2.]",
     '{"from": "Oslo"}', '"[1]"', "مرحبا 你好", "\ufeff", "\r\n", "Human: q", "<extra_id_1>User\n",

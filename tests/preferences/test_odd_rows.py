@@ -1,4 +1,4 @@
-"""Rows as people have them: nulls inside, lists as text, other spellings, folders with more than data.
+"""Rows as people have them: nulls inside, lists as text, other spellings, mixed folders.
 Each gives the comparisons that are meant, or is refused or noted by name."""
 
 from __future__ import annotations
