@@ -1,4 +1,4 @@
-"""Inspect a preference dataset: statistics, one comparison, verification, report.
+"""Look into a preference dataset.
 
 python tools/inspect_data.py PREFIX                     counts, lengths, savings, heuristics
 python tools/inspect_data.py PREFIX show 0 17           comparisons as text
@@ -38,8 +38,8 @@ class InspectArgs:
     """Replace an existing output."""
     json: bool = False
     """stats: print JSON."""
-    colour: Literal["auto", "always", "never"] = "auto"
-    """show: colours."""
+    color: Literal["auto", "always", "never"] = "auto"
+    """show: colors."""
 
 
 def main(args: InspectArgs) -> int:
@@ -54,20 +54,21 @@ def main(args: InspectArgs) -> int:
         print(json.dumps(summary, indent=1) if args.json else "\n".join(describe(summary)))
     elif args.action == "show":
         tokenizer = load_tokenizer(args.tokenizer, dataset.manifest, needed=True)
-        colour = args.colour == "always" or (args.colour == "auto" and sys.stdout.isatty())
+        color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
         for number in args.rest or ["0"]:
             if not number.isdigit():
                 raise ValueError(f"show {number}: not the number of a comparison")
-            print("\n".join(show(dataset, int(number), tokenizer, colour=colour)))
+            print("\n".join(show(dataset, int(number), tokenizer, color=color)))
     elif args.action == "verify":
         from rmega.data.integrity import verify
 
         tokenizer = load_tokenizer(args.tokenizer, dataset.manifest, needed=False)
         wrong = verify(dataset, tokenizer)
-        fingerprint = "" if tokenizer else "tokenizer not there, "
-        fingerprint += f"fingerprint of the tokenizer{'' if tokenizer else ' not'} checked"
-        sound = f"{args.prefix}: sound ({len(dataset):,} comparisons; {fingerprint})"
-        print("\n".join(wrong) if wrong else sound)
+        checked = (
+            "fingerprint of the tokenizer" if tokenizer else "tokenizer missing, fingerprint not"
+        )
+        sound = f"{args.prefix}: sound ({len(dataset):,} comparisons; {checked} checked)"
+        print("\n".join(wrong) or sound)
         return 1 if wrong else 0
     else:
         from rmega.report.dataset import write_dataset_report

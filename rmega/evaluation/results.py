@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rmega import metrics
+from rmega.data.indexed import response_pairs
 from rmega.evaluation.benchmarks import reward_bench_2_report, reward_bench_report, rm_bench_report
 
 if TYPE_CHECKING:
@@ -70,22 +71,19 @@ def pairs_of(items: Sequence[ScoredComparison]) -> Pairs:
     pair."""
     rows: list[tuple[float, ...]] = []
     for number, item in enumerate(items):
-        k = len(item.scores)
-        for i in range(k):
-            for j in range(k):
-                if item.scores[i] > item.scores[j]:
-                    rows.append(
-                        (
-                            number,
-                            item.rewards[i],
-                            item.rewards[j],
-                            item.lengths[i],
-                            item.lengths[j],
-                            item.scores[i] - item.scores[j] if item.graded else math.nan,
-                            i,
-                            j,
-                        )
-                    )
+        for i, j in response_pairs(item.scores):
+            rows.append(
+                (
+                    number,
+                    item.rewards[i],
+                    item.rewards[j],
+                    item.lengths[i],
+                    item.lengths[j],
+                    item.scores[i] - item.scores[j] if item.graded else math.nan,
+                    i,
+                    j,
+                )
+            )
     columns = np.array(rows, dtype=np.float64).reshape(-1, 8).T
     return Pairs(
         columns[0].astype(np.int64),

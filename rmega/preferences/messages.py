@@ -196,7 +196,7 @@ def notes_of(messages: Iterable[Message]) -> list[str]:
     return [f"message field {name} left out" for name in sorted(names)]
 
 
-# ---- what stands beside the text
+# ---- media, tool calls and tools
 
 
 def refuse_media(row: Row, where: str = "") -> None:

@@ -71,7 +71,7 @@ class PreprocessArgs:
     valid_fraction: float = 0.0
     """Fraction of the comparisons for PREFIX.valid, split by prompt."""
     max_rejected: float = 0.05
-    """Stop if more than this share of the rows is faulty."""
+    """Stop if more than this fraction of the rows is faulty."""
     workers: int = 0
     """Processes; 0: one per core."""
     force: bool = False
@@ -80,7 +80,7 @@ class PreprocessArgs:
 
 def preprocess(args: PreprocessArgs) -> dict[str, Any]:
     """Run it all; the manifest of what was written (the training side's). ValueError for what the
-    user can mend."""
+    user can fix."""
     _check(args)
     prefix = args.output_prefix
     outputs = [prefix] + ([f"{prefix}.valid"] if args.valid_fraction else [])
