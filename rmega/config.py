@@ -112,7 +112,7 @@ class TrainArgs:
     eval_interval: int = 0
     """Steps between evaluations; 0: before and after training only."""
     eval_probes: Literal["off", "last", "every"] = "last"
-    """Score 128 comparisons of each validation set again in other forms (responses reversed,
+    """Score 16 comparisons of each validation set again in other forms (responses reversed,
     blanked, under the wrong prompt): never, at the last evaluation of the run, or at each."""
     tensorboard: Literal["auto", "on", "off"] = "auto"
     """Also write the metrics for TensorBoard, under --save. auto: where it is installed."""

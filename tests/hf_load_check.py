@@ -18,6 +18,9 @@ def main(path):
     with open(path, encoding="utf-8") as file:
         job = json.load(file)
     transformers.logging.set_verbosity_error()
+    if "texts" in job:
+        print(json.dumps(check_tokenizer(job)))
+        return
     config = json.load(open(job["folder"] + "/config.json", encoding="utf-8"))
     remote = "auto_map" in config
     kind = transformers.AutoModel if remote else transformers.AutoModelForSequenceClassification
@@ -63,6 +66,24 @@ def main(path):
             assert model.compare(tokenizer, job["conversation"], other) == (scores[0] > scores[1])
             result["chat"] = [model.get_score(tokenizer, job["conversation"]), *scores]
     print(json.dumps(result))
+
+
+def check_tokenizer(job):
+    """The tokenizer of a folder alone; JOB: {"folder", "texts", "conversation"}."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(job["folder"])
+    assert tokenizer.is_fast
+    text = tokenizer.apply_chat_template(job["conversation"], tokenize=False)
+    batch = tokenizer(job["texts"], padding=True)
+    return {
+        "version": transformers.__version__,
+        "text": text,
+        "ids": [tokenizer.encode(t, add_special_tokens=False) for t in [text, *job["texts"]]],
+        "default_ids": [tokenizer.encode(t) for t in job["texts"]],
+        "special": sorted(set(map(str, tokenizer.all_special_tokens))),
+        "pad": tokenizer.pad_token,
+        "inputs": sorted(batch.keys()),
+        "length": len(tokenizer),
+    }
 
 
 main(sys.argv[1])

@@ -35,7 +35,8 @@ def folder_names(names: Iterable[str]) -> dict[str, str]:
         if safe.startswith(".") or not safe:
             safe = f"%2E{safe[1:]}" if safe else "~"
         if len(safe) > LONGEST_NAME or [n.casefold() for n in names].count(name.casefold()) > 1:
-            safe = f"{safe[:LONGEST_NAME]}~{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+            checksum = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+            safe = f"{safe[:LONGEST_NAME]}~{checksum}"
         out[name] = safe
     return out
 

@@ -93,4 +93,5 @@ def _origin(dataset: Any) -> dict[str, Any]:
         "data": dataset.prefix,
         "schema": ", ".join(schemas),
         "left_out": {} if manifest.get("split") else made_of.get("rejected", {}),
+        "notes": {} if manifest.get("split") else made_of.get("notes", {}),
     }

@@ -19,7 +19,7 @@ from rmega.preferences.comparison import Comparison
 
 T = TypeVar("T")
 
-NUM_PROBED = 128
+NUM_PROBED = 16
 """Comparisons that are scored again, unless somebody asks for another number."""
 
 Score = Callable[[list[Comparison]], list[list[float]]]

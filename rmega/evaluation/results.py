@@ -163,7 +163,7 @@ def _columns(items: Sequence[ScoredComparison], benchmark: str, *names: str) -> 
 
 
 def stored_items(dataset: Any, rewards: np.ndarray) -> list[ScoredComparison]:
-    """An open preference dataset and a model's rewards as what ``evaluate`` reads. No text is needed.
+    """An open preference dataset and a model's rewards as input of ``evaluate``; without text.
 
     dataset: ``rmega.data.indexed.PreferenceDataset``. rewards: float [responses], all responses of
     all comparisons in the dataset's order. Lengths are tokens of the responses.
@@ -270,7 +270,9 @@ def findings(j: dict[str, Any]) -> list[dict[str, str]]:
             {
                 "about": "accuracy",
                 "level": "bad",
-                "text": "No pair to evaluate: no two responses of one prompt have different scores.",
+                "text": (
+                    "No pair to evaluate: no two responses of one prompt have different scores."
+                ),
             }
         ]
     return [_accuracy_finding(j), _length_finding(j), _calibration_finding(j), *_other_findings(j)]

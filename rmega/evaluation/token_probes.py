@@ -51,8 +51,8 @@ def probe_stored(
     max_tokens: int,
     share_prefix: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """{"swap": .., "prompt": ..} for ``evaluate``, over ``count`` comparisons spread evenly; {} where
-    there is none.
+    """{"swap": .., "prompt": ..} for ``evaluate``, over ``count`` comparisons spread evenly; {}
+    where there is none.
 
     dataset: open, as the ``items`` (``results.stored_items``) were made from. max_tokens,
     share_prefix: of the packs, see ``wrong_prompts``. "prompt" has one number more than that of

@@ -123,10 +123,10 @@ def config_of(
         if (token := getattr(tokenizer, role, None)) is not None:
             config[role] = str(token)
     named = {config.get(role) for role in ROLES}
-    more = getattr(tokenizer, "extra_special_tokens", None) or getattr(
-        tokenizer, "additional_special_tokens", ()
-    )
-    more = [str(token) for token in more if str(token) not in named]
+    more = list(getattr(tokenizer, "extra_special_tokens", None) or ())
+    # a model's own roles, such as image_token, but not padding: an export may choose another token
+    more += [t for t in tokenizer.all_special_tokens if t != tokenizer.pad_token]
+    more = [text for text in dict.fromkeys(map(str, more)) if text not in named]
     config.pop("additional_special_tokens", None)
     return {
         **config,

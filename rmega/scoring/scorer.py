@@ -2,7 +2,8 @@
 path.
 
     scorer = load_scorer("RUN")          # or a Hugging Face reward model
-    scorer.score_conversations([[{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]])
+    scorer.score_conversations([[{"role": "user", "content": ...},
+                                 {"role": "assistant", "content": ...}]])
 
 Batches are packed without padding and conversations with the same beginning compute it once;
 neither changes a reward.

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from rmega.config import TrainingConfig
 from rmega.distributed import log, rank
 from rmega.io import write_durably
 
@@ -121,6 +122,17 @@ class MetricsLog:
             self._board = _board(Path(run) / "tensorboard", resumed_at, named=tensorboard == "on")
         if wandb_project:
             self._wandb = _wandb_run(wandb_project, run, resumed_at, config)
+
+    @classmethod
+    def of(cls, config: TrainingConfig, *, resumed_at: int | None) -> MetricsLog:
+        """That of a run with these flags."""
+        return cls(
+            config.checkpoint.save,
+            resumed_at=resumed_at,
+            tensorboard=config.train.tensorboard,
+            wandb_project=config.train.wandb_project,
+            config=config.as_dict(),
+        )
 
     def row(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one row {"type": kind, "step": step, ...}."""

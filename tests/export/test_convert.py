@@ -208,6 +208,13 @@ def interpreters() -> list[str]:
     return [sys.executable, *filter(None, os.environ.get("RMEGA_OTHER_PYTHONS", "").split(":"))]
 
 
+def version_of(python: str) -> tuple[int, ...]:
+    """The release of transformers that a Python has."""
+    code = "import importlib.metadata as m; print(m.version('transformers'))"
+    answer = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    return tuple(map(int, answer.stdout.strip().split(".")[:2]))
+
+
 def check_load(
     python: str,
     folder: Path,
@@ -272,6 +279,8 @@ def test_plain_transformers_gives_the_training_rewards(python, runs, outputs, tm
     for family, run in runs.items():
         expected = checkpoint_rewards(run / "iter_0000010", items, ["float32"])[0].tolist()
         for form in FORMATS.get(family, (family,)):
+            if form == "qwen3" and version_of(python) < (4, 51):
+                continue  # unknown to it
             answer = check_load(python, outputs[family, form], sequences, PAD, tmp_path)
             for rewards in answer["rewards"].values():
                 close(expected, rewards)

@@ -194,16 +194,20 @@ def as_cell(cell: Any) -> Any:
 
 
 def as_table(rows: list[Row]) -> pa.Table:
-    """An arrow table; a column of mixed types as text."""
+    """An arrow table; a column that neither parquet nor arrow can hold is text."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {}
     for name in names:
         cells = [row.get(name) for row in rows]
         try:
             columns[name] = pa.array(cells)
+            alone = pa.table({name: columns[name]})
+            pq.write_table(alone, io.BytesIO())  # no empty structs
+            with pa.ipc.new_stream(io.BytesIO(), alone.schema) as out:
+                out.write_table(alone)  # at most 64 levels
         except (pa.ArrowException, ValueError, TypeError, OverflowError, RecursionError):
-            texts = [None if c is None else json.dumps(c) for c in cells]
-            columns[name] = pa.array(texts, pa.string())
+            texts = [c and as_cell(c).encode("utf-8", "replace").decode() for c in cells]
+            columns[name] = pa.array([t if t else None for t in texts], pa.string())
     return pa.table(columns)
 
 

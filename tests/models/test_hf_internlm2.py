@@ -166,6 +166,39 @@ def test_scoring_conversations() -> None:
     order = model.rank(Words(), chats)
     assert [scores[i] for i in order] == sorted(scores, reverse=True)
     assert model.compare(Words(), chats[order[0]], chats[order[1]])
+    # what the published class takes, and what RewardBench reads of it
+    assert model.reward_token_id == 3
+    best = (scores[order[0]], scores[order[1]])
+    for given in ({}, {"return_dict": False}, {"batch_size": 2}):
+        assert model.compare(
+            Words(),
+            conversation1=chats[order[0]],
+            conversation2=chats[order[1]],
+            return_logits=True,
+            **given,
+        ) == pytest.approx(best, abs=1e-5)
+        ranked = model.rank(Words(), conversations=chats, return_logits=True, **given)
+        assert ranked == pytest.approx(scores, abs=1e-5)
+    model.reward_token_id = None  # a model that reads its reward at the end of the text
+    ids = [int(w) for m in chats[0] for w in m["content"].split()]
+    expected = model(torch.tensor([ids])).logits.item()
+    assert model.get_score(Words(), chats[0]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_what_the_published_configuration_class_asks_of_rope_scaling() -> None:
+    """Exactly two fields, ``type`` and a ``factor`` that is a float above 1, or null."""
+    for scaling in SCALINGS[:3]:
+        geometry = tiny("internlm2", rope_scaling=scaling)
+        config = BACKBONES["internlm2"].export_config(
+            geometry, {}, dtype="float32", reward_token_id=3, pad_token_id=0
+        )
+        written = config.get("rope_scaling")
+        if scaling.rope_type == "default":
+            assert written is None
+            continue
+        assert written == {"type": scaling.rope_type, "factor": scaling.factor}
+        assert isinstance(written["factor"], float)
+        assert BACKBONES["internlm2"].read_geometry(config).rope_scaling == scaling
 
 
 def test_saved_again_and_read_again(tmp_path: Path) -> None:

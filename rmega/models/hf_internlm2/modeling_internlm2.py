@@ -201,6 +201,7 @@ class InternLM2ForRewardModel(InternLM2PreTrainedModel):
         super().__init__(config)
         self.model = InternLM2Model(config)
         self.v_head = nn.Linear(config.hidden_size, 1, bias=False)
+        self.reward_token_id = config.reward_token_id  # read by RewardBench
         self.post_init()
 
     def get_input_embeddings(self):
@@ -232,43 +233,46 @@ class InternLM2ForRewardModel(InternLM2PreTrainedModel):
         return SequenceClassifierOutput(logits=logits) if return_dict else (logits,)
 
     @torch.no_grad()
-    def get_scores(self, tokenizer, conversations, batch_size=8):
+    def get_scores(self, tokenizer, conversations, batch_size=8, **kwargs):
         """Rewards of conversations (each a list of {"role", "content"}), as floats in the order
-        given."""
+        given. ``kwargs`` go to ``forward``, as in the published class."""
         texts = [
             tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=False)
             for c in conversations
         ]
         ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        reward = self.config.reward_token_id
+        reward = self.reward_token_id
         ids = [i if reward in (None, i[-1]) else [*i, reward] for i in ids]
-        order = sorted(
-            range(len(ids)), key=lambda i: len(ids[i])
-        )  # like lengths together: little padding
+        # similar lengths together: little padding
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         scores = [0.0] * len(ids)
         for start in range(0, len(ids), batch_size):
             chosen = order[start : start + batch_size]
             length = max(len(ids[i]) for i in chosen)
-            tokens = torch.zeros(len(chosen), length, dtype=torch.long)
+            tokens = torch.zeros(len(chosen), length, dtype=torch.long)  # [B, T]
             mask = torch.zeros_like(tokens)
             for row, i in enumerate(chosen):
                 tokens[row, : len(ids[i])] = torch.tensor(ids[i])
                 mask[row, : len(ids[i])] = 1
-            logits = self(tokens.to(self.device), mask.to(self.device)).logits
+            logits = self(tokens.to(self.device), mask.to(self.device), **kwargs)[0]  # [B, 1]
             for row, i in enumerate(chosen):
                 scores[i] = logits[row, 0].item()
         return scores
 
-    def get_score(self, tokenizer, conversation):
+    def get_score(self, tokenizer, conversation, **kwargs):
         """Reward of one conversation."""
-        return self.get_scores(tokenizer, [conversation])[0]
+        return self.get_scores(tokenizer, [conversation], **kwargs)[0]
 
-    def compare(self, tokenizer, conversation, other):
-        """Whether the first conversation has the higher reward."""
-        first, second = self.get_scores(tokenizer, [conversation, other])
-        return first > second
+    def compare(self, tokenizer, conversation1, conversation2, return_logits=False, **kwargs):
+        """Whether the first conversation has the higher reward; with ``return_logits`` the two
+        rewards."""
+        first, second = self.get_scores(tokenizer, [conversation1, conversation2], **kwargs)
+        return (first, second) if return_logits else first > second
 
-    def rank(self, tokenizer, conversations):
-        """Indices of the conversations, the best first."""
-        scores = self.get_scores(tokenizer, conversations)
+    def rank(self, tokenizer, conversations, return_logits=False, **kwargs):
+        """Indices of the conversations, the best first; with ``return_logits`` their rewards, in
+        the order given."""
+        scores = self.get_scores(tokenizer, conversations, **kwargs)
+        if return_logits:
+            return scores
         return sorted(range(len(scores)), key=lambda i: scores[i], reverse=True)

@@ -1,0 +1,175 @@
+"""The tokenizer of an export: the ids of the training, in files that every transformers since 4.44
+reads.
+
+Each rule here stands for a release that refuses or misreads what another one writes;
+RMEGA_OTHER_PYTHONS lets those releases read the files themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rmega.data.fingerprint import PROBES, is_tokenizer_of
+from rmega.export.tokenizer import EXAMPLE, write_tokenizer
+from rmega.hub import load_tokenizer
+from rmega.preferences.tokenizer import PairTokenizer
+
+KINDS = [
+    "small_llama",
+    "internlm2_tokenizer",
+    "internlm2_of_the_hub",
+    "smollm2",
+    "additional_special_tokens",
+    "added_tokens_decoder",
+    "base_for_vision",
+]
+CODE = ["tokenization_internlm2.InternLM2Tokenizer", None]
+
+
+@pytest.fixture(params=KINDS)
+def base(request, tmp_path: Path) -> Path:
+    """The tokenizer files of a base model."""
+    kind, folder = request.param, tmp_path / "base"
+    if kind == "smollm2":
+        from tests.made_models import make_smollm2_tokenizer
+
+        return make_smollm2_tokenizer(folder)
+    made = kind in ("small_llama", "internlm2_tokenizer", "internlm2_of_the_hub")
+    source = request.getfixturevalue(kind if made else "internlm2_tokenizer")
+    files = [f for f in source.iterdir() if f.suffix != ".safetensors"]
+    folder.mkdir()
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    if kind == "additional_special_tokens":  # as transformers 5 saves them: a list
+        tokenizer = load_tokenizer(folder)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|new|>"]})
+        tokenizer.save_pretrained(folder)
+        assert isinstance(read(folder)["extra_special_tokens"], list)
+    elif kind == "added_tokens_decoder":  # as transformers 4 does, with a class of its own code
+        bos = {"__type": "AddedToken", "content": "<s>", "lstrip": False, "special": True}
+        decoder = {"1": {"content": "<s>", "lstrip": True, "special": True}}
+        more = {"added_tokens_decoder": decoder, "add_bos_token": True, "bos_token": bos}
+        code = {"tokenizer_class": "InternLM2Tokenizer", "auto_map": {"AutoTokenizer": CODE}}
+        more |= {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"], **code}
+        write(folder, {**read(folder), **more})
+        (folder / "special_tokens_map.json").write_text('{"bos_token": "<s>"}')
+        (folder / "added_tokens.json").write_text("{}")
+    elif kind == "base_for_vision":  # a dictionary: attributes of a model's own
+        write(folder, {**read(folder), "extra_special_tokens": {"image_token": "<|plugin|>"}})
+    return folder
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+
+
+def write(folder: Path, config: dict) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def export(base: Path, folder: Path) -> tuple[PairTokenizer, dict]:
+    tokenizer = PairTokenizer.load(base)
+    info = {
+        "reward_token_id": tokenizer.reward_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "manifest": tokenizer.manifest(),
+        "geometry": {"vocab_size": tokenizer.vocab_size},
+    }
+    folder.mkdir()
+    return tokenizer, write_tokenizer(base, folder, info)
+
+
+def test_the_written_files(base: Path, tmp_path: Path) -> None:
+    tokenizer, example = export(base, tmp_path / "out")
+    config = read(tmp_path / "out")
+    # 4.57 refuses a list; older ones know nothing of the field
+    assert "extra_special_tokens" not in config
+    # code that is not carried along: 4.x stops at a class that it does not find
+    assert "auto_map" not in config and config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    # 4.x otherwise makes token_type_ids, which decoders refuse
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
+    # files of their own were read by 4.x before tokenizer_config.json, or not at all
+    assert config["chat_template"] == tokenizer.template == example_template(tmp_path / "out")
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert not names & {"special_tokens_map.json", "added_tokens.json"}
+    assert "added_tokens_decoder" not in config and "add_bos_token" not in config
+    for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        assert isinstance(config[role], str)
+    content = json.loads((tmp_path / "out" / "tokenizer.json").read_text(encoding="utf-8"))
+    # tokenizers before 0.20 reads merges as text only
+    assert content["model"]["merges"] and all(
+        isinstance(m, str) for m in content["model"]["merges"]
+    )
+    assert content["padding"] is None and content["truncation"] is None
+    special = {token["content"] for token in content["added_tokens"] if token["special"]}
+    assert special >= set(config.get("additional_special_tokens", ()))
+
+    exported = load_tokenizer(tmp_path / "out")
+    assert is_tokenizer_of(exported, tokenizer.manifest())  # for training on from it
+    again, example_again = export(tmp_path / "out", tmp_path / "again")
+    assert example_again["token_ids"] == example["token_ids"]
+    assert again.reward_token_id == tokenizer.reward_token_id
+
+
+def example_template(folder: Path) -> str:
+    return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+
+
+OTHERS = [p for p in os.environ.get("RMEGA_OTHER_PYTHONS", "").split(":") if p]
+
+
+@pytest.mark.parametrize("python", [sys.executable, *OTHERS])
+def test_every_release_reads_the_same(python: str, base: Path, tmp_path: Path) -> None:
+    tokenizer, example = export(base, tmp_path / "out")
+    texts = [*PROBES, "<s>text</s>", "<|im_start|>user\n"]
+    job = {"folder": str(tmp_path / "out"), "texts": texts, "conversation": EXAMPLE}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    script = Path(__file__).parents[1] / "hf_load_check.py"
+    answer = subprocess.run(
+        [python, str(script), str(tmp_path / "job.json")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        | {"HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    result = json.loads(answer.stdout.splitlines()[-1])
+    assert result["text"] == example["text"] and result["pad"] == example["pad_token"]
+    ours = [
+        tokenizer.tokenizer.encode(t, add_special_tokens=False) for t in [result["text"], *texts]
+    ]
+    assert result["ids"] == ours
+    assert result["inputs"] == ["attention_mask", "input_ids"]
+    assert result["length"] == tokenizer.vocab_size
+    exported = load_tokenizer(tmp_path / "out")
+    assert result["default_ids"] == [exported.encode(text) for text in texts]
+    assert result["special"] == sorted(set(map(str, exported.all_special_tokens)))
+
+
+def test_written_ids_that_differ_are_refused(internlm2_tokenizer, tmp_path, monkeypatch) -> None:
+    from rmega.export import tokenizer as module
+
+    honest = module.config_of
+    monkeypatch.setattr(
+        module, "config_of", lambda *args: {**honest(*args), "chat_template": "{{ 1 }}"}
+    )
+    monkeypatch.setattr(Path, "write_text", without_jinja(Path.write_text))
+    with pytest.raises(ValueError, match="the written tokenizer gives other ids"):
+        export(internlm2_tokenizer, tmp_path / "out")
+
+
+def without_jinja(write_text):
+    def write(path: Path, *args, **kwargs):
+        if path.suffix != ".jinja":
+            write_text(path, *args, **kwargs)
+
+    return write
