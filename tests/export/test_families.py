@@ -100,7 +100,7 @@ def test_reward_token_and_pad_of_a_qwen_tokenizer(qwen3: Path) -> None:
 def test_a_qwen3_folder_from_text_to_a_verified_export(qwen3: Path, tmp_path: Path) -> None:
     """Preprocess, train on two tensor ranks, export, score: every door gives one reward."""
     from rmega.export.convert import convert
-    from rmega.export.folder import RECIPE, UNVERIFIED
+    from rmega.export.destination import RECIPE, UNVERIFIED
     from rmega.export.verify import transformers_rewards
     from rmega.models.hf import read_geometry
     from rmega.scoring.scorer import scorer
