@@ -39,7 +39,7 @@ class EvaluateArgs:
     scores: list[str] | None = None
     """Files of scores instead of a model, one per --data file, in the same order."""
     format: str = "auto"
-    """Name of the schema, if it is not recognised rightly (an unknown name prints all names)."""
+    """Name of the schema, if it is not recognized rightly (an unknown name prints all names)."""
     split: str | None = None
     """Split of hub data sets and of folders with several."""
     limit: int | None = None

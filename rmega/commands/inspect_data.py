@@ -44,13 +44,13 @@ class InspectArgs:
 
 def main(args: InspectArgs) -> int:
     from rmega.data.indexed import open_preferences
-    from rmega.data.stats import describe, show, summarise
+    from rmega.data.stats import describe, show, summarize
 
     if args.rest and args.action != "show":
         raise ValueError(f"{args.action}: takes no further arguments ({' '.join(args.rest)})")
     dataset = open_preferences(args.prefix)
     if args.action == "stats":
-        summary = summarise(dataset)
+        summary = summarize(dataset)
         print(json.dumps(summary, indent=1) if args.json else "\n".join(describe(summary)))
     elif args.action == "show":
         tokenizer = load_tokenizer(args.tokenizer, dataset.manifest, needed=True)

@@ -1,6 +1,6 @@
 """Report on a training run: RUN/report.html.
 
-One page with curves and findings that needs no network; may be called while the run goes on.
+One page with curves and findings that needs no network; may be called during the run.
 """
 
 from __future__ import annotations

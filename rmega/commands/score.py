@@ -57,7 +57,7 @@ class ScoreArgs:
     max_tokens: int = 8192
     """Most tokens of a pack; a longer conversation has a pack to itself."""
     format: str = "auto"
-    """Schema of preference rows, if it is not recognised rightly (an unknown name prints all
+    """Schema of preference rows, if it is not recognized rightly (an unknown name prints all
     names)."""
     limit: int | None = None
     """Only the first rows of each input."""
@@ -153,7 +153,7 @@ def score(args: ScoreArgs, rank: int) -> int:
                     " --input"
                 )
             if output and output.num_rows:
-                say(f"going on after {output.num_rows:,} rows of {output.partial}")
+                say(f"resuming after {output.num_rows:,} rows of {output.partial}")
             start = time.monotonic()
             progress = tqdm(
                 desc="scoring",

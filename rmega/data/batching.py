@@ -27,7 +27,7 @@ def epoch_order(num_comparisons: int, *, seed: int, epoch: int) -> np.ndarray:
 
 class Mixture:
     """Several datasets as one: dataset i is visited ``weights[i]`` times per epoch (0.5: half of
-    it, the other half in the next epoch). It has the vectorised accessors of a single dataset,
+    it, the other half in the next epoch). It has the vectorized accessors of a single dataset,
     and the order of an epoch.
     """
 

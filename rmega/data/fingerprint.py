@@ -61,9 +61,9 @@ def frozen_dates(template: str) -> frozenset[str]:
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """16 hexadecimal digits that name a tokenizer: vocabulary, special tokens, template and
-    behaviour on probe texts.
+    behavior on probe texts.
 
-    The probes catch a lost normaliser or pre-tokenizer, and a release of transformers that reads
+    The probes catch a lost normalizer or pre-tokenizer, and a release of transformers that reads
     the files differently. A token that is special for padding alone is left out: no text holds it,
     and an export may have chosen another.
     """

@@ -7,7 +7,7 @@ that their differences are margins, else 0; float32 in sets of format version 1)
 ``PREFIX.sources.npy`` (uint16 per document) and ``PREFIX.json``, the manifest, which is written
 last: without it there is no dataset.
 
-The files are read with numpy alone, through memory maps, and written with vectorised numpy:
+The files are read with numpy alone, through memory maps, and written with vectorized numpy:
 ``IndexedDataset`` reads the same files (a test holds both to it), but its builder keeps a Python
 integer per sequence, and importing it costs three seconds and torch in every worker and small tool.
 

@@ -61,7 +61,7 @@ def _spread(values: np.ndarray) -> dict[str, float]:
     }
 
 
-def summarise(dataset: PreferenceDataset) -> dict[str, Any]:
+def summarize(dataset: PreferenceDataset) -> dict[str, Any]:
     """All numbers of ``inspect_data.py PREFIX stats``, ready for JSON."""
     lengths, manifest = lengths_of(dataset), dataset.manifest
     graded = np.asarray(dataset.scores)[np.asarray(dataset.document_indices[:-1])] > 0

@@ -26,7 +26,7 @@ class Evaluations:
     """The evaluations of a run. Every rank has one; rank 0 alone speaks and writes.
 
     sets: name -> open dataset. probes: --eval-probes. run: the run folder, None without --save. A
-    resumed run (``resumed_at``: the step it goes on from) loses the files of later steps, a run
+    resumed run (``resumed_at``: the step it resumes from) loses the files of later steps, a run
     from scratch all of them.
     """
 

@@ -325,7 +325,7 @@ def _length_finding(j: dict[str, Any]) -> dict[str, str]:
             ),
         }
     if flag == "none":
-        # a wide difference of few pairs is no proof, of neither
+        # a wide difference of few pairs proves nothing
         word = (
             "No length bias to speak of"
             if abs(length["gap"]) < 0.1

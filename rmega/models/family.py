@@ -18,7 +18,7 @@ from rmega.models.weights import Names, WeightRule, weight_table
 
 @dataclasses.dataclass(frozen=True)
 class Only:
-    """The values of a field of ``config.json`` that can be honoured. Exports write the first."""
+    """The values of a field of ``config.json`` that can be honored. Exports write the first."""
 
     values: tuple[Any, ...]
     reason: str
@@ -47,7 +47,7 @@ class Family:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What the published configuration class assumes where ``config.json`` says nothing."""
     only: Mapping[str, Only] = dataclasses.field(default_factory=dict)
-    """Fields beyond ``COMMON`` of which not every value can be honoured."""
+    """Fields beyond ``COMMON`` of which not every value can be honored."""
     qkv_bias: bool = False
     qk_norm: bool = False
     own_head_dim: bool = True
@@ -67,7 +67,7 @@ class Family:
 
     def read_geometry(self, hf_config: dict[str, Any]) -> Geometry:
         """Geometry from ``config.json`` as a dict. Raises ValueError with file and field on
-        anything that cannot be honoured."""
+        anything that cannot be honored."""
         config = {**self.defaults, **hf_config}
         config["_missing"] = self.defaults.keys() - hf_config.keys()
         has_head = self._read_architectures(config)

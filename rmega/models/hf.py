@@ -187,7 +187,7 @@ def source_names(files: Iterable[str], geometry: Geometry, folder: Path | str) -
             if unknown[0].endswith(".bias")
             else "it is not part of this architecture"
         )
-        raise ValueError(f"{folder}: tensor {unknown[0]} cannot be honoured: {what}")
+        raise ValueError(f"{folder}: tensor {unknown[0]} cannot be honored: {what}")
     return found
 
 

@@ -13,7 +13,7 @@ ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
 
 
 def refuse(config: dict[str, Any], field: str, why: str) -> ValueError:
-    """The error for a field of config.json that rmega cannot honour. ``_path`` is set by
+    """The error for a field of config.json that rmega cannot honor. ``_path`` is set by
     ``read_config``; ``_missing`` names fields whose value is the default of their class."""
     value = config.get(field)
     if field in config.get("_missing", ()):

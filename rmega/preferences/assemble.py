@@ -318,7 +318,7 @@ def _copy(
     source_ids: np.ndarray,
     writer: PreferenceWriter,
 ) -> None:
-    """Write the documents with these numbers [n]; runs of neighbours are copied in one piece."""
+    """Write the documents with these numbers [n]; runs of neighbors are copied in one piece."""
     documents = arrays["documents"]
     num_sequences = documents["num_sequences"].astype(np.int64)
     sequence_ends, token_ends = (

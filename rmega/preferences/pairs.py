@@ -148,7 +148,7 @@ _CHATML_TURN = re.compile(r"\s*<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", r
 
 
 def chatml(row: Row) -> Parsed:
-    """Texts that a ChatML template made. Never recognised by itself: such text in user data is
+    """Texts that a ChatML template made. Never recognized by itself: such text in user data is
     text, not turns."""
     conversations = []
     for name in SIDES:

@@ -58,7 +58,7 @@ class PreprocessArgs:
     response (the prompt keeps half of the room); right: cut the end; drop: leave the row out;
     error: stop."""
     format: str = "auto"
-    """Name of the schema, if it is not recognised rightly (an unknown name prints all names)."""
+    """Name of the schema, if it is not recognized rightly (an unknown name prints all names)."""
     map: str | None = None
     """FILE.py:FUNCTION, called with each row: gives a row of a known schema, a Comparison, or None
     to leave it out."""
@@ -174,11 +174,11 @@ def _check(args: PreprocessArgs) -> None:
     if args.format != "auto":
         schema_named(args.format)
         if args.map is not None:
-            raise ValueError("--format: the schema of what --map returns is recognised")
+            raise ValueError("--format: the schema of what --map returns is recognized")
 
 
 def _announce(plans: list[Plan], tokenizer: PairTokenizer, converter: Converter) -> None:
-    """Say what was recognised, with an example, before the work starts."""
+    """Say what was recognized, with an example, before the work starts."""
     say(
         f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} ids; {tokenizer.reading}, pad id"
         f" {tokenizer.pad_token_id}"

@@ -135,7 +135,7 @@ def two_rated(row: Row) -> Parsed:
     )
 
 
-def labelled(row: Row) -> Parsed:
+def labeled(row: Row) -> Parsed:
     """PKU-SafeRLHF: the number of the better response."""
     given = field_of(row, "better_response_id")
     label = as_number(given)

@@ -11,7 +11,7 @@ from typing import Any
 
 from rmega.preferences import sources
 from rmega.preferences.closest_schema import columns_of, what_is_missing
-from rmega.preferences.schemas import Schema, recognise, schema_named
+from rmega.preferences.schemas import Schema, recognize, schema_named
 
 SAMPLE_ROWS, SAMPLE_CHUNKS = 50, 8
 """The schema is that of the first rows: so many of them, from at most so many chunks."""
@@ -58,7 +58,7 @@ def plan_input(
     mapped: bool = False,
     needed: bool = True,
 ) -> Plan:
-    """Look at the first rows of an input and recognise their schema.
+    """Look at the first rows of an input and recognize their schema.
 
     mapped: a --map function gives the rows, so none is looked for. needed: ValueError if no row can
     be read or no schema fits; else the schema is None.
@@ -84,7 +84,7 @@ def plan_input(
         )
     if mapped:
         return Plan(source, None, sample, stream)
-    schema = recognise(sample) if format_name == "auto" else schema_named(format_name)
+    schema = recognize(sample) if format_name == "auto" else schema_named(format_name)
     if schema is None and needed:
         raise ValueError(
             f"{flag} {source.name}: no known schema has the columns {columns_of(sample[0])};"

@@ -184,7 +184,7 @@ SCHEMAS: tuple[Schema, ...] = (
         "prompt, response_0, response_1, better_response_id",
         (("prompt",), ("response_0",), ("response_1",), ("better_response_id",)),
         lambda r: _given(r, "response_0") and _given(r, "better_response_id"),
-        ranked.labelled,
+        ranked.labeled,
     ),
     Schema(
         "arena",
@@ -248,7 +248,7 @@ def schema_named(name: str) -> Schema:
     raise ValueError(f"--format {name}: unknown; known are {', '.join(SCHEMA_NAMES)}")
 
 
-def recognise(rows: Sequence[Row]) -> Schema | None:
+def recognize(rows: Sequence[Row]) -> Schema | None:
     """The schema that the rows look like, or None. Of several that fit almost as many rows, the
     most particular."""
     counts = [sum(schema.fits(row) for row in rows) for schema in SCHEMAS]

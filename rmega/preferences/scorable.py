@@ -28,7 +28,7 @@ from rmega.preferences.messages import (
 from rmega.preferences.pairs import history
 from rmega.preferences.ranked import RESPONSE_LISTS, RESPONSE_TEXTS, response_list
 from rmega.preferences.reader import plan_input
-from rmega.preferences.schemas import Schema, recognise
+from rmega.preferences.schemas import Schema, recognize
 from rmega.preferences.written import as_list
 
 Conversation = list[Message] | str
@@ -140,7 +140,7 @@ def _preference(
     row: Row, schema: Schema | None, forced: bool
 ) -> tuple[list[Conversation], list[Any] | None]:
     if schema is None or not (schema.fits(row) or forced):
-        schema = recognise([row])
+        schema = recognize([row])
     if schema is None:
         raise _of_no_form(row)
     parsed = schema.parse(row)
@@ -179,7 +179,7 @@ def read_rows(
     """Every row of the inputs in order (the first ``limit`` of each), with the fraction of all
     bytes read so far; None where the sizes are not known.
 
-    The schema of preference rows is recognised by each input's first rows (reader.py).
+    The schema of preference rows is recognized by each input's first rows (reader.py).
     """
     total = sum(s.num_bytes for s in inputs) if all(s.num_bytes for s in inputs) else 0
     index, before = 0, 0

@@ -16,7 +16,7 @@ from rmega.preferences import dedup, sources
 from rmega.preferences.closest_schema import columns_of, what_is_missing
 from rmega.preferences.comparison import Comparison, Rejected
 from rmega.preferences.reader import Plan
-from rmega.preferences.schemas import recognise, source_of
+from rmega.preferences.schemas import recognize, source_of
 from rmega.preferences.tokenizer import PairTokenizer
 
 
@@ -54,7 +54,7 @@ class Converter:
             if isinstance(mapped, Comparison):
                 mapped.source = mapped.source or source
                 return mapped
-            row, schema = mapped, recognise([mapped])
+            row, schema = mapped, recognize([mapped])
             source = source_of(row, source)
             if schema is None:
                 raise Rejected(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rmega.data.indexed import PreferenceDataset, pairs
-from rmega.data.stats import heuristic_text, lengths_of, show, summarise
+from rmega.data.stats import heuristic_text, lengths_of, show, summarize
 from rmega.preferences.comparison import REASONS
 from rmega.report import page
 from rmega.report.figures import BLUE, GREY, drawing, require_matplotlib
@@ -35,7 +35,7 @@ def write_dataset_report(
     """Write the page to ``path``. With a tokenizer (transformers') it shows some comparisons,
     spread over the set. ValueError without matplotlib."""
     require_matplotlib("report")
-    summary, manifest = summarise(dataset), dataset.manifest
+    summary, manifest = summarize(dataset), dataset.manifest
     tokens, made_of = summary["tokens"], manifest.get("input", {})
     sources = sorted(summary["sources"].items(), key=lambda item: -item[1]["tokens"])
     counts = [

@@ -51,7 +51,7 @@ class Drawing:
         self.figure, self.axes, self.svg = figure, axes, ""
 
     def legend_below(self) -> None:
-        """The legend under the plot, where it hides no data; its marks in full colour."""
+        """The legend under the plot, where it hides no data; its marks in full color."""
         shown = self.figure.legend(loc="outside lower center", ncols=4, fontsize=9)
         for handle in shown.legend_handles:
             handle.set_alpha(1)

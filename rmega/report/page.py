@@ -90,7 +90,7 @@ def _kept(text: str) -> str:
 
 
 def findings(rows: Sequence[dict[str, str]]) -> str:
-    """Boxes of findings; the level is a word and a mark, not a colour alone."""
+    """Boxes of findings; the level is a word and a mark, not a color alone."""
     return "".join(
         f'<div class="findings {v["level"]}"><b>{_WORDS[v["level"]]}<br>'
         f'<span class="sub">{escape(v["about"])}</span></b><span>{_kept(v["text"])}</span></div>\n'

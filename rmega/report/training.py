@@ -544,7 +544,7 @@ def head(train: Sequence[dict[str, Any]], config: dict[str, Any]) -> list[str]:
         if planned is None:
             done.append(f"step {step:,}")
         else:
-            state = "finished" if step >= planned else "not finished, or still going on"
+            state = "finished" if step >= planned else "unfinished, or still running"
             done.append(f"{state}: {step:,} of {planned:,} steps")
         if seconds := time_taken(train):
             done.append(str(datetime.timedelta(seconds=round(seconds))))

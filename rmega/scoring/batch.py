@@ -147,12 +147,12 @@ class Output:
             partial.unlink(missing_ok=True)
         elif self.path.exists():
             raise ValueError(
-                f"--output {path}: exists already; --resume goes on where it ends, --force"
+                f"--output {path}: exists already; --resume continues where it ends, --force"
                 " replaces it"
             )
         elif partial.exists():
             raise ValueError(
-                f"--output {path}: {partial} holds an interrupted run; --resume goes on with it,"
+                f"--output {path}: {partial} holds an interrupted run; --resume continues it,"
                 " --force starts afresh"
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)

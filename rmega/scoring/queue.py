@@ -166,7 +166,7 @@ class ScoringQueue:
             rewards = self._scorer.score_sequences([s for _, _, s in batch])
         except (
             Exception
-        ) as error:  # out of memory, for example: these requests fail, the server goes on
+        ) as error:  # out of memory, for example: these requests fail, the server continues
             for job in {id(job): job for job, _, _ in batch}.values():
                 job.fail(error)
             return

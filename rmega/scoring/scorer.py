@@ -349,7 +349,7 @@ def group_by_prefix(sequences: Sequence[np.ndarray], at_least: int = MIN_SHARED)
     """Numbers of the sequences (int32 arrays) in groups that share a beginning of ``at_least``
     tokens.
 
-    Sequences are sorted, so that those with equal beginnings are neighbours; the sorted row is then
+    Sequences are sorted, so that those with equal beginnings are neighbors; the sorted row is then
     cut where that saves most tokens: a group of m that shares p tokens saves p (m - 1). Groups are
     in the order of their first member.
     """

@@ -250,7 +250,7 @@ class RewardService:
             raise
         except Abandoned:
             raise Problem(503, "the server is stopping", 5) from None
-        except Exception as error:  # of the model: this request fails, the server goes on
+        except Exception as error:  # of the model: this request fails, the server continues
             print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             raise Problem(500, f"scoring failed: {type(error).__name__}") from None
         finally:

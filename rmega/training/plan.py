@@ -283,8 +283,8 @@ def describe(
             f" per replica, the largest of {step.largest_microbatch:,} tokens"
         ),
         (
-            f"pipeline bubble: {100 * step.bubble:.1f} % of a step; data-parallel balance: dearest"
-            f" rank {step.imbalance:.3f} x the mean"
+            f"pipeline bubble: {100 * step.bubble:.1f} % of a step; max/mean load across DP ranks:"
+            f" {step.imbalance:.3f}"
         ),
     ]
     return "\n".join(lines)

@@ -19,7 +19,7 @@ from rmega.data.indexed import (
     open_preferences,
     pairs,
 )
-from rmega.data.stats import describe, lengths_of, show, summarise
+from rmega.data.stats import describe, lengths_of, show, summarize
 from rmega.preferences.preprocess import PreprocessArgs, preprocess
 from rmega.preferences.tokenizer import PairTokenizer
 from rmega.report.dataset import write_dataset_report
@@ -63,7 +63,7 @@ def dataset(tmp_path: Path) -> PreferenceDataset:
 
 
 def test_numbers(dataset: PreferenceDataset) -> None:
-    summary = summarise(dataset)
+    summary = summarize(dataset)
     assert (
         summary["comparisons"],
         summary["responses"],
@@ -131,7 +131,7 @@ def test_against_one_comparison_at_a_time(tmp_path: Path) -> None:
         for triple in zip(*(a.tolist() for a in arrays), strict=True)
     ]
     assert sorted(got) == want
-    summary = summarise(dataset)
+    summary = summarize(dataset)
     assert summary["pairs"] == len(want)
     assert summary["length_heuristic"]["accuracy"] == pytest.approx(wins / len(want))
     lengths = lengths_of(dataset)

@@ -300,7 +300,7 @@ def fuzz(count: int, seed: int, folder: Path, tokenizer: str) -> Counter[str]:
             rng = np.random.default_rng([seed, number])
             template = TEMPLATES[number % len(TEMPLATES)]
             kind = KINDS[number // len(TEMPLATES) % len(KINDS)]
-            rows = [copy.deepcopy(template) for _ in range(5)]  # so that the schema is recognised
+            rows = [copy.deepcopy(template) for _ in range(5)]  # so that the schema is recognized
             rows += [mutate(template, rng) for _ in range(ROWS_OF_A_FILE)]
             for i, row in enumerate(rows[:5]):
                 if isinstance(row.get("prompt"), str):

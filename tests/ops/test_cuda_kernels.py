@@ -266,7 +266,7 @@ def test_rms_norm(kernels, dtype, rows, h, parts, offset):
     assert nearly(dx, right_dx, dtype)
     rounding = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2**-7)
     assert (partial.double().sum(0) - right_dw).abs().max() <= rounding * right_dw.abs().max()
-    if dtype != torch.float64:  # the normalised value is rounded before the product, as on a CPU
+    if dtype != torch.float64:  # the normalized value is rounded before the product, as on a CPU
         assert torch.equal(
             y, (weight.float() * (x.float() * inv[:, None]).to(dtype).float()).to(dtype)
         )

@@ -20,7 +20,7 @@ from rmega.preferences.comparison import (
     validate,
 )
 from rmega.preferences.messages import as_message, as_number, parse_hh, split_prompt
-from rmega.preferences.schemas import SCHEMAS, recognise, schema_named, source_of
+from rmega.preferences.schemas import SCHEMAS, recognize, schema_named, source_of
 from tests.made_rows import FILES
 
 A, B = "Paris is the capital.", "I do not know."
@@ -28,7 +28,7 @@ Q = "What is the capital of France?"
 
 
 def convert(row: dict[str, Any], name: str | None = None) -> Comparison:
-    schema = recognise([row])
+    schema = recognize([row])
     assert schema is not None, row
     if name is not None:
         assert schema.name == name
@@ -188,7 +188,7 @@ def test_only_by_name() -> None:
         "chosen": f"{A}<|im_end|>",
         "rejected": B,
     }
-    assert recognise([row]).name == "strings"
+    assert recognize([row]).name == "strings"
     assert simple(schema_named("chatml").convert(row)) == PAIR
     with pytest.raises(ValueError, match="--format nonsense: unknown; known are sharegpt"):
         schema_named("nonsense")
@@ -302,7 +302,7 @@ def test_many_responses() -> None:
         }
         for r, h in (("x", 1), ("y", 4))
     ]
-    assert recognise(rows) is steer and steer.groups_by == "prompt"
+    assert recognize(rows) is steer and steer.groups_by == "prompt"
     comparison = steer.convert({"rows": rows})
     assert comparison.scores == [4, 1] and comparison.prompt == [
         user("a"),
@@ -451,7 +451,7 @@ def test_files(preference_files: Path, name: str) -> None:
 def check_file(path: Path, name: str, count: int) -> None:
     """Every row of a file becomes a comparison or is left out for a good reason."""
     rows = rows_of(path)
-    schema = recognise(rows[:50])
+    schema = recognize(rows[:50])
     assert (schema.name, len(rows)) == (name, count), path
     reasons = []
     for row in rows:
@@ -468,7 +468,7 @@ def check_file(path: Path, name: str, count: int) -> None:
 
 def test_the_schemas_have_distinct_names() -> None:
     assert len({s.name for s in SCHEMAS}) == len(SCHEMAS)
-    assert recognise([{"a": 1}, {}]) is None and recognise([]) is None
+    assert recognize([{"a": 1}, {}]) is None and recognize([]) is None
 
 
 @pytest.mark.parametrize("label", ["A", "", None, 1, "A>C", ["A>B"]])
@@ -477,4 +477,4 @@ def test_judgebench_labels(label: Any) -> None:
     with pytest.raises(Rejected) as error:
         convert(row, "judgebench")
     assert error.value.reason in ("wrong_type", "missing_field")
-    assert recognise([{**row, "label": "A>B"}]).name == "judgebench"
+    assert recognize([{**row, "label": "A>B"}]).name == "judgebench"

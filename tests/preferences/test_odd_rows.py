@@ -17,7 +17,7 @@ from rmega.preferences import sources
 from rmega.preferences.comparison import Comparison, Rejected, assistant, user
 from rmega.preferences.messages import as_message
 from rmega.preferences.pairs import IMPLICIT_PROMPT
-from rmega.preferences.schemas import recognise
+from rmega.preferences.schemas import recognize
 from rmega.preferences.scorable import scorable
 from rmega.preferences.tokenizer import PairTokenizer
 from rmega.preferences.written import value_of
@@ -28,7 +28,7 @@ PROMPT, GOOD, BAD = [user(Q)], [assistant(A)], [assistant(B)]
 
 
 def convert(row: Row) -> Comparison:
-    schema = recognise([row])
+    schema = recognize([row])
     assert schema is not None, row
     return schema.convert(row)
 
@@ -177,13 +177,13 @@ def test_answers_that_are_json_are_texts(tmp_path: Path, texts: tuple[str, str])
         csv.writer(stream).writerows([["prompt", "chosen", "rejected"], ["q", *texts]])
     found = convert(read(tmp_path / "a.csv")[0][1])
     assert [r[0]["content"] for r in found.responses] == list(texts)
-    labelled = {
+    labeled = {
         "prompt": "q",
         "response_0": texts[0],
         "response_1": texts[1],
         "better_response_id": "0",
     }
-    assert [r[0]["content"] for r in convert(labelled).responses] == list(texts)
+    assert [r[0]["content"] for r in convert(labeled).responses] == list(texts)
 
 
 @pytest.mark.parametrize(

@@ -301,7 +301,7 @@ def test_special_text_in_user_data_steers_nothing(internlm2: PairTokenizer) -> N
 
 
 def test_prefix_and_suffixes(internlm2: PairTokenizer) -> None:
-    item = comparison([user("Name a colour.")], "Blue is one.", "Blue", "Red")
+    item = comparison([user("Name a color.")], "Blue is one.", "Blue", "Red")
     encoded = internlm2.encode_comparison(item)
     whole = [internlm2.encode_conversation(item.prompt + r) for r in item.responses]
     assert [[*encoded.prefix, *s] for s in encoded.suffixes] == whole
@@ -400,7 +400,7 @@ def test_fingerprint(
     digits.backend_tokenizer.pre_tokenizer = byte_level("digits").backend_tokenizer.pre_tokenizer
     assert tokenizer_fingerprint(plain) != tokenizer_fingerprint(
         digits
-    )  # same vocabulary, other behaviour
+    )  # same vocabulary, other behavior
     digits.add_tokens(["zzz"])
     assert (
         len(

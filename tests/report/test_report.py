@@ -184,7 +184,7 @@ def test_odd_sets_still_draw(tmp_path):
 @pytest.mark.slow
 def test_pages_in_a_browser(tmp_path):
     """A real browser draws both pages, nothing sticks out of the page's width, and every plot has
-    its colours."""
+    its colors."""
     browser = next(
         filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None
     )
@@ -339,7 +339,7 @@ def test_the_head_of_a_page(tmp_path):
         "m; tp 1, pp 1, dp 2; bf16 (fast)",
     ]
     assert head(rows[:2], config)[0].startswith(
-        "not finished, or still going on: 20 of 23 steps; 0:00:10; "
+        "unfinished, or still running: 20 of 23 steps; 0:00:10; "
     )
     assert head([{**rows[0], "train_seconds": 75.0}], {"train": {"train_steps": 10}}) == [
         "finished: 10 of 10 steps; 0:01:15; 160 pairs seen"

@@ -297,7 +297,7 @@ def test_resume_gives_the_same_file(model, tmp_path, monkeypatch, kept):
     half = text[: int(len(text) * kept)]  # in the middle of a line
     (tmp_path / "out.jsonl").rename(tmp_path / "whole")
     (tmp_path / "out.jsonl.partial").write_bytes(half)
-    with pytest.raises(ValueError, match="--resume goes on with it"):
+    with pytest.raises(ValueError, match="--resume continues it"):
         run(model, tmp_path, rows, skip_bad=True)
     import rmega.scoring.batch as score_files
 

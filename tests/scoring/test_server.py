@@ -176,7 +176,7 @@ def test_bad_requests(client, path, body, status, says):
     assert (got, set(answer)) == (status, {"error"}) and says in answer["error"]
     assert one.ask("/score", {"messages": chat("q", "abc")})[1]["rewards"] == [
         3.0
-    ]  # and the server goes on
+    ]  # and the server continues
     assert one.service.in_flight == one.service.buffered == 0
 
 
