@@ -81,8 +81,8 @@ class LossArgs:
     use_margin: bool = False
     """Subtract the difference of the ratings, where the data has ratings, inside the loss."""
     barrier_clamp: bool = False
-    """XTuner's form of the log barrier: no gradient beyond +-4.999. By default the barrier goes on
-    linearly."""
+    """XTuner's form of the log barrier: no gradient beyond +-4.999. By default the barrier
+    continues linearly."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -184,7 +184,7 @@ class ParallelArgs:
     """Cut optimizer state and update over the data-parallel ranks. Checkpoints go from any layout
     to any other with it; without it only between runs that also do without."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass goes on."""
+    """Reduce gradients during the backward pass."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Recompute activations in the backward pass: nothing, attention, or whole layers."""
     distributed_timeout_minutes: float = 10.0
@@ -203,8 +203,8 @@ class CheckpointArgs:
     save: str | None = None
     """Run folder: checkpoints, metrics.jsonl, configuration."""
     load: str | None = None
-    """Run folder to go on from: its newest good checkpoint. May be the same as --save, also when it
-    is still empty."""
+    """Run folder to resume from (its newest healthy checkpoint), or one of its checkpoints. May be
+    the same as --save, also when it is still empty."""
     save_interval: int = 0
     """Steps between checkpoints; 0: none on the way but those of --save-best. There is always one
     at the end."""

@@ -95,7 +95,7 @@ class MetricsLog:
 
     Only rank 0 writes. Without a folder only the lines on the terminal remain. tensorboard: "auto"
     writes for it where it is installed, "on" raises ValueError where it is not. A resumed run
-    (``resumed_at``: its last good step) goes on in the same Weights & Biases run.
+    (``resumed_at``: its last good step) continues the same Weights & Biases run.
     """
 
     def __init__(
