@@ -460,6 +460,18 @@ def test_commands_run(document, workspace):
         assert [json.loads(line)["index"] for line in rewards] == list(range(112))
 
 
+def test_python_of_the_readme_runs(workspace, capsys):
+    """In the folder that its commands made."""
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace.root)
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    rewards, pack = capsys.readouterr().out.splitlines()
+    assert len(json.loads(rewards)) == 2 and pack.startswith("torch.Size([1, ")
+
+
 def shape(line: str) -> str:
     """A line without what differs between the model that is shown and the tiny one: numbers, types,
     its name."""
