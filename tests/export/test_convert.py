@@ -605,6 +605,16 @@ def test_which_checkpoint(runs, tmp_path) -> None:
     for iteration, message in (("30", r"not among .*\(10, 20\)"), ("last", "not among")):
         with pytest.raises(ValueError, match=message):
             find_checkpoint(run, iteration)
+    (run / run_folder.TRACKER).write_text("10\n")  # the run went back: 20 is not its own any more
+    assert (
+        find_checkpoint(run, "latest").name == find_checkpoint(run, "best").name == "iter_0000010"
+    )
+    (run / run_folder.TRACKER).write_text("5\n")
+    for iteration in ("latest", "best"):
+        with pytest.raises(
+            ValueError, match="names iteration 5, which is gone.*--iteration .10, 20"
+        ):
+            find_checkpoint(run, iteration)
     with pytest.raises(ValueError, match="--load .*no such folder"):
         find_checkpoint(tmp_path / "nothing", "latest")
     with pytest.raises(ValueError, match="no checkpoint in it"):
