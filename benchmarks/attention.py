@@ -206,9 +206,8 @@ def main(args: Args) -> int:
                         ]
                         rows.append(dict(zip(columns, row, strict=True)))
                         print(
-                            "{:>7} {:>8} {:>13} {:>14} {:>7} {:>10.2f} {:>11.2f} {:>7.0f} {:>11.2f}".format(
-                                *row
-                            ),
+                            "{:>7} {:>8} {:>13} {:>14} {:>7} {:>10.2f} {:>11.2f} {:>7.0f}"
+                            " {:>11.2f}".format(*row),
                             flush=True,
                         )
     common.save(args.name, {**common.environment(args.device), "rows": rows})

@@ -1,8 +1,11 @@
 """Rate of preprocessing and cost of opening.
 
-    python benchmarks/data.py --data FILE... --tokenizer DIR     MB of JSON lines per second, against two plain ways
-    python benchmarks/data.py --num-comparisons 60000 10000000   opening a synthetic dataset: time and memory
-    python benchmarks/data.py --data FILE... --tokenizer DIR --check    every stored id against apply_chat_template
+    python benchmarks/data.py --data FILE... --tokenizer DIR
+        MB of JSON lines per second, against two plain ways
+    python benchmarks/data.py --num-comparisons 60000 10000000
+        opening a synthetic dataset: time and memory
+    python benchmarks/data.py --data FILE... --tokenizer DIR --check
+        every stored id against apply_chat_template
 
 The rate counts the bytes of the rows as JSON lines. "tokenize" is the time in which all rows are
 read, converted, tokenized and written; "all" also holds imports, the tokenizer's load, the checks

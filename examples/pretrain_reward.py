@@ -1,4 +1,5 @@
-"""Train a reward model. This file is the composition of a run: copy it to change what a run does.
+"""Train a reward model. ``train`` is the whole of a run, the same function as
+``rmega.training.run.train``: copy this file to change what a run does.
 
     torchrun --nproc-per-node 2 examples/pretrain_reward.py --tp 2 --pp 1 --hf-model MODEL \\
         --data-path TRAIN_PREFIX --valid-data-path VALID_PREFIX --save RUN --train-epochs 1
@@ -13,6 +14,79 @@ from rmega.config import TrainingConfig
 from rmega.training.stopping import run_ranks
 
 
+def train(config: TrainingConfig) -> int:
+    """Train, or resume; the exit code: 0, or 75 when the run stopped early to be started again.
+    Called by every rank."""
+    from rmega.checkpointing.lock import hold
+    from rmega.distributed import log
+    from rmega.training import start
+    from rmega.training import train as compute
+    from rmega.training.checkpointer import Checkpointer
+    from rmega.training.evaluator import Evaluator
+    from rmega.training.logger import Logger
+    from rmega.training.logs import MetricsLog, TimeSpent
+    from rmega.training.stopping import EXIT_REQUEUE, StopRequest
+
+    device = start.join(config)
+    with hold(config.checkpoint.save):
+        run = start.prepare(config, device)
+        if run.is_complete():
+            log(f"nothing to do: the run is complete at step {run.resumed_at}")
+            return 0
+        model = start.build(run)
+        start.write_config(run)
+        spent = TimeSpent(run.info, run.resumed_at)
+        checkpoints = Checkpointer(run, model, spent)
+        metrics = MetricsLog.of(config, resumed_at=run.resumed_at)
+        stop = StopRequest(config.checkpoint.exit_duration_min)
+        evaluator = Evaluator(run, model, metrics, checkpoints, stop)
+        state, reason = model.state, None
+
+        if evaluator.is_due(state.iteration) and state.iteration < run.steps:
+            reason = evaluator.evaluate()  # also what a signal kept the process before from
+            checkpoints.save_best_of_another_run()
+        logger = Logger(run, metrics, spent)
+        while state.iteration < run.steps and not reason:
+            documents = run.batcher.documents(state.consumed)
+            packs = [pack.to(device) for pack in run.batcher.packs(documents)]
+            data_time, lr = logger.clock.lap(), model.lr
+            report = compute.train_step(
+                model.wrapped, model.optimizer, packs, config.loss, len(documents)
+            )
+            model.advance(len(documents))
+            if not logger.step(state.iteration, report, documents, data_time):
+                checkpoints.give_up(report, documents)
+            if state.iteration < run.steps:
+                reason = stop.agreed(device)
+            if reason or logger.is_due(state.iteration):
+                logger.flush(state.iteration, lr)
+            if state.iteration == run.steps or reason:
+                break
+            if evaluator.is_due(state.iteration):
+                reason = evaluator.evaluate()
+            if not reason and checkpoints.is_due(state.iteration):
+                checkpoints.save()
+            else:
+                checkpoints.poll()
+            logger.clock.lap()
+        logger.close()
+
+        if not reason:
+            reason = evaluator.evaluate()  # the last one
+        if reason:
+            kept = "" if checkpoints.saves else " (without --save nothing is kept)"
+            log(f"stopping after step {state.iteration}: {reason}{kept}")
+        checkpoints.finish()
+        metrics.close()
+        if reason:
+            return EXIT_REQUEUE if checkpoints.saves else 1
+        log(
+            f"done: {state.iteration} steps, {state.consumed:,} comparisons, {spent}"
+            f"{logger.skipped}"
+        )
+        return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     config = parse_args(TrainingConfig, argv, prog="examples/pretrain_reward.py")
 
@@ -24,15 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     from rmega import distributed
 
     config.check(distributed.world_size())
-    from rmega.training.run import Run
-
-    code = 0
-    with Run(config) as run:
-        run.load_data()
-        if not run.is_complete():
-            run.build()
-            run.restore_or_start()
-            code = run.train()
+    code = train(config)
     distributed.finish()
     return code
 

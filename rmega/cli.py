@@ -1,4 +1,4 @@
-"""How programs read flags, and how they end on an error that the user can mend.
+"""Command-line parsing and exit codes of the programs.
 
 Imports neither torch nor megatron-core, so that ``--help`` answers at once on a login node.
 """

@@ -81,8 +81,8 @@ class LossArgs:
     use_margin: bool = False
     """Subtract the difference of the ratings, where the data has ratings, inside the loss."""
     barrier_clamp: bool = False
-    """XTuner's form of the log barrier: no gradient beyond +-4.999. By default the barrier goes on
-    linearly."""
+    """XTuner's form of the log barrier: no gradient beyond +-4.999. By default the barrier
+    continues linearly."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -112,7 +112,7 @@ class TrainArgs:
     eval_interval: int = 0
     """Steps between evaluations; 0: before and after training only."""
     eval_probes: Literal["off", "last", "every"] = "last"
-    """Score 128 comparisons of each validation set again in other forms (responses reversed,
+    """Score 16 comparisons of each validation set again in other forms (responses reversed,
     blanked, under the wrong prompt): never, at the last evaluation of the run, or at each."""
     tensorboard: Literal["auto", "on", "off"] = "auto"
     """Also write the metrics for TensorBoard, under --save. auto: where it is installed."""
@@ -184,7 +184,7 @@ class ParallelArgs:
     """Cut optimizer state and update over the data-parallel ranks. Checkpoints go from any layout
     to any other with it; without it only between runs that also do without."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass goes on."""
+    """Reduce gradients during the backward pass."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Recompute activations in the backward pass: nothing, attention, or whole layers."""
     distributed_timeout_minutes: float = 10.0
@@ -203,8 +203,8 @@ class CheckpointArgs:
     save: str | None = None
     """Run folder: checkpoints, metrics.jsonl, configuration."""
     load: str | None = None
-    """Run folder to go on from: its newest good checkpoint. May be the same as --save, also when it
-    is still empty."""
+    """Run folder to resume from (its newest healthy checkpoint), or one of its checkpoints. May be
+    the same as --save, also when it is still empty."""
     save_interval: int = 0
     """Steps between checkpoints; 0: none on the way but those of --save-best. There is always one
     at the end."""

@@ -1,4 +1,5 @@
-"""A folder, a Hugging Face hub name or ``modelscope:NAME`` -> a local folder; the tokenizer in it.
+"""A folder, a Hugging Face hub name or ``modelscope:NAME`` -> a local folder; loading its
+tokenizer without running its code.
 
 The only loader of tokenizers in rmega. No code of a folder runs unless the caller passes on
 ``--trust-remote-code``, and nothing asks on the terminal.

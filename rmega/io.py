@@ -1,4 +1,4 @@
-"""Whole-file writes, fsync, checksums, and how an error of another library is quoted."""
+"""Durable whole-file writes, checksums, and one-line error messages."""
 
 from __future__ import annotations
 

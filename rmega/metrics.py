@@ -1,8 +1,7 @@
-"""What a set of rewards is worth: accuracy with an interval, and everything that accuracy alone
-hides.
+"""Statistics of rewards: accuracy with intervals, calibration, length bias, correlations.
 
-Arrays in, numbers out; numpy only, so that scores of any origin can be evaluated without torch. Which
-pairs there are, and where they come from, is the matter of ``rmega.evaluation``.
+Arrays in, numbers out; numpy only, so that scores of any origin can be evaluated without torch.
+``rmega.evaluation`` decides which pairs there are.
 
 Shape letters: n = pairs (chosen, rejected); m = responses; k = responses of one prompt. d [n] =
 reward of the chosen minus reward of the rejected; a tie (d = 0) counts half wherever something is
@@ -252,18 +251,22 @@ def length_report(
 ) -> dict[str, Any]:
     """How far the rewards follow length, over pairs. Lengths [n] in any unit (characters, tokens).
 
-    always_longer          accuracy of the rule "the longer one is better" on the same pairs: what the labels prefer
-    prefers_longer         how often the higher reward goes to the longer response: what the model prefers
-    chosen_longer / chosen_shorter   accuracy where the chosen is the longer / the shorter one
-    gap (low, high)        the difference of those two, Newcombe's interval; 0 for a model that ignores length,
-                           1 for one that sees nothing else, negative for one that likes short answers
-    balanced_accuracy      mean of the two, so a half for any rule that reads length alone
-    controlled_accuracy    ``length_controlled_accuracy``
-    pearson_within, spearman_within   correlation of the reward difference with the length difference, each pair
-                           counted in both directions so that which one was chosen plays no part
-    spearman_pairs (low, high)   the same with each pair counted once, chosen minus rejected. Where the chosen is nearly
-                           always the longer one, an accurate model has a high ``spearman_within`` from the signs
-                           alone; this one is then 0 unless longer by more also means better by more
+    always_longer    accuracy of the rule "the longer one is better" on the same pairs: what the
+                     labels prefer
+    prefers_longer   how often the higher reward goes to the longer response: what the model prefers
+    chosen_longer, chosen_shorter   accuracy where the chosen is the longer / the shorter one
+    gap (low, high)  the difference of those two, Newcombe's interval; 0 for a model that ignores
+                     length, 1 for one that sees nothing else, negative for one that likes short
+                     answers
+    balanced_accuracy     mean of the two, so a half for any rule that reads length alone
+    controlled_accuracy   ``length_controlled_accuracy``
+    pearson_within, spearman_within   correlation of the reward difference with the length
+                     difference, each pair counted in both directions so that which one was chosen
+                     plays no part
+    spearman_pairs (low, high)   the same with each pair counted once, chosen minus rejected. Where
+                     the chosen is nearly always the longer one, an accurate model has a high
+                     ``spearman_within`` from the signs alone; this one is then 0 unless longer by
+                     more also means better by more
     """
     delta = (chosen_length - rejected_length).astype(np.float64)
     longer, shorter, same = delta > 0, delta < 0, delta == 0
@@ -352,13 +355,14 @@ def calibration(d: np.ndarray, num_bins: int = 10) -> dict[str, Any]:
     """Does sigmoid(d) mean what it says? Confidence is max(p, 1 - p), p = sigmoid(d); being right
     is d > 0.
 
-    ece      expected calibration error: sum over equal-width bins of [0.5, 1] of share * |accuracy - confidence|
-             (M. P. Naeini et al., AAAI 2015). Some of it is noise: a perfect model of n pairs shows about
-             0.4 * sqrt(bins / n).
+    ece      expected calibration error: sum over equal-width bins of [0.5, 1] of share *
+             |accuracy - confidence| (M. P. Naeini et al., AAAI 2015). Some of it is noise: a
+             perfect model of n pairs shows about 0.4 * sqrt(bins / n).
     brier    mean (1 - p)^2 (G. W. Brier, 1950); 0.25 = chance level
     log_loss mean -log p; ln 2 = chance level
     surest   the largest confidence of all
-    reliability   the bins that are not empty: low, high, confidence (mean), accuracy, accuracy_low/high, num_pairs
+    reliability   the bins that are not empty: low, high, confidence (mean), accuracy,
+             accuracy_low/high, num_pairs
     temperature   ``fit_temperature``; ece_scaled is the ECE after it
     """
     if d.size == 0:
@@ -409,9 +413,11 @@ def calibration(d: np.ndarray, num_bins: int = 10) -> dict[str, Any]:
 def ranked_report(rewards: list[np.ndarray], scores: list[np.ndarray]) -> dict[str, Any]:
     """Prompts with several responses: rewards and human scores, one [k] array each per prompt.
 
-    best_of_n     how often the response of the highest reward is one of the best by the human scores (equal highest
-                  rewards share the point), over prompts whose scores are not all equal; chance = a blind pick
-    picked_score / mean_score / best_score   mean human score of the pick, of a blind pick, of the best
+    best_of_n     how often the response of the highest reward is one of the best by the human
+                  scores (equal highest rewards share the point), over prompts whose scores are not
+                  all equal; chance = a random pick
+    picked_score, mean_score, best_score   mean human score of the pick, of a random pick, of the
+                  best
     kendall_tau_b mean over prompts where both rankings have an order; num_tau of them
     """
     wins, chance, picked, blind, best, taus = [], [], [], [], [], []

@@ -1,4 +1,4 @@
-"""The hot operators: plain-torch reference, native operator (``rmega._C``), and the choice between
+"""The operators: plain-torch reference, native version (``rmega._C``), and the choice between
 them.
 
 Imports torch and ``rmega._C`` only, and works without ``_C`` (then every operator is its

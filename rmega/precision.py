@@ -1,4 +1,4 @@
-"""Which number formats this machine computes in: a short self-test decides, and the choice is
+"""Which dtype and matmul setting this machine computes in, decided by a short self-test and
 printed.
 
 A CPU may run bf16 matmuls several times faster than fp32 (AMX, AVX512-BF16) or several

@@ -91,7 +91,7 @@ def test_a_run_sets_it_before_it_asks_for_a_gpu(environment, tmp_path, determini
     """The allocator reads its configuration when CUDA starts, which asking for a GPU's memory
     does: what is set later is not in force."""
     from rmega.config import DataArgs, ModelArgs, ParallelArgs, TrainArgs, TrainingConfig
-    from rmega.training.run import Run
+    from rmega.training.run import train
     from tests.tiny import tiny_llama
 
     seen: dict[str, dict] = {}
@@ -125,7 +125,7 @@ def test_a_run_sets_it_before_it_asks_for_a_gpu(environment, tmp_path, determini
     )
     environment.setenv("WORLD_SIZE", "2")
     with pytest.raises(Enough):
-        Run(config)
+        train(config)
     assert {"is_available", "properties", "set_device"} <= seen.keys()
     for name, values in seen.items():
         assert values["PYTORCH_ALLOC_CONF"] == "expandable_segments:True", name

@@ -460,6 +460,18 @@ def test_commands_run(document, workspace):
         assert [json.loads(line)["index"] for line in rewards] == list(range(112))
 
 
+def test_python_of_the_readme_runs(workspace, capsys):
+    """In the folder that its commands made."""
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace.root)
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    rewards, pack = capsys.readouterr().out.splitlines()
+    assert len(json.loads(rewards)) == 2 and pack.startswith("torch.Size([1, ")
+
+
 def shape(line: str) -> str:
     """A line without what differs between the model that is shown and the tiny one: numbers, types,
     its name."""
@@ -543,3 +555,16 @@ def test_quick_start(tmp_path, small_llama):
         "\nverified\n" in done.stdout and (tmp_path / "runs" / "quickstart" / "finished").is_file()
     )
     shutil.rmtree(tmp_path / "runs")
+
+
+def test_the_architecture_page_names_every_file():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set()
+    for folder, table in re.findall(
+        r"\*\*`(rmega/[\w/]*)`\*\*\n(.*?)(?=\n\*\*`|\Z)", page, re.DOTALL
+    ):
+        named |= {
+            folder + name for name in re.findall(r"^\| `([\w/]+\.py)` \|", table, re.MULTILINE)
+        }
+    files = {str(p.relative_to(ROOT)) for p in (ROOT / "rmega").rglob("*.py")}
+    assert named == {name for name in files if not name.endswith("__init__.py")}

@@ -496,3 +496,55 @@ def test_data_for_a_model_without_a_reward_token(tmp_path: Path, capsys) -> None
     )
     assert manifest["reward_token_id"] is None and verify(open_preferences(prefix)) == []
     assert "no reward token (read at the last token of the text)" in capsys.readouterr().err
+
+
+def test_the_training_looks_at_the_ids_not_at_the_size_of_the_tokenizer(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from rmega.training import preflight
+
+    manifest = {
+        "vocab_size": 515,
+        "tokenizer_fingerprint": "x",
+        "reward_token_id": 2,
+        "template_hash": "y",
+    }
+    data = SimpleNamespace(
+        manifest=manifest,
+        prefix="data",
+        tokens=np.array([5, 513, 2], np.int32),
+        sequence_lengths=np.array([1, 1, 1], np.int32),
+        document_indices=np.array([0, 3], np.int64),
+    )
+    model = SimpleNamespace(vocab_size=514, max_position_embeddings=2048)
+    preflight.check_dataset("--data-path", data, data, model, tmp_path)
+    data.tokens[1] = 514
+    with pytest.raises(ValueError, match="data: .*514.*vocabulary"):
+        preflight.check_dataset("--data-path", data, data, model, tmp_path)
+
+
+def test_a_head_that_was_read_elsewhere_is_reported(tmp_path: Path, capsys) -> None:
+    from types import SimpleNamespace
+
+    from rmega.training import preflight
+
+    folder = make_model(tmp_path / "model", CHATML, foreign=True)
+    for token, warns in ((None, False), (2, True)):
+        data = SimpleNamespace(manifest={"reward_token_id": token}, prefix="data")
+        preflight.check_reward_token(data, folder)
+        assert ("trained to be read at the last token" in capsys.readouterr().out) == warns
+
+
+def test_verifying_runs_only_the_code_that_an_export_writes(tmp_path: Path) -> None:
+    from rmega.export.verify import check_code
+    from rmega.models import BACKBONES
+
+    code = BACKBONES["internlm2"].code
+    for file in code:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    names = {"AutoConfig": "configuration_internlm2.C", "AutoModel": "modeling_internlm2.M"}
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": names}))
+    check_code(tmp_path, code)
+    (tmp_path / "modeling_internlm2.py").write_text("raise SystemExit")
+    with pytest.raises(ValueError, match="modeling_internlm2.py: not the code"):
+        check_code(tmp_path, code)

@@ -31,7 +31,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
         ),
         ("llama3_8b", "messages.jsonl.gz", {"NPROC": "2", "TP": "2"}, []),
         ("llama3.1_8b", "messages.jsonl.gz", {"NPROC": "2", "TP": "2"}, []),
-        ("qwen3_8b", "messages.jsonl.gz", {}, []),
+        ("qwen3_8b", "messages.jsonl.gz", {"TP": "1"}, []),
         (
             "long_context",
             "longer_is_worse.jsonl",

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Does a layout change anything? Run a few steps in each, and hold every number against one rank."""
+"""Compare layouts: a few steps in each, every number against a single rank."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write a checkpoint as a verified Hugging Face folder (see rmega/commands/export.py)."""
+"""Export a checkpoint to a verified Hugging Face folder."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Evaluate a reward model, or scores from a file: accuracy with intervals, length bias, calibration,"""
+"""Evaluate a reward model, or scores from a file."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Look into a preference dataset."""
+"""Inspect a preference dataset: statistics, one comparison, verification, report."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""torchrun for training: the same flags, signals passed on, the ranks' own exit code, no wall of"""
+"""torchrun with signals and exit codes that propagate."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Preference data of any common schema -> a dataset that rmega trains on (PREFIX.bin, .idx, .json)."""
+"""Preference data of any common schema -> a dataset on disk."""
 
 import sys
 

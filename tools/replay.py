@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Repeat a batch whose gradient was not finite, one comparison at a time, with the weights that it"""
+"""Repeat a batch whose gradient was not finite, one comparison at a time."""
 
 import sys
 

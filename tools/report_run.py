@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw a training run: python tools/report_run.py RUN writes RUN/report.html from"""
+"""Report on a training run: RUN/report.html."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Score conversations with a reward model: one line of JSON per row, in the order of the input."""
+"""Score conversations: one JSON line per row, in input order."""
 
 import sys
 

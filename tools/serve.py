@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Serve a reward model over HTTP for RLHF loops: OpenRLHF's /get_reward and a plain /score."""
+"""Serve a reward model over HTTP."""
 
 import sys
 

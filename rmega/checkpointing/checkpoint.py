@@ -1,11 +1,11 @@
-"""Sharded checkpoints of everything that a run needs to continue, in any layout.
+"""Save and load sharded checkpoints, in any layout.
 
 RUN/iter_0000010/            written under a temporary name and renamed when every rank is done
     *.distcp, .metadata, ... Megatron-Core's dist_checkpointing: one key per tensor, global shapes
     hf/                      tokenizer and config.json of the base model
-    rmega.json               format version, iteration, consumed comparisons, configuration, geometry,
-                             manifest, comparisons for verifying an export, and "files": size and
-                             crc32 of every other file; written last
+    rmega.json               format version, iteration, consumed comparisons, configuration,
+                             geometry, manifest, comparisons for verifying an export, and "files":
+                             size and crc32 of every other file; written last
 RUN/latest_checkpointed_iteration.txt   the tracker, written after the folder has its name
 """
 

@@ -1,4 +1,4 @@
-"""Which checkpoint to read: the newest healthy one of a run, or the one that was named.
+"""Which checkpoint to read: the newest healthy one of a run, or the one named.
 
 Health is what ``rmega.json`` records of every other file: its size and crc32. zlib computes that at
 several GB/s, so every reader checks it.

@@ -1,4 +1,4 @@
-"""One run at a time per run folder: RUN/run.lock names the process that holds it.
+"""A lock per run folder, which names the process that holds it.
 
 The kernel's lock on that file (flock) ends with its process, however that ends. NFS passes it on to
 other machines, some file systems keep it to one machine and a few have none. So the file also says
@@ -75,9 +75,8 @@ class RunLock:
         if self._waiting_since is None:
             self._waiting_since = time.monotonic()
             if not self._try():
-                log(
-                    f"waiting for another run in {self.run} to end ({_describe(self._watch.holder)})"
-                )
+                holder = _describe(self._watch.holder)
+                log(f"waiting for another run in {self.run} to end ({holder})")
         begun = time.monotonic()
         while self._descriptor is None and not self._try():
             now = time.monotonic()

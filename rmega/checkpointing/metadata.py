@@ -1,4 +1,4 @@
-"""``.metadata`` of a checkpoint, read without running what it says.
+"""Read a checkpoint's ``.metadata`` (a pickle) with an allowlist of classes.
 
 The file is a pickle, which can name any function to be called while it is read. Here only the
 classes that a checkpoint consists of are allowed, whoever wrote it.

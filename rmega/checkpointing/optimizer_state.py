@@ -1,5 +1,4 @@
-"""The optimizer's part of a checkpoint: where Megatron-Core's own does not save or load what rmega
-needs.
+"""Optimizer state in checkpoints, where Megatron-Core's own handling falls short.
 
 Each function says which behavior of Megatron-Core (0.16 to 0.19) it works around.
 """

@@ -1,5 +1,4 @@
-"""The folders of a run: their names, the tracker, which ones belong to the run's trajectory, and
-what is removed.
+"""The run folder: names, tracker, abandoned trajectories, pruning.
 
 RUN/iter_0000010               a finished checkpoint of the run's trajectory
 RUN/iter_0000010.partial       one that is being written, or whose writing was cut short

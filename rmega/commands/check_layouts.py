@@ -1,6 +1,7 @@
-"""Does a layout change anything? Run a few steps in each, and hold every number against one rank.
+"""Compare layouts: a few steps in each, every number against a single rank.
 
-    python tools/check_layouts.py --hf-model MODEL --data-path PREFIX --layouts "tp2 pp2 tp2,sp dp2 tp2,pp2 pp2,vpp2"
+    python tools/check_layouts.py --hf-model MODEL --data-path PREFIX \
+        --layouts "tp2 pp2 tp2,sp dp2 tp2,pp2 pp2,vpp2"
 
 A layout is written tpN, ppN, vppN, dpN, sp, overlap, plainopt, recompute, selective, firstN, lastN,
 pad, joined by commas. Processes are started here, on this machine. Exit code 1 where a difference

@@ -1,5 +1,4 @@
-"""Evaluate a reward model, or scores from a file: accuracy with intervals, length bias, calibration,
-probes, a report.
+"""Evaluate a reward model, or scores from a file.
 
     python tools/evaluate.py --model MODEL --data eval.jsonl --report report/
     python tools/evaluate.py --scores scores.jsonl --data eval.jsonl --json result.json
@@ -51,8 +50,8 @@ class EvaluateArgs:
     """Arithmetic of --model. Default: bf16 on a GPU, fp32 on a CPU. auto: bf16 where it is faster
     here."""
     reward_token: str | None = None
-    """Token (or id) that --model is read at, appended to each text, where it records none. Default: as the
-    model records, else none (read at the last token of the text)."""
+    """Token (or id) that --model is read at, appended to each text, where it records none.
+    Default: as the model records, else none (read at the last token of the text)."""
     probes: int = NUM_PROBED
     """With --model: score so many comparisons again in other forms (responses reversed, blanked,
     under the wrong prompt). 0: none."""

@@ -1,4 +1,4 @@
-"""Write a checkpoint as a Hugging Face folder, and verify that it gives the training's rewards.
+"""Export a checkpoint to a verified Hugging Face folder.
 
     python tools/convert_to_hf.py --load RUN --output FOLDER
 

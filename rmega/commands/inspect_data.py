@@ -38,8 +38,8 @@ class InspectArgs:
     """Replace an existing output."""
     json: bool = False
     """stats: print JSON."""
-    colour: Literal["auto", "always", "never"] = "auto"
-    """show: colours."""
+    color: Literal["auto", "always", "never"] = "auto"
+    """show: colors."""
 
 
 def main(args: InspectArgs) -> int:
@@ -54,25 +54,21 @@ def main(args: InspectArgs) -> int:
         print(json.dumps(summary, indent=1) if args.json else "\n".join(describe(summary)))
     elif args.action == "show":
         tokenizer = load_tokenizer(args.tokenizer, dataset.manifest, needed=True)
-        colour = args.colour == "always" or (args.colour == "auto" and sys.stdout.isatty())
+        color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
         for number in args.rest or ["0"]:
             if not number.isdigit():
                 raise ValueError(f"show {number}: not the number of a comparison")
-            print("\n".join(show(dataset, int(number), tokenizer, colour=colour)))
+            print("\n".join(show(dataset, int(number), tokenizer, color=color)))
     elif args.action == "verify":
         from rmega.data.integrity import verify
 
         tokenizer = load_tokenizer(args.tokenizer, dataset.manifest, needed=False)
         wrong = verify(dataset, tokenizer)
-        print(
-            "\n".join(wrong)
-            if wrong
-            else (
-                f"{args.prefix}: sound ({len(dataset):,} comparisons;"
-                f" {'fingerprint of the tokenizer' if tokenizer else 'tokenizer not there, fingerprint not'}"
-                " checked)"
-            )
+        checked = (
+            "fingerprint of the tokenizer" if tokenizer else "tokenizer missing, fingerprint not"
         )
+        sound = f"{args.prefix}: sound ({len(dataset):,} comparisons; {checked} checked)"
+        print("\n".join(wrong) or sound)
         return 1 if wrong else 0
     else:
         from rmega.report.dataset import write_dataset_report

@@ -1,5 +1,4 @@
-"""torchrun for training: the same flags, signals passed on, the ranks' own exit code, no wall of
-tracebacks.
+"""torchrun with signals and exit codes that propagate.
 
     python tools/launch.py --nproc-per-node 2 examples/pretrain_reward.py --tp 2 ...
 

@@ -1,4 +1,4 @@
-"""Preference data of any common schema -> a dataset that rmega trains on (PREFIX.bin, .idx, .json).
+"""Preference data of any common schema -> a dataset on disk.
 
 python tools/preprocess_pref.py --input train.jsonl.gz --tokenizer MODEL --output-prefix data/train
 """

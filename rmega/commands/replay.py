@@ -1,5 +1,4 @@
-"""Repeat a batch whose gradient was not finite, one comparison at a time, with the weights that it
-met.
+"""Repeat a batch whose gradient was not finite, one comparison at a time.
 
 python tools/replay.py RUN/skipped_120.json
 """
@@ -107,7 +106,8 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         lines.append(
             f"{row.document:>10} {row.tokens:>8} {row.loss:>12.6g} {row.grad_norm:>12.6g}  "
-            f"{' '.join(f'{r:.4g}' for r in row.rewards)}{'' if row.finite else '   <-- not finite'}"
+            f"{' '.join(f'{r:.4g}' for r in row.rewards)}"
+            f"{'' if row.finite else '   <-- not finite'}"
         )
     bad = [row.document for row in rows if not row.finite]
     return "\n".join(

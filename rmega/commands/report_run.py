@@ -1,5 +1,4 @@
-"""Draw a training run: python tools/report_run.py RUN writes RUN/report.html from
-RUN/metrics.jsonl.
+"""Report on a training run: RUN/report.html.
 
 One page with curves and findings that needs no network; may be called while the run goes on.
 """

@@ -1,4 +1,4 @@
-"""Score conversations with a reward model: one line of JSON per row, in the order of the input.
+"""Score conversations: one JSON line per row, in input order.
 
     python tools/score.py --model MODEL --input rows.jsonl --output rewards.jsonl
     python tools/score.py --model RUN < rows.jsonl > rewards.jsonl

@@ -1,11 +1,11 @@
-"""Serve a reward model over HTTP for RLHF loops: OpenRLHF's /get_reward and a plain /score.
+"""Serve a reward model over HTTP.
 
     python tools/serve.py --model MODEL --port 5000
-    curl -s localhost:5000/score -d '{"conversations": [[{"role": "user", "content": "Hi"},
-                                                         {"role": "assistant", "content": "Hello!"}]]}'
+    curl -s localhost:5000/score -d '{"conversations": [[
+        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]]}'
 
 In OpenRLHF: --reward.remote_url http://127.0.0.1:5000/get_reward. Needs pip install 'rmega[serve]'.
-SIGTERM and Ctrl-C let the requests that were taken finish, then the program ends with exit code 0.
+After SIGTERM or Ctrl-C the accepted requests have --stop-seconds to finish; the exit code is 0.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train a reward model; examples/pretrain_reward.py is the same composition, to be copied and changed."""
+"""Train a reward model."""
 
 from __future__ import annotations
 
@@ -18,15 +18,9 @@ def main(argv: list[str] | None = None, *, prog: str | None = None) -> int:
     from rmega import distributed
 
     config.check(distributed.world_size())
-    from rmega.training.run import Run
+    from rmega.training.run import train
 
-    code = 0
-    with Run(config) as run:
-        run.load_data()
-        if not run.is_complete():
-            run.build()
-            run.restore_or_start()
-            code = run.train()
+    code = train(config)
     distributed.finish()
     return code
 

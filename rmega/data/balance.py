@@ -1,5 +1,4 @@
-"""Comparisons dealt out to ranks and micro-batches so that what is computed, tokens and attention,
-is even."""
+"""Balanced assignment of comparisons to ranks and micro-batches, by tokens and attention cost."""
 
 from __future__ import annotations
 
@@ -53,11 +52,12 @@ def balanced_bins(
     when there are fewer comparisons than bins. A comparison of more than ``capacity`` tokens has a
     bin to itself. Deterministic.
 
-    First the ranks are filled longest first and then improved by moves and swaps until the dearest
-    rank cannot be made cheaper; then each rank's share is cut into micro-batches, again longest
-    first.
+    First the ranks are filled longest first and then improved by moves and swaps until the most
+    expensive rank cannot be made cheaper; then each rank's share is cut into micro-batches, again
+    longest first.
     """
     assert num_ranks >= 1 and capacity >= 1 and multiple >= 1
+    # Longest first: each goes to the rank with the least load (ties to the lower number).
     order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
     load = [0.0] * num_ranks
@@ -66,6 +66,8 @@ def balanced_bins(
         ranks[r].append(i)
         load[r] += costs[i]
     _improve(ranks, load, costs)
+    # All ranks take part in every micro-batch of a step, so all need the same number: cut again
+    # with the most that any rank came to, until no rank needs more.
     most = 1
     while True:
         count = -(-most // multiple) * multiple
@@ -78,19 +80,20 @@ def balanced_bins(
 def _improve(
     ranks: list[list[int]], load: list[float], costs: Sequence[float], rounds: int = 200
 ) -> None:
-    """Lower the dearest rank's load by the best single move or swap with any other rank, until none
-    helps."""
+    """Lower the load of the most expensive rank by the best single move or swap with any other
+    rank, until none helps."""
     if len(ranks) == 1:
         return
     for _ in range(rounds):
         top = max(range(len(ranks)), key=lambda r: (load[r], -r))
         best_gain, best = 1e-9 * max(load[top], 1.0), None
         for other in range(len(ranks)):
-            gap = load[top] - load[other]
+            gap = load[top] - load[other]  # a shift of half the gap would even the two out
             if other == top or gap <= 0:
                 continue
             for i in ranks[top]:
                 for j in (None, *ranks[other]):
+                    # i goes over, and j comes back; None: a move without return
                     shift = costs[i] - (0.0 if j is None else costs[j])
                     if 0 < shift < gap:
                         gain = min(shift, gap - shift)  # how far the larger of the two loads falls
@@ -116,6 +119,7 @@ def _cut(
     """Cut one rank's share into at least ``at_least`` bins within capacity, the fewest that work,
     even in cost."""
     share = sorted(share, key=lambda i: (-tokens[i], i))
+    # No fewer bins than the tokens fill; one above capacity fills one alone.
     count = max(at_least, -(-sum(min(tokens[i], capacity) for i in share) // capacity), 1)
     while True:
         bins: list[list[int]] = [[] for _ in range(count)]

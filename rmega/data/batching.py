@@ -1,4 +1,4 @@
-"""From stored comparisons to packs: the order of an epoch, global batches, this rank's packs.
+"""Epoch order, global batches, and this rank's packs.
 
 Which comparisons a step sees is a function of (seed, epoch, step) alone (law 5); how they are cut
 into micro-batches and over data-parallel ranks is decided afterwards, by cost.

@@ -1,5 +1,4 @@
-"""Fingerprint of a tokenizer: whether two datasets, or a dataset and a model, have the same token
-ids.
+"""Fingerprint of a tokenizer: whether datasets and models have the same token ids.
 
 Chat templates may print today's date; everywhere in rmega they print `TEMPLATE_DATE` instead, so
 that the ids of a conversation do not depend on the day.

@@ -1,10 +1,11 @@
-"""Comparisons on disk: write and open.
+"""The dataset on disk: write and open.
 
 ``PREFIX.bin`` and ``PREFIX.idx`` are megatron-core's ``IndexedDataset`` (int32): a document is a
 comparison, its sequences are ``[prefix, suffix_1 .. suffix_K]``, best response first. Beside them:
 ``PREFIX.scores.npy`` (float64 per sequence; the prefix's entry is 1 if the scores are ratings, so
-that their differences are margins, else 0; float32 in sets of format version 1), ``PREFIX.sources.npy`` (uint16 per document) and
-``PREFIX.json``, the manifest, which is written last: without it there is no dataset.
+that their differences are margins, else 0; float32 in sets of format version 1),
+``PREFIX.sources.npy`` (uint16 per document) and ``PREFIX.json``, the manifest, which is written
+last: without it there is no dataset.
 
 The files are read with numpy alone, through memory maps, and written with vectorised numpy:
 ``IndexedDataset`` reads the same files (a test holds both to it), but its builder keeps a Python
@@ -19,7 +20,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -388,16 +389,30 @@ def write_index(path: str, lengths: np.ndarray, num_sequences: np.ndarray) -> No
             array.tofile(stream)
 
 
-def count_pairs(document_indices: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """int64 [N]: pairs of responses with different scores of each comparison. ``scores`` [S] as
-    stored."""
+def response_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
+    """All (better, worse) index pairs of one comparison's responses; ties give none."""
+    return [(i, j) for i, a in enumerate(scores) for j, b in enumerate(scores) if a > b]
+
+
+def pairs(
+    document_indices: np.ndarray, scores: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(comparison, better sequence, worse sequence), int64 [m] each, block by block: all pairs of a
+    dataset, from its ``document_indices`` [N + 1] and ``scores`` [S] as stored."""
     document_indices, scores = np.asarray(document_indices), np.asarray(scores)
-    responses = np.diff(document_indices) - 1
-    pairs = np.zeros(len(responses), np.int64)
-    for k in np.unique(responses):
-        which = np.flatnonzero(responses == k)
+    num_responses = np.diff(document_indices) - 1
+    for k in np.unique(num_responses).tolist():
+        which = np.flatnonzero(num_responses == k)  # comparisons of k responses
+        first = document_indices[which] + 1
         for i in range(k):
-            for j in range(i + 1, k):
-                first = document_indices[which] + 1
-                pairs[which] += scores[first + i] != scores[first + j]
-    return pairs
+            for j in range(i + 1, k):  # scores fall within a comparison
+                differs = scores[first + i] != scores[first + j]
+                yield which[differs], first[differs] + i, first[differs] + j
+
+
+def count_pairs(document_indices: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """int64 [N]: pairs of responses with different scores of each comparison; see `pairs`."""
+    counts = np.zeros(len(document_indices) - 1, np.int64)
+    for which, _, _ in pairs(document_indices, scores):
+        counts[which] += 1
+    return counts

@@ -1,4 +1,4 @@
-"""Verify a dataset on disk."""
+"""Verify a dataset: checksums, index, token ids, scores, tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one batch format: comparisons as one sequence without padding, and who attends to whom in it.
+"""``PackedBatch``, the one batch format: packed tokens, segments, pooled rows, pairs.
 
 Shape letters: t tokens of a pack, n responses (pooled tokens) in it, m pairs, s attention segments.
 """
@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from rmega.data.indexed import response_pairs
 
 
 @dataclasses.dataclass(eq=False)
@@ -103,17 +105,20 @@ class _Builder:
         self.pooled: list[int] = []
 
     def rows(self, ids: np.ndarray, first_position: int) -> int:
+        """Append ids [n] at positions first_position .. + n; the row of the first."""
         start = self.num_tokens
         self.tokens.append(np.asarray(ids, dtype=np.int64))
         self.positions.append(np.arange(first_position, first_position + len(ids), dtype=np.int64))
         self.num_tokens += len(ids)
         return start
 
+    # Rows of `Segments`: (q_start, q_len, k_start, k_len, prefix_start, prefix_len).
     def segment(self, start: int, length: int, prefix_start: int = 0, prefix_len: int = 0) -> None:
         if length:
             self.segments.append((start, length, start, length, prefix_start, prefix_len))
 
     def pool(self, start: int, length: int, prefix_start: int, prefix_len: int) -> None:
+        # In the last layer only the last token of a response is a query: query row i is response i.
         self.pooled_segments.append((len(self.pooled), 1, start, length, prefix_start, prefix_len))
         self.pooled.append(start + length - 1)
 
@@ -121,7 +126,7 @@ class _Builder:
         self, prefix: np.ndarray, suffixes: Sequence[np.ndarray], share_prefix: bool
     ) -> None:
         if share_prefix:
-            prefix_start = self.rows(prefix, 0)
+            prefix_start = self.rows(prefix, 0)  # once, for all responses
             self.segment(prefix_start, len(prefix))
             for suffix in suffixes:
                 start = self.rows(suffix, len(prefix))
@@ -129,15 +134,10 @@ class _Builder:
                 self.pool(start, len(suffix), prefix_start, len(prefix))
         else:
             for suffix in suffixes:
-                whole = np.concatenate([prefix, suffix])
-                start = self.rows(whole, 0)
-                self.segment(start, len(whole))
-                self.pool(start, len(whole), 0, 0)
-
-
-def response_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
-    """All (better, worse) index pairs of one comparison's responses; ties give none."""
-    return [(i, j) for i in range(len(scores)) for j in range(len(scores)) if scores[i] > scores[j]]
+                conversation = np.concatenate([prefix, suffix])
+                start = self.rows(conversation, 0)
+                self.segment(start, len(conversation))
+                self.pool(start, len(conversation), 0, 0)
 
 
 def pack(
@@ -185,14 +185,14 @@ def pack(
             build.pool(start, 1, 0, 0)
             numbers.append(-1)
     return PackedBatch(
-        tokens=torch.from_numpy(np.concatenate(build.tokens))[None],
-        position_ids=torch.from_numpy(np.concatenate(build.positions))[None],
+        tokens=torch.from_numpy(np.concatenate(build.tokens))[None],  # [1, t]
+        position_ids=torch.from_numpy(np.concatenate(build.positions))[None],  # [1, t]
         segments=_segments(build.segments),
         pooled_segments=_segments(build.pooled_segments),
-        pooled=torch.tensor(build.pooled, dtype=torch.int64),
-        chosen=torch.tensor(chosen, dtype=torch.int64),
-        rejected=torch.tensor(rejected, dtype=torch.int64),
-        margin=torch.tensor(margin, dtype=torch.float32),
+        pooled=torch.tensor(build.pooled, dtype=torch.int64),  # [n]
+        chosen=torch.tensor(chosen, dtype=torch.int64),  # [m]
+        rejected=torch.tensor(rejected, dtype=torch.int64),  # [m]
+        margin=torch.tensor(margin, dtype=torch.float32),  # [m]
         weight=torch.ones(len(chosen), dtype=torch.float32),
         documents=torch.tensor(list(documents) if documents is not None else [], dtype=torch.int64),
         responses=torch.tensor(numbers, dtype=torch.int64),

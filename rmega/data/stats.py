@@ -1,4 +1,4 @@
-"""What is in a dataset: counts, lengths, savings, how far a mere heuristic gets, the decoded
+"""Statistics of a dataset: counts, lengths, savings, accuracy of trivial heuristics, decoded
 comparisons.
 
 Vectorised over memory maps: ten million comparisons need no Python object each.
@@ -8,13 +8,12 @@ Shapes: N comparisons, S sequences, M pairs (better, worse).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rmega.data.indexed import PreferenceDataset
+from rmega.data.indexed import PreferenceDataset, pairs
 from rmega.metrics import wilson_interval
 
 
@@ -44,20 +43,6 @@ def lengths_of(dataset: PreferenceDataset) -> Lengths:
     )
 
 
-def pairs(dataset: PreferenceDataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(comparison, better sequence, worse sequence), int64 [m] each, block by block; then all M
-    pairs were there."""
-    indices, scores = np.asarray(dataset.document_indices), np.asarray(dataset.scores)
-    num_responses = np.diff(indices) - 1
-    for k in np.unique(num_responses).tolist():
-        which = np.flatnonzero(num_responses == k)
-        first = indices[which] + 1
-        for i in range(k):
-            for j in range(i + 1, k):
-                differs = scores[first + i] != scores[first + j]
-                yield which[differs], first[differs] + i, first[differs] + j
-
-
 def _share(wins: float, num: float) -> dict[str, Any]:
     low, high = wilson_interval(wins, num)
     return {"accuracy": wins / num if num else None, "interval": [low, high], "pairs": int(num)}
@@ -81,7 +66,7 @@ def summarise(dataset: PreferenceDataset) -> dict[str, Any]:
     lengths, manifest = lengths_of(dataset), dataset.manifest
     graded = np.asarray(dataset.scores)[np.asarray(dataset.document_indices[:-1])] > 0
     wins = num_pairs = margin_sum = 0.0
-    for which, better, worse in pairs(dataset):
+    for which, better, worse in pairs(dataset.document_indices, dataset.scores):
         difference = (
             dataset.sequence_lengths[better].astype(np.int64) - dataset.sequence_lengths[worse]
         )
@@ -213,7 +198,7 @@ def describe(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-_COLOURS = {
+_COLORS = {
     "prefix": "\x1b[2m",
     "good": "\x1b[32m",
     "bad": "\x1b[31m",
@@ -223,7 +208,7 @@ _COLOURS = {
 
 
 def show(
-    dataset: PreferenceDataset, index: int, tokenizer: Any, *, colour: bool = False
+    dataset: PreferenceDataset, index: int, tokenizer: Any, *, color: bool = False
 ) -> list[str]:
     """Comparison ``index`` as text, prefix and suffixes apart; IndexError as ValueError for the
     user."""
@@ -233,7 +218,7 @@ def show(
         raise ValueError(str(error)) from None
 
     def paint(text: str, name: str) -> str:
-        return f"{_COLOURS[name]}{text}{_COLOURS['end']}" if colour else text
+        return f"{_COLORS[name]}{text}{_COLORS['end']}" if color else text
 
     def text_of(ids: np.ndarray) -> str:
         return tokenizer.decode(

@@ -1,5 +1,5 @@
-"""Aggregates of public benchmarks, for local files in their schemas: RewardBench, RewardBench 2,
-RM-Bench."""
+"""Aggregates of RewardBench, RewardBench 2, RM-Bench and JudgeBench, for local files in their
+schemas."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 from rmega import metrics
 
 # RewardBench's sections, its subsets and the weight of each within its section
-# (allenai/reward-bench, constants.py, since 2024-09-10): the number of examples, except that math-prm weighs as much
-# as the six code subsets together.
+# (allenai/reward-bench, constants.py, since 2024-09-10): the number of examples, except that
+# math-prm weighs as much as the six code subsets together.
 REWARD_BENCH = {
     "Chat": {
         "alpacaeval-easy": 100,

@@ -1,5 +1,4 @@
-"""The evaluations that a run leaves behind: RUN/evaluations/NAME/step_0000010.json, one file each
-(no torch).
+"""Evaluations stored in a run folder (no torch).
 
 A file is what tools/evaluate.py --json writes, with one set and the "step" beside it. Written by
 ``rmega.evaluation.in_training``, read here.
@@ -35,7 +34,8 @@ def folder_names(names: Iterable[str]) -> dict[str, str]:
         if safe.startswith(".") or not safe:
             safe = f"%2E{safe[1:]}" if safe else "~"
         if len(safe) > LONGEST_NAME or [n.casefold() for n in names].count(name.casefold()) > 1:
-            safe = f"{safe[:LONGEST_NAME]}~{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+            checksum = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+            safe = f"{safe[:LONGEST_NAME]}~{checksum}"
         out[name] = safe
     return out
 

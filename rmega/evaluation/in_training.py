@@ -1,5 +1,4 @@
-"""What a training does with the result of a validation set: its lines in the log, its file in
-the run folder."""
+"""Evaluation during training: log lines and files in the run folder."""
 
 from __future__ import annotations
 
@@ -93,4 +92,5 @@ def _origin(dataset: Any) -> dict[str, Any]:
         "data": dataset.prefix,
         "schema": ", ".join(schemas),
         "left_out": {} if manifest.get("split") else made_of.get("rejected", {}),
+        "notes": {} if manifest.get("split") else made_of.get("notes", {}),
     }

@@ -1,5 +1,4 @@
-"""What a model must do on inputs whose answer is known: a few comparisons scored again in another
-form.
+"""Probes: inputs whose result is known (responses swapped, blanked, with a wrong prompt).
 
 Here as text, for tools/evaluate.py; ``rmega.evaluation.token_probes`` does the same to token ids,
 for a training.
@@ -19,7 +18,7 @@ from rmega.preferences.comparison import Comparison
 
 T = TypeVar("T")
 
-NUM_PROBED = 128
+NUM_PROBED = 16
 """Comparisons that are scored again, unless somebody asks for another number."""
 
 Score = Callable[[list[Comparison]], list[list[float]]]

@@ -1,5 +1,4 @@
-"""Rewards of comparisons -> one result: every number of the report, and findings in plain
-words.
+"""Rewards of comparisons -> metrics and findings.
 
 A result is a dict of plain values (``to_json`` writes it), so that the table, the page and a
 training log read the same thing. numpy only.
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rmega import metrics
+from rmega.data.indexed import response_pairs
 from rmega.evaluation.benchmarks import reward_bench_2_report, reward_bench_report, rm_bench_report
 
 if TYPE_CHECKING:
@@ -71,22 +71,19 @@ def pairs_of(items: Sequence[ScoredComparison]) -> Pairs:
     pair."""
     rows: list[tuple[float, ...]] = []
     for number, item in enumerate(items):
-        k = len(item.scores)
-        for i in range(k):
-            for j in range(k):
-                if item.scores[i] > item.scores[j]:
-                    rows.append(
-                        (
-                            number,
-                            item.rewards[i],
-                            item.rewards[j],
-                            item.lengths[i],
-                            item.lengths[j],
-                            item.scores[i] - item.scores[j] if item.graded else math.nan,
-                            i,
-                            j,
-                        )
-                    )
+        for i, j in response_pairs(item.scores):
+            rows.append(
+                (
+                    number,
+                    item.rewards[i],
+                    item.rewards[j],
+                    item.lengths[i],
+                    item.lengths[j],
+                    item.scores[i] - item.scores[j] if item.graded else math.nan,
+                    i,
+                    j,
+                )
+            )
     columns = np.array(rows, dtype=np.float64).reshape(-1, 8).T
     return Pairs(
         columns[0].astype(np.int64),
@@ -163,7 +160,7 @@ def _columns(items: Sequence[ScoredComparison], benchmark: str, *names: str) -> 
 
 
 def stored_items(dataset: Any, rewards: np.ndarray) -> list[ScoredComparison]:
-    """An open preference dataset and a model's rewards as what ``evaluate`` reads. No text is needed.
+    """An open preference dataset and a model's rewards as input of ``evaluate``; without text.
 
     dataset: ``rmega.data.indexed.PreferenceDataset``. rewards: float [responses], all responses of
     all comparisons in the dataset's order. Lengths are tokens of the responses.
@@ -270,7 +267,9 @@ def findings(j: dict[str, Any]) -> list[dict[str, str]]:
             {
                 "about": "accuracy",
                 "level": "bad",
-                "text": "No pair to evaluate: no two responses of one prompt have different scores.",
+                "text": (
+                    "No pair to evaluate: no two responses of one prompt have different scores."
+                ),
             }
         ]
     return [_accuracy_finding(j), _length_finding(j), _calibration_finding(j), *_other_findings(j)]

@@ -1,4 +1,4 @@
-"""Data files -> comparisons that can be evaluated, each with its place in the file and its id."""
+"""Data files -> comparisons that can be evaluated, with their file and line."""
 
 from __future__ import annotations
 

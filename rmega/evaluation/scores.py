@@ -1,4 +1,4 @@
-"""Scores from a file: what a model (any model) gave to the responses of a data file, row by row.
+"""Scores files of any origin, matched to the rows of a data file.
 
 Accepted, also with .gz:
 

@@ -1,4 +1,4 @@
-"""A result as text for the terminal."""
+"""Results as text for the terminal."""
 
 from __future__ import annotations
 

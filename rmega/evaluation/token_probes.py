@@ -1,5 +1,4 @@
-"""The probes on stored token ids: a few comparisons of an open dataset in another form, as a
-training scores them.
+"""The probes on stored token ids, for evaluation during training.
 
 The ids do not say where a prompt ends and its responses begin, only how far all responses of a
 comparison are alike (its prefix). So a blanked response keeps the words with which all responses of
@@ -51,8 +50,8 @@ def probe_stored(
     max_tokens: int,
     share_prefix: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """{"swap": .., "prompt": ..} for ``evaluate``, over ``count`` comparisons spread evenly; {} where
-    there is none.
+    """{"swap": .., "prompt": ..} for ``evaluate``, over ``count`` comparisons spread evenly; {}
+    where there is none.
 
     dataset: open, as the ``items`` (``results.stored_items``) were made from. max_tokens,
     share_prefix: of the packs, see ``wrong_prompts``. "prompt" has one number more than that of

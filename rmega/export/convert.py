@@ -1,5 +1,4 @@
-"""From a run to a verified Hugging Face folder: the steps in order, and what happens when one
-fails."""
+"""The export: steps in order, and what happens when one fails."""
 
 from __future__ import annotations
 

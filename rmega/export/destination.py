@@ -1,4 +1,4 @@
-"""Where an export may be written, and how it takes the place of an older one.
+"""Where an export may be written, and how it replaces an older one.
 
 An export is written beside its destination, as ``OUTPUT.partial``, and renamed when it is complete.
 It removes nothing but an older export whose files are all exactly as they were written, and that

@@ -1,4 +1,4 @@
-"""What an exported folder holds beside weights and tokenizer: configuration, modeling code, recipe.
+"""The exported folder's other files: configuration, modeling code, recipe.
 
 Everything is written so that transformers 4.44 and 5 both read it.
 """

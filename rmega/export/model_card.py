@@ -1,4 +1,4 @@
-"""The model card of an export: README.md, with evaluation results in its metadata."""
+"""The model card, with evaluation results in its metadata."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The tokenizer of an export: the training's own, in files that transformers 4.44, 4.57 and 5 read
-alike.
+"""The exported tokenizer, in files that transformers 4.44, 4.57 and 5 read alike.
 
 ``tokenizer.json`` holds what the training's tokenizer does, ``tokenizer_config.json`` the tokens
 with a role and the chat template. Code of the base model's tokenizer is not carried along.

@@ -1,4 +1,4 @@
-"""How to get the same rewards elsewhere: commands and code to paste, and what a client must do.
+"""Commands and code that reproduce the rewards elsewhere, printed and put into the card.
 
 Commands are printed for a shell: every argument is quoted where it has to be.
 """

@@ -1,5 +1,5 @@
-"""Verification of an export: every written value is the checkpoint's, and stock transformers gives
-the training's rewards.
+"""Verification: every written value is the checkpoint's, and stock transformers reproduces the
+rewards.
 
 Both sides compute in fp32 on the same rounded weights, so that one tolerance serves every dtype:
 what remains is summation order. What rounding the weights does to the rewards is measured

@@ -1,5 +1,4 @@
-"""A checkpoint's weights as safetensors in Hugging Face names, streamed: one process, no model, one
-tensor at a time.
+"""Checkpoint weights -> safetensors in Hugging Face names, one tensor at a time.
 
 The file of every output tensor and its place in it are known from the geometry before anything is
 read, so each piece of a checkpoint goes straight to where it belongs, whatever layout wrote it.

@@ -1,4 +1,5 @@
-"""The one place that lets Megatron-Core run without CUDA.
+"""Makes Megatron-Core run without CUDA; the only file that replaces parts of torch or
+Megatron-Core.
 
 Megatron-Core names the device "cuda" and asks ``torch.cuda`` for the current device, streams and
 random states. ``install`` gives the modules under ``megatron.core`` (and no others) a ``torch``

@@ -1,4 +1,4 @@
-"""Work that Megatron-Core does twice where no NVIDIA package is installed."""
+"""Fused weight gradients, and no collectives for a single replica."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Releases of torch and Megatron-Core that rmega was tested with. Imports neither of them.
+"""Tested releases of torch and Megatron-Core, and notes on newer ones.
 
 The package's metadata has no upper bound, because pip would replace the torch of a container to
 meet it: a newer release runs, with a note.

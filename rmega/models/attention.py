@@ -1,5 +1,4 @@
-"""Packed attention in which the responses to one prompt share the prompt's keys: forward and
-backward.
+"""Packed attention with shared prefixes, forward and backward, and the choice of its kernel.
 
 Shape letters: t tokens (rows) of the pack, tq query rows (tq = t, or one row per response in a
 pruned layer), s segments, a query heads, g key/value groups (a = r * g, query head i reads group i

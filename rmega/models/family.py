@@ -1,5 +1,4 @@
-"""What differs between families of backbones, as data: each family of this package is one
-``Family``.
+"""``Family``: everything in which families of backbones differ, as data.
 
 All are decoders with RMSNorm, rotary attention and a gated silu MLP. What they share, reading
 ``config.json`` into a ``Geometry`` and writing it back, is here and names no family.

@@ -1,5 +1,4 @@
-"""The walker over a weight table, inwards: a Hugging Face folder into the parameters of this rank's
-stage.
+"""Load this rank's weights from a Hugging Face folder, slice by slice.
 
 Each rank reads its own slices and nothing else, straight from the files, so a load needs no memory
 beside the model.

@@ -1,5 +1,4 @@
-"""Reading a Hugging Face ``config.json`` strictly: what cannot be honoured is refused with file and
-field."""
+"""Strict reading of ``config.json``: what cannot be honored is refused with file and field."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The layers of a reward model as specifications for Megatron-Core, and the last layer that
-computes pooled rows only.
+"""Megatron-Core layer specs of a reward model, and the pruned last layer.
 
 Shape letters: t tokens, n pooled tokens, h hidden, a query heads and g key/value groups of this
 tensor rank, r = a / g, d head dimension, tp tensor-parallel size.

@@ -1,4 +1,4 @@
-"""The segments of a pack as attention reads them.
+"""The segments of a pack, as attention reads them.
 
 A segment is a run of query rows. Each of its queries sees the whole prefix (if any) and, causally
 aligned bottom right, the segment's own keys: query i of q_len sees own keys j <= i + k_len - q_len.

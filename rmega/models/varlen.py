@@ -1,5 +1,4 @@
-"""Packed attention on CUDA: varlen attention of torch or flash-attn over keys that are gathered per
-segment.
+"""Packed attention on CUDA: varlen attention of torch or flash-attn over gathered keys.
 
 Shape letters: t tokens, tq query rows, s segments, a query heads, g key/value groups, d head
 dimension.

@@ -1,5 +1,5 @@
-"""One weight table serves both directions: which rows of which Hugging Face tensors make up each
-rmega tensor.
+"""The weight table: which rows of which Hugging Face tensors make up each rmega tensor, for both
+directions.
 
 A rule is data, not code: a *global* (unsharded) rmega tensor is a stack, along dim 0, of row ranges
 of Hugging Face tensors. Loading reads the rule forwards, an export reads it backwards, so the two

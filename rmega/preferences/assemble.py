@@ -1,7 +1,7 @@
-"""The work folder of a preprocessing run, and its end: from the pieces to the dataset.
+"""Collect the workers' results, drop what is rejected, write the dataset.
 
-``PREFIX.partial`` holds everything converted so far in plain growing files, because a large set does
-not fit into memory. It is removed at the end, also at the end by an error.
+``PREFIX.partial`` holds everything converted so far in plain growing files, because a large set
+does not fit into memory. It is removed at the end, also after an error.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def finish(
     valid_fraction: float,
     max_rejected: float,
 ) -> list[dict[str, Any]]:
-    """Check the whole and write the dataset(s) at ``outputs`` (training, then validation).
+    """Check the set and write the dataset(s) at ``outputs`` (training, then validation).
 
     ``settings`` is the tokenizer's part of the manifest. Returns the manifests.
     """

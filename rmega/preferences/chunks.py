@@ -1,5 +1,4 @@
-"""A chunk, the piece of an input that one worker takes at a time; and how an error of another
-library is quoted."""
+"""A chunk: the piece of an input that one worker takes at a time."""
 
 from __future__ import annotations
 

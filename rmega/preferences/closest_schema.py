@@ -1,4 +1,4 @@
-"""The closest schema of rows that none fits, and what they lack of it."""
+"""Suggest the closest schema for rows that none matches, and name the missing columns."""
 
 from __future__ import annotations
 

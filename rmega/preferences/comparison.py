@@ -1,8 +1,8 @@
-"""What a comparison is, and what is asked of a row before it becomes one.
+"""The ``Comparison`` type, and validation of a parsed row.
 
 A schema (schemas.py) parses a row into `Parsed`, which asks nothing of the responses; `validate`
-makes a `Comparison` of it. A row that cannot be parsed or is no preference raises `Rejected`, with a
-reason from `REASONS` and a detail for the person who repairs the data; it is counted and written
+makes a `Comparison` of it. A row that cannot be parsed or is no preference raises `Rejected`, with
+a reason from `REASONS` and a detail for the person who repairs the data; it is counted and written
 out, never dropped silently.
 """
 

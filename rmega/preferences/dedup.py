@@ -1,5 +1,5 @@
-"""What is decided over all comparisons at once: duplicates, contradictions, overlap with a held-out
-set, the split.
+"""Decisions over all comparisons at once: duplicates, contradictions, overlap with held-out data,
+the split by prompt.
 
 Works on a table with one row of numbers per comparison, so that ten million comparisons need
 neither ten million Python objects nor their text.
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from rmega.data.indexed import response_pairs
 from rmega.preferences.comparison import Comparison, Message
 
 DOCUMENT = np.dtype(
@@ -117,16 +118,11 @@ def document_row(
 def position_counts(comparison: Comparison) -> tuple[int, int]:
     """(pairs whose better response stood first in the row, all pairs); (0, 0) where the row's order
     is the label."""
-    positions, scores = comparison.positions, comparison.scores
+    positions = comparison.positions
     if positions is None:
         return 0, 0
-    wins = pairs = 0
-    for i in range(len(scores)):
-        for j in range(i + 1, len(scores)):
-            if scores[i] > scores[j]:
-                pairs += 1
-                wins += positions[i] < positions[j]
-    return wins, pairs
+    found = response_pairs(comparison.scores)
+    return sum(positions[i] < positions[j] for i, j in found), len(found)
 
 
 def script_of(comparison: Comparison) -> int:

@@ -1,5 +1,4 @@
-"""The fast way to the tokenizer's own ids: cut the text where no token can cross, and look the
-pieces up.
+"""Exact fast path of BPE tokenizers: cut the text where no token can cross, look the pieces up.
 
 Byte-pair merges never cross certain borders: a special token; in a byte-level tokenizer what its
 pre-tokenizer cuts apart; in a sentencepiece-like one (whole text, no pre-tokenizer) any two

@@ -1,4 +1,4 @@
-"""What a column holds -> messages, texts, numbers: the pieces that every schema is made of.
+"""Column values -> messages, texts and numbers: the pieces that all schemas share.
 
 Null means absent, also inside: parquet gives every message and every tool call the keys of all
 others, with null. A list of messages may be written as text (written.py).
@@ -196,7 +196,7 @@ def notes_of(messages: Iterable[Message]) -> list[str]:
     return [f"message field {name} left out" for name in sorted(names)]
 
 
-# ---- what stands beside the text
+# ---- media, tool calls and tools
 
 
 def refuse_media(row: Row, where: str = "") -> None:

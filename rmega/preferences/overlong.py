@@ -1,4 +1,4 @@
-"""What is left out of a conversation that is longer than ``--max-length``."""
+"""Policies for conversations longer than ``--max-length``."""
 
 from __future__ import annotations
 

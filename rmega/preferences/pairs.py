@@ -1,4 +1,4 @@
-"""Readers of rows with one chosen and one rejected side; the first response is the better one."""
+"""Schemas with one chosen and one rejected side."""
 
 from __future__ import annotations
 

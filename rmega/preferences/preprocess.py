@@ -1,5 +1,4 @@
-"""From raw preference data to a dataset on disk: read, convert, tokenize in all cores, check,
-write.
+"""The preprocessing run: read, convert, tokenize on all cores, check, write.
 
 Chunks go to worker processes and come back in order; what comes back is appended to the files of a
 work folder, ``PREFIX.partial``. After the last chunk, the checks over the whole set run and the
@@ -72,7 +71,7 @@ class PreprocessArgs:
     valid_fraction: float = 0.0
     """Fraction of the comparisons for PREFIX.valid, split by prompt."""
     max_rejected: float = 0.05
-    """Stop if more than this share of the rows is faulty."""
+    """Stop if more than this fraction of the rows is faulty."""
     workers: int = 0
     """Processes; 0: one per core."""
     force: bool = False
@@ -81,7 +80,7 @@ class PreprocessArgs:
 
 def preprocess(args: PreprocessArgs) -> dict[str, Any]:
     """Run it all; the manifest of what was written (the training side's). ValueError for what the
-    user can mend."""
+    user can fix."""
     _check(args)
     prefix = args.output_prefix
     outputs = [prefix] + ([f"{prefix}.valid"] if args.valid_fraction else [])

@@ -1,5 +1,4 @@
-"""Readers of rows in which the order of the responses is free: scores, ranks, labels, the winner of
-two."""
+"""Schemas with K responses in any order: scores, ranks, labels, the winner of two."""
 
 from __future__ import annotations
 
@@ -152,13 +151,14 @@ def labelled(row: Row) -> Parsed:
 
 
 def arena(row: Row) -> Parsed:
-    """Chatbot Arena: two conversations and the winner; any other winner than one of them is a
-    tie."""
+    """Chatbot Arena: two conversations and the winner, model_a, model_b or a tie of some kind."""
     names = ("conversation_a", "conversation_b")
     conversations = [as_messages(field_of(row, name), name) for name in names]
-    winner = field_of(row, "winner")
+    winner = str(field_of(row, "winner")).strip().lower()
+    if winner not in ("model_a", "model_b") and not winner.startswith(("tie", "both", "neither")):
+        raise Rejected("wrong_type", f"winner is {winner[:40]!r}, not model_a, model_b or a tie")
     prompt, responses = split_prompt(conversations)
-    scores = [float(winner == f"model_{x}") for x in "ab"]
+    scores = [float(winner == name) for name in ("model_a", "model_b")]
     return Parsed(prompt=prompt, responses=responses, scores=scores, ordered=False)
 
 

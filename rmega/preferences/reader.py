@@ -1,5 +1,5 @@
-"""The rows of an input and their schema: one reader, with one rule for the sample from which a schema
-is recognised, for preprocessing, evaluation and scoring."""
+"""Rows of an input with their schema: one reader and one sampling rule for preprocessing,
+evaluation and scoring."""
 
 from __future__ import annotations
 

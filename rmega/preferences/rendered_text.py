@@ -1,4 +1,4 @@
-"""Text that a chat template has made already -> the text, or the messages, of that conversation.
+"""Text that a chat template has already rendered -> its conversation.
 
 Clients render conversations themselves: samplers stop before the last white space, padding is
 decoded with the text, a second beginning-of-text token gets in, the day of the clock is printed.

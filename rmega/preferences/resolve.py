@@ -1,4 +1,4 @@
-"""What the user names with --input: files, folders, globs, data sets of the hubs."""
+"""What ``--input`` names (files, folders, globs, hub datasets) -> inputs."""
 
 from __future__ import annotations
 

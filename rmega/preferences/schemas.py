@@ -1,4 +1,4 @@
-"""The schemas of preference sets: how each is recognised by its columns, and who reads its rows."""
+"""The known schemas: how each is recognized by its columns, and which reader parses it."""
 
 from __future__ import annotations
 
@@ -80,13 +80,17 @@ def _pair_of_messages(row: Row) -> bool:
     return is_messages(row.get("chosen")) and is_messages(row.get("rejected"))
 
 
+def _given(row: Row, *names: str) -> bool:
+    """Whether any of the columns has a value: null is absent."""
+    return any(row.get(name) is not None for name in names)
+
+
 def _is_alpaca(row: Row) -> bool:
     if not texts(row, "instruction"):
         return False
-    output = as_list(row.get("output"))
-    return texts(row, "chosen", "rejected") or bool(
-        output and len(output) > 1 and "prompt" not in row
-    )
+    pair = as_list(row.get("output"))
+    listed = pair is not None and len(pair) > 1 and not _given(row, "prompt")
+    return texts(row, "chosen", "rejected") or listed
 
 
 def _lists_of_texts(row: Row) -> bool:
@@ -110,7 +114,7 @@ SCHEMAS: tuple[Schema, ...] = (
         " or query, response, rejected_response",
         (("messages", "query"), ("rejected_response", "rejected_messages")),
         lambda r: (
-            any(r.get(n) is not None for n in ("rejected_response", "rejected_messages"))
+            _given(r, "rejected_response", "rejected_messages")
             and (is_messages(r.get("messages")) or texts(r, "response"))
         ),
         pairs.swift,
@@ -119,7 +123,7 @@ SCHEMAS: tuple[Schema, ...] = (
         "openai",
         "input (with messages), preferred_output, non_preferred_output",
         (("input",), ("preferred_output",), ("non_preferred_output",)),
-        lambda r: r.get("preferred_output") is not None and "non_preferred_output" in r,
+        lambda r: _given(r, "preferred_output") and "non_preferred_output" in r,
         pairs.openai,
     ),
     Schema(
@@ -170,8 +174,8 @@ SCHEMAS: tuple[Schema, ...] = (
             ("preference_strength", "overall_preference"),
         ),
         lambda r: (
-            ("response_1" in r or "response1" in r)
-            and ("preference_strength" in r or "overall_preference" in r)
+            _given(r, "response_1", "response1")
+            and _given(r, "preference_strength", "overall_preference")
         ),
         ranked.two_rated,
     ),
@@ -179,7 +183,7 @@ SCHEMAS: tuple[Schema, ...] = (
         "pku-saferlhf",
         "prompt, response_0, response_1, better_response_id",
         (("prompt",), ("response_0",), ("response_1",), ("better_response_id",)),
-        lambda r: "response_0" in r and "better_response_id" in r,
+        lambda r: _given(r, "response_0") and _given(r, "better_response_id"),
         ranked.labelled,
     ),
     Schema(
@@ -200,7 +204,7 @@ SCHEMAS: tuple[Schema, ...] = (
         "helpsteer",
         "prompt, response, helpfulness (a row per response)",
         (("prompt",), ("response",), ("helpfulness",)),
-        lambda r: texts(r, "prompt", "response") and "helpfulness" in r,
+        lambda r: texts(r, "prompt", "response") and _given(r, "helpfulness"),
         ranked.rated_rows,
         groups_by="prompt",
     ),

@@ -1,5 +1,4 @@
-"""Rows to be scored: conversations, a prompt with its response or responses, or any preference
-schema.
+"""Rows to score: conversations, a prompt with responses, or any preference schema.
 
 Unlike training, scoring asks nothing of the responses: ties, equal responses and empty ones have
 rewards too.
@@ -77,7 +76,8 @@ def scorable(
     """
     try:
         refuse_media(row)
-        plain = None if any(name in row for name in _SIDES) else _plain(row)
+        pair = any(row.get(name) is not None for name in _SIDES)
+        plain = None if pair else _plain(row)
         if plain is not None:
             (found, several), tools = plain, tools_of(row)[0]
         else:
@@ -152,7 +152,7 @@ def _preference(
 
 def _of_no_form(row: Row) -> Rejected:
     """Why a row holds nothing to score."""
-    if "chosen" in row or "rejected" in row:
+    if any(name in row for name in _SIDES):
         return Rejected("missing_field", f"columns {columns_of(row)}; {what_is_missing(row)}")
     for names, wanted in (
         (_CONVERSATIONS, "a list of messages"),

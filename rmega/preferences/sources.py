@@ -1,5 +1,4 @@
-"""Where rows come from: local files of any common kind, folders, globs, the hubs; read in chunks,
-never whole.
+"""Read inputs in chunks, never whole: local files, hub datasets.
 
 A chunk is what one worker takes at a time. Its borders depend on the input alone, so the output
 does not depend on the number of workers. Decoding a chunk into rows is the worker's work

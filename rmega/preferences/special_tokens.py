@@ -1,4 +1,4 @@
-"""Which tokens steer a model: the reward token, the padding token, and control-token text."""
+"""Reward token, pad token, and escaping of control-token text in user data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chunks of files with columns: CSV, parquet, arrow."""
+"""Chunks of CSV, Parquet and Arrow files."""
 
 from __future__ import annotations
 

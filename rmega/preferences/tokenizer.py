@@ -1,4 +1,4 @@
-"""Comparison -> token ids: chat template, reward token, control-token text in user data, length.
+"""Comparison or conversation -> token ids: template, reward token, escaping, length limit.
 
 The ids of a conversation are what transformers' ``apply_chat_template`` gives, then the reward
 token unless they end with it already; its hidden state gives the reward. Without a reward token

@@ -1,4 +1,4 @@
-"""What a worker process does: rows of a chunk -> comparisons -> token ids."""
+"""The worker process: rows of a chunk -> comparisons -> token ids."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Lists and objects that a file holds as text: JSON, Python's repr, NumPy's repr.
+"""Lists and objects that a file stores as text: JSON, Python repr, NumPy repr.
 
-CSV files have nothing else, and pandas writes nested columns so: ``[{'role': 'user', ...}\\n {...}]``
-for an array of dicts, without commas.
+CSV files have nothing else. pandas writes a column of arrays so, without commas between elements:
+``[{'role': 'user', ...}\\n {...}]``.
 """
 
 from __future__ import annotations

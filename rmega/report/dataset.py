@@ -1,4 +1,4 @@
-"""The page of a dataset: counts, lengths, margins, sources, what was left out, some comparisons."""
+"""Report on a dataset."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from rmega.data.indexed import PreferenceDataset
-from rmega.data.stats import heuristic_text, lengths_of, pairs, show, summarise
+from rmega.data.indexed import PreferenceDataset, pairs
+from rmega.data.stats import heuristic_text, lengths_of, show, summarise
 from rmega.preferences.comparison import REASONS
 from rmega.report import page
 from rmega.report.figures import BLUE, GREY, drawing, require_matplotlib
@@ -109,7 +109,7 @@ def _figures(dataset: PreferenceDataset) -> list[str]:
     lengths, scores = lengths_of(dataset), np.asarray(dataset.scores)
     graded = scores[np.asarray(dataset.document_indices[:-1])] > 0
     differences, margins = [np.zeros(0)], [np.zeros(0)]
-    for which, better, worse in pairs(dataset):
+    for which, better, worse in pairs(dataset.document_indices, scores):
         better_length = dataset.sequence_lengths[better].astype(np.int64)
         differences.append(better_length - dataset.sequence_lengths[worse])
         margins.append((scores[better] - scores[worse])[graded[which]])
@@ -124,7 +124,7 @@ def _figures(dataset: PreferenceDataset) -> list[str]:
 
 
 def _histogram(title: str, values: np.ndarray, unit: str, counted: str) -> str:
-    """``values`` [n]; the outer bins also hold what lies beyond the outermost half percent."""
+    """``values`` [n]; the outer bins also hold the outermost half percent on each side."""
     low, high = (float(x) for x in np.quantile(values, [0.005, 0.995]))
     low = min(low, 0.0)
     edges = np.linspace(low, high if high > low else low + 1, 41)

@@ -1,4 +1,4 @@
-"""The page of an evaluation: findings, key numbers, plots, tables, the worst mistakes as text."""
+"""Report on an evaluation."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""matplotlib figures as inline SVG: one style, colours that are told apart with any colour vision
-(Okabe and Ito)."""
+"""matplotlib figures as inline SVG, in colors that color-blind readers can tell apart."""
 
 from __future__ import annotations
 

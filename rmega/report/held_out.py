@@ -1,5 +1,4 @@
-"""The validation sets on the page of a run: the last result of each, and what changed over the
-steps."""
+"""Sections on the validation sets, for the report on a run."""
 
 from __future__ import annotations
 

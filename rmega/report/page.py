@@ -1,5 +1,4 @@
-"""The HTML shell of a report and its parts. Every text that comes from outside goes through
-``escape``."""
+"""HTML of a report; escapes every text that comes from outside."""
 
 from __future__ import annotations
 
@@ -13,16 +12,19 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 _STYLE = """
 :root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: #1c2026; background: #fff;
+body { font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: #1c2026;
+  background: #fff;
   max-width: 1080px; margin: 0 auto; padding: 24px 20px 60px; }
 h1 { font-size: 24px; line-height: 1.25; margin: 0 0 2px; overflow-wrap: anywhere; }
-h2 { font-size: 19px; margin: 40px 0 10px; padding-top: 14px; border-top: 2px solid #d9dee5; overflow-wrap: anywhere; }
+h2 { font-size: 19px; margin: 40px 0 10px; padding-top: 14px; border-top: 2px solid #d9dee5;
+  overflow-wrap: anywhere; }
 h3 { font-size: 16px; margin: 26px 0 6px; }
 p { margin: 6px 0; }
 .sub { color: #4b5563; overflow-wrap: anywhere; }
 nav a { margin-right: 14px; }
 a { color: #00558c; }
-.findings { border: 1px solid #cfd6de; border-left-width: 8px; border-radius: 4px; padding: 9px 14px; margin: 9px 0;
+.findings { border: 1px solid #cfd6de; border-left-width: 8px; border-radius: 4px;
+  padding: 9px 14px; margin: 9px 0;
   display: grid; grid-template-columns: 150px 1fr; gap: 12px; }
 .findings b { white-space: nowrap; }
 .findings b .sub { font-weight: normal; }
@@ -30,25 +32,29 @@ a { color: #00558c; }
 .warn { border-left-color: #e69f00; background: #fff9ec; }
 .bad { border-left-color: #b3261e; background: #fdf3f2; }
 .note { border-left-color: #8a94a0; background: #f7f8f9; }
-.tiles { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 10px; margin: 14px 0; }
+.tiles { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 10px;
+  margin: 14px 0; }
 .tile { border: 1px solid #d9dee5; border-radius: 4px; padding: 8px 12px; }
 .tile .value { font-size: 22px; font-weight: 600; line-height: 1.25; }
 .tile .name, .tile .more { font-size: 13px; color: #4b5563; }
-.figures { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 18px; margin: 12px 0; }
+.figures { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 18px;
+  margin: 12px 0; }
 figure { margin: 0; }
 figure.wide { grid-column: 1 / -1; }
 figure svg { width: 100%; height: auto; display: block; }
 figcaption { font-size: 13px; color: #4b5563; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 14px; margin: 8px 0; }
-th, td { text-align: left; padding: 3px 16px 3px 0; border-bottom: 1px solid #e4e8ed; vertical-align: top; }
+th, td { text-align: left; padding: 3px 16px 3px 0; border-bottom: 1px solid #e4e8ed;
+  vertical-align: top; }
 td.num, th.num { text-align: right; font-variant-numeric: tabular-nums; }
 td.num { white-space: nowrap; }
 th { vertical-align: bottom; }
 details { border: 1px solid #d9dee5; border-radius: 4px; margin: 7px 0; padding: 6px 12px; }
 summary { cursor: pointer; }
 summary .gist { color: #4b5563; }
-.two { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 14px; margin-top: 8px; }
+.two { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 14px;
+  margin-top: 8px; }
 .message { border-left: 3px solid #b9c2cc; padding: 2px 10px; margin: 6px 0; }
 .chosen .message { border-left-color: #0072b2; }
 .rejected .message { border-left-color: #d55e00; }
@@ -118,10 +124,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
             + "</tr>\n"
         )
 
-    return (
-        "<div"
-        f' class="scroll"><table>{cells(head, "th")}{"".join(cells(r, "td") for r in rows)}</table></div>\n'
-    )
+    body = "".join(cells(r, "td") for r in rows)
+    return f'<div class="scroll"><table>{cells(head, "th")}{body}</table></div>\n'
 
 
 def figure(svg: str, caption: str, *, wide: bool = False) -> str:

@@ -1,7 +1,4 @@
-"""What a page draws from a result alone (``rmega.evaluation.results``, also read back from its
-JSON, with null for NaN): key numbers, figures, tables, explanations. Shared by the page of an
-evaluation and that of a run.
-"""
+"""Figures and tables of evaluation results, shared by the reports on evaluations and runs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The page of a training run, from its metrics.jsonl: findings, curves, evaluations with intervals,
-settings; and the last result of each validation set, from its folder ``evaluations``
-(``rmega.report.held_out``).
-"""
+"""Report on a training run."""
 
 from __future__ import annotations
 

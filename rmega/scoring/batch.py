@@ -1,4 +1,4 @@
-"""Files of any size -> a line of rewards per row: windows of rows and an output that can be resumed.
+"""Score files of any size, in windows of rows, with an output that can be resumed.
 
 The input streams through in windows of bounded size. Within a window, conversations with the same
 beginning are scored together wherever they stand; rows leave in the order in which they came.

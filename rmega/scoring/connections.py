@@ -1,4 +1,4 @@
-"""What a client may cost before its request is read: connections, time for headers, JSON values.
+"""Limits of the server on connections, headers and request bodies.
 
 uvicorn limits neither the number of open connections nor the time that the headers of a request
 take, so a few thousand silent sockets would keep every other client out. Here a connection without

@@ -1,4 +1,4 @@
-"""One scoring thread behind a queue: requests that arrive together are scored together.
+"""One scoring thread behind a queue; concurrent requests share a batch.
 
 The model is loaded, and every forward pass is run, in that one thread. Sequences wait in the order
 of their arrival, so a small request waits for one pack at most, also behind a large one.

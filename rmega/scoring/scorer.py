@@ -1,5 +1,4 @@
-"""Rewards of conversations, from an exported folder or from a run's checkpoint, by the training
-path.
+"""Rewards of conversations, from an export or a checkpoint.
 
     scorer = load_scorer("RUN")          # or a Hugging Face reward model
     scorer.score_conversations([[{"role": "user", "content": ...},

@@ -1,5 +1,4 @@
-"""A reward model behind HTTP: OpenRLHF's ``/get_reward`` and a plain ``/score``, with batching and
-limits.
+"""HTTP server: OpenRLHF's ``/get_reward`` and a plain ``/score``, with batching and limits.
 
 Needs the extra ``serve`` (fastapi, uvicorn). Errors are JSON: ``{"error": "..."}`` with 400 (no
 JSON), 401 (key), 404, 405, 408 (body too slow), 413 (body too large, or of too many values), 422

@@ -1,4 +1,4 @@
-"""What a run reports: one line and one row of metrics per interval, and the optional trackers."""
+"""Log lines, ``metrics.jsonl``, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from rmega.config import TrainingConfig
 from rmega.distributed import log, rank
 from rmega.io import write_durably
 
@@ -94,7 +95,7 @@ class MetricsLog:
 
     Only rank 0 writes. Without a folder only the lines on the terminal remain. tensorboard: "auto"
     writes for it where it is installed, "on" raises ValueError where it is not. A resumed run
-    (``resumed_at``: its last good step) goes on in the same Weights & Biases run.
+    (``resumed_at``: its last good step) continues the same Weights & Biases run.
     """
 
     def __init__(
@@ -122,6 +123,17 @@ class MetricsLog:
         if wandb_project:
             self._wandb = _wandb_run(wandb_project, run, resumed_at, config)
 
+    @classmethod
+    def of(cls, config: TrainingConfig, *, resumed_at: int | None) -> MetricsLog:
+        """That of a run with these flags."""
+        return cls(
+            config.checkpoint.save,
+            resumed_at=resumed_at,
+            tensorboard=config.train.tensorboard,
+            wandb_project=config.train.wandb_project,
+            config=config.as_dict(),
+        )
+
     def row(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one row {"type": kind, "step": step, ...}."""
         if rank() != 0:
@@ -130,7 +142,8 @@ class MetricsLog:
             try:
                 self._file.write(json.dumps(_no_nan({"type": kind, "step": step, **values})) + "\n")
                 self._file.flush()
-            except OSError as error:  # a full disk, say: the row stays in the buffer and is tried again with the next
+            # a full disk, say: the row stays in the buffer and is retried with the next one
+            except OSError as error:
                 log(f"warning: metrics.jsonl: {error}; training continues")
         name = f"{kind}/{values['name']}" if "name" in values else kind
         numbers = {f"{name}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}

@@ -1,19 +1,20 @@
-"""What a layout needs, before anything is read or started: bytes per rank, tokens per step,
-pipeline bubble.
+"""Memory, tokens per step and pipeline bubble of a layout (``--dry-run``).
 
 Shape letters: T tokens of a micro-batch, h hidden, f MLP width, a query heads, g key/value groups,
 d head dimension, V vocabulary, L layers of a stage, tp, pp, vpp, dp sizes of the layout.
 
-Parameters per layer and tensor rank, from the weight table: (a + 2g) d h + a d h + 3 f h over tp, and two norms h.
-Gradients are fp32 and whole on every replica (megatron-core's buffer). Adam keeps two fp32 moments, and an fp32 copy of
-parameters in half precision; the distributed optimizer cuts these over dp. These three are exact up to the padding of
-buffers. Activations count the tensors that autograd keeps per token and layer (the method of Korthikanti et al. 2022,
-"Reducing Activation Recomputation in Large Transformer Models", for the operators used here):
-  2h for each of the two norms (input and output),                      whole, or over tp under sequence parallelism
+Parameters per layer and tensor rank, from the weight table: (a + 2g) d h + a d h + 3 f h over tp,
+and two norms h. Gradients are fp32 and complete on every replica (Megatron-Core's buffer). Adam
+keeps two fp32 moments, and an fp32 copy of parameters in half precision; the distributed optimizer
+shards these over dp. These three are exact up to the padding of buffers. Activations count the
+tensors that autograd keeps per token and layer (the method of Korthikanti et al. 2022, "Reducing
+Activation Recomputation in Large Transformer Models", for the operators used here):
+  2h for each of the two norms (input and output),     once, or over tp under sequence parallelism
   (2a + 3g) d for queries, keys before and after rotation, and values;  over tp
-  a d for attention's output, 3f for the MLP's product and activation;  over tp
-and hold for as many micro-batches as the schedule keeps in flight. Full recomputation keeps h per layer and one layer's
-activations. The bubble is (pp - 1) / (m vpp + pp - 1) of a step of m micro-batches (Narayanan et al. 2021).
+  a d for attention's output, 3f for the MLP's matmul and activation;   over tp
+and apply to as many micro-batches as the schedule keeps in flight. Full recomputation keeps h per
+layer and the activations of one layer. The bubble is (pp - 1) / (m vpp + pp - 1) of a step of m
+micro-batches (Narayanan et al. 2021).
 """
 
 from __future__ import annotations

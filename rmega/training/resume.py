@@ -1,4 +1,4 @@
-"""The configuration of a run against that of the checkpoint it resumes from.
+"""Compare the configuration of a run with the checkpoint that it resumes from.
 
 What the command line says takes effect, and each difference from the checkpoint's run is logged;
 flags that decide which comparisons a step sees, or what a checkpoint's tensors mean, are bound: a

@@ -1,5 +1,4 @@
-"""The training loop: model chunks and optimizer from megatron-core, one step, evaluation, and the
-run itself.
+"""Model, optimizer and scheduler from Megatron-Core; one training step; one evaluation.
 
 Shape letters: t tokens of a pack, n responses, m pairs. The loss is a sum over pairs with a count
 (law 5): the summed gradient is divided by the count of the whole global batch, so no layout changes

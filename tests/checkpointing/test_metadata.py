@@ -81,7 +81,8 @@ CALLS = [
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call[0].__name__)
 @pytest.mark.parametrize("where", ["alone", "inside"])
 def test_code_in_metadata_is_refused(call, where, run, folder, tmp_path) -> None:
-    """By the reader that exports use, and before Megatron-Core's reads it in training or scoring."""
+    """By the reader that exports use, and before Megatron-Core's reads it in training or
+    scoring."""
     function, *args = call
     here = str(tmp_path / "hacked")
     content = crafted = Calls(function, *(str(a).replace("hacked", here) for a in args))

@@ -136,7 +136,8 @@ def test_a_tracker_that_names_a_missing_folder(tmp_path, capsys) -> None:
     run_folder.remove_folder(tmp_path / "iter_0000002")
     with pytest.raises(
         ValueError,
-        match="names iteration 4, which is gone, and only checkpoints .*iter_0000006, iter_0000008.*; name one: --load .*iter_0000008",
+        match="names iteration 4, which is gone, and only checkpoints .*iter_0000006, iter_0000008"
+        ".*; name one: --load .*iter_0000008",
     ):
         find(tmp_path)
     for i in (6, 8):

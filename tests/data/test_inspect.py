@@ -17,8 +17,9 @@ from rmega.data.indexed import (
     PreferenceWriter,
     StoredComparison,
     open_preferences,
+    pairs,
 )
-from rmega.data.stats import describe, lengths_of, pairs, show, summarise
+from rmega.data.stats import describe, lengths_of, show, summarise
 from rmega.preferences.preprocess import PreprocessArgs, preprocess
 from rmega.preferences.tokenizer import PairTokenizer
 from rmega.report.dataset import write_dataset_report
@@ -126,7 +127,7 @@ def test_against_one_comparison_at_a_time(tmp_path: Path) -> None:
                     wins += 0.5 if longer == 0 else float(longer > 0)
     got = [
         triple
-        for arrays in pairs(dataset)
+        for arrays in pairs(dataset.document_indices, dataset.scores)
         for triple in zip(*(a.tolist() for a in arrays), strict=True)
     ]
     assert sorted(got) == want
@@ -193,8 +194,8 @@ def test_the_tool_on_tokens_of_a_tokenizer(tool: Any, tmp_path: Path, small_llam
         and "Question" in plain[2]
         and plain[-1].endswith("</s>")
     )
-    coloured = tool(prefix, "show", 3, "--colour", "always")[1]
-    assert "\x1b[32m" in coloured and re.sub(r"\x1b\[\d+m", "", coloured) == out
+    colored = tool(prefix, "show", 3, "--color", "always")[1]
+    assert "\x1b[32m" in colored and re.sub(r"\x1b\[\d+m", "", colored) == out
     code, out, _ = tool(prefix, "verify")
     assert code == 0 and "sound (24 comparisons; fingerprint of the tokenizer checked)" in out
     assert tool(prefix, "report")[0] == 0

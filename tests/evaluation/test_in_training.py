@@ -20,7 +20,7 @@ from rmega.data.batching import Batcher
 from rmega.data.indexed import StoredComparison, open_preferences
 from rmega.evaluation import files
 from rmega.evaluation.in_training import Evaluations
-from rmega.evaluation.probes import NUM_PROBED
+from rmega.evaluation.probes import NUM_PROBED, pick
 from rmega.evaluation.results import ScoredComparison, evaluate, stored_items, to_json
 from rmega.evaluation.token_probes import (
     View,
@@ -162,7 +162,7 @@ def test_the_number_of_probes_is_that_of_the_tool():
     from rmega.cli import parse_args
     from rmega.config import TrainArgs, TrainingConfig
 
-    assert EvaluateArgs(data=[]).probes == NUM_PROBED == 128 and TrainArgs().eval_probes == "last"
+    assert EvaluateArgs(data=[]).probes == NUM_PROBED == 16 and TrainArgs().eval_probes == "last"
     with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit):
         parse_args(TrainingConfig, ["--help"])
     assert f"Score {NUM_PROBED} comparisons" in " ".join(said.getvalue().replace("│", " ").split())
@@ -257,6 +257,7 @@ def test_files_hold_the_whole_result_and_stale_ones_go(tmp_path):
     assert whole["sets"][".."] == to_json(fair) | {
         "data": "runs/data/valid",
         "schema": "messages",
+        "notes": {},
         "left_out": {"tie": 3, "overlong": 1},
     }
     assert list(files.read_evaluations(tmp_path)[".."]) == [0, 10, 20]
@@ -465,10 +466,11 @@ def test_it_says_what_the_export_does_in_transformers(single, data, tmp_path):
     ours = files.read_evaluations(run)["pairs"][STEPS]
     for part in ("accuracy", "mean_margin", "calibration", "by_source", "length"):
         close(ours[part], to_json(want[part]), 1e-4, part)
-    wrong, cut = wrong_prompts(rows, max_tokens=512)
+    probed = pick(rows, NUM_PROBED)
+    wrong, cut = wrong_prompts(probed, max_tokens=512)
     assert ours["prompt"]["num_cut_prompts"] == cut
     rewards = score([np.concatenate([c.prefix, s]) for c in wrong for s in c.suffixes])
-    shuffled = evaluate(stored_items(dataset, rewards), length_unit="tokens")
+    shuffled = evaluate(stored_items(View(probed), rewards), length_unit="tokens")
     assert ours["prompt"]["shuffled_accuracy"] == pytest.approx(shuffled["accuracy"], abs=1e-4)
 
 

@@ -323,8 +323,8 @@ def test_rope_scaling_survives(scaling, tmp_path) -> None:
 
 @pytest.mark.parametrize("source", ["small_llama", "internlm2_tokenizer"])
 def test_tokenizer_template_and_pad_token(source, request, tmp_path) -> None:
-    """Two kinds of tokenizers: a client of the written folder makes the ids of the training, in every
-    transformers."""
+    """Two kinds of tokenizers: a client of the written folder makes the ids of the training, in
+    every transformers."""
     from rmega.data.fingerprint import is_tokenizer_of
     from rmega.preferences.tokenizer import PairTokenizer
 
@@ -413,7 +413,8 @@ def test_a_pad_token_that_ends_every_turn_is_replaced(
 
 
 def test_causal_llama_as_internlm2(small_llama, tmp_path) -> None:
-    """A language model with tied embeddings, re-laid out as InternLM2: the rewards are those of the Llama."""
+    """A language model with tied embeddings, re-laid out as InternLM2: the rewards are those of the
+    Llama."""
     run = make_run(small_llama, tmp_path / "run", "tp2")
     for form in BOTH:
         assert convert(run=run, output=tmp_path / form, family=form) == 0

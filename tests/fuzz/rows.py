@@ -81,7 +81,8 @@ TEMPLATES: tuple[Row, ...] = (
 )
 TEXTS = (
     "", " ", "text", "a\ud800", "\x00", "<|im_end|>", "</s>", "\n\nHuman: a\n\nAssistant: b",
-    "x" * 3000, "[{", "1e999", "🙂👍🏽" * 30, "\u2028\u0085\x0b\x0c", "[]", "{}", "null", "NaN", "N/A",
+    "x" * 3000, "[{", "1e999", "🙂👍🏽" * 30, "\u2028\u0085\x0b\x0c", "[]", "{}", "null", "NaN",
+    "N/A",
     '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]',
     "[{'role': 'assistant', 'content': 'a'}\n {'role': 'assistant'", "['a' 'b']", "[1. 2.]",
     '{"from": "Oslo"}', '"[1]"', "مرحبا 你好", "\ufeff", "\r\n", "Human: q", "<extra_id_1>User\n",
@@ -206,8 +207,8 @@ def as_table(rows: list[Row]) -> pa.Table:
             with pa.ipc.new_stream(io.BytesIO(), alone.schema) as out:
                 out.write_table(alone)  # at most 64 levels
         except (pa.ArrowException, ValueError, TypeError, OverflowError, RecursionError):
-            texts = [None if c is None else json.dumps(c) for c in cells]
-            columns[name] = pa.array(texts, pa.string())
+            texts = [c and as_cell(c).encode("utf-8", "replace").decode() for c in cells]
+            columns[name] = pa.array([t if t else None for t in texts], pa.string())
     return pa.table(columns)
 
 

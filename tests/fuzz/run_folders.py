@@ -8,8 +8,8 @@ A step of a walk is a process of its own, which can end at any operation on a fi
 also what was not yet durable (files without fsync, names whose folder was not synced) is lost.
 
 After each step, the newest healthy state of the trajectory must be there and ``find`` must return
-it, with the numbers that its steps give; so must as many older ones as ``--keep-last`` promises, the
-best one, and every checkpoint that was set aside.
+it, with the numbers that its steps give; so must as many older ones as ``--keep-last`` promises,
+the best one, and every checkpoint that was set aside.
 """
 
 from __future__ import annotations
@@ -227,6 +227,7 @@ class Walk:
         self.aside: dict[str, str] = {}
         self.maybe: list[tuple[int, str]] = []
         """States that may be the newest, too, because a session ended at a moment of its own."""
+        self.best_of: dict[tuple[int, str], int | None] = {}
         self.history: list[str] = []
         self.counts: Counter[str] = Counter()
 
@@ -382,10 +383,12 @@ class Walk:
     def settle(self, iteration: int, token: str) -> None:
         """``iteration`` is what a reader finds: it must be the newest healthy one."""
         expected = [(max(self.healthy), self.healthy[max(self.healthy)])] if self.healthy else []
-        allowed = [*self.maybe, *expected] or [(0, "")]
+        allowed = [*self.maybe, *(expected or [(0, "")])]
         assert (iteration, token) in allowed, f"found {iteration} {token}, not one of {allowed}"
         if (iteration, token) in self.maybe:
             self.start_from(iteration, token)
+            # It was finished, and older ones removed with the best one that it was given.
+            self.best = self.best_of.get((iteration, token), self.best)
             if iteration:
                 self.healthy[iteration] = token
         self.maybe = []
@@ -408,6 +411,7 @@ class Walk:
                 self.maybe.append((iteration, self.healthy[iteration]))
         else:
             self.maybe.append((iteration, token))
+            self.best_of[iteration, token] = what[2]
 
     def check(self, before: dict[int, str] | None = None) -> None:
         """Look at the folder as a reader does. ``before``: what was there before sessions that

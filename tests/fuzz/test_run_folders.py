@@ -1,4 +1,5 @@
-"""A few of the random walks of ``tests.fuzz.run_folders``; 200 of them take a quarter of an hour."""
+"""A few of the random walks of ``tests.fuzz.run_folders``; 200 of them take a quarter of an
+hour."""
 
 from __future__ import annotations
 

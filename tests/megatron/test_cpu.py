@@ -27,10 +27,12 @@ for name in cpu.ENGINE_MODULES:
     importlib.import_module(name)
 import rmega.training.train, rmega.checkpointing.checkpoint
 engine = {n: m for n, m in sys.modules.items() if n.startswith("megatron.core")}
-others = {n: m for n, m in sys.modules.items() if not n.startswith("megatron") and getattr(m, "__dict__", None)
+others = {n: m for n, m in sys.modules.items()
+          if not n.startswith("megatron") and getattr(m, "__dict__", None)
           and n not in ("rmega.megatron.cpu", "__main__", "__mp_main__")}
 before = {n: dict(vars(m)) for n, m in {**others, **engine}.items()}
-classes = {c: dict(vars(c)) for c in (torch.Tensor, torch.nn.Module, torch.nn.Parameter, torch.Generator)}
+kinds = (torch.Tensor, torch.nn.Module, torch.nn.Parameter, torch.Generator)
+classes = {c: dict(vars(c)) for c in kinds}
 torch.manual_seed(5)
 cpu.install(); cpu.install()
 def new(now, old): return sorted(k for k, v in vars(now).items() if old.get(k) is not v)
@@ -42,7 +44,8 @@ for n in cpu.installed():
             uses[node.attr].append(n)
         function = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
         if function.startswith("torch.") and function.count(".") == 1:
-            given = node.args if function == "torch.device" else [k.value for k in node.keywords if k.arg == "device"]
+            given = [k.value for k in node.keywords if k.arg == "device"]
+            given = node.args if function == "torch.device" else given
             if any("cuda" in ast.unparse(value) for value in given):
                 makes[function.removeprefix("torch.")].append(n)
 substitute = sys.modules["megatron.core.parallel_state"].torch

@@ -1,6 +1,6 @@
 """Packed attention on CUDA against its definition in fp64, values and gradients: rows of a pack,
-grouped queries, pruned layers, alignment at the bottom right. On a CPU a stand-in takes the place of
-the varlen kernel, so that the tests themselves are known to be right.
+grouped queries, pruned layers, alignment at the bottom right. On a CPU a stand-in takes the
+place of the varlen kernel, so that the tests themselves are known to be right.
 
 Shape letters: t tokens, a query heads, g key/value groups, d head dimension.
 """

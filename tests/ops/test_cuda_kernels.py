@@ -33,11 +33,13 @@ void gather(In hidden, Rows last, Out out, N t, N n, N row_bytes) {
 void gather_backward(In grad, Rows last, Out out, N t, N n, N h, N dtype) {
   rmega::launch_gather_rows_backward(grad, last, out, t, n, h, DT, nullptr);
 }
-void pairs(In rewards, Rows c, Rows r, In margin, In weight, Out loss, Out stats, Out grad, N n, N m, N dtype,
-           N loss_name, N penalty, N clamp) {
-  const rmega::LossOptions options{static_cast<rmega::Loss>(loss_name), static_cast<rmega::Penalty>(penalty), 0.02, 0.1,
+void pairs(In rewards, Rows c, Rows r, In margin, In weight, Out loss, Out stats, Out grad,
+           N n, N m, N dtype, N loss_name, N penalty, N clamp) {
+  const rmega::LossOptions options{static_cast<rmega::Loss>(loss_name),
+                                   static_cast<rmega::Penalty>(penalty), 0.02, 0.1,
                                    clamp != 0};
-  rmega::launch_pairwise_loss(rewards, c, r, margin, weight, loss, stats, grad, n, m, DT, options, nullptr);
+  rmega::launch_pairwise_loss(rewards, c, r, margin, weight, loss, stats, grad, n, m, DT, options,
+                              nullptr);
 }
 void prefix(In x, Rows index, Out out, N t, N s, N total, N g, N d, N row, N group, N size) {
   rmega::launch_gather_prefix(x, index, out, t, s, total, g, d, row, group, int(size), nullptr);
@@ -45,15 +47,18 @@ void prefix(In x, Rows index, Out out, N t, N s, N total, N g, N d, N row, N gro
 void norm(In x, In weight, Out y, Out inv, N rows, N h, N dtype) {
   rmega::launch_rms_norm(x, weight, y, inv, rows, h, 1e-5, DT, nullptr);
 }
-void norm_backward(In dy, In x, In weight, In inv, Out dx, Out partial, N rows, N h, N parts, N dtype) {
+void norm_backward(In dy, In x, In weight, In inv, Out dx, Out partial, N rows, N h, N parts,
+                   N dtype) {
   rmega::launch_rms_norm_backward(dy, x, weight, inv, dx, partial, rows, h, parts, DT, nullptr);
 }
 void glu(In x, Out y, N rows, N f, N dtype) { rmega::launch_swiglu(x, y, rows, f, DT, nullptr); }
 void glu_backward(In dy, In x, Out dx, N rows, N f, N dtype) {
   rmega::launch_swiglu_backward(dy, x, dx, rows, f, DT, nullptr);
 }
-void rope(In x, In cos, In sin, Out y, N t, N a, N d, N row, N head, N backwards, N dtype, N float_tables) {
-  rmega::launch_rope(x, cos, sin, y, t, a, d, row, head, backwards != 0, DT, float_tables != 0, nullptr);
+void rope(In x, In cos, In sin, Out y, N t, N a, N d, N row, N head, N backwards, N dtype,
+          N float_tables) {
+  rmega::launch_rope(x, cos, sin, y, t, a, d, row, head, backwards != 0, DT, float_tables != 0,
+                     nullptr);
 }
 void prefix_backward(In grad, Rows index, Out out, N t, N s, N width, N dtype) {
   rmega::launch_gather_prefix_backward(grad, index, out, t, s, width, DT, nullptr);

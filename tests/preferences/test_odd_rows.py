@@ -1,5 +1,5 @@
-"""Rows as people have them: nulls inside, lists as text, other spellings, folders with more than data.
-Each gives the comparisons that are meant, or is refused or noted by name."""
+"""Rows as people have them: nulls inside, lists as text, other spellings, folders with more than
+data. Each gives the comparisons that are meant, or is refused or noted by name."""
 
 from __future__ import annotations
 
@@ -507,3 +507,27 @@ def test_line_separators_inside_a_value(tmp_path: Path, separator: str) -> None:
         writer.writerow(row)
     for name in ("a.jsonl", "a.csv"):
         assert [r for _, r, _ in read(tmp_path / name)] == [row], name
+
+
+def test_columns_of_other_rows_are_absent() -> None:
+    """In parquet a row has the columns of every other row, with null."""
+    columns = ("prompt", "chosen", "rejected", "responses", "response_0", "better_response_id")
+    columns += ("response_1", "preference_strength", "rejected_response", "preferred_output")
+    nulls = dict.fromkeys((*columns, "conversations", "messages", "winner", "tools", "images"))
+    same({**nulls, "instruction": Q, "output": [A, B]})
+    same({**nulls, "prompt": Q, "chosen": A, "rejected": B})
+    same({**nulls, "prompt": Q, "responses": [B, A], "scores": [0, 1]})
+    same({**nulls, "messages": PROMPT + GOOD, "rejected_response": B})
+    same({**nulls, "prompt": Q, "response_0": A, "response_1": B, "better_response_id": 0})
+    same({**nulls, "context": PROMPT, "response1": A, "response2": B, "overall_preference": -1})
+    assert scorable({**nulls, "prompt": Q, "response": A})[0] == [PROMPT + GOOD]
+    assert scorable({**nulls, "messages": PROMPT + GOOD})[0] == [PROMPT + GOOD]
+
+
+def test_the_winner_is_one_of_two_or_a_tie() -> None:
+    row = {"conversation_a": PROMPT + GOOD, "conversation_b": PROMPT + BAD}
+    same({**row, "winner": "Model_A"})
+    for winner, reason in (("tie (bothbad)", "tie"), ("both_bad", "tie"), ("a", "wrong_type")):
+        with pytest.raises(Rejected) as caught:
+            convert({**row, "winner": winner})
+        assert caught.value.reason == reason

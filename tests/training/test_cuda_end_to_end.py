@@ -1,5 +1,5 @@
-"""A run from data to an exported folder in bf16: save, resume, evaluate, score, export, on a GPU and,
-so that the test itself is known to be right, on a CPU."""
+"""A run from data to an exported folder in bf16: save, resume, evaluate, score, export, on a GPU
+and, so that the test itself is known to be right, on a CPU."""
 
 from __future__ import annotations
 

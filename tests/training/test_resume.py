@@ -113,14 +113,14 @@ def test_a_slash_more_is_the_same_folder(small_llama, data, tmp_path) -> None:
 
 
 def short_patience(rank: int, world_size: int, argv: list[str]) -> str:
-    from rmega.training import run
+    from rmega.checkpointing import lock
 
-    original = run.hold
-    run.hold = lambda folder: original(folder, patience=1.0)
+    original = lock.hold
+    lock.hold = lambda folder: original(folder, patience=1.0)
     try:
         return refused(rank, world_size, argv)
     finally:
-        run.hold = original
+        lock.hold = original
 
 
 def test_a_second_run_in_the_same_folder_is_refused(small_llama, data, tmp_path) -> None:

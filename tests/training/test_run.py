@@ -499,8 +499,8 @@ def spoken(rank: int, world_size: int, argv: list[str]) -> str:
 
 
 def test_a_small_held_out_set_is_filled_up_for_verification(small_llama, data, tmp_path):
-    """Three held-out comparisons are too few to verify an export; training comparisons take the other
-    places, and say so."""
+    """Three held-out comparisons are too few to verify an export; training comparisons take the
+    other places, and say so."""
     from rmega.data.indexed import open_preferences
 
     train = open_preferences(data)
@@ -545,3 +545,19 @@ def test_errors_are_said_once(small_llama, data, tmp_path):
     assert out.splitlines()[-1].startswith("launch: rank 0 failed first: error: ")
     assert "Traceback" not in out
     assert time.monotonic() - begun < 60
+
+
+def test_the_example_is_the_run(small_llama) -> None:
+    """examples/pretrain_reward.py, the file to copy, has the same function as the program."""
+    import ast
+    import inspect
+
+    from examples import pretrain_reward
+    from rmega.training import run
+
+    def body(module) -> str:
+        (function,) = ast.parse(inspect.getsource(module.train)).body
+        kept = [part for part in function.body if not isinstance(part, ast.ImportFrom)]
+        return "\n".join(map(ast.unparse, kept))
+
+    assert body(pretrain_reward) == body(run)

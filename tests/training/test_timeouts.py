@@ -27,13 +27,14 @@ def groups(rank: int, world_size: int, argv: list[str]) -> dict[str, float]:
 
     from rmega.cli import parse_args
     from rmega.config import TrainingConfig
-    from rmega.training.run import Run
+    from rmega.training import start
+    from rmega.training.checkpointer import Checkpointer
+    from rmega.training.logs import TimeSpent
 
-    run = Run(parse_args(TrainingConfig, argv))
-    run.load_data()
-    run.build()
-    run.restore_or_start()
-    run.metrics.close()
+    config = parse_args(TrainingConfig, argv)
+    run = start.prepare(config, start.join(config))
+    start.write_config(run)
+    Checkpointer(run, start.build(run), TimeSpent(run.info, run.resumed_at))
     return {
         f"{number} {group.group_desc} {dist.get_process_group_ranks(group)}": (
             group._get_backend(torch.device("cpu")).options._timeout.total_seconds()

@@ -1,0 +1,280 @@
+"""Data, checkpoint to resume from, and the built model of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rmega import distributed, precision
+from rmega.checkpointing import checkpoint, run_folder
+from rmega.config import MIN_COMPARISONS, TrainingConfig
+from rmega.data.batching import Batcher, Mixture
+from rmega.data.indexed import PreferenceDataset, open_preferences, split_label
+from rmega.distributed import log
+from rmega.hub import resolve_model
+from rmega.io import write_durably
+from rmega.models.geometry import Geometry
+from rmega.models.hf import load_hf, read_geometry
+from rmega.training import plan, preflight, resume, train
+
+
+def named_prefix(text: str) -> tuple[str, str]:
+    """``NAME=PREFIX`` or ``PREFIX`` -> (name, prefix); the name defaults to the prefix's last
+    part."""
+    name, prefix = split_label(text)
+    return (Path(prefix).name if name is None else name), prefix
+
+
+@dataclasses.dataclass(kw_only=True)
+class Start:
+    """What is known of a run before its model is built."""
+
+    config: TrainingConfig
+    folder: Path
+    """Of the base model."""
+    geometry: Geometry
+    hf_config: dict[str, Any]
+    device: torch.device
+    precision: precision.Precision
+    found: Path | None
+    """The checkpoint to resume from."""
+    info: dict[str, Any]
+    """Its rmega.json; {} at the start of a run."""
+    changes: list[dict[str, Any]]
+    """What differed at each resume: {"iteration": ..., flag: [before, from there on]}."""
+    dataset: Mixture
+    valid: dict[str, PreferenceDataset]
+    evaluated: set[str]
+    """Validation sets whose evaluation at the step of ``found`` is in the run's metrics.jsonl."""
+    steps: int
+    batcher: Batcher
+
+    @property
+    def resumed_at(self) -> int | None:
+        return self.info["iteration"] if self.found else None
+
+    def is_complete(self) -> bool:
+        """Whether ``--load`` has the run's last step and its evaluation of every set: then nothing
+        needs to be built."""
+        last = bool(self.found) and self.info["iteration"] >= self.steps
+        return last and self.evaluated >= self.valid.keys()
+
+
+def join(config: TrainingConfig) -> torch.device:
+    """Check what needs no other rank, and join the process group; this rank's device."""
+    p = config.parallel
+    distributed.prepare_cuda(p.tensor_model_parallel_size, deterministic=config.train.deterministic)
+    preflight.check_save(config)
+    geometry, _ = read_geometry(resolve_model(config.model.hf_model))
+    train.transformer_layout(config, geometry, on_cpu=not torch.cuda.is_available())
+    plan.check_memory(config, geometry)
+    return distributed.initialize(
+        tp=p.tensor_model_parallel_size,
+        pp=p.pipeline_model_parallel_size,
+        vpp=p.virtual_pipeline_model_parallel_size,
+        seed=config.train.seed,
+        timeout_minutes=p.distributed_timeout_minutes,
+    )
+
+
+def prepare(config: TrainingConfig, device: torch.device) -> Start:
+    """Find the checkpoint, open the datasets, and check that all belong together. Called by every
+    rank, inside the run folder's lock."""
+    c = config
+    if c.checkpoint.save:
+        run_folder.check_shared(c.checkpoint.save)
+        preflight.check_save(c)  # another run may have ended since
+        if distributed.rank() == 0:
+            run_folder.clean(c.checkpoint.save)
+    else:
+        log(
+            "note: no --save: weights and metrics of this run will not be kept (--save FOLDER"
+            " keeps them)"
+        )
+    folder = resolve_model(c.model.hf_model)
+    geometry, hf_config = read_geometry(folder)
+    found = preflight.find_start(c)
+    info = run_folder.read_info(found) if found else {}
+    changes = list(info.get("changes", []))
+    if found:
+        preflight.check_same_model(info, found, geometry, folder)
+        if differences := resume.changes(info, c):
+            log(resume.describe(differences))
+            changes.append({"iteration": info["iteration"], **differences})
+    chosen = precision.choose_together(
+        resume.precision_to_use(info, c.train.precision), c.train.matmul_precision, device
+    )
+    dataset, valid = _open_data(c, geometry, folder)
+    evaluated: set[str] = set()
+    if found:
+        preflight.check_same_data(info, found, dataset)
+        evaluated = preflight.evaluated_before(c, info["iteration"])
+    steps, comparisons = c.train.total_steps(len(dataset))
+    log(
+        f"data: {len(dataset):,} comparisons per epoch from {', '.join(c.data.data_path)};"
+        f" {steps:,} steps of {c.train.global_batch_size}"
+    )
+    return Start(
+        config=c,
+        folder=folder,
+        geometry=geometry,
+        hf_config=hf_config,
+        device=device,
+        precision=chosen,
+        found=found,
+        info=info,
+        changes=changes,
+        dataset=dataset,
+        valid=valid,
+        evaluated=evaluated,
+        steps=steps,
+        batcher=_batcher(c, dataset, geometry, comparisons),
+    )
+
+
+def _open_data(
+    config: TrainingConfig, geometry: Geometry, folder: Path
+) -> tuple[Mixture, dict[str, PreferenceDataset]]:
+    dataset = Mixture.open(config.data.data_path, seed=config.train.seed)
+    valid: dict[str, PreferenceDataset] = {}
+    for text in config.data.valid_data_path:
+        name, prefix = named_prefix(text)
+        if name in valid:
+            raise ValueError(
+                f"--valid-data-path {text}: the name {name} is taken (write NAME=PREFIX)"
+            )
+        valid[name] = open_preferences(prefix)
+    for flag, one in [
+        *(("--data-path", d) for d in dataset.datasets),
+        *(("--valid-data-path", d) for d in valid.values()),
+    ]:
+        preflight.check_dataset(flag, one, dataset, geometry, folder)
+        preflight.check_content(flag, one)
+    if config.loss.use_margin:
+        preflight.check_margins(dataset)
+    preflight.check_tokenizer(dataset, folder)
+    preflight.check_reward_token(dataset, folder)
+    # Now, not at the export after a week of training.
+    kept = min(
+        config.checkpoint.num_verification_comparisons, sum(map(len, valid.values())) + len(dataset)
+    )
+    if config.checkpoint.save and kept < MIN_COMPARISONS:
+        log(
+            f"note: verifying an export takes {MIN_COMPARISONS} comparisons, checkpoints of this"
+            f" run will hold {kept} (--num-verification-comparisons)"
+        )
+    return dataset, valid
+
+
+def _batcher(
+    config: TrainingConfig, dataset: Mixture, geometry: Geometry, comparisons: int
+) -> Batcher:
+    from megatron.core import parallel_state
+
+    return Batcher.of(
+        config,
+        dataset,
+        geometry,
+        num_ranks=parallel_state.get_data_parallel_world_size(),
+        rank=parallel_state.get_data_parallel_rank(),
+        max_consumed=comparisons,
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class Model:
+    """What a step changes."""
+
+    wrapped: list
+    """Chunks of the model on this rank, each with its gradient buffers."""
+    optimizer: Any
+    scheduler: Any
+    state: checkpoint.RunState
+    head: str
+    """How the reward head of the run began."""
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def advance(self, comparisons: int) -> None:
+        """A step on so many comparisons is done."""
+        self.state.iteration += 1
+        self.state.consumed += comparisons
+        self.scheduler.step(1)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """As the functions of ``rmega.checkpointing.checkpoint`` want them."""
+        return {"wrapped": self.wrapped, "optimizer": self.optimizer, "scheduler": self.scheduler}
+
+
+def build(start: Start) -> Model:
+    """Model, gradient buffers, optimizer and schedule; weights from the Hugging Face folder, and
+    everything from the checkpoint where the run resumes from one."""
+    c = start.config
+    chunks = train.build_model(c, start.geometry, dtype=start.precision.dtype, device=start.device)
+    heads = [
+        load_hf(
+            chunk, start.folder, start.geometry, head_init=c.model.head_init, head_seed=c.train.seed
+        )
+        for chunk in chunks
+    ]
+    head = "; ".join(dict.fromkeys(heads))
+    wrapped = train.wrap_model(chunks, c)
+    optimizer, scheduler = train.build_optimizer(wrapped, c, start.steps)
+    log(
+        f"model: {start.folder} ({start.geometry.family}, {start.geometry.num_layers} layers of"
+        f" {start.geometry.hidden_size}), {'head from the checkpoint' if start.found else head}"
+    )
+    log(f"layout: {layout(start)}")
+    log(
+        f"compute: {start.precision.description}; "
+        f"{train.implementations(c, wrapped, optimizer, start.device)}"
+    )
+    state = checkpoint.RunState()
+    if start.found:
+        state = checkpoint.load(
+            start.found, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler
+        )
+    return Model(
+        wrapped=wrapped,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        state=state,
+        head=start.info.get("head", head),
+    )
+
+
+def layout(start: Start) -> str:
+    """The line that names the layout."""
+    p = start.config.parallel
+    vpp = p.virtual_pipeline_model_parallel_size
+    return (
+        f"tp {p.tensor_model_parallel_size}"
+        f"{' + sequence parallel' if p.sequence_parallel else ''}, pp"
+        f" {p.pipeline_model_parallel_size}{f' x {vpp} chunks' if vpp else ''}, dp"
+        f" {start.batcher.num_ranks}"
+        f"{' (distributed optimizer)' if p.use_distributed_optimizer else ''}"
+    )
+
+
+def write_config(start: Start) -> None:
+    """RUN/config.json: the flags in force, and what follows from them."""
+    run = start.config.checkpoint.save
+    if run is None or distributed.rank() != 0:
+        return
+    Path(run).mkdir(parents=True, exist_ok=True)
+    known = {
+        "steps": start.steps,
+        "layout": layout(start),
+        "precision": precision.dtype_name(start.precision.dtype),
+        "changes": start.changes,
+    }
+    content = {**start.config.as_dict(), "run": known}
+    write_durably(Path(run, "config.json"), json.dumps(content, indent=1))
