@@ -170,7 +170,8 @@ def _write(
 ) -> dict[str, Any]:
     """Write all files but card and recipe; returns the recipe as far as it is known."""
     started = time.perf_counter()
-    example = write_tokenizer(folder / "hf", partial, info)
+    render_only = not BACKBONES[geometry.family].code
+    example = write_tokenizer(folder / "hf", partial, info, render_only=render_only)
     if example is None:
         say(
             f"{folder}/hf holds no tokenizer: put the one of the training into the output folder"
@@ -197,7 +198,10 @@ def _write(
     )
     recipe = make_recipe(info=info, geometry=geometry, dtype=dtype, checkpoint=folder.resolve())
     if example:
-        recipe |= {key: example.pop(key) for key in ("reward_token", "pad_token")}
+        recipe |= {
+            key: example[key]
+            for key in ("reward_token", "pad_token", "template_writes_reward_token")
+        }
         recipe["example"] = {key: example[key] for key in ("messages", "text", "token_ids")}
     say(
         f"wrote {output}: {recipe['architecture']}, {dtype}, {writer.total_size / 1e9:.2f} GB in"

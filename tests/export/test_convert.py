@@ -360,12 +360,14 @@ def test_tokenizer_template_and_pad_token(source, request, tmp_path) -> None:
     assert recipe["pad_token_id"] != recipe["reward_token_id"]
     for python in interpreters():
         answer = check_load(python, tmp_path / "out", [ids], recipe["pad_token_id"], tmp_path, chat)
-        assert [*answer["ids"], recipe["reward_token_id"]] == ids and answer["pad"] == recipe[
-            "pad_token_id"
-        ]
+        appended = [] if recipe["template_writes_reward_token"] else [recipe["reward_token_id"]]
+        assert recipe["template_writes_reward_token"] == (family == "llama")
+        assert [*answer["ids"], *appended] == ids and answer["pad"] == recipe["pad_token_id"]
         if family == "internlm2":
             close(answer["chat"][:1], answer["rewards"]["1right"])
             close(answer["chat"][:1], answer["chat"][1:2])
+        else:
+            close([answer["pipeline"]], answer["rewards"]["1right"])
     example = [sys.executable, "examples/score_with_transformers.py", str(tmp_path / "out")]
     done = subprocess.run(
         example, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
