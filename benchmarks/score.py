@@ -99,7 +99,7 @@ class Padded:
             conversations, chat_template=self.template, tokenize=False
         )
         ids = [
-            row + [self.reward_token_id]
+            row if row[-1] == self.reward_token_id else [*row, self.reward_token_id]
             for row in self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         ]
         order = (

@@ -47,7 +47,9 @@ def main() -> None:
     for reply in REPLIES:
         chat = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": reply}]
         text = tokenizer.apply_chat_template(chat, tokenize=False)
-        ids = tokenizer.encode(text, add_special_tokens=False) + [config.reward_token_id]
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if ids[-1] != config.reward_token_id:  # not written by the chat template
+            ids.append(config.reward_token_id)
         with torch.no_grad():
             reward = model(input_ids=torch.tensor([ids])).logits[0, 0].item()
         print(f"{reward:+.4f}  {reply}")

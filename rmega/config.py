@@ -203,8 +203,8 @@ class CheckpointArgs:
     save: str | None = None
     """Run folder: checkpoints, metrics.jsonl, configuration."""
     load: str | None = None
-    """Run folder to go on from: its newest good checkpoint. May be the same as --save, also when it
-    is still empty."""
+    """Run folder to resume from (its newest healthy checkpoint), or one of its checkpoints. May be
+    the same as --save, also when it is still empty."""
     save_interval: int = 0
     """Steps between checkpoints; 0: none on the way but those of --save-best. There is always one
     at the end."""

@@ -47,7 +47,7 @@ def prepare_cuda(tp: int, *, deterministic: bool = False) -> None:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over each new tensor
     if tp > 1:
-        # Collectives of tensor parallelism are to start before the product that runs beside them
+        # Collectives of tensor parallelism are to start before the matmul that runs beside them
         # (megatron-core's linear_with_grad_accumulation_and_async_allreduce).
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
@@ -87,7 +87,7 @@ def log(message: str = "") -> None:
 
 
 def quiet_engine() -> None:
-    """Silence the engine's remarks on packages that are not installed; what is active is printed by
+    """Silence Megatron-Core's remarks on packages that are not installed; what is active is printed by
     the run itself."""
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     warnings.filterwarnings(

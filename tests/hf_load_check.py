@@ -57,7 +57,10 @@ def main(path):
         text = tokenizer.apply_chat_template(job["conversation"], tokenize=False)
         result["ids"] = tokenizer.encode(text, add_special_tokens=False)
         result["pad"] = tokenizer.pad_token_id
-        if remote:
+        if not remote:  # a client that renders and tokenizes with the defaults
+            pipe = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer)
+            result["pipeline"] = pipe(text, function_to_apply="none")[0]["score"]
+        else:
             other = [*job["conversation"][:-1], {"role": "assistant", "content": "No."}]
             scores = model.get_scores(tokenizer, [job["conversation"], other], batch_size=2)
             assert model.rank(tokenizer, [job["conversation"], other]) == (
@@ -77,7 +80,8 @@ def check_tokenizer(job):
     return {
         "version": transformers.__version__,
         "text": text,
-        "ids": [tokenizer.encode(t, add_special_tokens=False) for t in [text, *job["texts"]]],
+        "ids": [tokenizer.encode(t, add_special_tokens=False) for t in job["texts"]],
+        "rendered_ids": tokenizer.encode(text),
         "default_ids": [tokenizer.encode(t) for t in job["texts"]],
         "special": sorted(set(map(str, tokenizer.all_special_tokens))),
         "pad": tokenizer.pad_token,

@@ -17,6 +17,7 @@ from rmega.checkpointing.run_folder import (
     TRACKER,
     iteration_dir,
     iteration_of,
+    latest_iteration,
     list_folders,
     list_iterations,
     read_info,
@@ -166,3 +167,46 @@ def _newest_healthy(run: Path, but: int | None) -> Path | None:
         if iteration != but and _damage_together(iteration_dir(run, iteration)) is None:
             return iteration_dir(run, iteration)
     return None
+
+
+def find_checkpoint(run: Path, iteration: str) -> Path:
+    """The folder of one checkpoint of a run: ``latest``, ``best`` or a number; ``run`` may be that
+    folder itself."""
+    if (run / INFO).is_file():
+        if iteration != "latest":
+            raise ValueError(
+                f"--iteration {iteration}: {run} is a single checkpoint; give --load the run folder"
+            )
+        return run
+    if not run.is_dir():
+        raise ValueError(f"--load {run}: no such folder")
+    iterations, latest = list_iterations(run), latest_iteration(run)
+    if not iterations:
+        raise ValueError(f"--load {run}: no checkpoint in it (folders iter_NNNNNNN with {INFO})")
+    if latest is None and not iteration.isdigit():
+        raise ValueError(
+            f"--load {run}: {TRACKER} names iteration {tracked_iteration(run)}, which is gone, and"
+            f" only newer checkpoints are there, which the run has left; name one with --iteration"
+            f" ({', '.join(map(str, iterations))})"
+        )
+    if iteration == "latest":
+        return iteration_dir(run, latest)
+    if iteration == "best":
+        best = read_info(iteration_dir(run, latest)).get("best")
+        if not best:
+            raise ValueError(
+                f"--iteration best: {run} was trained without a held-out set (--valid-data-path)"
+            )
+        if best[1] not in iterations:
+            raise ValueError(
+                f"--iteration best: the best evaluation was at step {best[1]}, where no checkpoint"
+                f" was kept (there are {', '.join(map(str, iterations))}); save at each evaluation"
+                " to have it"
+            )
+        return iteration_dir(run, best[1])
+    if not iteration.isdigit() or int(iteration) not in iterations:
+        raise ValueError(
+            f"--iteration {iteration}: not among the checkpoints of {run}"
+            f" ({', '.join(map(str, iterations))})"
+        )
+    return iteration_dir(run, int(iteration))

@@ -1,11 +1,11 @@
 """Asynchronous saves: copies taken between two steps, written by a thread.
 
-The format, the plan and the metadata are megatron-core's (``torch_dist``); two things are not. The
-engine's writers are forked processes and a managing process beside each rank, which a scheduler's
-SIGTERM also reaches, and which leave a rank waiting for ever when one dies: here a thread writes.
-And the engine's gathering of a distributed optimizer's state copies everything about six times
-before training continues: here each rank copies its own part once, and the thread gathers it over a
-process group of its own.
+The format, the plan and the metadata are Megatron-Core's (``torch_dist``); two things are not. Its
+writers are forked processes and a managing process beside each rank, which a scheduler's SIGTERM
+also reaches, and which leave a rank waiting forever when one dies: here a thread writes. And its
+gathering of a distributed optimizer's state copies everything about six times before training
+continues: here each rank copies its own part once, and the thread gathers it over a process group
+of its own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ KEYS = ("param", "exp_avg", "exp_avg_sq")
 
 
 class _Pieces(dict):
-    """A tensor per parameter, addressed as the engine addresses its one flat tensor:
+    """A tensor per parameter, addressed as Megatron-Core addresses its one flat tensor:
     ``pieces[start:end]``."""
 
     def __getitem__(self, place: slice) -> torch.Tensor:
@@ -45,8 +45,8 @@ class _Pieces(dict):
 
 
 class Gatherer:
-    """Gives the engine a distributed optimizer's state without its copies; ``gather`` fills it in,
-    from any thread.
+    """Gives Megatron-Core a distributed optimizer's state without its copies; ``gather`` fills it
+    in, from any thread.
 
     Made once per run by every rank (it makes process groups). With one data-parallel rank there is
     nothing to gather.
@@ -62,31 +62,33 @@ class Gatherer:
             part.get_parameter_state_dp_zero = partial(
                 self._state, part, part.get_parameter_state_dp_zero
             )
-        mine = {
+        own_groups = {
             tuple(dist.get_process_group_ranks(part.data_parallel_group)) for part in self.parts
         }
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, sorted(mine))
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, sorted(own_groups))
         self.groups = {
             ranks: new_gloo_group(list(ranks))
-            for ranks in sorted({r for some in everyone for r in some})
+            for ranks in sorted({r for groups in gathered for r in groups})
             if len(ranks) > 1
         }
-        self._whole: dict[tuple, torch.Tensor] = {}
-        self._own: dict[tuple, torch.Tensor] = {}
-        self._jobs: list[tuple] = []
-        self.pending: set[int] = set()  # storages that ``gather`` fills
+        # Buffers are kept from one checkpoint to the next. Shapes: n elements of a parameter, s of
+        # this rank's shard of a bucket; a row for each of KEYS.
+        self._whole: dict[tuple, torch.Tensor] = {}  # (part, buffer, bucket, start) -> [3, n]
+        self._own: dict[tuple, torch.Tensor] = {}  # (part, buffer, bucket) -> [3, s]
+        self._jobs: list[tuple] = []  # (ranks, own, [(whole, its place in the bucket)])
+        self.pending: set[int] = set()  # storages that ``gather`` fills: not to be copied before
 
     def start(self) -> None:
         """Forget the jobs of an earlier checkpoint."""
         self._jobs.clear()
         self.pending.clear()
 
-    def _state(self, part, engine, *, empty_data: bool = False, **options) -> dict[Any, Any]:
+    def _state(self, part, original, *, empty_data: bool = False, **options) -> dict[Any, Any]:
         """In place of ``DistributedOptimizer.get_parameter_state_dp_zero``: {buffer: {dtype: {key:
         pieces}}}."""
         if empty_data:
-            return engine(empty_data=True, **options)
+            return original(empty_data=True, **options)
         ranks = tuple(dist.get_process_group_ranks(part.data_parallel_group))
         state: dict[Any, Any] = {"buckets_coalesced": True}
         for number, buffer in enumerate(part.buffers):
@@ -118,6 +120,7 @@ class Gatherer:
         if name not in self._own:
             self._own[name] = torch.zeros(len(KEYS), length)
         own = self._own[name]
+        # A shard begins and ends anywhere inside parameters: ``place`` is this rank's range of one.
         for parameter, place in ranges["param_map"].items():
             tensors = part._get_main_param_and_optimizer_states(parameter)
             local = place["gbuf_local"]
@@ -128,7 +131,7 @@ class Gatherer:
             start, end, _ = buffer.param_index_map[parameter]
             whole = self._whole.setdefault((*name, start), torch.empty(len(KEYS), end - start))
             for row, key in enumerate(KEYS):
-                pieces[key][start] = whole[row]
+                pieces[key][start] = whole[row]  # [n], filled later by the thread
             self.pending.add(whole.untyped_storage().data_ptr())
             targets.append((whole, start - bucket.offset))
         self._jobs.append((ranks, own, targets))
@@ -140,7 +143,7 @@ class Gatherer:
             shards = [torch.empty_like(own) for _ in ranks] if first else None
             dist.gather(own, shards, dst=ranks[0], group=self.groups[ranks])
             if first:
-                length = own.shape[1]
+                length = own.shape[1]  # s: every rank's shard of a bucket is equally long
                 for whole, offset in targets:
                     for r, shard in enumerate(shards):
                         low, high = (
@@ -168,11 +171,11 @@ class SnapshotWriter(FileSystemWriterAsync):
         self.files: dict[str, list[int]] = {}
 
     def prepare_local_plan(self, plan):
-        """The folder is there already; the engine's version would make it."""
+        """The folder exists already; Megatron-Core's version would make it."""
         return plan
 
     def prepare_write_data(self, plan, planner) -> None:
-        """Called by the engine's planning, on the training thread: what takes time here is what
+        """Called by Megatron-Core's planning, on the training thread: what takes time here is what
         training waits for."""
         self.name = f"{plan.storage_data.prefix}0.distcp"
         copies: dict[tuple, torch.Tensor] = {}

@@ -125,8 +125,34 @@ def own_template(tokenizer: Any) -> str | None:
 
 
 def given_template(tokenizer: Any) -> str | None:
-    """The template that the tokenizer was given, with its clock; None where it has none."""
+    """The template that the tokenizer was given, with its clock; None where it has none.
+
+    Of an export it is that of the training, without the reward token that the export appended.
+    """
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
         template = template.get("default")
-    return template or None
+    return without_reward_token(template) if template else None
+
+
+_NEWLINE = " in place of a newline"
+_REWARD_TOKEN = re.compile(
+    r"""\{\{ '' if add_generation_prompt else "(?:[^"\\]|\\.)*" \}\}"""
+    rf"\{{# reward token of rmega({_NEWLINE})? #\}}\Z"
+)
+
+
+def with_reward_token(template: str, token: str) -> str:
+    """The template with the text of the reward token behind the last turn, for clients that only
+    render it. `without_reward_token` takes it away again."""
+    mark = "{# reward token of rmega #}"
+    if template.endswith("\n"):  # which Jinja leaves out where nothing follows
+        template, mark = template[:-1], f"{{# reward token of rmega{_NEWLINE} #}}"
+    return f"{template}{{{{ '' if add_generation_prompt else {json.dumps(token)} }}}}{mark}"
+
+
+def without_reward_token(template: str) -> str:
+    """The template that `with_reward_token` was given; any other as it is."""
+    if match := _REWARD_TOKEN.search(template):
+        return template[: match.start()] + ("\n" if match[1] else "")
+    return template

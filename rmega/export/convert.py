@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rmega.checkpointing import run_folder
-from rmega.checkpointing.find import damage
+from rmega.checkpointing.find import damage, find_checkpoint
 from rmega.config import TrainArgs
 from rmega.export import destination
 from rmega.export.destination import RECIPE, UNVERIFIED, mark_unverified
@@ -30,45 +30,6 @@ NO_VERIFY = (
 
 def say(text: str = "") -> None:
     print(text, flush=True)
-
-
-def find_checkpoint(run: Path, iteration: str) -> Path:
-    """The folder of one checkpoint of a run: ``latest``, ``best`` or a number; ``run`` may be that
-    folder itself."""
-    if (run / run_folder.INFO).is_file():
-        if iteration != "latest":
-            raise ValueError(
-                f"--iteration {iteration}: {run} is a single checkpoint; give --load the run folder"
-            )
-        return run
-    if not run.is_dir():
-        raise ValueError(f"--load {run}: no such folder")
-    iterations = run_folder.list_iterations(run)
-    if not iterations:
-        raise ValueError(
-            f"--load {run}: no checkpoint in it (folders iter_NNNNNNN with {run_folder.INFO})"
-        )
-    if iteration == "latest":
-        return run_folder.iteration_dir(run, run_folder.latest_iteration(run))
-    if iteration == "best":
-        best = run_folder.read_info(run_folder.iteration_dir(run, iterations[-1])).get("best")
-        if not best:
-            raise ValueError(
-                f"--iteration best: {run} was trained without a held-out set (--valid-data-path)"
-            )
-        if best[1] not in iterations:
-            raise ValueError(
-                f"--iteration best: the best evaluation was at step {best[1]}, where no checkpoint"
-                f" was kept (there are {', '.join(map(str, iterations))}); save at each evaluation"
-                " to have it"
-            )
-        return run_folder.iteration_dir(run, best[1])
-    if not iteration.isdigit() or int(iteration) not in iterations:
-        raise ValueError(
-            f"--iteration {iteration}: not among the checkpoints of {run}"
-            f" ({', '.join(map(str, iterations))})"
-        )
-    return run_folder.iteration_dir(run, int(iteration))
 
 
 def planned_steps(info: dict[str, Any]) -> int | None:
@@ -209,7 +170,8 @@ def _write(
 ) -> dict[str, Any]:
     """Write all files but card and recipe; returns the recipe as far as it is known."""
     started = time.perf_counter()
-    example = write_tokenizer(folder / "hf", partial, info)
+    render_only = not BACKBONES[geometry.family].code
+    example = write_tokenizer(folder / "hf", partial, info, render_only=render_only)
     if example is None:
         say(
             f"{folder}/hf holds no tokenizer: put the one of the training into the output folder"
@@ -236,7 +198,10 @@ def _write(
     )
     recipe = make_recipe(info=info, geometry=geometry, dtype=dtype, checkpoint=folder.resolve())
     if example:
-        recipe |= {key: example.pop(key) for key in ("reward_token", "pad_token")}
+        recipe |= {
+            key: example[key]
+            for key in ("reward_token", "pad_token", "template_writes_reward_token")
+        }
         recipe["example"] = {key: example[key] for key in ("messages", "text", "token_ids")}
     say(
         f"wrote {output}: {recipe['architecture']}, {dtype}, {writer.total_size / 1e9:.2f} GB in"

@@ -80,6 +80,7 @@ def make_recipe(
         "comparisons_seen": info.get("consumed"),
         "reward_token_id": info["reward_token_id"],
         "reward_token": None,
+        "template_writes_reward_token": False,
         "pad_token_id": info["pad_token_id"],
         "pad_token": None,
         "template_hash": manifest.get("template_hash"),

@@ -2,6 +2,11 @@
 
 ``tokenizer.json`` holds what the training's tokenizer does, ``tokenizer_config.json`` the tokens
 with a role and the chat template. Code of the base model's tokenizer is not carried along.
+
+Clients of a sequence classifier render the template and tokenize the text with the defaults, so the
+template ends with the reward token, and tokenizing adds nothing: most templates write the
+beginning-of-text token, which the defaults would double. ``InternLM2ForRewardModel`` keeps the
+published convention: its methods append the reward token.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from rmega.data.fingerprint import PROBES
+from rmega.data.fingerprint import PROBES, with_reward_token
 from rmega.export.folder import write_json
 from rmega.hub import has_tokenizer, load_tokenizer
 
@@ -44,12 +49,15 @@ DROPPED = (
 )
 
 
-def write_tokenizer(source: Path, folder: Path, info: dict[str, Any]) -> dict[str, Any] | None:
+def write_tokenizer(
+    source: Path, folder: Path, info: dict[str, Any], *, render_only: bool = True
+) -> dict[str, Any] | None:
     """Write the tokenizer of the checkpoint's ``source`` folder; returns an example for the recipe.
 
     The example is a conversation with its ids as the training makes them and as a client makes them
-    from the written folder. ``info`` is the checkpoint's rmega.json. None if the checkpoint holds
-    no tokenizer. Raises ValueError where the written files give other ids than the training.
+    from the written folder. ``info`` is the checkpoint's rmega.json; ``render_only`` prepares for
+    clients that render and tokenize with the defaults. None if the checkpoint holds no tokenizer.
+    Raises ValueError where the written files give other ids than the training.
     """
     if not has_tokenizer(source):
         return None
@@ -73,18 +81,21 @@ def write_tokenizer(source: Path, folder: Path, info: dict[str, Any]) -> dict[st
             f"{source}: a tokenizer written in Python, which has no tokenizer.json, cannot be"
             " exported"
         )
-    write_backend(backend, folder / "tokenizer.json")
+    write_backend(backend, folder / "tokenizer.json", adds_nothing=render_only)
+    written_template = ours.template
+    if render_only and reward_id is not None:
+        written_template = _ending_with(ours, expected)
     given = source / "tokenizer_config.json"
     base = json.loads(given.read_text(encoding="utf-8")) if given.is_file() else {}
-    write_json(
-        folder / "tokenizer_config.json", config_of(ours.tokenizer, base, ours.template, pad)
-    )
-    (folder / "chat_template.jinja").write_text(ours.template, encoding="utf-8")
+    config = config_of(ours.tokenizer, base, written_template, pad)
+    write_json(folder / "tokenizer_config.json", config)
+    (folder / "chat_template.jinja").write_text(written_template, encoding="utf-8")
 
     written = load_tokenizer(folder, flag="--output")
     text = written.apply_chat_template(EXAMPLE, tokenize=False)
-    ids = written.encode(text, add_special_tokens=False)  # as a client makes them
-    if reward_id not in (None, ids[-1]):
+    ids = written.encode(text, add_special_tokens=render_only)  # as a client makes them
+    rendered = reward_id in (None, ids[-1])
+    if not rendered:
         ids.append(reward_id)
     pairs = [(ids, expected)]
     pairs += [
@@ -102,9 +113,23 @@ def write_tokenizer(source: Path, folder: Path, info: dict[str, Any]) -> dict[st
         "text": text,
         "token_ids": ids,
         "reward_token": None if reward_id is None else written.convert_ids_to_tokens(reward_id),
+        "template_writes_reward_token": rendered and reward_id is not None,
         "pad_token": pad,
         "pad_token_id": pad_id,
     }
+
+
+def _ending_with(ours: Any, expected: list[int]) -> str:
+    """The template with the reward token behind it, where a client's text then has the ``expected``
+    ids; else the template itself."""
+    token = ours.tokenizer.convert_ids_to_tokens(ours.reward_token_id)
+    template = with_reward_token(ours.template, token)
+    texts = [
+        ours.tokenizer.apply_chat_template(EXAMPLE, chat_template=t, tokenize=False)
+        for t in (ours.template, template)
+    ]
+    plain, appended = (ours.tokenizer.encode(t, add_special_tokens=False) for t in texts)
+    return template if appended == expected != plain else ours.template
 
 
 def config_of(
@@ -139,10 +164,12 @@ def config_of(
     }
 
 
-def write_backend(backend: Any, path: Path) -> None:
+def write_backend(backend: Any, path: Path, *, adds_nothing: bool) -> None:
     """``tokenizer.json``, with BPE merges as "a b", which every version of tokenizers reads; pairs
-    are read by 0.20 and later only."""
+    are read by 0.20 and later only. ``adds_nothing``: tokenizing adds no special tokens."""
     content = json.loads(backend.to_str())
+    if adds_nothing:
+        content["post_processor"] = None
     content["truncation"] = content["padding"] = None  # what an earlier call has set
     merges = content.get("model", {}).get("merges") or ()
     pairs = [pair for pair in merges if not isinstance(pair, str)]

@@ -104,6 +104,18 @@ print(answer[0]["embedding"][0])"""
 def client_duties(recipe: dict[str, Any]) -> list[str]:
     """What a client must do itself, whatever serves the model; a sentence each."""
     token = f" ({recipe['reward_token']})" if recipe.get("reward_token") else ""
+    if recipe["reward_token_id"] is None:
+        append = "Append nothing: the reward is read at the last token of the text."
+    elif recipe.get("template_writes_reward_token"):
+        append = (
+            f"Append nothing: the template ends with the reward token, id"
+            f" {recipe['reward_token_id']}{token}. Text rendered otherwise needs it."
+        )
+    else:
+        append = (
+            f"Append the reward token, id {recipe['reward_token_id']}{token}, unless the ids end"
+            " with it already. Send ids, not text."
+        )
     limit = (
         f" The model was trained on at most {recipe['max_length']} tokens."
         if recipe.get("max_length")
@@ -115,12 +127,7 @@ def client_duties(recipe: dict[str, Any]) -> list[str]:
             " tokenize the text without adding special tokens (the template writes the beginning of"
             " the text; a second one changes the reward)."
         ),
-        (
-            "Append nothing: the reward is read at the last token of the text. Send ids, not text."
-            if recipe["reward_token_id"] is None
-            else f"Append the reward token, id {recipe['reward_token_id']}{token}, unless the ids"
-            " end with it already. Send ids, not text."
-        ),
+        append,
         (
             f"Pad batches with id {recipe['pad_token_id']}; use no softmax or sigmoid on the"
             f" value.{limit}"

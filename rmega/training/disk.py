@@ -75,7 +75,7 @@ def announce(
     fewest, most, at_once = to_come(
         config, first=first, steps=steps, best_of_evaluations=best_of_evaluations
     )
-    if keep:  # those that a run resumes with make room
+    if keep:  # checkpoints that the run resumes with make room
         at_once = max(min(most, 1), at_once - len(list_iterations(run)))
     free, need = shutil.disk_usage(run).free, at_once * size
     number = (

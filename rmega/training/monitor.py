@@ -29,15 +29,15 @@ class Watch:
         self._near = False
 
     def look(self, step: int, report: StepReport, documents: Sequence[int]) -> list[str]:
-        """What there is to say about a step, a line each; nothing in a normal one."""
-        said = []
+        """Warnings about a step, a line each; none for a normal one."""
+        warnings = []
         if report.updated:
             self.skipped_in_a_row = 0
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
             norm = "overflow" if report.grad_norm is None else report.grad_norm
-            said.append(
+            warnings.append(
                 f"warning: step {step}: loss {report.loss}, gradient norm {norm}: update skipped"
                 f" ({self.skipped_in_a_row} in a row, {self.skipped} in all); comparisons"
                 f" {list(documents)}"
@@ -45,7 +45,7 @@ class Watch:
         if report.grad_norm is not None and math.isfinite(report.grad_norm):
             usual = statistics.median(self._norms) if len(self._norms) >= FEWEST else math.inf
             if report.grad_norm > SPIKE * usual:
-                said.append(
+                warnings.append(
                     f"warning: step {step}: gradient norm {report.grad_norm:.4g}, "
                     f"{report.grad_norm / usual:.0f} times the usual {usual:.4g}; comparisons "
                     f"{list(documents)}"
@@ -53,25 +53,25 @@ class Watch:
             self._norms.append(report.grad_norm)
         scores = (report.chosen_score_mean, report.rejected_score_mean)
         if all(math.isfinite(s) for s in scores):
-            said += self._look_at_scores(step, scores)
-        return said
+            warnings += self._look_at_scores(step, scores)
+        return warnings
 
     def _look_at_scores(self, step: int, scores: tuple[float, float]) -> list[str]:
-        said = []
+        warnings = []
         level = sum(scores) / 2
         near = max(abs(s) for s in scores) > SCORE
         if near and not self._near:
-            said.append(
+            warnings.append(
                 f"warning: step {step}: mean scores {scores[0]:.2f} (chosen) and {scores[1]:.2f}"
                 f" (rejected) have left +-{SCORE:g}"
             )
         elif len(self._scores) >= FEWEST and abs(level - statistics.median(self._scores)) > SCORE:
-            said.append(
+            warnings.append(
                 f"warning: step {step}: scores jumped to a mean of {level:.2f} from "
                 f"{statistics.median(self._scores):.2f}"
             )
-        if said:
-            self._scores.clear()  # the new level is the usual one from here on: a jump is said once
+        if warnings:
+            self._scores.clear()  # a jump is reported once, the new level is the usual one
         self._near = near
         self._scores.append(level)
-        return said
+        return warnings

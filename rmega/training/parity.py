@@ -176,23 +176,23 @@ def gather_global(wrapped, geometry, value) -> dict[str, torch.Tensor]:
     from rmega.models import BACKBONES
 
     rules = {rule.name: rule for rule in BACKBONES[geometry.family].weight_table(geometry)}
-    mine: dict[str, torch.Tensor] = {}
+    own: dict[str, torch.Tensor] = {}
     for chunk in wrapped:
         core = chunk.module
         numbers = {i: layer.layer_number - 1 for i, layer in enumerate(core.decoder.layers)}
         for name, parameter in core.named_parameters():
-            mine[rule_name(name, numbers)] = value(parameter).detach().float().cpu().clone()
-    everyone: list[Any] = [None] * dist.get_world_size()
+            own[rule_name(name, numbers)] = value(parameter).detach().float().cpu().clone()
+    gathered: list[Any] = [None] * dist.get_world_size()
     where = (
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_data_parallel_rank(),
-        mine,
+        own,
     )
-    dist.all_gather_object(everyone, where)
+    dist.all_gather_object(gathered, where)
     if dist.get_rank() != 0:
         return {}
     shards: dict[str, dict[int, torch.Tensor]] = {}
-    for tp_rank, dp_rank, tensors in everyone:
+    for tp_rank, dp_rank, tensors in gathered:
         if dp_rank == 0:
             for name, tensor in tensors.items():
                 shards.setdefault(name, {})[tp_rank] = tensor

@@ -221,7 +221,7 @@ def evaluated_before(config: TrainingConfig, step: int) -> set[str]:
 
 
 def check_same_model(info: dict[str, Any], found: Path, geometry: Geometry, folder: Path) -> None:
-    """A checkpoint of another backbone is said by its geometry, not by the first tensor that does
+    """Report a checkpoint of another backbone by its geometry, not by the first tensor that does
     not fit."""
     then = info["geometry"]
     for field, now in json.loads(json.dumps(dataclasses.asdict(geometry))).items():

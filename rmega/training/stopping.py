@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 EXIT_REQUEUE = 75
-"""EX_TEMPFAIL: stopped early with everything saved; start again to go on."""
+"""EX_TEMPFAIL: stopped early with everything saved; start again to resume."""
 
 GRACE_SECONDS = 5.0
 """How long a rank that only lost its peers waits to be ended, before it speaks too."""
@@ -82,7 +82,7 @@ class StopRequest:
 
 
 def run_ranks(main: Callable[..., Any], *args: Any) -> int:
-    """Call ``main`` on this rank and return its exit code; an error becomes one line, said once.
+    """Call ``main`` on this rank and return its exit code; an error becomes one line, printed once.
 
     - A user's error (``ValueError``, ``OSError``) that every rank finds is printed by rank 0 alone:
       ``error: ...``, exit code 2. One that only some other rank finds is printed by that rank, with

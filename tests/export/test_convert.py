@@ -360,12 +360,14 @@ def test_tokenizer_template_and_pad_token(source, request, tmp_path) -> None:
     assert recipe["pad_token_id"] != recipe["reward_token_id"]
     for python in interpreters():
         answer = check_load(python, tmp_path / "out", [ids], recipe["pad_token_id"], tmp_path, chat)
-        assert [*answer["ids"], recipe["reward_token_id"]] == ids and answer["pad"] == recipe[
-            "pad_token_id"
-        ]
+        appended = [] if recipe["template_writes_reward_token"] else [recipe["reward_token_id"]]
+        assert recipe["template_writes_reward_token"] == (family == "llama")
+        assert [*answer["ids"], *appended] == ids and answer["pad"] == recipe["pad_token_id"]
         if family == "internlm2":
             close(answer["chat"][:1], answer["rewards"]["1right"])
             close(answer["chat"][:1], answer["chat"][1:2])
+        else:
+            close([answer["pipeline"]], answer["rewards"]["1right"])
     example = [sys.executable, "examples/score_with_transformers.py", str(tmp_path / "out")]
     done = subprocess.run(
         example, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
@@ -604,6 +606,16 @@ def test_which_checkpoint(runs, tmp_path) -> None:
     )
     for iteration, message in (("30", r"not among .*\(10, 20\)"), ("last", "not among")):
         with pytest.raises(ValueError, match=message):
+            find_checkpoint(run, iteration)
+    (run / run_folder.TRACKER).write_text("10\n")  # the run went back: 20 is not its own any more
+    assert (
+        find_checkpoint(run, "latest").name == find_checkpoint(run, "best").name == "iter_0000010"
+    )
+    (run / run_folder.TRACKER).write_text("5\n")
+    for iteration in ("latest", "best"):
+        with pytest.raises(
+            ValueError, match="names iteration 5, which is gone.*--iteration .10, 20"
+        ):
             find_checkpoint(run, iteration)
     with pytest.raises(ValueError, match="--load .*no such folder"):
         find_checkpoint(tmp_path / "nothing", "latest")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from rmega.data.fingerprint import PROBES, is_tokenizer_of
+from rmega.data.fingerprint import PROBES, is_tokenizer_of, with_reward_token, without_reward_token
 from rmega.export.tokenizer import EXAMPLE, write_tokenizer
 from rmega.hub import load_tokenizer
 from rmega.preferences.tokenizer import PairTokenizer
@@ -74,7 +74,7 @@ def write(folder: Path, config: dict) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def export(base: Path, folder: Path) -> tuple[PairTokenizer, dict]:
+def export(base: Path, folder: Path, *, render_only: bool = True) -> tuple[PairTokenizer, dict]:
     tokenizer = PairTokenizer.load(base)
     info = {
         "reward_token_id": tokenizer.reward_token_id,
@@ -83,7 +83,7 @@ def export(base: Path, folder: Path) -> tuple[PairTokenizer, dict]:
         "geometry": {"vocab_size": tokenizer.vocab_size},
     }
     folder.mkdir()
-    return tokenizer, write_tokenizer(base, folder, info)
+    return tokenizer, write_tokenizer(base, folder, info, render_only=render_only)
 
 
 def test_the_written_files(base: Path, tmp_path: Path) -> None:
@@ -95,8 +95,10 @@ def test_the_written_files(base: Path, tmp_path: Path) -> None:
     assert "auto_map" not in config and config["tokenizer_class"] == "PreTrainedTokenizerFast"
     # 4.x otherwise makes token_type_ids, which decoders refuse
     assert config["model_input_names"] == ["input_ids", "attention_mask"]
-    # files of their own were read by 4.x before tokenizer_config.json, or not at all
-    assert config["chat_template"] == tokenizer.template == example_template(tmp_path / "out")
+    # read from here by 4.44, from the file by others
+    assert config["chat_template"] == jinja(tmp_path / "out")
+    assert without_reward_token(config["chat_template"]) == tokenizer.template
+    assert example["template_writes_reward_token"]
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert not names & {"special_tokens_map.json", "added_tokens.json"}
     assert "added_tokens_decoder" not in config and "add_bos_token" not in config
@@ -116,9 +118,49 @@ def test_the_written_files(base: Path, tmp_path: Path) -> None:
     again, example_again = export(tmp_path / "out", tmp_path / "again")
     assert example_again["token_ids"] == example["token_ids"]
     assert again.reward_token_id == tokenizer.reward_token_id
+    # training and scoring with the export see the template of the first training: nothing doubles
+    assert again.template == tokenizer.template and again.template_hash == tokenizer.template_hash
+    chat = [{"role": "user", "content": "你好, 1 + 1?"}, {"role": "assistant", "content": " 2.\n"}]
+    ids = tokenizer.encode_conversation(chat)
+    assert again.encode_conversation(chat) == ids
+    rendered = exported.apply_chat_template(chat, tokenize=False)
+    for text in (
+        rendered,
+        tokenizer.tokenizer.apply_chat_template(
+            chat, tokenize=False, chat_template=tokenizer.template
+        ),
+    ):
+        assert again.encode_text(text) == tokenizer.encode_text(text) == ids
+    assert exported.encode(rendered) == exported(rendered)["input_ids"] == ids
+    prompt = exported.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+    assert not prompt.endswith(example["reward_token"])
 
 
-def example_template(folder: Path) -> str:
+def test_the_published_convention_of_internlm2(internlm2_tokenizer, tmp_path: Path) -> None:
+    """Its class appends the reward token: the template does not, and the tokenizer is the base's."""
+    tokenizer, example = export(internlm2_tokenizer, tmp_path / "out", render_only=False)
+    assert read(tmp_path / "out")["chat_template"] == tokenizer.template
+    assert not example["template_writes_reward_token"]
+    exported = load_tokenizer(tmp_path / "out")
+    assert exported.encode("a")[0] == exported.bos_token_id
+
+
+@pytest.mark.parametrize("token", ["</s>", 'a"b', "back\\slash", "你好", "{{ x }}", "'"])
+@pytest.mark.parametrize("template", ["{{ 'a' }}", "{{ 'a' }}\n", "{{ 'a' }}\n\n", "x\n  ", ""])
+def test_appending_to_a_template(template: str, token: str) -> None:
+    """As Jinja renders it in transformers, white space at the end of the template included."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    def render(text: str, prompt: bool = False) -> str:
+        return _compile_jinja_template(text).render(messages=[], add_generation_prompt=prompt)
+
+    written = with_reward_token(template, token)
+    assert without_reward_token(written) == template == without_reward_token(template)
+    assert render(written) == render(template) + token
+    assert render(written, prompt=True) == render(template)
+
+
+def jinja(folder: Path) -> str:
     return (folder / "chat_template.jinja").read_text(encoding="utf-8")
 
 
@@ -144,10 +186,9 @@ def test_every_release_reads_the_same(python: str, base: Path, tmp_path: Path) -
     assert answer.returncode == 0, answer.stderr
     result = json.loads(answer.stdout.splitlines()[-1])
     assert result["text"] == example["text"] and result["pad"] == example["pad_token"]
-    ours = [
-        tokenizer.tokenizer.encode(t, add_special_tokens=False) for t in [result["text"], *texts]
-    ]
+    ours = [tokenizer.tokenizer.encode(text, add_special_tokens=False) for text in texts]
     assert result["ids"] == ours
+    assert result["rendered_ids"] == example["token_ids"]  # by a client that adds nothing itself
     assert result["inputs"] == ["attention_mask", "input_ids"]
     assert result["length"] == tokenizer.vocab_size
     exported = load_tokenizer(tmp_path / "out")
