@@ -87,7 +87,8 @@ def log(message: str = "") -> None:
 
 
 def quiet_engine() -> None:
-    """Silence Megatron-Core's remarks on packages that are not installed; what is active is printed by
+    """Silence Megatron-Core's remarks on packages that are not installed; what is active is printed
+    by
     the run itself."""
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     warnings.filterwarnings(

@@ -137,7 +137,7 @@ def test_the_written_files(base: Path, tmp_path: Path) -> None:
 
 
 def test_the_published_convention_of_internlm2(internlm2_tokenizer, tmp_path: Path) -> None:
-    """Its class appends the reward token: the template does not, and the tokenizer is the base's."""
+    """Its class appends the reward token: the template does not; the tokenizer is the base's."""
     tokenizer, example = export(internlm2_tokenizer, tmp_path / "out", render_only=False)
     assert read(tmp_path / "out")["chat_template"] == tokenizer.template
     assert not example["template_writes_reward_token"]
