@@ -305,12 +305,6 @@ def test_tokenizer_and_dataset_that_do_not_match(
     )
     refused(train("--valid-data-path", other), "--valid-data-path", other, "tokenizer_fingerprint")
     refused(
-        train(source=edited(data, tmp_path / "big", vocab_size=92544)),
-        "--data-path",
-        "92544 ids",
-        "512",
-    )
-    refused(
         train("--valid-data-path", edited(data, tmp_path / "token", reward_token_id=7)),
         "reward_token_id 7",
     )
