@@ -100,7 +100,7 @@ preprocess() {  # preprocess NAME INPUT FLAGS...
 }
 if [[ -n "$valid_data" ]]; then
     preprocess valid "$valid_data"
-    preprocess train "$data" --holdout "$valid_data" --holdout-action drop
+    preprocess train "$data" --holdout "$valid_data"
     valid_prefix="$output/data/valid"
 else
     preprocess train "$data" --valid-fraction 0.1

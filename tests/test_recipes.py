@@ -141,6 +141,34 @@ def test_what_is_given_replaces_a_recipes_own(flags, present, absent, tmp_path):
     ), done.stderr
 
 
+SCRIPTS = [ROOT / "examples" / "quickstart.sh", *sorted((ROOT / "examples").glob("*/*.sh"))]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_flags_of_scripts_exist(script: Path) -> None:
+    """The rest of a command line that starts a program of rmega names only flags it has."""
+    from rmega import cli
+    from rmega.commands import evaluate, export, score
+    from rmega.config import TrainingConfig
+    from rmega.preferences.preprocess import PreprocessArgs
+
+    programs = {
+        "preprocess_pref": PreprocessArgs,
+        "pretrain_reward": TrainingConfig,
+        "convert_to_hf": export.Args,
+        "evaluate": evaluate.EvaluateArgs,
+        "score": score.ScoreArgs,
+    }
+    # examples/quickstart.sh preprocesses with a function of that name.
+    starts = rf"(?:examples|tools)/({'|'.join(programs)})\.py|^ +(preprocess) "
+    text = script.read_text(encoding="utf-8").replace("\\\n", " ")
+    for line in text.splitlines():
+        for match in re.finditer(starts, line):
+            known = cli._flags(programs[match[1] or "preprocess_pref"])
+            for flag in re.findall(r"(?<=\s)--[a-z][a-z-]*", line[match.end() :]):
+                assert flag in known, f"{script.name}: {line.strip()}: {flag}"
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
 def test_what_documents_name_exists(document):
     text = document.read_text(encoding="utf-8")
