@@ -27,9 +27,9 @@ def train(config: TrainingConfig) -> int:
     from rmega.training.logs import MetricsLog, TimeSpent
     from rmega.training.stopping import EXIT_REQUEUE, StopRequest
 
-    device = start.join(config)
+    base = start.join(config)
     with hold(config.checkpoint.save):
-        run = start.prepare(config, device)
+        run = start.prepare(config, base)
         if run.is_complete():
             log(f"nothing to do: the run is complete at step {run.resumed_at}")
             return 0
@@ -48,7 +48,7 @@ def train(config: TrainingConfig) -> int:
         logger = Logger(run, metrics, spent)
         while state.iteration < run.steps and not reason:
             documents = run.batcher.documents(state.consumed)
-            packs = [pack.to(device) for pack in run.batcher.packs(documents)]
+            packs = [pack.to(run.device) for pack in run.batcher.packs(documents)]
             data_time, lr = logger.clock.lap(), model.lr
             report = compute.train_step(
                 model.wrapped, model.optimizer, packs, config.loss, len(documents)
@@ -57,7 +57,7 @@ def train(config: TrainingConfig) -> int:
             if not logger.step(state.iteration, report, documents, data_time):
                 checkpoints.give_up(report, documents)
             if state.iteration < run.steps:
-                reason = stop.agreed(device)
+                reason = stop.agreed(run.device)
             if reason or logger.is_due(state.iteration):
                 logger.flush(state.iteration, lr)
             if state.iteration == run.steps or reason:

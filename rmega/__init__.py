@@ -4,6 +4,6 @@ __version__ = "0.1.0"
 
 import warnings
 
-# The engine says for each of its modules what is not installed; a run says in one line what is
+# Megatron-Core warns for each of its modules what is not installed; a run says in one line what is
 # active instead.
 warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")

@@ -144,7 +144,7 @@ def _flags(cls: type) -> list[str]:
 
 
 def run_tool(main: Callable[..., Any], *args: Any) -> int:
-    """Call ``main``; an error that the user can mend becomes one line on stderr and exit code 2,
+    """Call ``main``; an error that the user can fix becomes one line on stderr and exit code 2,
     not a traceback.
 
     ``ValueError`` and ``OSError`` are the user's (law 7: they name flag, file and line); everything

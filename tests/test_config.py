@@ -196,7 +196,7 @@ def test_run_tool(capsys) -> None:
     assert run_tool(fails, OSError(28, "No space left on device", "/x")) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert run_tool(fails, KeyboardInterrupt()) == 130
-    with pytest.raises(KeyError):  # ours to mend: keeps its traceback
+    with pytest.raises(KeyError):  # ours to fix: keeps its traceback
         run_tool(fails, KeyError("x"))
 
 

@@ -166,7 +166,7 @@ def test_nothing_in_the_package_imports_what_is_not_installed() -> None:
 
 
 def test_only_the_cpu_module_replaces_parts_of_torch() -> None:
-    """No other file assigns to an attribute of torch or of the engine's modules."""
+    """No other file assigns to an attribute of torch or of Megatron-Core's modules."""
     for name, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             for target in getattr(node, "targets", []) if isinstance(node, ast.Assign) else []:

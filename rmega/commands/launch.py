@@ -5,7 +5,7 @@
 torchrun ends its ranks 30 seconds after a SIGTERM, ends itself on SIGUSR1, and exits with 1
 whatever its ranks said. Here SIGTERM, SIGUSR1 and SIGINT only reach the ranks, which save and leave
 in their own time; the exit code is that of the rank that ended first: 0, 2 for an error that the
-user can mend, 75 for "saved, start me again".
+user can fix, 75 for "saved, start me again".
 """
 
 from __future__ import annotations

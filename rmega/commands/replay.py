@@ -70,7 +70,7 @@ def replay(file: str | Path) -> list[Row]:
     config.train.train_steps, config.train.train_epochs = 1, None
     wrapped, optimizer, _, geometry, device = parity.build(config, dtype)
     checkpoint.load(folder, wrapped=wrapped)
-    batcher = parity.make_batcher(
+    batcher = train.make_batcher(
         config, Mixture.open(config.data.data_path, seed=config.train.seed), geometry
     )
     rows = []

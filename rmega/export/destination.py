@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from rmega.checkpointing import run_folder
+from rmega.hub import RECIPE
 from rmega.io import fingerprint, sync_folder, sync_tree
 
-RECIPE = "reward_recipe.json"
 UNVERIFIED = "UNVERIFIED"
 MARK = "Written by rmega and not verified."  # first line of UNVERIFIED
 # Every name that an export can have: what a killed one has left is removed by it.

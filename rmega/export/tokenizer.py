@@ -186,7 +186,7 @@ def choose_pad_token(
 
     transformers 4 reads a Llama's reward before the *first* pad token of a row. Many tokenizers pad
     with the token that ends every turn (SmolLM2: ``<|im_end|>``), so the reward would be read in
-    the middle of the text, without a word. The training pads nothing, so an export is free to
+    the middle of the text, silently. The training pads nothing, so an export is free to
     choose. The training's own where no token is free.
     """
     used = {*example, info["reward_token_id"]}

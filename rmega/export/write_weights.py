@@ -72,7 +72,7 @@ class CheckpointTensors:
         return name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Global shape; what the engine padded is part of it."""
+        """Global shape; what Megatron-Core padded is part of it."""
         return tuple(self._tensors[name].size)
 
     def pieces(self, name: str) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:

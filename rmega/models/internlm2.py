@@ -33,7 +33,7 @@ FAMILY = Family(
     export_fields={
         "attn_implementation": "eager",  # read by the published class
         # No entry for a causal model: a reward model loaded as one would get a random output matrix
-        # without a word.
+        # silently.
         "auto_map": {
             "AutoConfig": "configuration_internlm2.InternLM2Config",
             "AutoModel": MODEL,

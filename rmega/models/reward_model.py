@@ -75,7 +75,7 @@ def transformer_config(
     pipeline = {}
     if pp > 1:
         # With two stages, previous and next rank are the same process and batched sends of an
-        # interleaved schedule cross: gradients would be wrong without a word.
+        # interleaved schedule cross: gradients would be silently wrong.
         pipeline = dict(
             overlap_p2p_comm=bool(vpp),
             batch_p2p_comm=not vpp,

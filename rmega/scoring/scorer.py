@@ -82,8 +82,8 @@ def load_scorer(
     of another program is read at the last token of the text, nothing appended. Under torchrun the
     ranks share the work. Raises ValueError naming ``flag`` where there is no reward model.
     """
+    device = distributed.initialize()  # first: the ranks share the reading of checksums
     found = find(path, flag, "weights from") if Path(path).is_dir() else None
-    device = distributed.initialize()
     if dtype is None:
         dtype = "auto" if device.type == "cuda" else "fp32"
     chosen = precision.choose_together(dtype, "auto", device)

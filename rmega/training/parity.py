@@ -22,7 +22,6 @@ from rmega.config import (
     TrainArgs,
     TrainingConfig,
 )
-from rmega.data.batching import Batcher
 from rmega.models.hf import load_hf, read_geometry, rule_name
 from rmega.models.weights import WeightRule
 from rmega.training import train
@@ -152,19 +151,6 @@ def build(config: TrainingConfig, dtype: torch.dtype = torch.float32):
     return wrapped, optimizer, scheduler, geometry, device
 
 
-def make_batcher(
-    config: TrainingConfig, dataset, geometry, *, replicas: int | None = None
-) -> Batcher:
-    """The batcher of this rank."""
-    return Batcher.of(
-        config,
-        dataset,
-        geometry,
-        num_ranks=parallel_state.get_data_parallel_world_size(),
-        rank=parallel_state.get_data_parallel_rank(),
-    )
-
-
 def gather_global(wrapped, geometry, value) -> dict[str, torch.Tensor]:
     """``value(parameter)`` of every parameter, put together over tensor and pipeline ranks: name ->
     whole tensor.
@@ -234,7 +220,7 @@ def run_layout(
     """Run ``--train-steps`` steps on ``dataset``; called by every rank, the result is on rank 0
     (None elsewhere)."""
     wrapped, optimizer, scheduler, geometry, device = build(config, dtype)
-    batcher = make_batcher(config, dataset, geometry)
+    batcher = train.make_batcher(config, dataset, geometry)
     losses, norms, grads = [], [], {}
     consumed = 0
     for step in range(config.train.train_steps):

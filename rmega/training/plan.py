@@ -63,7 +63,7 @@ class StepPlan:
     largest_microbatch: int
     bubble: float
     imbalance: float
-    """Dearest data-parallel rank over the mean."""
+    """Maximum load of a data-parallel rank over the mean."""
 
 
 def layers_of_stages(

@@ -30,15 +30,20 @@ def named_prefix(text: str) -> tuple[str, str]:
 
 
 @dataclasses.dataclass(kw_only=True)
-class Start:
-    """What is known of a run before its model is built."""
+class Base:
+    """The base model, and this rank's device."""
 
-    config: TrainingConfig
     folder: Path
-    """Of the base model."""
     geometry: Geometry
     hf_config: dict[str, Any]
     device: torch.device
+
+
+@dataclasses.dataclass(kw_only=True)
+class Start(Base):
+    """What is known of a run before its model is built."""
+
+    config: TrainingConfig
     precision: precision.Precision
     found: Path | None
     """The checkpoint to resume from."""
@@ -64,24 +69,26 @@ class Start:
         return last and self.evaluated >= self.valid.keys()
 
 
-def join(config: TrainingConfig) -> torch.device:
-    """Check what needs no other rank, and join the process group; this rank's device."""
+def join(config: TrainingConfig) -> Base:
+    """Check what needs no other rank, and join the process group."""
     p = config.parallel
     distributed.prepare_cuda(p.tensor_model_parallel_size, deterministic=config.train.deterministic)
     preflight.check_save(config)
-    geometry, _ = read_geometry(resolve_model(config.model.hf_model))
+    folder = resolve_model(config.model.hf_model)
+    geometry, hf_config = read_geometry(folder)
     train.transformer_layout(config, geometry, on_cpu=not torch.cuda.is_available())
     plan.check_memory(config, geometry)
-    return distributed.initialize(
+    device = distributed.initialize(
         tp=p.tensor_model_parallel_size,
         pp=p.pipeline_model_parallel_size,
         vpp=p.virtual_pipeline_model_parallel_size,
         seed=config.train.seed,
         timeout_minutes=p.distributed_timeout_minutes,
     )
+    return Base(folder=folder, geometry=geometry, hf_config=hf_config, device=device)
 
 
-def prepare(config: TrainingConfig, device: torch.device) -> Start:
+def prepare(config: TrainingConfig, base: Base) -> Start:
     """Find the checkpoint, open the datasets, and check that all belong together. Called by every
     rank, inside the run folder's lock."""
     c = config
@@ -95,8 +102,7 @@ def prepare(config: TrainingConfig, device: torch.device) -> Start:
             "note: no --save: weights and metrics of this run will not be kept (--save FOLDER"
             " keeps them)"
         )
-    folder = resolve_model(c.model.hf_model)
-    geometry, hf_config = read_geometry(folder)
+    folder, geometry = base.folder, base.geometry
     found = preflight.find_start(c)
     info = run_folder.read_info(found) if found else {}
     changes = list(info.get("changes", []))
@@ -106,7 +112,7 @@ def prepare(config: TrainingConfig, device: torch.device) -> Start:
             log(resume.describe(differences))
             changes.append({"iteration": info["iteration"], **differences})
     chosen = precision.choose_together(
-        resume.precision_to_use(info, c.train.precision), c.train.matmul_precision, device
+        resume.precision_to_use(info, c.train.precision), c.train.matmul_precision, base.device
     )
     dataset, valid = _open_data(c, geometry, folder)
     evaluated: set[str] = set()
@@ -119,11 +125,8 @@ def prepare(config: TrainingConfig, device: torch.device) -> Start:
         f" {steps:,} steps of {c.train.global_batch_size}"
     )
     return Start(
+        **vars(base),
         config=c,
-        folder=folder,
-        geometry=geometry,
-        hf_config=hf_config,
-        device=device,
         precision=chosen,
         found=found,
         info=info,
@@ -132,7 +135,7 @@ def prepare(config: TrainingConfig, device: torch.device) -> Start:
         valid=valid,
         evaluated=evaluated,
         steps=steps,
-        batcher=_batcher(c, dataset, geometry, comparisons),
+        batcher=train.make_batcher(c, dataset, geometry, max_consumed=comparisons),
     )
 
 
@@ -168,21 +171,6 @@ def _open_data(
             f" run will hold {kept} (--num-verification-comparisons)"
         )
     return dataset, valid
-
-
-def _batcher(
-    config: TrainingConfig, dataset: Mixture, geometry: Geometry, comparisons: int
-) -> Batcher:
-    from megatron.core import parallel_state
-
-    return Batcher.of(
-        config,
-        dataset,
-        geometry,
-        num_ranks=parallel_state.get_data_parallel_world_size(),
-        rank=parallel_state.get_data_parallel_rank(),
-        max_consumed=comparisons,
-    )
 
 
 @dataclasses.dataclass(kw_only=True)

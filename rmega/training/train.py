@@ -73,6 +73,20 @@ def build_model(
     return chunks
 
 
+def make_batcher(
+    config: TrainingConfig, dataset, geometry: Geometry, *, max_consumed: int | None = None
+) -> Batcher:
+    """The batcher of this rank, which takes its share among the data-parallel ranks."""
+    return Batcher.of(
+        config,
+        dataset,
+        geometry,
+        num_ranks=parallel_state.get_data_parallel_world_size(),
+        rank=parallel_state.get_data_parallel_rank(),
+        max_consumed=max_consumed,
+    )
+
+
 def transformer_layout(
     config: TrainingConfig, geometry: Geometry, *, dtype: torch.dtype = torch.float32, on_cpu: bool
 ):

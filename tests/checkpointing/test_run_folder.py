@@ -126,7 +126,7 @@ def test_a_crash_between_folder_and_tracker_loses_nothing(tmp_path, capsys) -> N
 
 
 def test_a_tracker_that_names_a_missing_folder(tmp_path, capsys) -> None:
-    """Never the trajectory that was left, without a word."""
+    """Never the trajectory that was left, silently."""
     make(tmp_path, 2, 6, 8)
     (tmp_path / run_folder.TRACKER).write_text("4\n")
     assert find(tmp_path) == tmp_path / "iter_0000002"

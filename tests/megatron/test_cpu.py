@@ -1,5 +1,5 @@
-"""What ``rmega.megatron.cpu.install`` replaces, name by name: another release of the engine fails
-here and not in a run."""
+"""What ``rmega.megatron.cpu.install`` replaces, name by name: another release of Megatron-Core
+fails here and not in a run."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_every_name_of_cuda_that_the_engine_speaks_of_is_known(probe: dict) -> N
         for name, where in probe["uses"].items()
         if name not in {*probe["cuda"], *LEFT_ALONE}
     }
-    assert not unknown, f"the engine uses names of torch.cuda that nobody looked at: {unknown}"
+    assert not unknown, f"Megatron-Core uses names of torch.cuda that nobody looked at: {unknown}"
 
 
 def test_every_function_that_the_engine_gives_cuda_as_device_is_replaced(probe: dict) -> None:
@@ -206,8 +206,8 @@ def test_every_function_that_the_engine_gives_cuda_as_device_is_replaced(probe: 
 
 
 def test_the_norm_of_a_large_gradient() -> None:
-    """The engine's norm for clipping, of as many values as an embedding has; torch's alone is off
-    by 1e-3."""
+    """Megatron-Core's norm for clipping, of as many values as an embedding has; torch's alone is
+    off by 1e-3."""
     import torch
 
     from rmega.megatron import cpu

@@ -240,7 +240,7 @@ def train_gradients(
     ],
 )
 def test_linear_layers_of_the_engine_use_them(tp, products, dtype):
-    """These products and plain ones inside the engine's layers agree, and the former did run."""
+    """These products and plain ones inside Megatron-Core's layers agree, and the former did run."""
     from tests.dist import run_distributed
 
     ours = run_distributed(gradients_in_process, tp, products, tp, dtype)[0]

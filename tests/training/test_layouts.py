@@ -294,7 +294,8 @@ def half(rank: int, world_size: int, text: str, folder: str, dtype: str, scale: 
     """Three steps in half precision: (losses, which updated, loss scales)."""
     from rmega.precision import DTYPES
     from rmega.training import train
-    from rmega.training.parity import Layout, build, layout_config, make_batcher
+    from rmega.training.parity import Layout, build, layout_config
+    from rmega.training.train import make_batcher
 
     config = layout_config(
         Layout.parse(text), hf_model=folder, steps=6, global_batch_size=6, max_tokens=260, lr=1e-3

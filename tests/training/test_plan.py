@@ -20,7 +20,8 @@ def measure(rank: int, world_size: int, text: str, folder: str, dtype: str) -> d
 
     from rmega.precision import DTYPES
     from rmega.training import plan, train
-    from rmega.training.parity import Layout, build, layout_config, make_batcher
+    from rmega.training.parity import Layout, build, layout_config
+    from rmega.training.train import make_batcher
 
     layout = Layout.parse(text)
     config = layout_config(

@@ -527,9 +527,7 @@ def test_too_few_comparisons_to_verify_are_reported_at_the_start(kept, small_lla
         in said
     ) == (kept < 16)
     absent = [name for name in ("transformer_engine", "apex") if find_spec(name) is None]
-    assert said.count("not installed") == bool(
-        absent
-    )  # in one line, whatever the engine has to say
+    assert said.count("not installed") == bool(absent)  # in one line, whatever Megatron-Core prints
     assert not absent or f"; not installed: {', '.join(absent)}\n" in said
 
 
