@@ -29,6 +29,18 @@ TINY = Geometry(
     rope_theta=10000.0,
 )
 
+# Scaled rotary embeddings, one of each type.
+SCALED = [
+    RopeScaling(rope_type="linear", factor=2.0),
+    RopeScaling(rope_type="dynamic", factor=3.0),
+    RopeScaling(
+        rope_type="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=32,
+    ),
+]
 
 # Families that are trained under their own name.
 FAMILIES = tuple(name for name, family in BACKBONES.items() if not family.trained_as)

@@ -217,6 +217,12 @@ def test_a_tokenizer_that_is_none(program, tmp_path: Path) -> None:
 # Training
 
 
+def good_flags(model: object, data: object) -> list[object]:
+    """What a training needs beside its length and a place to save."""
+    flags = "--global-batch-size 4 --precision fp32 --matmul-precision highest".split()
+    return ["--hf-model", model, "--data-path", data, *flags]
+
+
 @pytest.fixture
 def train(program, small_llama, data, tmp_path):
     """The training program with good flags, which ``more`` overrides; nothing may be left behind in
@@ -231,17 +237,8 @@ def train(program, small_llama, data, tmp_path):
     ) -> tuple[int, str]:
         result = program(
             "examples/pretrain_reward.py",
-            "--hf-model",
-            model or small_llama,
-            "--data-path",
-            source or data,
+            *good_flags(model or small_llama, source or data),
             *(("--train-steps", 1) if steps else ()),
-            "--global-batch-size",
-            4,
-            "--precision",
-            "fp32",
-            "--matmul-precision",
-            "highest",
             "--save",
             tmp_path / "run",
             *more,
@@ -364,20 +361,7 @@ def test_runs_that_are_not_there_or_are_there_already(
     program, train, small_llama, data, tmp_path: Path
 ) -> None:
     refused(train("--load", tmp_path / "nowhere"), "--load", "nowhere", "no checkpoint")
-    flags = [
-        "--hf-model",
-        small_llama,
-        "--data-path",
-        data,
-        "--train-steps",
-        1,
-        "--global-batch-size",
-        4,
-        "--precision",
-        "fp32",
-        "--matmul-precision",
-        "highest",
-    ]
+    flags = [*good_flags(small_llama, data), "--train-steps", 1]
     run = tmp_path / "done"
     assert program("examples/pretrain_reward.py", *flags, "--save", run)[0] == 0
     before = sorted((p.relative_to(run), p.stat().st_mtime_ns) for p in run.rglob("*"))
@@ -433,20 +417,7 @@ def test_nothing_is_built_for_a_run_that_cannot_start(
 ) -> None:
     """Folders and checkpoints are looked at before the model is, which takes minutes for a large
     one."""
-    flags = [
-        "--hf-model",
-        small_llama,
-        "--data-path",
-        data,
-        "--train-steps",
-        1,
-        "--global-batch-size",
-        4,
-        "--precision",
-        "fp32",
-        "--matmul-precision",
-        "highest",
-    ]
+    flags = [*good_flags(small_llama, data), "--train-steps", 1]
     assert program("examples/pretrain_reward.py", *flags, "--save", tmp_path / "done")[0] == 0
 
     from rmega.training import train as engine

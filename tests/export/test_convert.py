@@ -21,12 +21,11 @@ from rmega.export.destination import RECIPE, UNVERIFIED
 from rmega.export.verify import checkpoint_rewards, transformers_rewards
 from rmega.export.write_weights import CheckpointTensors, parse_size
 from rmega.models import BACKBONES
-from rmega.models.geometry import RopeScaling
 from rmega.models.hf import load_hf
 from rmega.models.weights import hf_shapes
 from tests.conftest import ROOT
 from tests.dist import run_distributed
-from tests.hf_fixtures import FAMILIES, Stage, hf_config, hf_tensors, tiny, write_folder
+from tests.hf_fixtures import FAMILIES, SCALED, Stage, hf_config, hf_tensors, tiny, write_folder
 from tests.runs import edit_info
 from tests.tiny import InMemory, random_comparisons
 
@@ -287,21 +286,7 @@ def test_plain_transformers_gives_the_training_rewards(python, runs, outputs, tm
                 close(expected, rewards)
 
 
-@pytest.mark.parametrize(
-    "scaling",
-    [
-        RopeScaling(rope_type="linear", factor=2.0),
-        RopeScaling(rope_type="dynamic", factor=3.0),
-        RopeScaling(
-            rope_type="llama3",
-            factor=8.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position_embeddings=32,
-        ),
-    ],
-    ids=lambda s: s.rope_type,
-)
+@pytest.mark.parametrize("scaling", SCALED, ids=lambda s: s.rope_type)
 def test_rope_scaling_survives(scaling, tmp_path) -> None:
     folder = reward_folder(
         tmp_path / "hf", "llama", rope_scaling=scaling, rope_theta=5e4, max_position_embeddings=128

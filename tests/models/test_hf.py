@@ -15,7 +15,7 @@ from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry, RopeScaling
 from rmega.models.hf import load_hf, read_geometry
 from rmega.models.weights import hf_shapes
-from tests.hf_fixtures import FAMILIES, Stage, hf_config, hf_tensors, tiny, write_folder
+from tests.hf_fixtures import FAMILIES, SCALED, Stage, hf_config, hf_tensors, tiny, write_folder
 
 
 def load(folder: Path, geometry: Geometry, **layout: int) -> tuple[dict[str, torch.Tensor], str]:
@@ -355,20 +355,7 @@ def test_internlm3_is_a_llama(tmp_path: Path) -> None:
     assert BACKBONES["internlm3"].trained_as == "llama"
 
 
-@pytest.mark.parametrize(
-    "scaling",
-    [
-        RopeScaling(rope_type="linear", factor=2.0),
-        RopeScaling(rope_type="dynamic", factor=3.0),
-        RopeScaling(
-            rope_type="llama3",
-            factor=8.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position_embeddings=32,
-        ),
-    ],
-)
+@pytest.mark.parametrize("scaling", SCALED)
 def test_rope_scaling_is_read_in_both_forms(tmp_path: Path, scaling: RopeScaling) -> None:
     geometry = tiny("llama", rope_theta=5e5, rope_scaling=scaling)
     old = hf_config(geometry)

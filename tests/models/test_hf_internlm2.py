@@ -14,21 +14,10 @@ from rmega.models import BACKBONES, hf_internlm2
 from rmega.models.geometry import RopeScaling
 from rmega.models.hf_internlm2.configuration_internlm2 import InternLM2Config
 from rmega.models.hf_internlm2.modeling_internlm2 import InternLM2ForRewardModel
-from tests.hf_fixtures import hf_config, hf_tensors, tiny
+from tests.hf_fixtures import SCALED, hf_config, hf_tensors, tiny
 
 CODE = Path(hf_internlm2.__file__).parent
-SCALINGS = [
-    RopeScaling(),
-    RopeScaling(rope_type="linear", factor=2.0),
-    RopeScaling(rope_type="dynamic", factor=3.0),
-    RopeScaling(
-        rope_type="llama3",
-        factor=8.0,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_max_position_embeddings=32,
-    ),
-]
+SCALINGS = [RopeScaling(), *SCALED]
 
 
 def config_of(scaling: RopeScaling, **fields) -> InternLM2Config:
