@@ -45,7 +45,7 @@ def steps(
     from rmega.checkpointing.find import find
     from rmega.precision import DTYPES
     from rmega.training import train
-    from rmega.training.parity import Layout, build, gather_global, layout_config, make_batcher
+    from rmega.training.parity import Layout, build, gather_global, layout_config
 
     config = layout_config(
         Layout.parse(text),
@@ -66,7 +66,7 @@ def steps(
         state = checkpoint.load(
             find(load), wrapped=wrapped, optimizer=optimizer, scheduler=scheduler
         )
-    batcher = make_batcher(config, dataset, geometry)
+    batcher = train.make_batcher(config, dataset, geometry)
     seen, losses, scales = [], [], []
     while state.iteration < count:
         documents = batcher.documents(state.consumed)
