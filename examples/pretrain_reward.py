@@ -51,13 +51,13 @@ def train(config: TrainingConfig) -> int:
             packs = [pack.to(run.device) for pack in run.batcher.packs(documents)]
             data_time, lr = logger.clock.lap(), model.lr
             report = compute.train_step(
-                model.wrapped, model.optimizer, packs, config.loss, len(documents)
+                model.wrapped, model.optimizer, packs, config.loss, len(documents), stop.wishes
             )
             model.advance(len(documents))
             if not logger.step(state.iteration, report, documents, data_time):
                 checkpoints.give_up(report, documents)
             if state.iteration < run.steps:
-                reason = stop.agreed(run.device)
+                reason = stop.reason(report.wishes)
             if reason or logger.is_due(state.iteration):
                 logger.flush(state.iteration, lr)
             if state.iteration == run.steps or reason:
