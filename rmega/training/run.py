@@ -14,6 +14,7 @@ from rmega.training.checkpointer import Checkpointer
 from rmega.training.evaluator import Evaluator
 from rmega.training.logger import Logger
 from rmega.training.logs import MetricsLog, TimeSpent
+from rmega.training.packs_ahead import PacksAhead
 from rmega.training.stopping import EXIT_REQUEUE, StopRequest
 
 
@@ -39,9 +40,9 @@ def train(config: TrainingConfig) -> int:
             reason = evaluator.evaluate()  # also what a signal kept the process before from
             checkpoints.save_best_of_another_run()
         logger = Logger(run, metrics, spent)
+        ahead = PacksAhead(run.batcher, run.device)
         while state.iteration < run.steps and not reason:
-            documents = run.batcher.documents(state.consumed)
-            packs = [pack.to(run.device) for pack in run.batcher.packs(documents)]
+            documents, packs = ahead.take(state.consumed)
             data_time, lr = logger.clock.lap(), model.lr
             report = compute.train_step(
                 model.wrapped, model.optimizer, packs, config.loss, len(documents), stop.wishes
@@ -62,6 +63,7 @@ def train(config: TrainingConfig) -> int:
             else:
                 checkpoints.poll()
             logger.clock.lap()
+        ahead.close()
         logger.close()
 
         if not reason:

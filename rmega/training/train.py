@@ -190,9 +190,13 @@ def use_transformer_engine(config: TrainingConfig, device: torch.device) -> bool
 def wrap_model(chunks: list[RewardModel], config: TrainingConfig) -> list[DistributedDataParallel]:
     """Give each chunk megatron-core's gradient buffers and data-parallel reduction."""
     p = config.parallel
+    overlap = p.overlap_grad_reduce
+    if overlap is None:  # on a CPU a reduction takes the cores that compute
+        on_gpu = next(chunks[0].parameters()).is_cuda
+        overlap = on_gpu and parallel_state.get_data_parallel_world_size() > 1
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=p.overlap_grad_reduce,
+        overlap_grad_reduce=overlap,
         use_distributed_optimizer=p.use_distributed_optimizer,
     )
     wrapped = [
@@ -202,7 +206,7 @@ def wrap_model(chunks: list[RewardModel], config: TrainingConfig) -> list[Distri
     core = chunks[0].config
     core.finalize_model_grads_func = _finalize
     skip_single_rank_collectives(wrapped)
-    if p.overlap_grad_reduce:
+    if overlap:
         hooks = [chunk.no_sync for chunk in wrapped]
         core.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
     return wrapped
