@@ -219,8 +219,8 @@ class CheckpointArgs:
     """Save and leave with exit code 75 after so many minutes, for a queue that starts the job
     again."""
     num_verification_comparisons: int = 16
-    """Comparisons kept with each checkpoint, which verify its exports: held-out ones, filled up
-    with ones of the training set where these are too few."""
+    """Comparisons kept with each checkpoint, with their rewards at that step, which verify its
+    exports: held-out ones, filled up with ones of the training set where these are too few."""
 
 
 @dataclasses.dataclass(kw_only=True)
