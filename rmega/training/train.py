@@ -441,6 +441,13 @@ def train_step(
     )
 
 
+def _head_is_zero(wrapped: Sequence, device: torch.device) -> bool:
+    """The same on every rank; only the last stage has the head."""
+    names = (item for chunk in wrapped for item in chunk.named_parameters())
+    heads = [head for name, head in names if name.endswith("reward_head.weight")]
+    return not sum_over_ranks(torch.tensor(sum(bool(h.any()) for h in heads), device=device))
+
+
 @torch.no_grad()
 def compute_rewards(
     wrapped: Sequence,
@@ -452,7 +459,12 @@ def compute_rewards(
     """Rewards of every response of ``batcher.dataset``, in stored order, on every rank: float32
     [responses].
 
-    With ``batches`` only that many global batches are scored, and the other rewards are 0."""
+    With ``batches`` only that many global batches are scored, and the other rewards are 0. A head
+    of zeros, that of a fresh model, gives 0 to every response: no forward is run."""
+    if _head_is_zero(wrapped, device):
+        if progress:
+            progress(len(batcher.dataset))
+        return np.zeros(batcher.num_responses, dtype=np.float32)
     modes = [chunk.training for chunk in wrapped]
     for chunk in wrapped:
         chunk.eval()
