@@ -277,14 +277,28 @@ def build_optimizer(
 
 
 def pair_loss(args: LossArgs, batch: PackedBatch, rewards: torch.Tensor):
-    """Sum of the loss over a pack's pairs, their number, and ``ops.STATS`` to report."""
-    margin = batch.margin if args.use_margin else torch.zeros_like(batch.margin)
+    """Sum of the loss over a pack's pairs, their number, and ``ops.STATS`` to report.
+
+    ``--length-penalty`` A: the logit gains A (length of chosen - length of rejected), as if length
+    alone won preferences, and the reward explains the rest (R-DPO, arXiv:2403.19159).
+    ``--scale-by-rating``: scaled Bradley-Terry, -gap logsigmoid(d) over the number of pairs
+    (HelpSteer2-Preference, arXiv:2410.01257), so that a pair of gap 2 counts as two pairs, its
+    penalty included. Without ratings the margin is 0 and the weight 1.
+    """
+    gap = batch.rating_gap  # [m], NaN without ratings
+    margin, weight = torch.zeros_like(gap), torch.ones_like(gap)
+    if args.use_margin:
+        margin = torch.where(gap.isnan(), margin, gap)
+    if args.length_penalty:
+        margin = margin - args.length_penalty * batch.length_gap
+    if args.scale_by_rating:
+        weight = torch.where(gap.isnan(), weight, gap)
     loss, stats = ops.pairwise_loss(
         rewards,
         batch.chosen,
         batch.rejected,
         margin,
-        batch.weight,
+        weight,
         loss=args.loss,
         penalty=args.penalty,
         penalty_weight=args.penalty_weight,
