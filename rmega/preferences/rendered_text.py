@@ -16,6 +16,7 @@ from rmega.preferences.comparison import Message, assistant, user
 
 PADDING = "padding left out of the text"
 DOUBLED = "a second beginning-of-text token left out"
+NO_BEGINNING = "the beginning-of-text token put back"
 DATED = "the date in the text replaced by that of the training"
 OPEN_END = "the text does not end as the chat template ends a turn"
 _ANY_DATE = r"[\w ,./:-]{4,40}?"
@@ -64,6 +65,9 @@ class RenderedText:
             if frame.start and len(text) - len(bare) > len(own):
                 text = own + bare
                 notes.append(DOUBLED)
+            elif own and text == bare and self._lacks_beginning(text):
+                text = own + bare  # clients such as verl's strip it
+                notes.append(NO_BEGINNING)
         text = self._with_end(self._with_date(text, notes), notes)
         prompt = frame.generation_prompt.rstrip()
         if prompt and text.rstrip().endswith(prompt):
@@ -72,6 +76,15 @@ class RenderedText:
                 " conversations with add_generation_prompt=False)"
             )
         return text
+
+    def _lacks_beginning(self, text: str) -> bool:
+        """Whether the text is as the template writes it, but for the beginning-of-text token."""
+        for start in (self.frame.start, self.frame.system_start or ""):
+            # the first line, because others may hold a date
+            line = start.removeprefix(self._bos).partition("\n")[0]
+            if start.startswith(self._bos) and line.strip() and text.startswith(line):
+                return True
+        return False
 
     def _without_padding(self, text: str, notes: list[str]) -> str:
         """Padding tokens at both ends go, but for one that the template ends with."""
