@@ -65,10 +65,7 @@ class RenderedText:
             if frame.start and len(text) - len(bare) > len(own):
                 text = own + bare
                 notes.append(DOUBLED)
-            elif own and text == bare and self._lacks_beginning(text):
-                text = own + bare  # clients such as verl's strip it
-                notes.append(NO_BEGINNING)
-        text = self._with_end(self._with_date(text, notes), notes)
+        text = self._without_stripping(text, notes)
         prompt = frame.generation_prompt.rstrip()
         if prompt and text.rstrip().endswith(prompt):
             raise ValueError(
@@ -77,14 +74,16 @@ class RenderedText:
             )
         return text
 
-    def _lacks_beginning(self, text: str) -> bool:
-        """Whether the text is as the template writes it, but for the beginning-of-text token."""
-        for start in (self.frame.start, self.frame.system_start or ""):
-            # the first line, because others may hold a date
-            line = start.removeprefix(self._bos).partition("\n")[0]
-            if start.startswith(self._bos) and line.strip() and text.startswith(line):
-                return True
-        return False
+    def _without_stripping(self, text: str, notes: list[str]) -> str:
+        """The text with the template's own date, end and beginning-of-text token."""
+        bos = self._bos or ""
+        if bos and self.frame.start.startswith(bos) and not text.startswith(bos):
+            changes: list[str] = []  # clients such as verl's strip the token
+            whole = self._with_end(self._with_date(bos + text, changes), changes)
+            if self.conversations(whole):
+                notes += [NO_BEGINNING, *changes]
+                return whole
+        return self._with_end(self._with_date(text, notes), notes)
 
     def _without_padding(self, text: str, notes: list[str]) -> str:
         """Padding tokens at both ends go, but for one that the template ends with."""
