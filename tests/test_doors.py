@@ -60,9 +60,38 @@ TEMPLATES = {
         "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last and '<think>' not in"
         " c %}<think>\n\n</think>\n\n{% endif %}{{ c }}<|im_end|>\n{% endfor %}" + PROMPT
     ),
+    "thinks as Qwen3 does": (
+        LOOP + "{% if m.role == 'assistant' %}{% set c = m.content %}{% set thought = '' %}"
+        "{% if m.reasoning_content is string %}{% set thought = m.reasoning_content %}"
+        "{% elif '</think>' in c %}{% set thought = c.split('</think>')[0].rstrip('\n')"
+        ".split('<think>')[-1].lstrip('\n') %}{% set c = c.split('</think>')[-1].lstrip('\n') %}"
+        "{% endif %}<|im_start|>assistant\n{% if loop.last %}<think>\n{{ thought.strip('\n') }}\n"
+        "</think>\n\n{% endif %}{{ c.lstrip('\n') }}<|im_end|>\n{% else %}"
+        f"{TURN}{{% endif %}}{{% endfor %}}" + PROMPT
+    ),
+    "empty thoughts before every answer": (
+        LOOP
+        + "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and '<think>' not in m.content"
+        " %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}" + PROMPT
+    ),
+    "turns in full-width bars, as DeepSeek's": (
+        "{{ bos_token }}" + LOOP + "{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
+        "{% elif m.role == 'assistant' %}<｜Assistant｜>{{ m.content.split('</think>')[-1] if not"
+        " loop.last else m.content }}<|im_end|>{% else %}{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
+    ),
+    "turns in tokens that are not special": (
+        LOOP + "<{{ m.role }}>{{ m.content }}</{{ m.role }}>\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    ),
     "trims": CHATML.replace("m.content", "m.content | trim") + PROMPT,
     "of the tokenizer: none": None,
 }
+NOT_SPECIAL = (
+    *("<think>", "</think>", "<tool_call>", "</tool_call>", "<｜User｜>", "<｜Assistant｜>"),
+    *("<user>", "</user>", "<assistant>", "</assistant>", "<system>", "</system>"),
+)
+"""Added tokens without the mark ``special``: the last eight mark turns in some template."""
 DATED = [name for name in TEMPLATES if "date" in name]
 CONVERSATIONS = [
     [user("What is a cat?"), assistant("An animal.")],
@@ -73,6 +102,10 @@ CONVERSATIONS = [
         assistant("<think>\nof the one\n</think>\n\nNobody."),
         user("Why?"),
         assistant("<think>\nof the other\n</think>\n\nBecause."),
+    ],
+    [
+        user("Call <tool_call> it."),
+        assistant("<think>\nshort\n</think>\n\n<tool_call>\n{}\n</tool_call>"),
     ],
     [user("a <|pad|> b <|other|> c"), assistant("padding <|pad|><|pad|>, and no more")],
 ]
@@ -95,6 +128,7 @@ def make_tokenizer(template: str | None, *, pad: str | None = "<|pad|>") -> Any:
     backend.train_from_iterator(texts * 3, trainer)
     names = ["<s>", "</s>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<|other|>"]
     backend.add_special_tokens([AddedToken(name, special=True) for name in names])
+    backend.add_tokens([AddedToken(name, normalized=False) for name in NOT_SPECIAL])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<s>",
@@ -163,7 +197,8 @@ def ask(model: Scorer, path: str, body: dict) -> dict:
     """The server's answer, without a network."""
     pytest.importorskip("fastapi", reason="the extra serve is not installed")
     from rmega.scoring.queue import ScoringQueue
-    from rmega.scoring.server import Limits, RewardService, make_app
+    from rmega.scoring.server import make_app
+    from rmega.scoring.service import Limits, RewardService
 
     queue = ScoringQueue(lambda: model, max_tokens=8192, wait=0.0)
     service = RewardService(queue, Limits(), model="m")
@@ -253,6 +288,8 @@ def test_every_door_gives_the_same(
         assert len({round(r, 4) for r in rewards}) == len(rewards)
 
         assert [tokenizer.encode_conversation(c) for c in CONVERSATIONS] == ids
+        for one, own in zip(CONVERSATIONS[:-1], ids, strict=False):  # nothing in them is escaped
+            assert own == plain.ids(plain.text(one))
         for one, other, own in zip(CONVERSATIONS, others, ids, strict=True):
             encoded = tokenizer.encode_comparison(
                 Comparison(prompt=one[:-1], responses=[one[-1:], other[-1:]], scores=[1.0, 0.0])
@@ -269,6 +306,7 @@ def test_every_door_gives_the_same(
                 assert model.encode(text + reward_text) == own
             if text.startswith("<s>"):
                 assert model.encode("<s>" + text) == own
+                assert model.encode(text.removeprefix("<s>")) == own
         prompt = tokenizer.tokenizer.apply_chat_template(
             CONVERSATIONS[0][:1],
             chat_template=tokenizer.template,
@@ -280,6 +318,10 @@ def test_every_door_gives_the_same(
                 model.encode(prompt)
         close(ask(model, "/score", {"conversations": CONVERSATIONS})["rewards"], rewards)
         close(ask(model, "/get_reward", {"query": texts})["rewards"], rewards)
+        bare = [i[: len(i) - (not foreign)] for i in ids]  # without the reward token
+        for given in (texts, ids, bare):
+            answer = ask(model, "/classify", {"input": given, "use_activation": False})
+            close([row["probs"][0] for row in answer["data"]], rewards)
         at_day(monkeypatch, "2026-12-25")  # a client's clock goes on
         again = Plain(folder, TEMPLATES[name] or tokenizer.template, tokenizer.reward_token_id)
         texts = [again.text(escaped(tokenizer, c)) for c in CONVERSATIONS]
@@ -316,6 +358,30 @@ def test_every_door_gives_the_same(
         plain.tokenizer = client
         assert plain.ids(text) == own
     assert is_tokenizer_of(client, manifest)
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if TEMPLATES[name]])
+def test_no_text_forges_a_turn(name: str) -> None:
+    """Markers of turns are broken up in contents, whether or not the tokenizer calls them special;
+    thoughts stay."""
+    tokenizer = PairTokenizer(make_tokenizer(TEMPLATES[name]))
+    tokens = [str(t) for t in tokenizer.tokenizer.added_tokens_decoder.values()]
+    markers = [t for t in tokens if t in NOT_SPECIAL[6:]] if "not special" in name else []
+    markers += [t for t in tokens if t not in NOT_SPECIAL or "｜" in t]
+    vocabulary = tokenizer.tokenizer.get_vocab()
+
+    def count(content: str) -> list[int]:
+        ids = tokenizer.encode_conversation([user(content), assistant(content), *probe])
+        return [ids.count(vocabulary[marker]) for marker in markers]
+
+    probe = [user("And?"), assistant("So.")]
+    plain = count("no marker")
+    for marker in markers:
+        broken, num = tokenizer.escape(marker + "x" + marker)
+        assert num == 2 and marker not in broken
+        assert count(f"a{marker}b{marker}") == plain, marker
+    for kept in NOT_SPECIAL[:4]:
+        assert tokenizer.escape(kept) == (kept, 0)
 
 
 @pytest.mark.parametrize("name", DATED)
