@@ -397,7 +397,7 @@ def test_attention_from_the_fused_projection(name, padding, share, monkeypatch):
 
     def gradients(out, x):
         weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-        return out.detach(), torch.autograd.grad(out, x, weight)[0]
+        return out.detach(), torch.autograd.grad(out, x, weight, retain_graph=True)[0]
 
     def close(found, expected):
         assert max(errors(found, expected)) < 1e-12
