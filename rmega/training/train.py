@@ -41,6 +41,7 @@ from rmega.distributed import is_reporting_rank, sum_over_ranks
 from rmega.evaluation import results
 from rmega.evaluation.token_probes import View, probe_stored
 from rmega.megatron.fusion import fuse_weight_gradients, skip_single_rank_collectives
+from rmega.models import lora
 from rmega.models.attention import active_kernel
 from rmega.models.geometry import Geometry
 from rmega.models.reward_model import RewardModel, transformer_config
@@ -59,17 +60,18 @@ def build_model(
     chunks = []
     for chunk in range(vpp or 1):
         stage = {"vp_stage": chunk, "ignore_virtual": False} if vpp else {}
-        chunks.append(
-            RewardModel(
-                core,
-                geometry,
-                pre_process=parallel_state.is_pipeline_first_stage(**stage),
-                post_process=parallel_state.is_pipeline_last_stage(**stage),
-                vp_stage=chunk if vpp else None,
-                prune_last_layer=config.model.prune_last_layer,
-                transformer_engine=engine,
-            ).to(device)
-        )
+        model = RewardModel(
+            core,
+            geometry,
+            pre_process=parallel_state.is_pipeline_first_stage(**stage),
+            post_process=parallel_state.is_pipeline_last_stage(**stage),
+            vp_stage=chunk if vpp else None,
+            prune_last_layer=config.model.prune_last_layer,
+            transformer_engine=engine,
+        ).to(device)
+        if config.lora.lora_rank:
+            lora.attach(model, config.lora)
+        chunks.append(model)
     return chunks
 
 
@@ -175,7 +177,7 @@ def use_transformer_engine(config: TrainingConfig, device: torch.device) -> bool
     choice, fp8 = config.model.transformer_impl, config.model.fp8_format
     asked = f"--fp8-format {fp8}" if fp8 != "none" else "--transformer-impl transformer_engine"
     must = fp8 != "none" or choice == "transformer_engine"
-    if choice == "local":
+    if choice == "local" or config.lora.lora_rank:
         return False
     if obstacle := transformer_engine_obstacle():
         if must:
@@ -237,9 +239,12 @@ def build_optimizer(
     )
     # The fp32 head has a group to itself: where one group holds two dtypes, the distributed
     # optimizer confuses their states when it saves them.
+    of_head = ParamGroupOverride(wd_mult=1.0)
+    if o.head_lr is not None:
+        of_head.update(max_lr=o.head_lr, min_lr=o.min_lr * o.head_lr / o.lr)
     overrides = {
         **get_standard_config_overrides(settings),
-        ParamKey(name="*reward_head.weight"): ParamGroupOverride(wd_mult=1.0),
+        ParamKey(name="*reward_head.weight"): of_head,
     }
     optimizer = get_megatron_optimizer(
         settings,
