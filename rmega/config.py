@@ -23,6 +23,19 @@ def _alias(short: str) -> Any:
     return tyro.conf.arg(aliases=[f"--{short}"])
 
 
+_WORDS = {"on": True, "off": False}
+
+SWITCH: Any = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=(0, 1),
+    metavar="[on|off]",
+    instance_from_str=lambda words: _WORDS[words[0]] if words else True,
+    is_instance=lambda value: value is None or isinstance(value, bool),
+    str_from_instance=lambda value: [{None: "auto", True: "on", False: "off"}[value]],
+    choices=tuple(_WORDS),
+)
+"""For a bool whose default depends on what the run finds: ``--flag``, ``--flag off``, or None."""
+
+
 @dataclasses.dataclass(kw_only=True)
 class ModelArgs:
     """Model"""
@@ -143,6 +156,12 @@ class LossArgs:
     """Probability that a label is wrong."""
     use_margin: bool = False
     """Subtract the difference of the ratings, where the data has ratings, inside the loss."""
+    scale_by_rating: bool = False
+    """Multiply a pair's loss by the difference of its ratings, 1 where the data has no ratings
+    (scaled Bradley-Terry of HelpSteer2-Preference). May go with --use-margin."""
+    length_penalty: float = 0.0
+    """Add this times (length of chosen - length of rejected), in tokens, to the pair's logit: the
+    longer answer is taken to be preferred for its length, and the reward learns the rest."""
     barrier_clamp: bool = False
     """XTuner's form of the log barrier: no gradient beyond +-4.999. By default the barrier
     continues linearly."""
@@ -249,8 +268,8 @@ class ParallelArgs:
     use_distributed_optimizer: bool = True
     """Cut optimizer state and update over the data-parallel ranks. Checkpoints go from any layout
     to any other with it; without it only between runs that also do without."""
-    overlap_grad_reduce: bool = False
-    """Reduce gradients during the backward pass."""
+    overlap_grad_reduce: Annotated[bool | None, SWITCH] = None
+    """Reduce gradients during the backward pass. Left out: on where GPUs have several replicas."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Recompute activations in the backward pass: nothing, attention, or whole layers."""
     distributed_timeout_minutes: float = 10.0
@@ -285,8 +304,8 @@ class CheckpointArgs:
     """Save and leave with exit code 75 after so many minutes, for a queue that starts the job
     again."""
     num_verification_comparisons: int = 16
-    """Comparisons kept with each checkpoint, which verify its exports: held-out ones, filled up
-    with ones of the training set where these are too few."""
+    """Comparisons kept with each checkpoint, with their rewards at that step, which verify its
+    exports: held-out ones, filled up with ones of the training set where these are too few."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -336,6 +355,7 @@ class TrainingConfig:
             ("--weight-decay", self.optimizer.weight_decay),
             ("--clip-grad", self.optimizer.clip_grad),
             ("--penalty-weight", self.loss.penalty_weight),
+            ("--length-penalty", self.loss.length_penalty),
             ("--min-lr", self.optimizer.min_lr),
             ("--eval-interval", t.eval_interval),
             ("--save-interval", self.checkpoint.save_interval),

@@ -34,7 +34,16 @@ CLASSES = {
     },
     "lora": dict.fromkeys(("lora_rank", "lora_alpha", "lora_target", "lora_rslora"), BOUND),
     "loss": dict.fromkeys(
-        ("loss", "penalty", "penalty_weight", "label_smoothing", "use_margin", "barrier_clamp"),
+        (
+            "loss",
+            "penalty",
+            "penalty_weight",
+            "label_smoothing",
+            "use_margin",
+            "scale_by_rating",
+            "length_penalty",
+            "barrier_clamp",
+        ),
         EFFECT,
     ),
     "train": {

@@ -15,7 +15,7 @@ RANK, ALPHA = 4, 6.0
 
 def gradients(rank: int, world_size: int, folder: str) -> tuple:
     """Of a step from an adapter folder: rewards, gradients in peft's names, loss."""
-    from rmega.config import LoraArgs
+    from rmega.config import LoraArgs, LossArgs
     from rmega.models.lora import adapter_table
     from rmega.training import train
     from rmega.training.parity import Layout, build, gather_global, layout_config
@@ -28,15 +28,14 @@ def gradients(rank: int, world_size: int, folder: str) -> tuple:
         global_batch_size=10,
         max_tokens=260,
         lr=1e-3,
-        loss="ranking",
-        penalty="none",
+        loss=LossArgs(loss="ranking", penalty="none", use_margin=True),
         lora=lora,
     )
     wrapped, _, _, geometry, device = build(config)
     data = InMemory(random_comparisons(10, seed=1))
     batcher = train.make_batcher(config, data, geometry)
     rewards = train.compute_rewards(wrapped, batcher, device)
-    sums = train.forward_backward(wrapped, batcher.packs(batcher.documents(0)), config.loss)
+    sums, _ = train.forward_backward(wrapped, batcher.packs(batcher.documents(0)), config.loss)
     rules = {rule.name: rule for rule in adapter_table(geometry, lora)}
     grads = {}
     for name, tensor in gather_global(wrapped, geometry, lambda p: p.main_grad, lora).items():
