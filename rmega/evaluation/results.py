@@ -101,8 +101,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Everything about one set of comparisons. ``length_unit`` is a word for the reader.
 
-    probes: {"swap": ``probes.swap_probe``, "prompt": ``probes.prompt_probe``} where a model was at
-    hand.
+    probes: of ``probes.probe_texts`` or ``token_probes.probe_stored``, where a model was at hand.
 
     Raises ValueError where a reward is not finite: a mean over the rest would hide it.
     """
