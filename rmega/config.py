@@ -80,6 +80,12 @@ class LossArgs:
     """Probability that a label is wrong."""
     use_margin: bool = False
     """Subtract the difference of the ratings, where the data has ratings, inside the loss."""
+    scale_by_rating: bool = False
+    """Multiply a pair's loss by the difference of its ratings, 1 where the data has no ratings
+    (scaled Bradley-Terry of HelpSteer2-Preference). May go with --use-margin."""
+    length_penalty: float = 0.0
+    """Add this times (length of chosen - length of rejected), in tokens, to the pair's logit: the
+    longer answer is taken to be preferred for its length, and the reward learns the rest."""
     barrier_clamp: bool = False
     """XTuner's form of the log barrier: no gradient beyond +-4.999. By default the barrier
     continues linearly."""
@@ -219,8 +225,8 @@ class CheckpointArgs:
     """Save and leave with exit code 75 after so many minutes, for a queue that starts the job
     again."""
     num_verification_comparisons: int = 16
-    """Comparisons kept with each checkpoint, which verify its exports: held-out ones, filled up
-    with ones of the training set where these are too few."""
+    """Comparisons kept with each checkpoint, with their rewards at that step, which verify its
+    exports: held-out ones, filled up with ones of the training set where these are too few."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -268,6 +274,7 @@ class TrainingConfig:
             ("--weight-decay", self.optimizer.weight_decay),
             ("--clip-grad", self.optimizer.clip_grad),
             ("--penalty-weight", self.loss.penalty_weight),
+            ("--length-penalty", self.loss.length_penalty),
             ("--min-lr", self.optimizer.min_lr),
             ("--eval-interval", t.eval_interval),
             ("--save-interval", self.checkpoint.save_interval),

@@ -60,9 +60,38 @@ TEMPLATES = {
         "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last and '<think>' not in"
         " c %}<think>\n\n</think>\n\n{% endif %}{{ c }}<|im_end|>\n{% endfor %}" + PROMPT
     ),
+    "thinks as Qwen3 does": (
+        LOOP + "{% if m.role == 'assistant' %}{% set c = m.content %}{% set thought = '' %}"
+        "{% if m.reasoning_content is string %}{% set thought = m.reasoning_content %}"
+        "{% elif '</think>' in c %}{% set thought = c.split('</think>')[0].rstrip('\n')"
+        ".split('<think>')[-1].lstrip('\n') %}{% set c = c.split('</think>')[-1].lstrip('\n') %}"
+        "{% endif %}<|im_start|>assistant\n{% if loop.last %}<think>\n{{ thought.strip('\n') }}\n"
+        "</think>\n\n{% endif %}{{ c.lstrip('\n') }}<|im_end|>\n{% else %}"
+        f"{TURN}{{% endif %}}{{% endfor %}}" + PROMPT
+    ),
+    "empty thoughts before every answer": (
+        LOOP
+        + "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and '<think>' not in m.content"
+        " %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}" + PROMPT
+    ),
+    "turns in full-width bars, as DeepSeek's": (
+        "{{ bos_token }}" + LOOP + "{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
+        "{% elif m.role == 'assistant' %}<｜Assistant｜>{{ m.content.split('</think>')[-1] if not"
+        " loop.last else m.content }}<|im_end|>{% else %}{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
+    ),
+    "turns in tokens that are not special": (
+        LOOP + "<{{ m.role }}>{{ m.content }}</{{ m.role }}>\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    ),
     "trims": CHATML.replace("m.content", "m.content | trim") + PROMPT,
     "of the tokenizer: none": None,
 }
+NOT_SPECIAL = (
+    *("<think>", "</think>", "<tool_call>", "</tool_call>", "<｜User｜>", "<｜Assistant｜>"),
+    *("<user>", "</user>", "<assistant>", "</assistant>", "<system>", "</system>"),
+)
+"""Added tokens without the mark ``special``: the last eight mark turns in some template."""
 DATED = [name for name in TEMPLATES if "date" in name]
 CONVERSATIONS = [
     [user("What is a cat?"), assistant("An animal.")],
@@ -73,6 +102,10 @@ CONVERSATIONS = [
         assistant("<think>\nof the one\n</think>\n\nNobody."),
         user("Why?"),
         assistant("<think>\nof the other\n</think>\n\nBecause."),
+    ],
+    [
+        user("Call <tool_call> it."),
+        assistant("<think>\nshort\n</think>\n\n<tool_call>\n{}\n</tool_call>"),
     ],
     [user("a <|pad|> b <|other|> c"), assistant("padding <|pad|><|pad|>, and no more")],
 ]
@@ -95,6 +128,7 @@ def make_tokenizer(template: str | None, *, pad: str | None = "<|pad|>") -> Any:
     backend.train_from_iterator(texts * 3, trainer)
     names = ["<s>", "</s>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<|other|>"]
     backend.add_special_tokens([AddedToken(name, special=True) for name in names])
+    backend.add_tokens([AddedToken(name, normalized=False) for name in NOT_SPECIAL])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<s>",
@@ -253,6 +287,8 @@ def test_every_door_gives_the_same(
         assert len({round(r, 4) for r in rewards}) == len(rewards)
 
         assert [tokenizer.encode_conversation(c) for c in CONVERSATIONS] == ids
+        for one, own in zip(CONVERSATIONS[:-1], ids, strict=False):  # nothing in them is escaped
+            assert own == plain.ids(plain.text(one))
         for one, other, own in zip(CONVERSATIONS, others, ids, strict=True):
             encoded = tokenizer.encode_comparison(
                 Comparison(prompt=one[:-1], responses=[one[-1:], other[-1:]], scores=[1.0, 0.0])
@@ -316,6 +352,30 @@ def test_every_door_gives_the_same(
         plain.tokenizer = client
         assert plain.ids(text) == own
     assert is_tokenizer_of(client, manifest)
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if TEMPLATES[name]])
+def test_no_text_forges_a_turn(name: str) -> None:
+    """Markers of turns are broken up in contents, whether or not the tokenizer calls them special;
+    thoughts stay."""
+    tokenizer = PairTokenizer(make_tokenizer(TEMPLATES[name]))
+    tokens = [str(t) for t in tokenizer.tokenizer.added_tokens_decoder.values()]
+    markers = [t for t in tokens if t in NOT_SPECIAL[6:]] if "not special" in name else []
+    markers += [t for t in tokens if t not in NOT_SPECIAL or "｜" in t]
+    vocabulary = tokenizer.tokenizer.get_vocab()
+
+    def count(content: str) -> list[int]:
+        ids = tokenizer.encode_conversation([user(content), assistant(content), *probe])
+        return [ids.count(vocabulary[marker]) for marker in markers]
+
+    probe = [user("And?"), assistant("So.")]
+    plain = count("no marker")
+    for marker in markers:
+        broken, num = tokenizer.escape(marker + "x" + marker)
+        assert num == 2 and marker not in broken
+        assert count(f"a{marker}b{marker}") == plain, marker
+    for kept in NOT_SPECIAL[:4]:
+        assert tokenizer.escape(kept) == (kept, 0)
 
 
 @pytest.mark.parametrize("name", DATED)

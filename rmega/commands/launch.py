@@ -26,6 +26,9 @@ def children(process: int) -> list[int]:
 
 
 def cli() -> int:
+    if sys.argv[1:2] in ([], ["-h"], ["--help"]):
+        print(f"{__doc__}\nFlags before the program are those of torchrun: torchrun --help")
+        return 0
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run

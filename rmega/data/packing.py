@@ -6,6 +6,7 @@ Shape letters: t tokens of a pack, n responses (pooled tokens) in it, m pairs, s
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,9 @@ class PackedBatch:
 
     tokens, position_ids: [1, t] int64. segments: every token as query. pooled_segments: the n
     pooled tokens as queries (for the last layer). pooled: [n] int64, the row of each response's
-    last token. chosen, rejected: [m] int64 into the n responses. margin, weight: [m] float32.
+    last token. chosen, rejected: [m] int64 into the n responses. rating_gap, length_gap: [m]
+    float32, what the chosen response has more than the rejected one of rating (NaN without ratings)
+    and of tokens (the same with and without a shared prefix).
     documents: [c] numbers of the comparisons in the dataset; responses: [n] number of each response
     in the dataset's list of all responses (for evaluation). real_tokens: tokens that a padding-free
     trainer without prefix sharing would compute; t of this pack is less by what was shared and more
@@ -57,8 +60,8 @@ class PackedBatch:
     pooled: torch.Tensor
     chosen: torch.Tensor
     rejected: torch.Tensor
-    margin: torch.Tensor
-    weight: torch.Tensor
+    rating_gap: torch.Tensor
+    length_gap: torch.Tensor
     documents: torch.Tensor
     responses: torch.Tensor
     real_tokens: int
@@ -160,7 +163,8 @@ def pack(
     build = _Builder()
     chosen: list[int] = []
     rejected: list[int] = []
-    margin: list[float] = []
+    rating_gap: list[float] = []
+    length_gap: list[int] = []
     numbers: list[int] = []
     real_tokens = 0
     for c, comparison in enumerate(comparisons):
@@ -170,11 +174,13 @@ def pack(
         for better, worse in response_pairs(comparison.scores):
             chosen.append(first + better)
             rejected.append(first + worse)
-            margin.append(
+            rating_gap.append(
                 float(comparison.scores[better] - comparison.scores[worse])
                 if comparison.graded
-                else 0.0
+                else math.nan
             )
+            suffixes = comparison.suffixes
+            length_gap.append(len(suffixes[better]) - len(suffixes[worse]))
         base = responses[c] if responses is not None else first
         numbers.extend(range(base, base + len(comparison.suffixes)))
     padding = -build.num_tokens % multiple if build.num_tokens else multiple
@@ -192,8 +198,8 @@ def pack(
         pooled=torch.tensor(build.pooled, dtype=torch.int64),  # [n]
         chosen=torch.tensor(chosen, dtype=torch.int64),  # [m]
         rejected=torch.tensor(rejected, dtype=torch.int64),  # [m]
-        margin=torch.tensor(margin, dtype=torch.float32),  # [m]
-        weight=torch.ones(len(chosen), dtype=torch.float32),
+        rating_gap=torch.tensor(rating_gap, dtype=torch.float32),  # [m]
+        length_gap=torch.tensor(length_gap, dtype=torch.float32),  # [m]
         documents=torch.tensor(list(documents) if documents is not None else [], dtype=torch.int64),
         responses=torch.tensor(numbers, dtype=torch.int64),
         real_tokens=real_tokens,

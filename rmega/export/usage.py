@@ -12,7 +12,8 @@ from typing import Any
 
 EXAMPLE_TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
 """How far a served reward may be from the one that was computed in fp32, relative to the largest
-reward of the verification, by the dtype that it is served in."""
+reward of the verification, by the dtype that it is served in. Measured on random models of 2 to 24
+layers, with the weights rounded on both sides: 1.3e-2 in bf16."""
 
 
 def served_name(folder: str) -> str:

@@ -1,5 +1,5 @@
 """Makes Megatron-Core run without CUDA; the only file that replaces parts of torch or
-Megatron-Core.
+Megatron-Core for longer than an import.
 
 Megatron-Core names the device "cuda" and asks ``torch.cuda`` for the current device, streams and
 random states. ``install`` gives the modules under ``megatron.core`` (and no others) a ``torch``

@@ -18,6 +18,7 @@ DEFAULT_TEMPLATE = (
 
 CHECK_EVERY = 1000
 """Every so many renderings (and encodings) the fast path is compared with transformers itself."""
+_EMPTY_THOUGHTS = re.compile(r"<([^<>/\s]+)>\s*</\1>")
 _SYSTEM, _Q1, _A1, _Q2, _A2 = "Sys0probe", "Que1probe", "Ans1probe", "Que2probe", "Ans2probe"
 
 
@@ -122,6 +123,16 @@ class ChatTemplate:
             end,
             prompted.removeprefix(asked) if prompted.startswith(asked) else "",
         )
+
+    @cached_property
+    def around_turns(self) -> str:
+        """What the template writes around its turns, without the empty thoughts that some write
+        before an answer; the whole template where that is unknown."""
+        f = self.frame
+        if not (f.to_answer and f.to_question and f.end):
+            return self.text
+        to_answer = _EMPTY_THOUGHTS.sub("", f.to_answer)
+        return "\n".join((f.start, f.system_start, f.system_end, to_answer, f.to_question, f.end))
 
     def _around_system(self) -> tuple[str, str]:
         system = {"role": "system", "content": _SYSTEM}

@@ -12,7 +12,11 @@ NO_REWARD_TOKEN = "none"
 
 _REWARD_TOKENS = ("[UNUSED_TOKEN_130]", "<|reserved_special_token_0|>", "<|endoftext|>", "</s>")
 _PAD_TOKENS = ("<|finetune_right_pad_id|>",)
-_CONTROL_TEXT = re.compile(r"<\|[^|<>\s]+\|>|\[UNUSED_TOKEN_\d+\]|<(?:s|/s|unk|pad|bos|eos)>")
+_CONTROL_TEXT = re.compile(
+    r"<[|｜][^|｜<>\s]+[|｜]>|\[UNUSED_TOKEN_\d+\]|<(?:s|/s|unk|pad|bos|eos)>"
+)
+"""Names of control tokens; DeepSeek's are written with full-width bars, and some are not marked as
+special."""
 
 
 def find_reward_token(
@@ -80,13 +84,18 @@ def without_end(ids: np.ndarray, token: int) -> np.ndarray:
     return ids[: int(kept[-1]) + 1 if len(kept) else 1]
 
 
-def control_pattern(tokenizer: Any, template: str, reward_token_id: int | None) -> re.Pattern[str]:
-    """Matches every added token that steers the model: special ones, the template's, and those with
-    such a name."""
+def control_pattern(
+    tokenizer: Any, around_turns: str, reward_token_id: int | None
+) -> re.Pattern[str]:
+    """Matches every added token that steers the model: special ones, those in ``around_turns`` (the
+    text that the chat template writes around its turns), and those with such a name.
+
+    Other added tokens, such as ``<think>``, are text like any other: a reply may contain them.
+    """
     texts = set(tokenizer.all_special_tokens)
     for index, token in tokenizer.added_tokens_decoder.items():
         text = str(token)
-        steers = len(text) > 2 and not text.isalnum() and text in template
+        steers = len(text) > 2 and not text.isalnum() and text in around_turns
         if token.special or index == reward_token_id or steers or _CONTROL_TEXT.fullmatch(text):
             texts.add(text)
     texts = {t for t in texts if t.strip()}

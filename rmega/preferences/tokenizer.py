@@ -149,7 +149,7 @@ class PairTokenizer:
         ).tobytes()
         self.fingerprint = tokenizer_fingerprint(tokenizer)
         self.template_hash = hashlib.sha256(self.template.encode()).hexdigest()[:16]
-        self._control = control_pattern(tokenizer, self.template, self.reward_token_id)
+        self._control = control_pattern(tokenizer, self._chat.around_turns, self.reward_token_id)
         self._rendered = RenderedText(
             tokenizer, self._chat, self._control, self.reward_token_id, self.pad_token_id
         )

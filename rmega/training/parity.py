@@ -90,18 +90,18 @@ def layout_config(
     global_batch_size: int,
     max_tokens: int,
     lr: float,
-    loss: str = "focal",
-    penalty: str = "log_barrier",
+    loss: LossArgs | None = None,
     share_prefix: bool = True,
     prune_last_layer: bool = True,
 ) -> TrainingConfig:
-    """The configuration of a run of a few steps in a layout, at a constant learning rate."""
+    """The configuration of a run of a few steps in a layout, at a constant learning rate. loss: by
+    default InternLM2's, with margins."""
     return TrainingConfig(
         model=ModelArgs(hf_model=hf_model, prune_last_layer=prune_last_layer, head_init="normal"),
         data=DataArgs(
             data_path=(), max_tokens_per_microbatch=max_tokens, share_prefix=share_prefix
         ),
-        loss=LossArgs(loss=loss, penalty=penalty, use_margin=True),
+        loss=loss or LossArgs(loss="focal", penalty="log_barrier", use_margin=True),
         train=TrainArgs(train_steps=steps, global_batch_size=global_batch_size, seed=7),
         # A larger epsilon keeps Adam smooth: with the usual one, a gradient that is rounding noise
         # moves its weight by the full learning rate in a random direction, in any layout.

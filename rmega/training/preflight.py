@@ -16,7 +16,7 @@ import numpy as np
 from rmega import distributed
 from rmega.checkpointing import run_folder
 from rmega.checkpointing.find import find
-from rmega.config import TrainingConfig
+from rmega.config import LossArgs, TrainingConfig
 from rmega.data import integrity
 from rmega.data.fingerprint import is_tokenizer_of, tokenizer_fingerprint
 from rmega.distributed import log
@@ -146,20 +146,32 @@ def check_content(flag: str, dataset) -> None:
         raise ValueError(f"{flag} {problem}")
 
 
-def check_margins(mixture) -> None:
-    """``--use-margin`` needs ratings; how many comparisons have none is reported."""
+RATED_LOSSES = {
+    "use_margin": ("whose difference is the margin", "margin is 0"),
+    "scale_by_rating": ("whose difference is the pair's weight", "weight is 1"),
+}
+"""Switches of LossArgs that read ratings: what they make of them, and what holds without them."""
+
+
+def check_ratings(mixture, loss: LossArgs) -> None:
+    """``--use-margin`` and ``--scale-by-rating`` need ratings; how many comparisons have none is
+    reported."""
     graded = [d.scores[d.document_indices[:-1]] == 1 for d in mixture.datasets]
-    if not any(part.any() for part in graded):
-        raise ValueError(
-            f"--use-margin: no comparison of {', '.join(d.prefix for d in mixture.datasets)} has"
-            " ratings, whose difference is the margin"
-        )
-    for dataset, part in zip(mixture.datasets, graded, strict=True):
-        if missing := int((~part).sum()):
-            log(
-                f"warning: --use-margin: {missing:,} of {len(part):,} comparisons of"
-                f" {dataset.prefix} have no ratings: their margin is 0"
+    for name, (use, default) in RATED_LOSSES.items():
+        if not getattr(loss, name):
+            continue
+        flag = "--" + name.replace("_", "-")
+        if not any(part.any() for part in graded):
+            raise ValueError(
+                f"{flag}: no comparison of {', '.join(d.prefix for d in mixture.datasets)} has"
+                f" ratings, {use}"
             )
+        for dataset, part in zip(mixture.datasets, graded, strict=True):
+            if missing := int((~part).sum()):
+                log(
+                    f"warning: {flag}: {missing:,} of {len(part):,} comparisons of"
+                    f" {dataset.prefix} have no ratings: their {default}"
+                )
 
 
 def check_positions(flag: str, dataset, geometry: Geometry) -> None:

@@ -33,7 +33,16 @@ CLASSES = {
         "max_tokens_per_microbatch": EFFECT,
     },
     "loss": dict.fromkeys(
-        ("loss", "penalty", "penalty_weight", "label_smoothing", "use_margin", "barrier_clamp"),
+        (
+            "loss",
+            "penalty",
+            "penalty_weight",
+            "label_smoothing",
+            "use_margin",
+            "scale_by_rating",
+            "length_penalty",
+            "barrier_clamp",
+        ),
         EFFECT,
     ),
     "train": {

@@ -277,14 +277,28 @@ def build_optimizer(
 
 
 def pair_loss(args: LossArgs, batch: PackedBatch, rewards: torch.Tensor):
-    """Sum of the loss over a pack's pairs, their number, and ``ops.STATS`` to report."""
-    margin = batch.margin if args.use_margin else torch.zeros_like(batch.margin)
+    """Sum of the loss over a pack's pairs, their number, and ``ops.STATS`` to report.
+
+    ``--length-penalty`` A: the logit gains A (length of chosen - length of rejected), as if length
+    alone won preferences, and the reward explains the rest (R-DPO, arXiv:2403.19159).
+    ``--scale-by-rating``: scaled Bradley-Terry, -gap logsigmoid(d) over the number of pairs
+    (HelpSteer2-Preference, arXiv:2410.01257), so that a pair of gap 2 counts as two pairs, its
+    penalty included. Without ratings the margin is 0 and the weight 1.
+    """
+    gap = batch.rating_gap  # [m], NaN without ratings
+    margin, weight = torch.zeros_like(gap), torch.ones_like(gap)
+    if args.use_margin:
+        margin = torch.where(gap.isnan(), margin, gap)
+    if args.length_penalty:
+        margin = margin - args.length_penalty * batch.length_gap
+    if args.scale_by_rating:
+        weight = torch.where(gap.isnan(), weight, gap)
     loss, stats = ops.pairwise_loss(
         rewards,
         batch.chosen,
         batch.rejected,
         margin,
-        batch.weight,
+        weight,
         loss=args.loss,
         penalty=args.penalty,
         penalty_weight=args.penalty_weight,
@@ -427,6 +441,13 @@ def train_step(
     )
 
 
+def _head_is_zero(wrapped: Sequence, device: torch.device) -> bool:
+    """The same on every rank; only the last stage has the head."""
+    names = (item for chunk in wrapped for item in chunk.named_parameters())
+    heads = [head for name, head in names if name.endswith("reward_head.weight")]
+    return not sum_over_ranks(torch.tensor(sum(bool(h.any()) for h in heads), device=device))
+
+
 @torch.no_grad()
 def compute_rewards(
     wrapped: Sequence,
@@ -438,7 +459,12 @@ def compute_rewards(
     """Rewards of every response of ``batcher.dataset``, in stored order, on every rank: float32
     [responses].
 
-    With ``batches`` only that many global batches are scored, and the other rewards are 0."""
+    With ``batches`` only that many global batches are scored, and the other rewards are 0. A head
+    of zeros, that of a fresh model, gives 0 to every response: no forward is run."""
+    if _head_is_zero(wrapped, device):
+        if progress:
+            progress(len(batcher.dataset))
+        return np.zeros(batcher.num_responses, dtype=np.float32)
     modes = [chunk.training for chunk in wrapped]
     for chunk in wrapped:
         chunk.eval()

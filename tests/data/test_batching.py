@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from pathlib import Path
 
@@ -243,7 +244,11 @@ def test_a_pack_by_hand() -> None:
     )
     assert batch.pooled.tolist()[:2] == [p + a - 1, p + a + b - 1] and set(row[batch.pooled]) == {3}
     assert batch.chosen.tolist() == [0, 2] and batch.rejected.tolist() == [1, 3]
-    assert batch.margin.tolist() == [1.0 if one.graded else 0.0, 1.0 if two.graded else 0.0]
+    for gap, comparison in zip(batch.rating_gap.tolist(), (one, two), strict=True):
+        assert gap == 1.0 if comparison.graded else math.isnan(gap)
+    assert batch.length_gap.tolist() == [
+        len(c.suffixes[0]) - len(c.suffixes[1]) for c in (one, two)
+    ]
     assert batch.documents.tolist() == [8, 9] and batch.responses.tolist() == [16, 17, 18, 19]
     assert batch.num_tokens % 4 == 0 and 0 <= batch.padding < 4
     if batch.padding:

@@ -69,6 +69,7 @@ def test_a_qwen3_folder_from_text_to_a_verified_export(qwen3: Path, tmp_path: Pa
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["Qwen3ForSequenceClassification"]
     recipe = json.loads((out / RECIPE).read_text())
+    assert recipe["verification"]["training_difference"] <= 1e-5  # two tensor ranks against one
     assert recipe["pad_token_id"] == config["pad_token_id"] != recipe["reward_token_id"]
     assert recipe["pad_token_id"] not in recipe["example"]["token_ids"]
 

@@ -537,6 +537,33 @@ def test_bins_do_not_matter(capacity: int, folders, alone) -> None:
     close(rewards, alone[0])
 
 
+def test_a_head_of_zeros_needs_no_forward(folders, monkeypatch) -> None:
+    """The evaluation before the first step knows its result; with any other head it is computed."""
+    from rmega.data.batching import Batcher
+    from rmega.training import train
+
+    calls: list[int] = []
+    schedule = train.run_schedule
+    monkeypatch.setattr(train, "run_schedule", lambda *a, **k: calls.append(1) or schedule(*a, **k))
+    model, done = ours(folders("llama")), []
+    batcher = Batcher(InMemory(EDGES), global_batch_size=2, max_tokens=100, seed=0)
+
+    def rewards() -> np.ndarray:
+        return train.compute_rewards([model], batcher, torch.device("cpu"), done.append)
+
+    with torch.no_grad():
+        computed = rewards()
+        assert calls and computed.any()
+        head = model.reward_head.weight.clone()
+        model.reward_head.weight.zero_()
+        calls.clear(), done.clear()
+        known = rewards()
+        assert not calls and done == [len(EDGES)]
+        assert known.dtype == computed.dtype and known.shape == computed.shape and not known.any()
+        model.reward_head.weight[0, -1] = head[0, -1]
+        assert rewards().any() and calls
+
+
 def test_heads_that_do_not_divide_name_the_flag() -> None:
     from rmega.models.reward_model import transformer_config
 

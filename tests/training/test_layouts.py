@@ -33,11 +33,7 @@ def run(rank: int, world_size: int, text: str, folder: str, switches: dict) -> o
     config = layout_config(
         Layout.parse(text),
         hf_model=folder,
-        steps=3,
-        global_batch_size=10,
-        max_tokens=260,
-        lr=1e-3,
-        **switches,
+        **{"steps": 3, "global_batch_size": 10, "max_tokens": 260, "lr": 1e-3, **switches},
     )
     return run_layout(config, InMemory(random_comparisons(24, seed=1)))
 
@@ -70,6 +66,31 @@ def families(tmp_path_factory):
         return made[family]
 
     return of
+
+
+LOSSES = {
+    "scaled": {"loss": "ranking", "penalty": "center", "scale_by_rating": True},
+    "length": {"loss": "focal", "penalty": "none", "length_penalty": 0.02, "use_margin": True},
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_parity_of_losses(name, folder):
+    """Weights, lengths and counts are those of the global batch however it is cut into ranks and
+    packs."""
+    from rmega.config import LossArgs
+    from rmega.training.parity import compare
+
+    loss = LossArgs(**LOSSES[name])
+    alone = result_of("1", folder, loss=loss)
+    for text, switches in [
+        ("tp2,sp", {}),
+        ("pp2", {}),
+        ("dp2", {}),
+        ("1", {"share_prefix": False, "max_tokens": 100}),
+    ]:
+        differences = compare(result_of(text, folder, loss=loss, **switches), alone)
+        assert max(differences.values()) <= TOLERANCE, (text, differences)
 
 
 def test_the_single_rank_learns(single):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rmega.config import LossArgs
 from rmega.data import integrity
 from rmega.data.batching import Mixture
 from rmega.data.indexed import open_preferences, split_label
@@ -74,17 +75,19 @@ def test_other_chat_templates_are_refused(copy, data, small_llama) -> None:
         assert f"{copy}: template_hash 0123456789abcdef differs from that of {data}" in said
 
 
-def test_margins_need_ratings(data, copy, capsys) -> None:
-    rated = open_preferences(copy)
-    with pytest.raises(ValueError, match=f"--use-margin: no comparison of {data} has ratings"):
-        preflight.check_margins(Mixture([open_preferences(data)], [1.0], seed=0))
+@pytest.mark.parametrize("switch", ["use_margin", "scale_by_rating"])
+def test_losses_that_need_ratings(switch, data, copy, capsys) -> None:
+    rated, loss = open_preferences(copy), LossArgs(**{switch: True})
+    flag = "--" + switch.replace("_", "-")
+    with pytest.raises(ValueError, match=f"{flag}: no comparison of {data} has ratings"):
+        preflight.check_ratings(Mixture([open_preferences(data)], [1.0], seed=0), loss)
     scores = np.array(rated.scores)
     scores[rated.document_indices[:5]] = 1
     np.save(f"{copy}.scores.npy", scores)
     both = [open_preferences(copy), open_preferences(data)]
-    preflight.check_margins(Mixture(both, [1.0, 1.0], seed=0))
+    preflight.check_ratings(Mixture(both, [1.0, 1.0], seed=0), loss)
     said = capsys.readouterr().out
-    assert f"55 of 60 comparisons of {copy} have no ratings" in said
+    assert f"{flag}: 55 of 60 comparisons of {copy} have no ratings" in said
     assert f"60 of 60 comparisons of {data}" in said
 
 

@@ -1,0 +1,98 @@
+"""The loss of a pack against its definition in plain Python and torch, in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rmega.config import LossArgs
+from rmega.data.packing import pack
+from rmega.training.train import pair_loss
+from tests.tiny import random_comparisons
+
+
+def pairs_of(comparisons):
+    """(row of chosen, row of rejected, gap of ratings or None, gap of lengths), from the stored
+    comparisons alone."""
+    first = 0
+    for c in comparisons:
+        for i, better in enumerate(c.scores):
+            for j, worse in enumerate(c.scores):
+                if better > worse:
+                    gap = float(better) - float(worse) if c.graded else None
+                    yield first + i, first + j, gap, len(c.suffixes[i]) - len(c.suffixes[j])
+        first += len(c.suffixes)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize(
+    "args",
+    [
+        LossArgs(loss="ranking", penalty="none"),
+        LossArgs(loss="ranking", penalty="none", use_margin=True),
+        LossArgs(loss="ranking", penalty="none", scale_by_rating=True),
+        LossArgs(loss="ranking", penalty="none", length_penalty=0.03),
+        LossArgs(
+            loss="ranking",
+            penalty="center",
+            penalty_weight=0.1,
+            use_margin=True,
+            scale_by_rating=True,
+            length_penalty=0.03,
+            label_smoothing=0.1,
+        ),
+    ],
+    ids=["plain", "margin", "scaled", "length", "all"],
+)
+def test_the_loss_of_a_pack_is_its_definition(args, share_prefix):
+    comparisons = random_comparisons(12, seed=5)
+    batch = pack(comparisons, share_prefix=share_prefix)
+    rewards = torch.randn(len(batch.pooled), dtype=torch.float64, requires_grad=True)
+    total = torch.zeros((), dtype=torch.float64)
+    for c, r, gap, longer in pairs_of(comparisons):
+        x = rewards[c] - rewards[r] + args.length_penalty * longer
+        x = x - (gap or 0.0) * args.use_margin
+        e = args.label_smoothing
+        term = -(1 - e) * torch.log(torch.sigmoid(x)) - e * torch.log(torch.sigmoid(-x))
+        if args.penalty == "center":
+            term = term + args.penalty_weight * (rewards[c] + rewards[r]) ** 2
+        total = total + (gap if args.scale_by_rating and gap is not None else 1.0) * term
+    loss, count, _ = pair_loss(args, batch, rewards)
+    assert int(count) == len(list(pairs_of(comparisons)))
+    # ratings and lengths are exact in fp32, 0.03 times a length is not
+    torch.testing.assert_close(loss, total, rtol=1e-6, atol=0)
+    want, got = (torch.autograd.grad(x, rewards)[0] for x in (total, loss))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_a_length_penalty_makes_the_reward_explain_less_of_a_longer_answer():
+    """Two comparisons with equal rewards: the winner that is longer is pushed less than the one
+    that is shorter."""
+    long, short = random_comparisons(40, seed=6)[1:3]
+    for c in (long, short):
+        c.suffixes.sort(key=len, reverse=c is long)
+        assert len(c.suffixes[0]) != len(c.suffixes[1])
+    batch = pack([long, short])
+    rewards = torch.zeros(4, requires_grad=True)
+    grads = {}
+    for penalty in (0.0, 0.1):
+        args = LossArgs(loss="ranking", penalty="none", length_penalty=penalty)
+        (grads[penalty],) = torch.autograd.grad(pair_loss(args, batch, rewards)[0], rewards)
+    assert abs(grads[0.1][0]) < abs(grads[0.0][0]) and abs(grads[0.1][2]) > abs(grads[0.0][2])
+
+
+def test_a_scaled_pair_counts_as_many_pairs_as_its_gap():
+    """Scaled Bradley-Terry of whole gaps is the same loss on pairs that are repeated, penalty
+    included."""
+    comparisons = [c for c in random_comparisons(12, seed=7) if c.graded and len(c.scores) == 2]
+    for i, c in enumerate(comparisons):
+        c.scores[0] = c.scores[1] + 1 + i % 3
+    repeated = [c for i, c in enumerate(comparisons) for _ in range(1 + i % 3)]
+    rewards = torch.randn(2 * len(comparisons), dtype=torch.float64)
+    copies = torch.cat(
+        [rewards[2 * i : 2 * i + 2].repeat(1 + i % 3) for i in range(len(comparisons))]
+    )
+    scaled, count, _ = pair_loss(LossArgs(scale_by_rating=True), pack(comparisons), rewards)
+    plain, _, _ = pair_loss(LossArgs(), pack(repeated), copies)
+    torch.testing.assert_close(scaled, plain)
+    assert int(count) == len(comparisons)
