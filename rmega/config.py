@@ -23,6 +23,19 @@ def _alias(short: str) -> Any:
     return tyro.conf.arg(aliases=[f"--{short}"])
 
 
+_WORDS = {"on": True, "off": False}
+
+SWITCH: Any = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=(0, 1),
+    metavar="[on|off]",
+    instance_from_str=lambda words: _WORDS[words[0]] if words else True,
+    is_instance=lambda value: value is None or isinstance(value, bool),
+    str_from_instance=lambda value: [{None: "auto", True: "on", False: "off"}[value]],
+    choices=tuple(_WORDS),
+)
+"""For a bool whose default depends on what the run finds: ``--flag``, ``--flag off``, or None."""
+
+
 @dataclasses.dataclass(kw_only=True)
 class ModelArgs:
     """Model"""
@@ -189,8 +202,8 @@ class ParallelArgs:
     use_distributed_optimizer: bool = True
     """Cut optimizer state and update over the data-parallel ranks. Checkpoints go from any layout
     to any other with it; without it only between runs that also do without."""
-    overlap_grad_reduce: bool = False
-    """Reduce gradients during the backward pass."""
+    overlap_grad_reduce: Annotated[bool | None, SWITCH] = None
+    """Reduce gradients during the backward pass. Left out: on where GPUs have several replicas."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Recompute activations in the backward pass: nothing, attention, or whole layers."""
     distributed_timeout_minutes: float = 10.0
@@ -225,8 +238,8 @@ class CheckpointArgs:
     """Save and leave with exit code 75 after so many minutes, for a queue that starts the job
     again."""
     num_verification_comparisons: int = 16
-    """Comparisons kept with each checkpoint, which verify its exports: held-out ones, filled up
-    with ones of the training set where these are too few."""
+    """Comparisons kept with each checkpoint, with their rewards at that step, which verify its
+    exports: held-out ones, filled up with ones of the training set where these are too few."""
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -176,7 +176,8 @@ class RewardModel(MegatronModule):
         self.vp_stage = vp_stage
         self.prune_last_layer = prune_last_layer
         self.share_embeddings_and_output_weights = False  # there is no output embedding to share
-        self.speeds = inverse_frequencies(geometry)
+        # A buffer: moved to the device once, not copied there by every forward pass.
+        self.register_buffer("speeds", inverse_frequencies(geometry), persistent=False)
         if pre_process:
             tp = config.tensor_model_parallel_size
             self.embedding = LanguageModelEmbedding(

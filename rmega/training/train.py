@@ -41,6 +41,7 @@ from rmega.distributed import is_reporting_rank, sum_over_ranks
 from rmega.evaluation import results
 from rmega.evaluation.token_probes import View, probe_stored
 from rmega.megatron.fusion import fuse_weight_gradients, skip_single_rank_collectives
+from rmega.megatron.grad_norm import grad_norm
 from rmega.models.attention import active_kernel
 from rmega.models.geometry import Geometry
 from rmega.models.reward_model import RewardModel, transformer_config
@@ -189,9 +190,13 @@ def use_transformer_engine(config: TrainingConfig, device: torch.device) -> bool
 def wrap_model(chunks: list[RewardModel], config: TrainingConfig) -> list[DistributedDataParallel]:
     """Give each chunk megatron-core's gradient buffers and data-parallel reduction."""
     p = config.parallel
+    overlap = p.overlap_grad_reduce
+    if overlap is None:  # on a CPU a reduction takes the cores that compute
+        on_gpu = next(chunks[0].parameters()).is_cuda
+        overlap = on_gpu and parallel_state.get_data_parallel_world_size() > 1
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=p.overlap_grad_reduce,
+        overlap_grad_reduce=overlap,
         use_distributed_optimizer=p.use_distributed_optimizer,
     )
     wrapped = [
@@ -201,7 +206,7 @@ def wrap_model(chunks: list[RewardModel], config: TrainingConfig) -> list[Distri
     core = chunks[0].config
     core.finalize_model_grads_func = _finalize
     skip_single_rank_collectives(wrapped)
-    if p.overlap_grad_reduce:
+    if overlap:
         hooks = [chunk.no_sync for chunk in wrapped]
         core.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
     return wrapped
@@ -305,7 +310,9 @@ def pair_loss(args: LossArgs, batch: PackedBatch, rewards: torch.Tensor):
         label_smoothing=args.label_smoothing,
         barrier_clamp=args.barrier_clamp,
     )
-    return loss, torch.tensor(len(batch.chosen), dtype=torch.int, device=rewards.device), stats
+    # torch.tensor would copy from the host and wait for it.
+    count = torch.full((), len(batch.chosen), dtype=torch.int, device=rewards.device)
+    return loss, count, stats
 
 
 def _forward_train(args: LossArgs, iterator: Iterator[PackedBatch], model):
@@ -357,33 +364,43 @@ class StepReport:
     real_tokens: int
     num_microbatches: int
     padding: int
+    wishes: list[float] = dataclasses.field(default_factory=list)
+    """Sums over all ranks of the wishes to stop (``StopRequest.wishes``)."""
 
 
 def forward_backward(
-    wrapped: Sequence, packs: list[PackedBatch], args: LossArgs
-) -> dict[str, float]:
+    wrapped: Sequence,
+    packs: list[PackedBatch],
+    args: LossArgs,
+    wishes: Callable[[], list[float]] = list,
+) -> tuple[dict[str, float], list[float]]:
     """Gradients of the loss summed over a global batch's pairs into the buffers (reduced over
-    ranks); reported sums."""
+    ranks); reported sums, and the sums over all ranks of what ``wishes`` answers after the pass.
+
+    All of them come from the device in one synchronization.
+    """
     for chunk in wrapped:
         chunk.zero_grad_buffer()
     reports = run_schedule(wrapped, packs, partial(_forward_train, args), forward_only=False)
-    sums = torch.zeros(len(ops.STATS) + 4, dtype=torch.float64)
-    if parallel_state.get_tensor_model_parallel_rank() == 0:
-        if parallel_state.is_pipeline_last_stage():
-            sums[: len(ops.STATS)] = sum(report.detach().double().cpu() for report in reports)
-        if parallel_state.is_pipeline_first_stage():
-            sums[len(ops.STATS) :] = torch.tensor(
-                [
-                    sum(p.num_tokens for p in packs),
-                    sum(p.real_tokens for p in packs),
-                    sum(p.padding for p in packs),
-                    len(packs),
-                ],
-                dtype=torch.float64,
-            )
-    sums = sum_over_ranks(sums.to(packs[0].tokens.device))
+    device = packs[0].tokens.device
     names = (*ops.STATS, "num_tokens", "real_tokens", "padding", "num_microbatches")
-    return dict(zip(names, sums.tolist(), strict=True))
+    own = [0.0] * len(names)
+    first_rank = parallel_state.get_tensor_model_parallel_rank() == 0
+    if first_rank and parallel_state.is_pipeline_first_stage():
+        own[len(ops.STATS) :] = (
+            sum(p.num_tokens for p in packs),
+            sum(p.real_tokens for p in packs),
+            sum(p.padding for p in packs),
+            len(packs),
+        )
+    # From pinned memory, because a copy from elsewhere waits for the device.
+    sums = torch.tensor(
+        [*own, *wishes()], dtype=torch.float64, pin_memory=device.type == "cuda"
+    ).to(device, non_blocking=True)
+    if first_rank and parallel_state.is_pipeline_last_stage():
+        sums[: len(ops.STATS)] = sum(report.detach().double() for report in reports)
+    values = sum_over_ranks(sums).tolist()
+    return dict(zip(names, values, strict=False)), values[len(names) :]
 
 
 def optimizer_step(optimizer, count: float) -> tuple[bool, float | None]:
@@ -396,7 +413,7 @@ def optimizer_step(optimizer, count: float) -> tuple[bool, float | None]:
     """
     if optimizer.prepare_grads():
         return False, None
-    norm = float(optimizer.get_grad_norm()) / count
+    norm = grad_norm(optimizer) / count
     if not math.isfinite(norm):
         return False, norm
     clip = optimizer.config.clip_grad
@@ -417,11 +434,17 @@ def optimizer_step(optimizer, count: float) -> tuple[bool, float | None]:
 
 
 def train_step(
-    wrapped: Sequence, optimizer, packs: list[PackedBatch], args: LossArgs, num_samples: int
+    wrapped: Sequence,
+    optimizer,
+    packs: list[PackedBatch],
+    args: LossArgs,
+    num_samples: int,
+    wishes: Callable[[], list[float]] = list,
 ) -> StepReport:
-    """One optimizer step on this rank's packs of a global batch of ``num_samples`` comparisons."""
+    """One optimizer step on this rank's packs of a global batch of ``num_samples`` comparisons.
+    ``wishes`` is asked after the backward pass; its answers are summed over ranks on the way."""
     optimizer.zero_grad()
-    sums = forward_backward(wrapped, packs, args)
+    sums, wished = forward_backward(wrapped, packs, args, wishes)
     pairs = max(sums["num_pairs"], 1.0)
     loss = (sums["base_loss"] + sums["penalty"]) / pairs
     updated, norm = optimizer_step(optimizer, pairs) if math.isfinite(loss) else (False, math.nan)
@@ -438,6 +461,7 @@ def train_step(
         real_tokens=int(sums["real_tokens"]),
         num_microbatches=int(sums["num_microbatches"]),
         padding=int(sums["padding"]),
+        wishes=wished,
     )
 
 
