@@ -216,6 +216,12 @@ def recorded_reward_token(folder: Path) -> str | None:
     return "none" if labels == 1 else None
 
 
+def recorded_pad_token(folder: Path) -> int | None:
+    """The pad token in the config.json beside a tokenizer; None where it does not say."""
+    token = _read_json(folder / "config.json").get("pad_token_id")
+    return token if isinstance(token, int) and token >= 0 else None
+
+
 def recorded_vocab_size(folder: Path) -> int | None:
     """Rows of the embedding, as the config.json beside a tokenizer has it; None where it does not
     say."""

@@ -43,7 +43,7 @@ def fault_table() -> str:
     )
 
 
-def make_data(model: Path, folder: Path, count: int = 60) -> str:
+def make_data(model: Path, folder: Path, count: int = 60, *, max_length: int = 128) -> str:
     """The prefix of ``count`` comparisons, tokenized for ``model``."""
     from rmega.preferences.preprocess import PreprocessArgs, preprocess
 
@@ -53,7 +53,7 @@ def make_data(model: Path, folder: Path, count: int = 60) -> str:
             input=(str(folder / "rows.jsonl"),),
             tokenizer=str(model),
             output_prefix=str(folder / "rows"),
-            max_length=128,
+            max_length=max_length,
         )
     )
     return str(folder / "rows")

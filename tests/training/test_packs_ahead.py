@@ -38,7 +38,7 @@ def same(one, other) -> bool:
             "pooled",
             "chosen",
             "rejected",
-            "margin",
+            "length_gap",
             "documents",
         )
     )
