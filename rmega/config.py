@@ -412,15 +412,16 @@ class TrainingConfig:
             raise ValueError("--save-interval needs --save")
         self.lora.check()
         if self.lora.lora_rank:
-            for flag, value, default in (
-                ("--transformer-impl", self.model.transformer_impl, ("auto", "local")),
-                ("--fp8-format", self.model.fp8_format, ("none",)),
-            ):
-                if value not in default:
-                    raise ValueError(
-                        f"{flag} {value} does not go with --lora-rank: adapters are on"
-                        " Megatron-Core's own linear layers"
-                    )
+            m, needed = self.model, ""
+            if m.transformer_impl == "transformer_engine":
+                needed = "--transformer-impl transformer_engine"
+            elif m.fp8_format != "none":
+                needed = f"--fp8-format {m.fp8_format}"
+            if needed:
+                raise ValueError(
+                    f"{needed} does not go with --lora-rank: adapters are on Megatron-Core's own"
+                    " linear layers"
+                )
         if self.model.fp8_format != "none":
             given = f"--fp8-format {self.model.fp8_format}"
             if self.model.transformer_impl == "local":
