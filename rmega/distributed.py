@@ -88,8 +88,7 @@ def log(message: str = "") -> None:
 
 def quiet_engine() -> None:
     """Silence Megatron-Core's remarks on packages that are not installed; what is active is printed
-    by
-    the run itself."""
+    by the run itself."""
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     warnings.filterwarnings(
         "ignore", message=r".*(ffn_hidden_size|barrier\(\)|no_c10d|tensor_parallel.*deprecated).*"
@@ -231,5 +230,5 @@ def finish() -> None:
 
 
 # Programs import this module before those that import Megatron-Core.
-versions.check_importable()
 quiet_engine()
+versions.import_engine()

@@ -166,6 +166,18 @@ def test_what_is_right_passes() -> None:
 
 
 @pytest.mark.parametrize(
+    "words,value",
+    [([], None), (["--overlap-grad-reduce"], True)]
+    + [(["--overlap-grad-reduce", word], word == "on") for word in ("on", "off")],
+)
+def test_a_switch_whose_default_depends_on_the_run(words, value) -> None:
+    config = parse(*STEPS, *words, "--lr", "0.5")
+    assert config.parallel.overlap_grad_reduce is value and config.optimizer.lr == 0.5
+    back = TrainingConfig.from_dict(config.as_dict())
+    assert back.parallel.overlap_grad_reduce is value
+
+
+@pytest.mark.parametrize(
     "argv",
     [
         [],

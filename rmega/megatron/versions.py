@@ -1,4 +1,4 @@
-"""Tested releases of torch and Megatron-Core, and notes on newer ones.
+"""Tested releases of torch and Megatron-Core, notes on newer ones, and the import itself.
 
 The package's metadata has no upper bound, because pip would replace the torch of a container to
 meet it: a newer release runs, with a note.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
+import sys
 
 NEWEST_TESTED = {"torch": (2, 14), "megatron-core": (0, 19)}
 # From 0.17 on Megatron-Core looks for this package and fails at import where it is older.
@@ -50,3 +51,19 @@ def check_importable() -> None:
         f" {importlib.metadata.version('megatron-core')}, which does not start beside it: pip"
         f" uninstall {RESILIENCY}, or install {'.'.join(map(str, RESILIENCY_NEEDED))} or newer"
     )
+
+
+def import_engine() -> None:
+    """Import Megatron-Core without torch's compiler, the larger part of what it would import.
+
+    It decorates its fused activations with ``torch.compile``, and decorating is enough to import
+    the compiler. rmega calls none of them (it has kernels of its own); they stay as written.
+    """
+    check_importable()
+    if "megatron.core" in sys.modules:
+        return
+    from unittest import mock
+
+    with mock.patch("torch.compile", lambda f=None, **_: f or (lambda function: function)):
+        from megatron.core import jit
+    jit.disable_jit_fuser()  # for those of its modules that are imported later

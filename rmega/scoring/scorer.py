@@ -51,6 +51,7 @@ class TokenRules:
     chat_template: str | None = None
     max_length: int | None = None
     overlong: str = "left-prompt"
+    pad_token_id: int | None = None
 
     @classmethod
     def from_manifest(cls, manifest: dict[str, Any]) -> TokenRules:
@@ -61,6 +62,7 @@ class TokenRules:
             chat_template=manifest.get("chat_template"),
             max_length=manifest.get("max_length"),
             overlong=manifest.get("overlong") or "left-prompt",
+            pad_token_id=manifest.get("pad_token_id"),
         )
 
 
@@ -95,7 +97,7 @@ def load_scorer(
         checkpoint.load(found, wrapped=[model])
         rules = rules or TokenRules.from_manifest(info["manifest"])
         tokenizer = _tokenizer(found / "hf", rules, reward_token)
-        return Scorer(model, tokenizer, device, **options)
+        return Scorer(model, tokenizer, device, folder=found, **options)
     folder = resolve_model(str(path), flag=flag)
     geometry, config = read_geometry(folder)
     if not geometry.has_reward_head:
@@ -108,7 +110,8 @@ def load_scorer(
     recipe = folder / RECIPE
     if rules is None and recipe.is_file():
         rules = TokenRules.from_manifest(json.loads(recipe.read_text(encoding="utf-8")))
-    return Scorer(model, _tokenizer(folder, rules, reward_token), device, **options)
+    tokenizer = _tokenizer(folder, rules, reward_token)
+    return Scorer(model, tokenizer, device, folder=folder, **options)
 
 
 def _empty_model(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> RewardModel:
@@ -146,6 +149,7 @@ class Scorer:
         *,
         max_tokens: int = 8192,
         name: str = "",
+        folder: Path | None = None,
     ) -> None:
         self.model, self.tokenizer, self.device, self.max_tokens = (
             model,
@@ -153,7 +157,8 @@ class Scorer:
             device,
             max_tokens,
         )
-        self.name = name
+        self.name, self.folder = name, folder
+        """What was asked for, and the folder or checkpoint that was read."""
         self._cost = CostModel.of(model.geometry)
 
     # ---- text to tokens
@@ -187,6 +192,14 @@ class Scorer:
             detail = f"{token}, id {largest} of {size}"
             raise NotEncoded(Rejected("outside_vocabulary", detail))
         return ids
+
+    def complete(self, ids: Sequence[int]) -> list[int]:
+        """Ids that a client made, with the reward token at their end. ValueError for an id that the
+        model does not know."""
+        if (largest := max(ids)) >= self.model.geometry.vocab_size:
+            raise ValueError(f"id {largest} of {self.model.geometry.vocab_size}")
+        reward = self.tokenizer.reward_token_id if self.tokenizer else None
+        return list(ids) if reward in (None, ids[-1]) else [*ids, reward]
 
     # ---- tokens to rewards
 

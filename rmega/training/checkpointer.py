@@ -11,12 +11,14 @@ from typing import Any
 
 from rmega import distributed, ops
 from rmega.checkpointing import checkpoint, run_folder
+from rmega.data.indexed import StoredComparison
 from rmega.distributed import log
+from rmega.evaluation.token_probes import View
 from rmega.io import write_durably
 from rmega.training import disk, preflight
 from rmega.training.logs import TimeSpent
 from rmega.training.start import Model, Start
-from rmega.training.train import StepReport
+from rmega.training.train import StepReport, compute_rewards
 
 HF_FILES = (
     "tokenizer.json",
@@ -54,6 +56,7 @@ class Checkpointer:
         if start.found and preflight.resumes_in_place(start.config) and distributed.rank() == 0:
             if line := run_folder.set_aside_newer(self.run, model.state.iteration):
                 log(line)
+        self._kept = _verification_comparisons(start)
         keep_last = start.config.checkpoint.keep_last
         self._saver = checkpoint.Saver(self.run, model.optimizer, keep_last=keep_last)
         self._saver.reserve(**model.parts)
@@ -151,7 +154,10 @@ class Checkpointer:
             # the batch met.
             run = Path(self.run)
             folder = checkpoint.save(
-                run / "skipped", state=self.model.state, **self.model.parts, info=self._info()
+                run / "skipped",
+                state=self.model.state,
+                **self.model.parts,
+                info=self._info(with_rewards=False),  # nothing exports this one
             )
             content = {
                 "step": step,
@@ -185,8 +191,8 @@ class Checkpointer:
         ):
             log(line)
 
-    def _info(self) -> dict[str, Any]:
-        """What a checkpoint says of itself beside the tensors."""
+    def _info(self, *, with_rewards: bool = True) -> dict[str, Any]:
+        """What a checkpoint says of itself beside the tensors. Called by every rank."""
         s = self.start
         manifest = s.dataset.manifest
         return {
@@ -205,22 +211,39 @@ class Checkpointer:
             "best": self.best,
             "train_seconds": self.spent.whole,
             "ops": ops.active_implementation(s.device),
-            "verification": self._verification(),
+            "verification": self._verification(with_rewards),
         }
 
-    def _verification(self) -> list[dict[str, Any]]:
-        """Comparisons for verifying an export: held-out ones first; where they are too few, the
-        training set's do for comparing two computations."""
-        wanted = self.start.config.checkpoint.num_verification_comparisons
-        kept: list[dict[str, Any]] = []
-        for source in (*self.start.valid.values(), self.start.dataset):
-            for i in range(min(wanted - len(kept), len(source))):
-                stored = source.get(i)
-                kept.append(
-                    {
-                        "prefix": stored.prefix.tolist(),
-                        "suffixes": [s.tolist() for s in stored.suffixes],
-                        "held_out": source is not self.start.dataset,
-                    }
-                )
-        return kept
+    def _verification(self, with_rewards: bool) -> list[dict[str, Any]]:
+        """The comparisons for verifying an export, with the rewards that this layout computes for
+        them now. Called by every rank."""
+        # In fp8 a forward pass would update the scaling factors of the next step.
+        with_rewards &= self.start.config.model.fp8_format == "none"
+        rewards: list[float] = []
+        if with_rewards:
+            batcher = self.start.batcher.over(View([stored for stored, _ in self._kept]))
+            rewards = compute_rewards(self.model.wrapped, batcher, self.start.device).tolist()
+        entries: list[dict[str, Any]] = []
+        for stored, held_out in self._kept:
+            count = len(stored.suffixes)
+            own, rewards = rewards[:count], rewards[count:]
+            entries.append(
+                {
+                    "prefix": stored.prefix.tolist(),
+                    "suffixes": [s.tolist() for s in stored.suffixes],
+                    "held_out": held_out,
+                    **({"rewards": own} if with_rewards else {}),
+                }
+            )
+        return entries
+
+
+def _verification_comparisons(start: Start) -> list[tuple[StoredComparison, bool]]:
+    """Comparisons for verifying an export, and whether they are held out: held-out ones first;
+    where they are too few, the training set's do for comparing two computations."""
+    wanted = start.config.checkpoint.num_verification_comparisons
+    kept: list[tuple[StoredComparison, bool]] = []
+    for source in (*start.valid.values(), start.dataset):
+        count = min(wanted - len(kept), len(source))
+        kept += [(source.get(i), source is not start.dataset) for i in range(count)]
+    return kept

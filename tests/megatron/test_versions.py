@@ -103,3 +103,17 @@ def test_programs_name_it_before_megatron_core_is_imported(command: list[str], t
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: nvidia-resiliency-ext 0.4.1 is too old for megatron-core")
+
+
+def test_the_import_leaves_the_compiler_out() -> None:
+    """torch's compiler, most of the modules that Megatron-Core would bring along; who compiles in
+    the same process still can."""
+    program = (
+        "import sys, torch; before = torch.compile; import rmega.scoring.scorer, rmega.training.run"
+        "; assert torch.compile is before; from megatron.core.fusions import fused_bias_swiglu"
+        "; print([m for m in ('torch._dynamo', 'torch._inductor') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert done.stdout == "[]\n", done.stderr

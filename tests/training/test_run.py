@@ -67,15 +67,19 @@ def interrupted_evaluation(rank: int, world_size: int, argv: list[str], number: 
     """A run whose last rank gets SIGTERM in the middle of its evaluation ``number``."""
     import rmega.training.train as engine
 
-    original, evaluations = engine.run_schedule, []
+    original, evaluations, within = engine.run_schedule, [], []
     evaluate = engine.evaluate
 
     def counted(*args):
         evaluations.append(0)
-        return evaluate(*args)
+        within.append(True)
+        try:
+            return evaluate(*args)
+        finally:
+            within.pop()
 
     def run_schedule(*args, forward_only: bool):
-        if forward_only:
+        if forward_only and within:  # a checkpoint has rewards, too
             evaluations[-1] += 1
             if len(evaluations) == number and evaluations[-1] == 2 and rank == world_size - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
