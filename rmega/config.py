@@ -377,11 +377,11 @@ class TrainingConfig:
         if not 0 <= self.loss.label_smoothing < 0.5:
             raise ValueError(f"--label-smoothing {self.loss.label_smoothing}: must be in [0, 0.5)")
         if self.loss.loss == "plackett_luce":
-            for flag, given in (
-                ("--label-smoothing", self.loss.label_smoothing),
+            for flag, active in (
+                ("--label-smoothing", self.loss.label_smoothing > 0),
                 ("--scale-by-rating", self.loss.scale_by_rating),
             ):
-                if given:
+                if active:
                     raise ValueError(
                         f"{flag}: is defined for pairs, not for --loss plackett_luce, whose choices"
                         " are among several answers"
