@@ -65,7 +65,7 @@ class EvaluateArgs:
 
 def main(args: EvaluateArgs) -> None:
     from rmega.evaluation.files import FORMAT_VERSION
-    from rmega.evaluation.probes import pick, prompt_probe, swap_probe
+    from rmega.evaluation.probes import pick, probe_texts
     from rmega.evaluation.results import evaluate, to_json, worst_mistakes
     from rmega.evaluation.rows import read_eval_set, scored
     from rmega.evaluation.table import table_of
@@ -116,8 +116,7 @@ def main(args: EvaluateArgs) -> None:
         for label, own in items.items():
             probes: dict[str, Any] = {}
             if scorer is not None and args.probes > 0:
-                some, score = pick(own, args.probes), scorer.score_uncut
-                probes = {"swap": swap_probe(some, score), "prompt": prompt_probe(some, score)}
+                probes = probe_texts(pick(own, args.probes), scorer.score_uncut)
             results[label] = evaluate(own, length_unit=unit, probes=probes)
             say(f"\n{table_of(label, results[label])}")
     for label, data in zip(labels, sets, strict=True):
