@@ -12,6 +12,8 @@ from typing import Any
 
 from rmega import __version__
 from rmega.evaluation.files import eval_rows
+from rmega.hub import RECIPE
+from rmega.io import json_checksum
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
 
@@ -95,6 +97,12 @@ def make_recipe(
         "example": None,
         "files": {},
     }
+
+
+def write_recipe(folder: Path, recipe: dict[str, Any]) -> None:
+    """``reward_recipe.json`` with a checksum of everything else in it."""
+    rest = {key: value for key, value in recipe.items() if key != "checksum"}
+    write_json(folder / RECIPE, {**rest, "checksum": json_checksum(rest)})
 
 
 def write_json(path: Path, content: Any) -> None:

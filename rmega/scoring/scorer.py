@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,10 +23,17 @@ import torch
 
 from rmega import distributed, precision
 from rmega.checkpointing import checkpoint, run_folder
-from rmega.checkpointing.find import find
+from rmega.checkpointing.find import find, first_answer
 from rmega.data.balance import CostModel, balanced_bins
 from rmega.data.packing import pack
-from rmega.hub import RECIPE, has_tokenizer, recorded_reward_token, resolve_model
+from rmega.hub import (
+    RECIPE,
+    export_damage,
+    has_tokenizer,
+    read_recipe,
+    recorded_reward_token,
+    resolve_model,
+)
 from rmega.models.geometry import Geometry
 from rmega.models.hf import load_hf, read_geometry
 from rmega.models.reward_model import RewardModel, transformer_config
@@ -97,6 +103,8 @@ def load_scorer(
         tokenizer = _tokenizer(found / "hf", rules, reward_token)
         return Scorer(model, tokenizer, device, **options)
     folder = resolve_model(str(path), flag=flag)
+    if problem := first_answer(lambda share: export_damage(folder, share=share)):
+        raise ValueError(problem)
     geometry, config = read_geometry(folder)
     if not geometry.has_reward_head:
         raise ValueError(
@@ -105,9 +113,11 @@ def load_scorer(
         )
     model = _empty_model(geometry, chosen.dtype, device)
     load_hf(model, folder, geometry)
-    recipe = folder / RECIPE
-    if rules is None and recipe.is_file():
-        rules = TokenRules.from_manifest(json.loads(recipe.read_text(encoding="utf-8")))
+    recipe = read_recipe(folder)
+    if rules is None and recipe is not None:
+        if "reward_token_id" not in recipe:
+            raise ValueError(f"{folder / RECIPE}: has no reward_token_id")
+        rules = TokenRules.from_manifest(recipe)
     return Scorer(model, _tokenizer(folder, rules, reward_token), device, **options)
 
 
@@ -174,7 +184,7 @@ class Scorer:
         there is nothing to score. ``max_length`` stands in for the training's limit of tokens.
         """
         if self.tokenizer is None:
-            raise ValueError("the model's folder has no tokenizer, so only token ids can be scored")
+            raise ValueError(f"{self.name}: no tokenizer in it, so only token ids can be scored")
         if isinstance(conversation, str):
             ids = self.tokenizer.encode_text(conversation, notes=notes, max_length=max_length)
         else:

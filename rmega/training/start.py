@@ -11,11 +11,12 @@ import torch
 
 from rmega import distributed, precision
 from rmega.checkpointing import checkpoint, run_folder
+from rmega.checkpointing.find import first_answer
 from rmega.config import MIN_COMPARISONS, TrainingConfig
 from rmega.data.batching import Batcher, Mixture
 from rmega.data.indexed import PreferenceDataset, open_preferences, split_label
 from rmega.distributed import log
-from rmega.hub import resolve_model
+from rmega.hub import export_damage, resolve_model
 from rmega.io import write_durably
 from rmega.models.geometry import Geometry
 from rmega.models.hf import load_hf, read_geometry
@@ -85,6 +86,8 @@ def join(config: TrainingConfig) -> Base:
         seed=config.train.seed,
         timeout_minutes=p.distributed_timeout_minutes,
     )
+    if problem := first_answer(lambda share: export_damage(folder, share=share)):
+        raise ValueError(f"--hf-model {problem}")
     return Base(folder=folder, geometry=geometry, hf_config=hf_config, device=device)
 
 
