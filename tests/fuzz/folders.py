@@ -114,6 +114,7 @@ def rewards_of(path: Path, *, has_tokenizer: bool = True) -> Result:
         rewards += scorer.score_sequences(ids)
         assert scorer.tokenizer is not None
         messages += scorer.tokenizer.messages
+    messages = [line.replace(str(path), "") for line in messages]  # every copy has another
     return Result(digest.hexdigest(), rewards, ids, messages)
 
 
