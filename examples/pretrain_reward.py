@@ -25,6 +25,7 @@ def train(config: TrainingConfig) -> int:
     from rmega.training.evaluator import Evaluator
     from rmega.training.logger import Logger
     from rmega.training.logs import MetricsLog, TimeSpent
+    from rmega.training.packs_ahead import PacksAhead
     from rmega.training.stopping import EXIT_REQUEUE, StopRequest
 
     base = start.join(config)
@@ -46,18 +47,18 @@ def train(config: TrainingConfig) -> int:
             reason = evaluator.evaluate()  # also what a signal kept the process before from
             checkpoints.save_best_of_another_run()
         logger = Logger(run, metrics, spent)
+        ahead = PacksAhead(run.batcher, run.device)
         while state.iteration < run.steps and not reason:
-            documents = run.batcher.documents(state.consumed)
-            packs = [pack.to(run.device) for pack in run.batcher.packs(documents)]
+            documents, packs = ahead.take(state.consumed)
             data_time, lr = logger.clock.lap(), model.lr
             report = compute.train_step(
-                model.wrapped, model.optimizer, packs, config.loss, len(documents)
+                model.wrapped, model.optimizer, packs, config.loss, len(documents), stop.wishes
             )
             model.advance(len(documents))
             if not logger.step(state.iteration, report, documents, data_time):
                 checkpoints.give_up(report, documents)
             if state.iteration < run.steps:
-                reason = stop.agreed(run.device)
+                reason = stop.reason(report.wishes)
             if reason or logger.is_due(state.iteration):
                 logger.flush(state.iteration, lr)
             if state.iteration == run.steps or reason:
@@ -69,6 +70,7 @@ def train(config: TrainingConfig) -> int:
             else:
                 checkpoints.poll()
             logger.clock.lap()
+        ahead.close()
         logger.close()
 
         if not reason:

@@ -43,7 +43,7 @@ def fault_table() -> str:
     )
 
 
-def make_data(model: Path, folder: Path, count: int = 60) -> str:
+def make_data(model: Path, folder: Path, count: int = 60, *, max_length: int = 128) -> str:
     """The prefix of ``count`` comparisons, tokenized for ``model``."""
     from rmega.preferences.preprocess import PreprocessArgs, preprocess
 
@@ -53,7 +53,7 @@ def make_data(model: Path, folder: Path, count: int = 60) -> str:
             input=(str(folder / "rows.jsonl"),),
             tokenizer=str(model),
             output_prefix=str(folder / "rows"),
-            max_length=128,
+            max_length=max_length,
         )
     )
     return str(folder / "rows")
@@ -90,8 +90,8 @@ def train(
 ) -> int:
     """Run examples/pretrain_reward.py in this process; its exit code.
 
-    ``events[step] = (what, on_rank)`` happens on that rank after the step: a signal's name, or
-    "die".
+    ``events[step] = (what, on_rank)`` happens on that rank in the step, if it is a signal's name,
+    or after it: "die".
     """
     import rmega.training.train as engine
     from examples import pretrain_reward
@@ -100,12 +100,13 @@ def train(
     original, done = engine.train_step, itertools.count(1)
 
     def train_step(*args, **kwargs):
-        report = original(*args, **kwargs)
         what, on_rank = (events or {}).get(next(done), ("", -1))
-        if what and on_rank == rank:
-            if what == "die":
-                os._exit(9)
+        here = on_rank == rank
+        if here and what.startswith("SIG"):
             os.kill(os.getpid(), getattr(signal, what))
+        report = original(*args, **kwargs)
+        if here and what == "die":
+            os._exit(9)
         return report
 
     engine.train_step = train_step

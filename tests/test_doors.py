@@ -197,7 +197,8 @@ def ask(model: Scorer, path: str, body: dict) -> dict:
     """The server's answer, without a network."""
     pytest.importorskip("fastapi", reason="the extra serve is not installed")
     from rmega.scoring.queue import ScoringQueue
-    from rmega.scoring.server import Limits, RewardService, make_app
+    from rmega.scoring.server import make_app
+    from rmega.scoring.service import Limits, RewardService
 
     queue = ScoringQueue(lambda: model, max_tokens=8192, wait=0.0)
     service = RewardService(queue, Limits(), model="m")
@@ -305,6 +306,7 @@ def test_every_door_gives_the_same(
                 assert model.encode(text + reward_text) == own
             if text.startswith("<s>"):
                 assert model.encode("<s>" + text) == own
+                assert model.encode(text.removeprefix("<s>")) == own
         prompt = tokenizer.tokenizer.apply_chat_template(
             CONVERSATIONS[0][:1],
             chat_template=tokenizer.template,
@@ -316,6 +318,10 @@ def test_every_door_gives_the_same(
                 model.encode(prompt)
         close(ask(model, "/score", {"conversations": CONVERSATIONS})["rewards"], rewards)
         close(ask(model, "/get_reward", {"query": texts})["rewards"], rewards)
+        bare = [i[: len(i) - (not foreign)] for i in ids]  # without the reward token
+        for given in (texts, ids, bare):
+            answer = ask(model, "/classify", {"input": given, "use_activation": False})
+            close([row["probs"][0] for row in answer["data"]], rewards)
         at_day(monkeypatch, "2026-12-25")  # a client's clock goes on
         again = Plain(folder, TEMPLATES[name] or tokenizer.template, tokenizer.reward_token_id)
         texts = [again.text(escaped(tokenizer, c)) for c in CONVERSATIONS]

@@ -42,11 +42,10 @@ def tiny_llama(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=groups,
-        max_position_embeddings=512,
         pad_token_id=0,
         num_labels=1,
         rms_norm_eps=1e-5,
-        **{**own.get(family, {}), **config},
+        **{"max_position_embeddings": 512, **own.get(family, {}), **config},
     )
     kind = AutoModelForSequenceClassification if reward_head else AutoModelForCausalLM
     model = kind.from_config(c)

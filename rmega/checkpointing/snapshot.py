@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,22 @@ from rmega.distributed import new_gloo_group
 from rmega.io import fingerprint
 
 KEYS = ("param", "exp_avg", "exp_avg_sq")
+ALIGN = 64
+"""Bytes of which a buffer's address is a multiple."""
+
+
+def host_memory(nbytes: int, *, pinned: bool) -> torch.Tensor:
+    """uint8 [nbytes] on the CPU; ``pinned``: GPUs copy into it while training continues.
+
+    CUDA pins memory that torch has allocated, because torch's own pinned allocator rounds up to
+    powers of two: up to twice the host memory of a checkpoint.
+    """
+    memory = torch.empty(nbytes, dtype=torch.uint8)
+    if pinned and nbytes:
+        code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0))
+        if code:
+            raise RuntimeError(f"cudaHostRegister of {nbytes:,} bytes: CUDA error {code}")
+    return memory
 
 
 class _Pieces(dict):
@@ -75,7 +92,7 @@ class Gatherer:
         # Buffers are kept from one checkpoint to the next. Shapes: n elements of a parameter, s of
         # this rank's shard of a bucket; a row for each of KEYS.
         self._whole: dict[tuple, torch.Tensor] = {}  # (part, buffer, bucket, start) -> [3, n]
-        self._own: dict[tuple, torch.Tensor] = {}  # (part, buffer, bucket) -> [3, s]
+        self._own: dict[tuple, torch.Tensor] = {}  # (part, buffer, bucket) -> [3, s], pinned
         self._jobs: list[tuple] = []  # (ranks, own, [(whole, its place in the bucket)])
         self.pending: set[int] = set()  # storages that ``gather`` fills: not to be copied before
 
@@ -118,18 +135,24 @@ class Gatherer:
         the first rank."""
         length = bucket.grad_data.numel() // len(ranks)
         if name not in self._own:
-            self._own[name] = torch.zeros(len(KEYS), length)
+            memory = host_memory(4 * len(KEYS) * length, pinned=bucket.grad_data.is_cuda)
+            self._own[name] = memory.view(torch.float32).view(len(KEYS), length).zero_()
         own = self._own[name]
         # A shard begins and ends anywhere inside parameters: ``place`` is this rank's range of one.
         for parameter, place in ranges["param_map"].items():
             tensors = part._get_main_param_and_optimizer_states(parameter)
             local = place["gbuf_local"]
             for row, key in enumerate(KEYS):
-                own[row, local.start : local.end].copy_(tensors[key].detach().view(-1))
+                # Waited for at the end of ``SnapshotWriter.prepare_write_data``.
+                own[row, local.start : local.end].copy_(
+                    tensors[key].detach().view(-1), non_blocking=True
+                )
         targets = []
         for parameter in bucket.params_list:
             start, end, _ = buffer.param_index_map[parameter]
-            whole = self._whole.setdefault((*name, start), torch.empty(len(KEYS), end - start))
+            if (*name, start) not in self._whole:
+                self._whole[(*name, start)] = torch.empty(len(KEYS), end - start)
+            whole = self._whole[(*name, start)]
             for row, key in enumerate(KEYS):
                 pieces[key][start] = whole[row]  # [n], filled later by the thread
             self.pending.add(whole.untyped_storage().data_ptr())
@@ -178,27 +201,43 @@ class SnapshotWriter(FileSystemWriterAsync):
         """Called by Megatron-Core's planning, on the training thread: what takes time here is what
         training waits for."""
         self.name = f"{plan.storage_data.prefix}0.distcp"
-        copies: dict[tuple, torch.Tensor] = {}
-        for item in plan.items:
-            data = planner.resolve_data(item)
+        keys: dict[tuple, tuple] = {}  # of what is copied -> of its buffer
+        tensors: dict[tuple, torch.Tensor] = {}
+        resolved = [(item, planner.resolve_data(item)) for item in plan.items]
+        sources: list[tuple | None] = []
+        for item, data in resolved:
+            source = None
             if (
                 isinstance(data, torch.Tensor)
                 and data.untyped_storage().data_ptr() not in self.gatherer.pending
             ):
                 # In fp32 the optimizer's main parameters are the model's own: one copy serves both.
                 source = (data.data_ptr(), data.dtype, tuple(data.shape), data.stride())
-                if source not in copies:
-                    copies[source] = self._copy(item.index, data.detach())
-                data = copies[source]
-            self.items.append((item, data))
+                if source not in keys:
+                    offset = tuple(item.index.offset or ())
+                    keys[source] = (item.index.fqn, offset, tuple(data.shape), data.dtype)
+                    tensors[keys[source]] = data.detach()
+            sources.append(source)
+        self._allocate({key: x for key, x in tensors.items() if key not in self.buffers})
+        for key, data in tensors.items():
+            self.buffers[key].copy_(data, non_blocking=True)
+        for (item, data), source in zip(resolved, sources, strict=True):
+            self.items.append((item, data if source is None else self.buffers[keys[source]]))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    def _copy(self, index, data: torch.Tensor) -> torch.Tensor:
-        key = (index.fqn, tuple(index.offset or ()), tuple(data.shape), data.dtype)
-        if key not in self.buffers:
-            self.buffers[key] = torch.empty(data.shape, dtype=data.dtype, pin_memory=data.is_cuda)
-        return self.buffers[key].copy_(data, non_blocking=True)
+    def _allocate(self, tensors: dict[tuple, torch.Tensor]) -> None:
+        """Buffers for copies of these tensors: views of one allocation, which is pinned if they are
+        on a GPU. In a run all of them are made by ``Saver.reserve``."""
+        ends = list(
+            accumulate((-(-x.nbytes // ALIGN) * ALIGN for x in tensors.values()), initial=0)
+        )
+        slab = host_memory(ends[-1], pinned=any(x.is_cuda for x in tensors.values())).numpy()
+        for (key, x), start in zip(tensors.items(), ends, strict=False):
+            # Through numpy, so that each has a storage of its own: torch.save writes a view's whole
+            # storage.
+            part = torch.from_numpy(slab[start : start + x.nbytes])
+            self.buffers[key] = part.view(x.dtype).view(x.shape)
 
     def write(self) -> None:
         """Write and flush this rank's file, and take its checksum. Raises OSError or torch's

@@ -4,7 +4,10 @@
     curl -s localhost:5000/score -d '{"conversations": [[
         {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]]}'
 
-In OpenRLHF: --reward.remote_url http://127.0.0.1:5000/get_reward. Needs pip install 'rmega[serve]'.
+In OpenRLHF: --reward.remote_url http://127.0.0.1:5000/get_reward. Clients of vLLM's /classify and
+/pooling can be pointed here, too; /docs is a page of all endpoints. Needs pip install
+'rmega[serve]'. Several GPUs: one process each (CUDA_VISIBLE_DEVICES, --port) behind a balancer that
+asks /health.
 After SIGTERM or Ctrl-C the accepted requests have --stop-seconds to finish; the exit code is 0.
 """
 
@@ -23,7 +26,8 @@ from rmega.cli import parse_args, run_tool
 
 @dataclass(kw_only=True)
 class ServeArgs:
-    """Serve a reward model over HTTP: POST /get_reward, POST /score, GET /health, GET /info."""
+    """Serve a reward model over HTTP: POST /score, /get_reward (OpenRLHF), /classify and /pooling
+    (vLLM); GET /health, /info, /metrics (Prometheus), /docs."""
 
     model: str
     """Hugging Face folder or hub name of a reward model, folder of a run, or one of its
@@ -47,8 +51,12 @@ class ServeArgs:
     """How long the first request of a batch waits for others."""
     max_length: int | None = None
     """Most tokens of a conversation. Default: as in training, else the model's positions."""
-    overlong: Literal["refuse", "cut"] = "refuse"
-    """What happens to longer ones: 422, or cut as in training and reported."""
+    overlong: Literal["cut", "refuse"] = "cut"
+    """What happens to longer ones: cut as in training (left-prompt where the training dropped
+    them), which the answer reports, or 422."""
+    normalize: bool = False
+    """Answer (r - mean) / std, by mean and standard deviation of the rewards of the training's
+    first held-out set."""
     max_conversations: int = 1024
     """Most conversations in a request (422)."""
     max_body_mb: float = 32.0
@@ -90,6 +98,7 @@ def main(args: ServeArgs) -> None:
     key = api_key(args.api_key_file)
     try:
         import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
         import uvicorn
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed (pip install 'rmega[serve]')") from None
@@ -100,7 +109,8 @@ def main(args: ServeArgs) -> None:
         allowed_connections,
     )
     from rmega.scoring.queue import ScoringQueue
-    from rmega.scoring.server import Limits, RewardService, listen, make_app, run
+    from rmega.scoring.server import listen, make_app, run
+    from rmega.scoring.service import Limits, RewardService
 
     pool = ConnectionPool(allowed_connections(args.max_connections), args.header_seconds)
     sockets = [listen(args.host, args.port)]  # a port in use is said before the model is read
@@ -124,6 +134,15 @@ def main(args: ServeArgs) -> None:
         for message in scorer.tokenizer.messages:
             print(message, file=sys.stderr)
         print(scorer.tokenizer.reading, file=sys.stderr)
+        if limits.cut and (policy := scorer.tokenizer.overlong) in ("drop", "error"):
+            print(
+                f"trained with --overlong {policy}: longer conversations are cut as by left-prompt"
+                " (--overlong refuse answers 422)",
+                file=sys.stderr,
+            )
+            scorer.tokenizer.overlong = "left-prompt"
+        if args.normalize:
+            service.normalize = mean_and_std(args.model, scorer.folder)
         info = scorer.describe()
         print(
             f"serving {args.model} ({info['family']}, {info['dtype']} on {info['device']}) at"
@@ -159,6 +178,26 @@ def main(args: ServeArgs) -> None:
     )
     if not finished:  # threads that read the model or score are not waited for
         os._exit(0)
+
+
+def mean_and_std(model: str, folder: Path) -> tuple[float, float]:
+    """Of the rewards of the first held-out set, as the export or run that was read records them.
+    ValueError where it does not."""
+    from rmega.export.folder import rewards_of_model
+
+    rewards = rewards_of_model(folder)
+    if rewards is None or not rewards["std"]:
+        raise ValueError(
+            f"--normalize: {model} records no spread of held-out rewards (a training with"
+            " --valid-data-path does)"
+        )
+    mean, std, step = (rewards[name] for name in ("mean", "std", "step"))
+    print(
+        f"rewards are normalized: mean {mean:.6g}, standard deviation {std:.6g} of"
+        f" {rewards['set']} at step {step:,}",
+        file=sys.stderr,
+    )
+    return mean, std
 
 
 def api_key(path: str | None) -> str | None:

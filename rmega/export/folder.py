@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rmega import __version__
+from rmega.checkpointing.run_folder import INFO, read_info
 from rmega.evaluation.files import eval_rows
-from rmega.hub import RECIPE
+from rmega.hub import RECIPE, read_recipe
 from rmega.io import json_checksum
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
@@ -56,6 +57,27 @@ def evaluations(run: Path, iteration: int) -> list[dict[str, Any]]:
     return [row for i, row in enumerate(rows) if row not in rows[:i]]
 
 
+def held_out_rewards(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Mean and standard deviation of all rewards of the first held-out set at its last evaluation:
+    {"mean", "std", "set", "step"}; None where no evaluation says so. ``rows`` are `evaluations`."""
+    first = [row for row in rows if row.get("name") == rows[0].get("name")]
+    known = [row for row in first if row.get("reward_std") is not None]
+    if not known:
+        return None
+    row = known[-1]
+    values = {"mean": row["reward_mean"], "std": row["reward_std"]}
+    return {**values, "set": row.get("name"), "step": row.get("step")}
+
+
+def rewards_of_model(folder: Path) -> dict[str, Any] | None:
+    """`held_out_rewards` of an export, or of a checkpoint in its run."""
+    if (recipe := read_recipe(folder)) is not None:
+        return held_out_rewards(recipe.get("evaluation") or [])
+    if not (folder / INFO).is_file():
+        return None
+    return held_out_rewards(evaluations(folder.parent, read_info(folder)["iteration"]))
+
+
 def max_model_len(geometry: Geometry, max_length: int | None) -> int:
     """Tokens that a serving engine should admit: those of the training, where the engine takes so
     many. Engines multiply the positions of linearly scaled rotary embeddings by their factor."""
@@ -83,6 +105,7 @@ def make_recipe(
         "reward_token_id": info["reward_token_id"],
         "reward_token": None,
         "template_writes_reward_token": False,
+        "template_ends_with_pad_token": False,
         "pad_token_id": info["pad_token_id"],
         "pad_token": None,
         "template_hash": manifest.get("template_hash"),
@@ -92,7 +115,8 @@ def make_recipe(
         "overlong": manifest.get("overlong"),
         "data": {key: value for key, value in manifest.items() if key != "chat_template"},
         "config": info.get("config"),
-        "evaluation": evaluations(checkpoint.parent, info["iteration"]),
+        "evaluation": (rows := evaluations(checkpoint.parent, info["iteration"])),
+        "held_out_rewards": held_out_rewards(rows),
         "verification": None,
         "example": None,
         "files": {},

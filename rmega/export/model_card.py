@@ -63,6 +63,7 @@ the number by itself has no unit.
 | trained for | {recipe["iteration"]} steps, {_count(recipe.get("comparisons_seen"))} comparisons |
 | reward token | {recipe["reward_token_id"]} {_code(recipe.get("reward_token"))} |
 | pad token | {recipe["pad_token_id"]} {_code(recipe.get("pad_token"))} |
+| rewards of held-out responses | {_spread(recipe.get("held_out_rewards"))} |
 
 ## Verification
 
@@ -161,6 +162,12 @@ def _is_hub_name(name: str | None) -> bool:
     except HFValidationError:
         return False
     return "/" in name and not Path(name).exists()
+
+
+def _spread(rewards: dict[str, Any] | None) -> str:
+    if rewards is None:
+        return "not recorded"
+    return f"mean {rewards['mean']:.4f}, standard deviation {rewards['std']:.4f} ({rewards['set']})"
 
 
 def _count(number: Any) -> str:

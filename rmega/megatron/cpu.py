@@ -26,8 +26,6 @@ CPU = torch.device("cpu")
 HALF = (torch.bfloat16, torch.float16)
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.h of glibc
 
-NORM_ROW = 4096  # values whose squares are added up in one go
-
 # Functions of torch that take a device; Megatron-Core passes "cuda" to them.
 FACTORIES = (
     "arange",
@@ -107,20 +105,6 @@ class _Stream:
         pass
 
 
-def _norm(tensor: torch.Tensor, *args, **kwargs):
-    """``torch.norm``, which on a CPU adds up fp32 values so that the norm of 28 million of them
-    (the gradient of an embedding) is off by 1e-3: more than layouts may differ by, and clipping
-    scales with it. Row by row it is not.
-    """
-    if args or kwargs or tensor.dtype is not torch.float32 or tensor.numel() <= NORM_ROW:
-        return torch.norm(tensor, *args, **kwargs)
-    flat = tensor.reshape(-1)
-    end = flat.numel() // NORM_ROW * NORM_ROW
-    return torch.norm(
-        torch.cat([torch.norm(flat[:end].view(-1, NORM_ROW), dim=1), torch.norm(flat[end:])[None]])
-    )
-
-
 def _cpu_torch() -> types.ModuleType:
     cuda = _namespace(
         torch.cuda,
@@ -138,7 +122,7 @@ def _cpu_torch() -> types.ModuleType:
         synchronize=lambda *a: None,
     )
     return _namespace(
-        torch, cuda=cuda, norm=_norm, **{name: _on_cpu(getattr(torch, name)) for name in FACTORIES}
+        torch, cuda=cuda, **{name: _on_cpu(getattr(torch, name)) for name in FACTORIES}
     )
 
 

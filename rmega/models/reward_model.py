@@ -176,7 +176,8 @@ class RewardModel(MegatronModule):
         self.vp_stage = vp_stage
         self.prune_last_layer = prune_last_layer
         self.share_embeddings_and_output_weights = False  # there is no output embedding to share
-        self.speeds = inverse_frequencies(geometry)
+        # A buffer: moved to the device once, not copied there by every forward pass.
+        self.register_buffer("speeds", inverse_frequencies(geometry), persistent=False)
         if pre_process:
             tp = config.tensor_model_parallel_size
             self.embedding = LanguageModelEmbedding(
@@ -234,6 +235,10 @@ class RewardModel(MegatronModule):
             sin=sin,
         )
         hidden = self.embedding(batch.tokens, batch.position_ids) if self.pre_process else None
+        if hidden is not None and self.config.recompute_granularity == "full":
+            # A recomputed layer has gradients only where its input wants one, and the output of a
+            # frozen embedding does not.
+            hidden.requires_grad_(torch.is_grad_enabled())
         # [t(/tp), 1, h], on the last stage [n, 1, h] where its last layer is pruned
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=pack)
         if not self.post_process:

@@ -40,9 +40,9 @@ def inverse_frequencies(geometry: Geometry) -> torch.Tensor:
 def rotary_tables(
     position_ids: torch.Tensor, speeds: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [t, d/2] in ``dtype`` for ``position_ids`` [1, t]; angles in fp32 as transformers
-    computes them."""
-    angles = position_ids[0].float()[:, None] * speeds.to(position_ids.device)[None, :]
+    """cos and sin [t, d/2] in ``dtype`` for ``position_ids`` [1, t] and ``speeds`` [d/2] on one
+    device; angles in fp32 as transformers computes them."""
+    angles = position_ids[0].float()[:, None] * speeds[None, :]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

@@ -16,6 +16,7 @@ from rmega.preferences.comparison import Message, assistant, user
 
 PADDING = "padding left out of the text"
 DOUBLED = "a second beginning-of-text token left out"
+NO_BEGINNING = "the beginning-of-text token put back"
 DATED = "the date in the text replaced by that of the training"
 OPEN_END = "the text does not end as the chat template ends a turn"
 _ANY_DATE = r"[\w ,./:-]{4,40}?"
@@ -64,7 +65,7 @@ class RenderedText:
             if frame.start and len(text) - len(bare) > len(own):
                 text = own + bare
                 notes.append(DOUBLED)
-        text = self._with_end(self._with_date(text, notes), notes)
+        text = self._without_stripping(text, notes)
         prompt = frame.generation_prompt.rstrip()
         if prompt and text.rstrip().endswith(prompt):
             raise ValueError(
@@ -72,6 +73,17 @@ class RenderedText:
                 " conversations with add_generation_prompt=False)"
             )
         return text
+
+    def _without_stripping(self, text: str, notes: list[str]) -> str:
+        """The text with the template's own date, end and beginning-of-text token."""
+        bos = self._bos or ""
+        if bos and self.frame.start.startswith(bos) and not text.startswith(bos):
+            changes: list[str] = []  # clients such as verl's strip the token
+            whole = self._with_end(self._with_date(bos + text, changes), changes)
+            if self.conversations(whole):
+                notes += [NO_BEGINNING, *changes]
+                return whole
+        return self._with_end(self._with_date(text, notes), notes)
 
     def _without_padding(self, text: str, notes: list[str]) -> str:
         """Padding tokens at both ends go, but for one that the template ends with."""

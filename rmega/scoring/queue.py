@@ -56,6 +56,8 @@ class ScoringQueue:
     def __init__(self, load: Callable[[], Any], *, max_tokens: int, wait: float) -> None:
         self._load, self._max_tokens, self._wait = load, max_tokens, wait
         self._on_failure: Callable[[], None] | None = None
+        self.on_batch: Callable[[int, int, float], None] | None = None
+        """Called in the scoring thread with (sequences, tokens, seconds) of each batch."""
         self._waiting: deque[tuple[Job, int, Sequence[int]]] = deque()
         self._change = threading.Condition()
         self._batch: list[tuple[Job, int, Sequence[int]]] = []
@@ -164,16 +166,17 @@ class ScoringQueue:
         start = time.monotonic()
         try:
             rewards = self._scorer.score_sequences([s for _, _, s in batch])
-        except (
-            Exception
-        ) as error:  # out of memory, for example: these requests fail, the server continues
+        except Exception as error:  # such as out of memory: these requests fail, no others
             for job in {id(job): job for job, _, _ in batch}.values():
                 job.fail(error)
             return
-        self.busy_seconds += time.monotonic() - start
+        seconds, tokens = time.monotonic() - start, sum(len(s) for _, _, s in batch)
+        self.busy_seconds += seconds
         self.num_batches += 1
         self.num_scored += len(batch)
-        self.num_tokens += sum(len(s) for _, _, s in batch)
+        self.num_tokens += tokens
+        if self.on_batch:
+            self.on_batch(len(batch), tokens, seconds)
         for (job, index, _), reward in zip(batch, rewards, strict=True):
             if math.isfinite(reward):
                 job.put(index, reward)

@@ -57,6 +57,7 @@ class TokenRules:
     chat_template: str | None = None
     max_length: int | None = None
     overlong: str = "left-prompt"
+    pad_token_id: int | None = None
 
     @classmethod
     def from_manifest(cls, manifest: dict[str, Any]) -> TokenRules:
@@ -67,6 +68,7 @@ class TokenRules:
             chat_template=manifest.get("chat_template"),
             max_length=manifest.get("max_length"),
             overlong=manifest.get("overlong") or "left-prompt",
+            pad_token_id=manifest.get("pad_token_id"),
         )
 
 
@@ -101,7 +103,7 @@ def load_scorer(
         checkpoint.load(found, wrapped=[model])
         rules = rules or TokenRules.from_manifest(info["manifest"])
         tokenizer = _tokenizer(found / "hf", rules, reward_token)
-        return Scorer(model, tokenizer, device, **options)
+        return Scorer(model, tokenizer, device, folder=found, **options)
     folder = resolve_model(str(path), flag=flag)
     if problem := first_answer(lambda share: export_damage(folder, share=share)):
         raise ValueError(problem)
@@ -118,7 +120,8 @@ def load_scorer(
         if "reward_token_id" not in recipe:
             raise ValueError(f"{folder / RECIPE}: has no reward_token_id")
         rules = TokenRules.from_manifest(recipe)
-    return Scorer(model, _tokenizer(folder, rules, reward_token), device, **options)
+    tokenizer = _tokenizer(folder, rules, reward_token)
+    return Scorer(model, tokenizer, device, folder=folder, **options)
 
 
 def _empty_model(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> RewardModel:
@@ -156,6 +159,7 @@ class Scorer:
         *,
         max_tokens: int = 8192,
         name: str = "",
+        folder: Path | None = None,
     ) -> None:
         self.model, self.tokenizer, self.device, self.max_tokens = (
             model,
@@ -163,7 +167,8 @@ class Scorer:
             device,
             max_tokens,
         )
-        self.name = name
+        self.name, self.folder = name, folder
+        """What was asked for, and the folder or checkpoint that was read."""
         self._cost = CostModel.of(model.geometry)
 
     # ---- text to tokens
@@ -197,6 +202,14 @@ class Scorer:
             detail = f"{token}, id {largest} of {size}"
             raise NotEncoded(Rejected("outside_vocabulary", detail))
         return ids
+
+    def complete(self, ids: Sequence[int]) -> list[int]:
+        """Ids that a client made, with the reward token at their end. ValueError for an id that the
+        model does not know."""
+        if (largest := max(ids)) >= self.model.geometry.vocab_size:
+            raise ValueError(f"id {largest} of {self.model.geometry.vocab_size}")
+        reward = self.tokenizer.reward_token_id if self.tokenizer else None
+        return list(ids) if reward in (None, ids[-1]) else [*ids, reward]
 
     # ---- tokens to rewards
 

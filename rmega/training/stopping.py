@@ -43,11 +43,13 @@ _TIMEOUTS = ("Timed out waiting", "timeout", "Timeout")
 class StopRequest:
     """Wishes to stop early: a signal (SIGTERM, SIGUSR1, SIGINT) or the end of the allotted time.
 
-    Signals are noted when they come and acted on between steps, by all ranks together. A second
-    SIGINT ends at once; two within ``SAME_KEY`` seconds are one, because torchrun passes on what
-    the terminal has already sent to all.
+    Signals are noted when they come and acted on between steps, by all ranks together: each rank's
+    wishes travel with the sums of a step. One that comes later than a step's backward pass is acted
+    on after the next step. A second SIGINT ends at once; two within ``SAME_KEY`` seconds are one,
+    because torchrun passes on what the terminal has already sent to all.
     """
 
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     SAME_KEY = 1.5
     noted = 0
     """The signal that this process has been sent, if any."""
@@ -57,7 +59,7 @@ class StopRequest:
         self._minutes = minutes
         self._interrupted = 0.0
         StopRequest.noted = 0
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in self.SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame) -> None:
@@ -68,17 +70,26 @@ class StopRequest:
             self._interrupted = self._interrupted or now
         StopRequest.noted = number
 
+    def wishes(self) -> list[float]:
+        """This rank's wishes: 1 for the one of SIGNALS that was noted, and for the deadline."""
+        late = self._deadline is not None and time.monotonic() >= self._deadline
+        return [*(float(StopRequest.noted == number) for number in self.SIGNALS), float(late)]
+
+    def reason(self, wishes: list[float]) -> str | None:
+        """Why all ranks stop now, or None, by the sums of their wishes: one rank's is enough."""
+        *signals, late = wishes
+        for number, count in zip(self.SIGNALS, signals, strict=True):
+            if count:
+                return f"signal {number.name}"
+        return f"--exit-duration-min {self._minutes} is over" if late else None
+
     def agreed(self, device) -> str | None:
-        """Why all ranks stop now, or None. One rank's wish is enough."""
+        """Why all ranks stop now, or None; asks all ranks."""
         import torch
 
-        late = self._deadline is not None and time.monotonic() >= self._deadline
-        wish = torch.tensor([StopRequest.noted, int(late)], device=device)
-        torch.distributed.all_reduce(wish, op=torch.distributed.ReduceOp.MAX)
-        number, late = (int(x) for x in wish)
-        if number:
-            return f"signal {signal.Signals(number).name}"
-        return f"--exit-duration-min {self._minutes} is over" if late else None
+        wishes = torch.tensor(self.wishes(), device=device)
+        torch.distributed.all_reduce(wishes)
+        return self.reason(wishes.tolist())
 
 
 def run_ranks(main: Callable[..., Any], *args: Any) -> int:

@@ -10,8 +10,12 @@ from types import ModuleType, SimpleNamespace
 class Lengths:
     """Stands in for a scorer: a character is a token, the reward is the number of tokens."""
 
-    tokenizer = SimpleNamespace(max_length=None, messages=[], reading="none")
+    tokenizer = SimpleNamespace(
+        max_length=None, messages=[], reading="none", overlong="left-prompt"
+    )
     model = SimpleNamespace(geometry=SimpleNamespace(max_position_embeddings=100))
+
+    folder = None
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -24,6 +28,9 @@ class Lengths:
         if len(text) > max_length:
             notes.append("cut: the end")
         return list(range(min(len(text), max_length)))
+
+    def complete(self, ids):
+        return list(ids)
 
     def score_sequences(self, sequences):
         self.batches.append([len(s) for s in sequences])

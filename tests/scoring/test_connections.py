@@ -99,12 +99,12 @@ FLOODS = {
 @pytest.mark.parametrize("name", FLOODS)
 def test_a_flood_of_values_is_refused_before_it_is_parsed(name, monkeypatch):
     """31 MiB of tiny values: 413 after the first of them, long before the body's end."""
-    from rmega.scoring import server
+    from rmega.scoring import service
 
     head, repeated = FLOODS[name]
     size = 31 * 2**20
     parsed, received = [], []
-    monkeypatch.setattr(server, "_json_object", lambda data: parsed.append(data))
+    monkeypatch.setattr(service, "parse", lambda model, data: parsed.append(data))
     client = Client()
     part = repeated * (65536 // len(repeated))
     body = iter([head, *[part] * (size // len(part))])

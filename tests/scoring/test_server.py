@@ -8,6 +8,7 @@ import contextlib
 import copy
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,7 +25,8 @@ pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 from rmega import distributed  # noqa: E402
 from rmega.commands.serve import ServeArgs, main  # noqa: E402
 from rmega.scoring.queue import ScoringQueue  # noqa: E402
-from rmega.scoring.server import Limits, RewardService, make_app  # noqa: E402
+from rmega.scoring.server import make_app  # noqa: E402
+from rmega.scoring.service import Limits, RewardService  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
 from tests.reward_fixture import Reference, chat, make_reward_model  # noqa: E402
 from tests.scoring.lengths import Lengths  # noqa: E402
@@ -58,7 +60,14 @@ class Client:
         return asyncio.run(self.send(path, body, **options))
 
     async def send(
-        self, path: str, body=None, *, method: str | None = None, headers=(), delay: float = 0.0
+        self,
+        path: str,
+        body=None,
+        *,
+        method: str | None = None,
+        headers=(),
+        delay: float = 0.0,
+        raw: bool = False,
     ):
         data = (
             body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
@@ -94,7 +103,8 @@ class Client:
             "server": ("127.0.0.1", 2),
         }
         await self.app(scope, receive, send)
-        return answer["status"], json.loads(answer["body"]), answer["headers"]
+        body = answer["body"] if raw else json.loads(answer["body"])
+        return answer["status"], body, answer["headers"]
 
 
 @pytest.fixture
@@ -135,6 +145,90 @@ def test_score_takes_every_form(client):
     assert one.ask("/score", {"conversations": []})[1]["rewards"] == []
 
 
+@pytest.mark.parametrize(("path", "field"), [("/classify", "probs"), ("/pooling", "data")])
+def test_clients_written_for_vllm(client, path, field):
+    """Fields that vLLM's own client examples, verl's reward loop and the printed code of an export
+    read."""
+    one = client()
+
+    def rewards(**body) -> list[list[float]]:
+        status, answer, _ = one.ask(path, {"model": "any name", **body})
+        assert status == 200, answer
+        assert (answer["object"], answer["model"]) == ("list", "m")
+        assert [row["index"] for row in answer["data"]] == list(range(len(answer["data"])))
+        total = sum(row[field][0] for row in answer["data"])
+        assert answer["usage"] == {"prompt_tokens": total, "total_tokens": total}
+        return [row[field] for row in answer["data"]]
+
+    assert rewards(input="abc", use_activation=False) == [[3.0]]
+    assert rewards(input=["abc", "ab"], add_special_tokens=False, user="x") == [[3.0], [2.0]]
+    assert rewards(input=[5, 6, 7, 8]) == [[4.0]]
+    assert rewards(input=[[5, 6], [7]]) == [[2.0], [1.0]]
+    assert rewards(input=[]) == []
+    assert rewards(messages=chat("q", "abcde")) == [[5.0]]
+    if path == "/pooling":
+        assert rewards(input=[1, 2], task="classify", encoding_format="float") == [[2.0]]
+    answer = one.ask(path, {"input": ["a" * 150, "b"]})[1]  # over the limit of 100
+    assert answer["data"][0][field] == [100.0] and answer["cut"] == [0]
+    assert "cut" not in one.ask(path, {"input": "b"})[1]
+
+
+def test_normalized_rewards(client):
+    one = client()
+    one.service.normalize = (2.0, 4.0)
+    assert one.ask("/get_reward", {"query": ["abc", "a"]})[1]["rewards"] == [0.25, -0.25]
+    assert one.ask("/score", {"messages": chat("q", "ab")})[1]["rewards"] == [0.0]
+    assert one.ask("/classify", {"input": "ab" * 5})[1]["data"][0]["probs"] == [2.0]
+    assert one.ask("/info")[1]["normalize"] == [2.0, 4.0]
+
+
+def test_metrics(client):
+    from prometheus_client.parser import text_string_to_metric_families
+
+    one = client(key="k")
+    key = [("Authorization", "Bearer k")]
+    assert one.ask("/metrics")[0] == 401
+    one.ask("/get_reward", {"query": ["abc", "a"]}, headers=key)
+    one.ask("/get_reward", {"query": [3]}, headers=key)
+    one.ask("/made/up", {}, headers=key)
+    status, text, headers = one.ask("/metrics", headers=key, raw=True)
+    assert status == 200 and headers[b"content-type"].startswith(b"text/plain")
+    samples = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text.decode())
+        for sample in family.samples
+    }
+    assert samples["rmega_requests_total", "/get_reward", "200"] == 1
+    assert samples["rmega_requests_total", "/get_reward", "422"] == 1
+    assert samples["rmega_requests_total", "other", "404"] == 1
+    assert samples["rmega_requests_total", "/metrics", "401"] == 1
+    assert samples["rmega_request_seconds_count", "/get_reward"] == 2
+    assert samples["rmega_batch_conversations_sum",] == 2
+    assert samples["rmega_batch_tokens_sum",] == 4
+    assert samples["rmega_batch_seconds_count",] >= 1
+    assert samples["rmega_queue_conversations",] == samples["rmega_queue_tokens",] == 0
+    assert not any("made" in part for key in samples for part in key)
+
+
+def test_the_openapi_page(client):
+    """Names each endpoint with the fields of its body and answer."""
+    one = client(key="k")
+    status, page, _ = one.ask("/openapi.json")
+    assert status == 200
+    posts = {path: item["post"] for path, item in page["paths"].items() if "post" in item}
+    fields = {
+        path: post["requestBody"]["content"]["application/json"]["schema"].get("properties", {})
+        for path, post in posts.items()
+    }
+    assert set(fields) == {"/get_reward", "/score", "/classify", "/pooling"}
+    assert {"query", "prompts", "labels"} == set(fields["/get_reward"])
+    assert {"input", "messages"} < set(fields["/classify"]) < set(fields["/pooling"])
+    answers = {p["responses"]["200"]["content"]["application/json"]["schema"]["$ref"] for p in
+               posts.values()}  # fmt: skip
+    assert all(ref.rpartition("/")[2] in page["components"]["schemas"] for ref in answers)
+    assert b"openapi.json" in one.ask("/docs", raw=True)[1]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "says"),
     [
@@ -143,10 +237,15 @@ def test_score_takes_every_form(client):
         ("/score", b"\xff\xfe{}", 400, "not UTF-8 (byte 1)"),
         ("/score", b"[" * 100_000, 400, "nested too deeply"),
         ("/get_reward", [1], 422, "not list"),
-        ("/get_reward", {}, 422, "query: a list of texts"),
-        ("/get_reward", {"query": {"a": 1}}, 422, "query: a list"),
-        ("/get_reward", {"query": ["a", 3]}, 422, "query[1]: int, no text"),
-        ("/get_reward", {"query": ["a", ""]}, 422, "query[1]: an empty text"),
+        ("/get_reward", {}, 422, "query: Field required"),
+        ("/get_reward", {"query": {"a": 1}}, 422, "query: Input should be a valid array, not dict"),
+        (
+            "/get_reward",
+            {"query": ["a", 3]},
+            422,
+            "query[1]: Input should be a valid string, not int",
+        ),
+        ("/get_reward", {"query": ["a", ""]}, 422, "query[1]: String should have at least 1 ch"),
         ("/get_reward", {"query": ["a", "b"], "prompts": ["a"]}, 422, "prompts: 1 for 2"),
         ("/get_reward", {"query": ["a", "b" * 101]}, 422, "query[1]: 101 tokens, at most 100"),
         ("/get_reward", {"query": ["b" * 26_000]}, 422, "query[0]: 26,000 characters"),
@@ -164,6 +263,19 @@ def test_score_takes_every_form(client):
         ("/score", {"conversations": 3}, 422, "conversations is int, not a list of messages"),
         ("/score", {"messages": chat("q", "a" * 101)}, 422, "conversation 1: 101 tokens"),
         ("/score", {"messages": chat("q", "a" * 5000)}, 413, "larger than 4,000 bytes"),
+        ("/classify", {}, 422, "give one of input and messages"),
+        ("/classify", {"input": "a", "messages": chat("q", "a")}, 422, "give one of"),
+        ("/classify", {"input": ["a", 3]}, 422, "input[1]: Input should be a valid string"),
+        ("/classify", {"input": [[1], [2, "a"]]}, 422, "input[1][1]: Input should be a valid int"),
+        ("/classify", {"input": [[1, -2]]}, 422, "input[0][1]: Input should be greater than or"),
+        ("/classify", {"input": [[1], []]}, 422, "input[1]"),
+        ("/classify", {"input": [[1] * 101]}, 422, "input[0]: 101 tokens, at most 100"),
+        ("/classify", {"input": "a", "use_activation": True}, 422, "use_activation"),
+        ("/classify", {"input": "a", "truncate_prompt_tokens": 5}, 422, "truncate_prompt_tokens"),
+        ("/classify", {"messages": ["text"]}, 422, "messages[0]: Input should be an object"),
+        ("/classify", {"messages": chat("q", "a")[:1]}, 422, "turn of the assistant"),
+        ("/pooling", {"input": "a", "task": "token_classify"}, 422, "task"),
+        ("/pooling", {"input": "a", "encoding_format": "base64"}, 422, "encoding_format"),
         ("/nothing", {"query": ["a"]}, 404, "/nothing"),
         ("/health", {}, 405, "Method Not Allowed"),
         ("/score", None, 405, "GET /score"),
@@ -171,7 +283,7 @@ def test_score_takes_every_form(client):
 )
 def test_bad_requests(client, path, body, status, says):
     limits = {"max_body_bytes": 4000} if status == 413 else {"max_body_bytes": 200_000}
-    one = client(max_conversations=8, **limits)
+    one = client(max_conversations=8, cut=False, **limits)
     got, answer, _ = one.ask(path, body)
     assert (got, set(answer)) == (status, {"error"}) and says in answer["error"]
     assert one.ask("/score", {"messages": chat("q", "abc")})[1]["rewards"] == [
@@ -498,6 +610,42 @@ def test_sigterm_answers_what_was_taken(server):
     code, out, err = server.stop()
     assert code == 0 and "stopped after" in out, err
     assert "no chat template" in err and "warn" not in err.lower() and "Traceback" not in err, err
+
+
+def test_texts_over_the_limit_and_normalized_rewards(model, tmp_path):
+    """OpenRLHF's client takes an error for a lost sample: also a model whose training dropped what
+    is longer answers, with what it did."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    rows = [
+        {"name": name, "step": step, "reward_mean": mean, "reward_std": std}
+        for name, step, mean, std in (("a", 0, 9, 9), ("a", 5, 0.5, 2.0), ("b", 5, 7, 7))
+    ]
+    reward_token = json.loads((folder / "config.json").read_text())["reward_token_id"]
+    recipe = {"reward_token_id": reward_token, "max_length": 40, "overlong": "drop"}
+    (folder / "reward_recipe.json").write_text(json.dumps({**recipe, "evaluation": rows}))
+    one = Server("--model", str(folder), "--normalize")
+    conversation = chat("word " * 60, "A cat.")
+    try:
+        texts = ["<s>user: " + "a b " * 99, "<s>user: a"]
+        status, answer = asyncio.run(one.post("/get_reward", {"query": texts}))
+        assert status == 200 and answer["extra_logs"]["cut"] == [1.0, 0.0]
+        assert answer["extra_logs"]["num_tokens"][0] == 40.0
+        status, answer = asyncio.run(one.post("/score", {"messages": conversation}))
+        assert status == 200 and answer["cut"] == [0] and answer["num_tokens"][0] <= 40
+        status, short = asyncio.run(one.post("/score", {"messages": chat("Who?", "A cat.")}))
+    finally:
+        code, _, err = one.stop()
+    assert code == 0 and "trained with --overlong drop" in err and "normalized" in err
+    plain = Reference(model).reward(chat("Who?", "A cat."))
+    assert short["rewards"] == pytest.approx([(plain - 0.5) / 2.0], rel=1e-4, abs=1e-5)
+
+
+def test_normalize_needs_the_rewards_of_a_held_out_set(model):
+    try:
+        with pytest.raises(ValueError, match="--normalize: .* records no spread"):
+            main(ServeArgs(model=str(model), port=0, normalize=True))
+    finally:
+        distributed.finish()
 
 
 def test_a_port_in_use_is_said_before_the_model_is_read():

@@ -119,3 +119,32 @@ def test_the_line_names_deterministic_algorithms(no_te):
     assert "deterministic" not in line(settings)
     settings.train.deterministic = True
     assert "deterministic algorithms" in line(settings)
+
+
+@pytest.mark.parametrize("asked,expected", [(None, True), (True, True), (False, False)])
+@pytest.mark.parametrize("device,replicas", [("cuda", 2), ("cuda", 1), ("cpu", 2)])
+def test_gradients_are_reduced_during_the_backward_pass(
+    monkeypatch, asked, expected, device, replicas
+):
+    """By default on GPUs with several replicas; never against what was asked for."""
+    ddp = []
+
+    def wrapper(config, settings, chunk, **_):
+        ddp.append(settings)
+        return SimpleNamespace(no_sync=None)
+
+    monkeypatch.setattr(train, "DistributedDataParallel", wrapper)
+    monkeypatch.setattr(train, "skip_single_rank_collectives", lambda wrapped: None)
+    monkeypatch.setattr(
+        train.parallel_state, "get_data_parallel_world_size", lambda *a, **k: replicas
+    )
+    parameter = SimpleNamespace(is_cuda=device == "cuda")
+    chunk = SimpleNamespace(
+        config=SimpleNamespace(no_sync_func=None), parameters=lambda: iter([parameter])
+    )
+    settings = config()
+    settings.parallel.overlap_grad_reduce = asked
+    train.wrap_model([chunk], settings)
+    if asked is None:
+        expected = (device, replicas) == ("cuda", 2)
+    assert ddp[0].overlap_grad_reduce is expected
