@@ -156,7 +156,8 @@ def make_subjects(folder: Path) -> dict[str, Subject]:
 def make_models(folder: Path) -> dict[str, Path]:
     """Plain reward models of several families and layouts of files."""
     from tests.hf_fixtures import hf_config, hf_tensors, tiny, write_folder
-    from tests.made_models import make_internlm2_of_the_hub, make_llama, make_smollm2_tokenizer
+    from tests.made_models import make_internlm2_of_the_hub, make_llama
+    from tests.made_tokenizers import make_smollm2_tokenizer
     from tests.tiny import tiny_llama
 
     llama = make_llama(folder / "tokenizer")
