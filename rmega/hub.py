@@ -32,6 +32,7 @@ _BESIDE_VOCABULARY = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _ABOUT_MODELS = re.compile("model of type|rope_scaling|rope_parameters")
 """What transformers warns of on the way to a tokenizer that concerns only the model's weights."""
 
@@ -305,8 +306,14 @@ def load_tokenizer(
         raise ValueError(f"{flag} {name}: no tokenizer in it ({', '.join(_VOCABULARIES)})")
     if problem := export_damage(folder, weights=False):
         raise ValueError(problem)
-    for file in (vocabulary, *_BESIDE_VOCABULARY):
-        refuse_pointer(folder / file)
+    for file in (*_VOCABULARIES, *_BESIDE_VOCABULARY):
+        path = folder / file
+        refuse_pointer(path)
+        # transformers would read on without a file that is a broken link.
+        if os.path.lexists(path) and not path.is_file():
+            raise ValueError(f"{flag} {path}: not a file that can be read")
+        if file in _SETTINGS and path.is_file():
+            read_json(path)
     if vocabulary == "tokenizer.model":
         _need_to_read_sentencepiece(f"{flag} {name}")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -316,6 +323,7 @@ def load_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(
                 str(folder), trust_remote_code=trust_remote_code
             )
+            tokenizer.encode("a")  # uses settings of other types than transformers checks
         except Exception as error:  # json, the Rust layer and transformers raise their own kinds
             if trust_remote_code or "custom code" not in str(error):
                 reasons = "; ".join([one_line(error), *lines[:1]])
