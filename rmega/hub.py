@@ -335,6 +335,8 @@ def load_tokenizer(
                 ) from None
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
             lines.append("code of its own is not run; tokenizer.json alone is read")
+    if not (folder / "tokenizer_config.json").is_file():
+        lines.append("no tokenizer_config.json: no roles of tokens and no chat template are known")
     if messages is not None:
         messages += [f"tokenizer {name}: {line}" for line in dict.fromkeys(lines)]
     return tokenizer
