@@ -33,10 +33,9 @@ def record(folder: Path) -> dict[str, Any]:
 def check(info: dict[str, Any], found: Path, own: dict[str, Any], flag: str) -> None:
     """ValueError where the adapters of checkpoint ``found`` were trained on other weights than
     those of ``own``, a ``record``."""
-    saved = info["base"]["files"]
-    if changed := sorted(
-        n for n in saved.keys() | own["files"] if saved.get(n) != own["files"].get(n)
-    ):
+    saved, files = info["base"]["files"], own["files"]
+    changed = sorted(n for n in saved.keys() | files.keys() if saved.get(n) != files.get(n))
+    if changed:
         raise ValueError(
             f"{flag} {own['folder']}: not the weights that the adapters of {found} were trained on"
             f" ({changed[0]} differs)"

@@ -234,7 +234,8 @@ def _write(
         }
         recipe["example"] = {key: example[key] for key in ("messages", "text", "token_ids")}
     say(
-        f"wrote {output}: {'adapter of ' * as_adapter}{recipe['architecture']}, {dtype}, {writer.total_size / 1e9:.2f} GB in"
+        f"wrote {output}: {'adapter of ' * as_adapter}{recipe['architecture']}, {dtype},"
+        f" {writer.total_size / 1e9:.2f} GB in"
         f" {len(writer.files)} file{'s' if len(writer.files) > 1 else ''},"
         f" {time.perf_counter() - started:.1f} s, from {folder}"
     )

@@ -78,8 +78,9 @@ def load_scorer(
     reward_token: str | None = None,
     flag: str = "--model",
 ) -> Scorer:
-    """A scorer of a Hugging Face reward model (folder or hub name), an adapter of peft with a reward
-    head, a run folder, or one checkpoint of a run. Adapters are merged into their base model.
+    """A scorer of a Hugging Face reward model or an adapter of peft with a reward head (folder or
+    hub name), of a run folder, or of one checkpoint of a run. Adapters are merged into their base
+    model.
 
     ``dtype`` is fp32, bf16, fp16, auto, or None: bf16 on a GPU (where fp32 would leave attention to
     the plain reference), fp32 on a CPU. ``rules`` stand in for those that the model records;

@@ -15,7 +15,7 @@ from rmega.export.destination import RECIPE
 from tests import runs
 from tests.dist import run_distributed
 
-LORA = {"lora_rank": 4, "lora_alpha": 6, "head_lr": 2e-3, "lr": 1e-2}
+LORA = {"lora_rank": 4, "lora_alpha": 6, "head_lr": 2e-3, "lr": 3e-2, "adam_eps": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,9 @@ def test_a_stopped_run_resumes_bit_for_bit(small_llama, data, run, tmp_path):
     runs.assert_same(stopped / "iter_0000004", run / "iter_0000004")
 
 
-@pytest.mark.parametrize("layout", [{"tp": 2, "sp": True}, {"pp": 2}, {}])
+@pytest.mark.parametrize(
+    "layout", [{"tp": 2, "sp": True}, {"pp": 2, "num_layers_in_first_pipeline_stage": 2}, {}]
+)
 def test_a_checkpoint_of_two_ranks_resumes_on_one(layout, small_llama, data, run, tmp_path):
     train(
         small_llama, data, tmp_path / "run", world=2, steps=4, events={2: ("SIGTERM", 1)}, **layout
@@ -63,7 +65,7 @@ def test_a_checkpoint_of_two_ranks_resumes_on_one(layout, small_llama, data, run
     one, other = (runs.tensors(folder / "iter_0000004") for folder in (run, tmp_path / "run"))
     assert one.keys() == other.keys()
     for name, value in one.items():
-        assert (value - other[name]).abs().max() <= 2e-5 * value.abs().max(), name
+        assert (value - other[name]).abs().max() <= 1e-5 * value.abs().max(), name
 
 
 @pytest.mark.parametrize(
