@@ -149,9 +149,10 @@ class DataArgs:
 class LossArgs:
     """Loss"""
 
-    loss: Literal["ranking", "focal"] = "focal"
+    loss: Literal["ranking", "focal", "plackett_luce"] = "focal"
     """ranking: -logsigmoid(d - margin). focal: the same times (1 - 2 relu(sigmoid(d - margin) -
-    1/2))^2 (InternLM2)."""
+    1/2))^2 (InternLM2). plackett_luce: the likelihood of the whole order of K answers, a choice of
+    each answer among all worse ones; the mean is over choices. For two answers it is ranking."""
     penalty: Literal["none", "log_barrier", "l2", "center"] = "log_barrier"
     """Keeps scores in reach: log barrier at +-5 (InternLM2), squared scores, squared sum of a
     pair's scores (TRL)."""
@@ -380,6 +381,16 @@ class TrainingConfig:
             raise ValueError(f"--initial-loss-scale {o.initial_loss_scale}: must be at least 1")
         if not 0 <= self.loss.label_smoothing < 0.5:
             raise ValueError(f"--label-smoothing {self.loss.label_smoothing}: must be in [0, 0.5)")
+        if self.loss.loss == "plackett_luce":
+            for flag, active in (
+                ("--label-smoothing", self.loss.label_smoothing > 0),
+                ("--scale-by-rating", self.loss.scale_by_rating),
+            ):
+                if active:
+                    raise ValueError(
+                        f"{flag}: is defined for pairs, not for --loss plackett_luce, whose choices"
+                        " are among several answers"
+                    )
         if not 0 <= self.optimizer.lr_warmup_fraction < 1:
             raise ValueError(
                 f"--lr-warmup-fraction {self.optimizer.lr_warmup_fraction}: must be in [0, 1)"

@@ -286,8 +286,14 @@ def build_optimizer(
     return optimizer, scheduler
 
 
+REPORTED = (*ops.STATS, "num_terms")
+"""What the last stage reports of a pack; num_terms: of what the loss is the mean over."""
+
+
 def pair_loss(args: LossArgs, batch: PackedBatch, rewards: torch.Tensor):
-    """Sum of the loss over a pack's pairs, their number, and ``ops.STATS`` to report.
+    """Sum of the loss over a pack's pairs, their number, and ``REPORTED`` sums.
+
+    ``--loss plackett_luce`` is a sum over choices, and their number is returned.
 
     ``--length-penalty`` A: the logit gains A (length of chosen - length of rejected), as if length
     alone won preferences, and the reward explains the rest (R-DPO, arXiv:2403.19159).
@@ -315,9 +321,10 @@ def pair_loss(args: LossArgs, batch: PackedBatch, rewards: torch.Tensor):
         label_smoothing=args.label_smoothing,
         barrier_clamp=args.barrier_clamp,
     )
+    terms = batch.num_choices if args.loss == "plackett_luce" else len(batch.chosen)
     # torch.tensor would copy from the host and wait for it.
-    count = torch.full((), len(batch.chosen), dtype=torch.int, device=rewards.device)
-    return loss, count, stats
+    count = torch.full((), terms, dtype=torch.int, device=rewards.device)
+    return loss, count, torch.cat([stats, count[None].to(stats.dtype)])
 
 
 def _forward_train(args: LossArgs, iterator: Iterator[PackedBatch], model):
@@ -355,7 +362,8 @@ def run_schedule(
 
 @dataclasses.dataclass
 class StepReport:
-    """What one step did, the same on every rank. Means are over the pairs of the global batch."""
+    """What one step did, the same on every rank. Means are over the pairs of the global batch; the
+    loss's is over ``num_terms``: pairs, or the choices of ``--loss plackett_luce``."""
 
     loss: float
     acc: float
@@ -364,6 +372,7 @@ class StepReport:
     grad_norm: float | None
     updated: bool
     num_pairs: int
+    num_terms: int
     num_samples: int
     num_tokens: int
     real_tokens: int
@@ -388,11 +397,11 @@ def forward_backward(
         chunk.zero_grad_buffer()
     reports = run_schedule(wrapped, packs, partial(_forward_train, args), forward_only=False)
     device = packs[0].tokens.device
-    names = (*ops.STATS, "num_tokens", "real_tokens", "padding", "num_microbatches")
+    names = (*REPORTED, "num_tokens", "real_tokens", "padding", "num_microbatches")
     own = [0.0] * len(names)
     first_rank = parallel_state.get_tensor_model_parallel_rank() == 0
     if first_rank and parallel_state.is_pipeline_first_stage():
-        own[len(ops.STATS) :] = (
+        own[len(REPORTED) :] = (
             sum(p.num_tokens for p in packs),
             sum(p.real_tokens for p in packs),
             sum(p.padding for p in packs),
@@ -403,7 +412,7 @@ def forward_backward(
         [*own, *wishes()], dtype=torch.float64, pin_memory=device.type == "cuda"
     ).to(device, non_blocking=True)
     if first_rank and parallel_state.is_pipeline_last_stage():
-        sums[: len(ops.STATS)] = sum(report.detach().double() for report in reports)
+        sums[: len(REPORTED)] = sum(report.detach().double() for report in reports)
     values = sum_over_ranks(sums).tolist()
     return dict(zip(names, values, strict=False)), values[len(names) :]
 
@@ -450,9 +459,9 @@ def train_step(
     ``wishes`` is asked after the backward pass; its answers are summed over ranks on the way."""
     optimizer.zero_grad()
     sums, wished = forward_backward(wrapped, packs, args, wishes)
-    pairs = max(sums["num_pairs"], 1.0)
-    loss = (sums["base_loss"] + sums["penalty"]) / pairs
-    updated, norm = optimizer_step(optimizer, pairs) if math.isfinite(loss) else (False, math.nan)
+    pairs, terms = max(sums["num_pairs"], 1.0), max(sums["num_terms"], 1.0)
+    loss = (sums["base_loss"] + sums["penalty"]) / terms
+    updated, norm = optimizer_step(optimizer, terms) if math.isfinite(loss) else (False, math.nan)
     return StepReport(
         loss=loss,
         acc=sums["num_correct"] / pairs,
@@ -461,6 +470,7 @@ def train_step(
         grad_norm=norm,
         updated=updated,
         num_pairs=int(sums["num_pairs"]),
+        num_terms=int(sums["num_terms"]),
         num_samples=num_samples,
         num_tokens=int(sums["num_tokens"]),
         real_tokens=int(sums["real_tokens"]),
