@@ -30,7 +30,7 @@ except ImportError as _error:  # not built, or built for another torch
 SCORE_RANGE = 5.0  # the log barrier holds scores inside +-SCORE_RANGE (InternLM2)
 BARRIER_EDGE = 1e-3  # from SCORE_RANGE - BARRIER_EDGE outwards the barrier is continued
 
-LOSSES = ("ranking", "focal")
+LOSSES = ("ranking", "focal", "plackett_luce")
 PENALTIES = ("none", "log_barrier", "l2", "center")
 IMPLEMENTATIONS = ("auto", "native", "reference")
 
@@ -161,6 +161,11 @@ def pairwise_loss(
     - base, ranking: ``-(1-e) logsigmoid(x) - e logsigmoid(-x)``
     - base, focal: the same times ``(1 - 2 relu(sigmoid(x) - 1/2))^2``, gradient through the factor
       (InternLM2 report)
+    - plackett_luce: adjacent pairs with the same ``chosen`` are one choice, of that response among
+      their rejected ones. base of the choice: ``ln(1 + sum over its pairs of exp(-x))`` times the
+      mean of their weights; penalty: the mean over its pairs. The choices of a comparison with K
+      different scores are the Plackett-Luce likelihood of its order (a choice among the best and
+      all worse ones, then the second best, ...). Without label smoothing
     - penalty, log_barrier: ``B(r_c) + B(r_r)``, ``B(s) = -ln(5 - s) - ln(5 + s)``; beyond +-4.999
       it continues as the tangent there, so a score that has left the range is pulled back;
       ``barrier_clamp`` clamps the score instead (XTuner: no gradient outside)
@@ -184,7 +189,7 @@ def pairwise_loss(
             label_smoothing=label_smoothing,
             barrier_clamp=barrier_clamp,
         )
-    _check_loss(loss, penalty)
+    _check_loss(loss, penalty, label_smoothing)
     loss_sum, stats, _ = _pairwise_loss(
         rewards,
         chosen,
@@ -214,7 +219,7 @@ def pairwise_loss_ref(
     barrier_clamp: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Plain torch form of :func:`pairwise_loss`; its gradient is autograd's."""
-    _check_loss(loss, penalty)
+    _check_loss(loss, penalty, label_smoothing)
     compute = torch.float64 if rewards.dtype == torch.float64 else torch.float32
     scores, margin, weight = (
         rewards.to(compute),
@@ -239,7 +244,12 @@ def pairwise_loss_ref(
         extra = (r_c + r_r).square()
     else:
         extra = torch.zeros_like(d)
-    base, extra = weight * base, weight * penalty_weight * extra
+    extra = weight * penalty_weight * extra
+    if loss == "plackett_luce":
+        base, pairs = _choices(x, chosen, weight)
+        extra = extra / pairs
+    else:
+        base = weight * base
     loss_sum = (base + extra).sum()
     with torch.no_grad():
         ties = (d == 0).to(compute).sum()
@@ -258,6 +268,17 @@ def pairwise_loss_ref(
     return loss_sum, stats
 
 
+def _choices(x: Tensor, chosen: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[m] weighted loss of each choice, at its first pair; [m] how many pairs the choice of a pair
+    has."""
+    _, choice, pairs = torch.unique_consecutive(chosen, return_inverse=True, return_counts=True)
+    zero = x.new_zeros(len(pairs))
+    peak = zero.scatter_reduce(0, choice, -x.detach(), "amax")  # of all -x and the chosen one's 0
+    total = torch.exp(-peak).index_add(0, choice, torch.exp(-x - peak[choice]))
+    base = zero.index_add(0, choice, weight) / pairs * (peak + total.log())
+    return torch.zeros_like(x).index_copy(0, pairs.cumsum(0) - pairs, base), pairs[choice]
+
+
 def _barrier(score: Tensor, clamp: bool) -> Tensor:
     edge = SCORE_RANGE - BARRIER_EDGE
     inside = score.clamp(-edge, edge)
@@ -268,11 +289,13 @@ def _barrier(score: Tensor, clamp: bool) -> Tensor:
     return barrier + slope * (score.abs() - edge).relu()
 
 
-def _check_loss(loss: str, penalty: str) -> None:
+def _check_loss(loss: str, penalty: str, label_smoothing: float) -> None:
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {loss!r}")
     if penalty not in PENALTIES:
         raise ValueError(f"penalty must be one of {', '.join(PENALTIES)}, not {penalty!r}")
+    if loss == "plackett_luce" and label_smoothing != 0.0:
+        raise ValueError(f"label_smoothing {label_smoothing}: plackett_luce has none")
 
 
 def _pairwise_fake(rewards, chosen, rejected, margin, weight, *options):

@@ -35,7 +35,7 @@ def small_llama(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def internlm2_tokenizer(tmp_path_factory) -> Path:
     """A small tokenizer in InternLM2's layout: tokenizer.model, tokenizer.json, chat template."""
-    from tests.made_models import make_internlm2_tokenizer
+    from tests.made_tokenizers import make_internlm2_tokenizer
 
     return make_internlm2_tokenizer(tmp_path_factory.mktemp("internlm2") / "internlm2_tokenizer")
 

@@ -1,40 +1,37 @@
-"""Small models and tokenizers with the files that real ones have, made in about a second: a Llama
-and an InternLM2, whose vocabularies sentencepiece trains on the demonstration set."""
+"""Small models with the files that real ones have, made in about a second: a Llama, an InternLM2 as
+on the hub, and a folder of each family."""
 
 from __future__ import annotations
 
-import io
-import json
-import shutil
-import struct
-from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import sentencepiece
 import torch
+from transformers import AutoTokenizer
 
+from rmega.models import BACKBONES
 from rmega.models.geometry import RopeScaling
-from tests.hf_fixtures import hf_config, hf_tensors, tiny, write_folder
-from tests.made_rows import demo_rows
-from tests.tiny import scatter_weights
-
-ROOT = Path(__file__).resolve().parents[1]
-LLAMA_VOCAB = 512
-INTERNLM2_PIECES = 2000
-"""What sentencepiece learns for the InternLM2 layout; the special tokens follow."""
-INTERNLM2_ADDED = [
-    *(f"[UNUSED_TOKEN_{n}]" for n in range(141)),
-    *("<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>"),
-    *("<|im_end|>", "<|im_start|>"),
-]
-"""The last tokens of every InternLM2 vocabulary; the reward token is [UNUSED_TOKEN_130], the 17th
-from the end."""
-CHATML = (
-    "{{ bos_token }}{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' +"
-    " message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+from tests.hf_fixtures import SCALED, hf_config, hf_tensors, tiny, write_folder
+from tests.made_tokenizers import (
+    CHATML,
+    INTERNLM2_ADDED,
+    INTERNLM2_PIECES,
+    LLAMA_VOCAB,
+    SPECIAL,
+    added_token,
+    internlm2_pieces,
+    internlm2_special,
+    make_internlm2_tokenizer,
+    make_llama3_tokenizer,
+    make_mistral_tokenizer,
+    make_qwen_tokenizer,
+    tokenizer_config,
+    train_pieces,
+    write_json,
+    write_tokenizer_json,
 )
-SPECIAL = {0: "<unk>", 1: "<s>", 2: "</s>"}
+from tests.tiny import scatter_weights
 
 
 def make_llama(folder: Path) -> Path:
@@ -67,52 +64,6 @@ def make_llama(folder: Path) -> Path:
     write_tokenizer_json(folder, proto, SPECIAL, normalizer, strip=1)
     write_json(folder / "tokenizer_config.json", tokenizer_config(512))
     (folder / "LICENSE.txt").write_text("MIT License\n\nRandom weights, made for a test.\n")
-    return folder
-
-
-def make_internlm2_tokenizer(folder: Path) -> Path:
-    """InternLM2's tokenizer in small: tokenizer.model, tokenizer.json and a chat template."""
-    folder.mkdir(parents=True, exist_ok=True)
-    proto = internlm2_pieces()
-    (folder / "tokenizer.model").write_bytes(proto)
-    normalizer = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    write_tokenizer_json(folder, proto, internlm2_special(), normalizer, strip=0)
-    write_json(folder / "tokenizer_config.json", tokenizer_config(32768))
-    (folder / "chat_template.jinja").write_text(CHATML)
-    shutil.copy(ROOT / "LICENSE", folder / "LICENSE.txt")
-    return folder
-
-
-def make_smollm2_tokenizer(folder: Path) -> Path:
-    """SmolLM2's tokenizer in small: byte-level BPE after a split at digits, its special tokens
-    first, a template that adds a system prompt."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=1200,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(demo_lines(), trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<|endoftext|>",
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        chat_template="{% for message in messages %}{% if loop.first and messages[0]['role'] !="
-        " 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant<|im_end|>\n' }}"
-        "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'"
-        " + '\n'}}{% endfor %}",
-    ).save_pretrained(folder)
     return folder
 
 
@@ -160,132 +111,46 @@ def make_internlm2_of_the_hub(folder: Path) -> Path:
     return folder
 
 
-# ---- tokenizers
+# ---- a folder of each family
+
+FAMILY_FOLDERS = ("llama", "mistral", "qwen2", "qwen3", "internlm2", "internlm2.5", "internlm3")
 
 
-def demo_lines() -> Iterator[str]:
-    """The lines of the texts of the demonstration set."""
-    for row in demo_rows():
-        for message in (*row["prompt"], *row["chosen"], *row["rejected"]):
-            yield from filter(None, message["content"].splitlines())
+def make_family(
+    name: str, folder: Path, *, reward_model: bool = False, vocab: int | None = None, **fields: Any
+) -> Path:
+    """A random model of four layers in the layout of one of ``FAMILY_FOLDERS``, its tokenizer and
+    chat template with it; ``fields`` go into config.json.
 
-
-def train_pieces(size: int, *, add_dummy_prefix: bool) -> bytes:
-    """A sentencepiece BPE model of ``size`` pieces with byte fallback, trained on the texts of the
-    demonstration set; a small one on those in ASCII."""
-    lines = (line for line in demo_lines() if size > LLAMA_VOCAB or line.isascii())
-    proto = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines,
-        model_writer=proto,
-        model_type="bpe",
-        vocab_size=size,
-        byte_fallback=True,
-        character_coverage=1.0,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=add_dummy_prefix,
-        num_threads=1,
-        minloglevel=2,
+    A ``reward_model`` is one of another program: it records no reward token. ``vocab``: rows of the
+    embedding, where they are not the tokenizer's.
+    """
+    family = {"internlm2.5": "internlm2", "internlm3": "llama"}.get(name, name)
+    make_tokenizer = {
+        "llama": make_llama3_tokenizer,
+        "mistral": make_mistral_tokenizer,
+        "qwen2": partial(make_qwen_tokenizer, thinking=False),
+        "qwen3": make_qwen_tokenizer,
+    }.get(name, make_internlm2_tokenizer)
+    make_tokenizer(folder)
+    size = len(AutoTokenizer.from_pretrained(folder))
+    own: dict[str, Any] = {
+        "llama": {"rope_theta": 5e5, "rope_scaling": SCALED[-1]},
+        "qwen3": {"head_dim": 16, "tie_word_embeddings": True},
+        "internlm2.5": {"rope_scaling": RopeScaling(rope_type="dynamic", factor=2.0)},
+        "internlm3": {"head_dim": 16},
+    }.get(name, {})
+    geometry = tiny(
+        family,
+        **{"num_layers": 4, "max_position_embeddings": 1024, "vocab_size": vocab or size, **own},
     )
-    return proto.getvalue()
-
-
-def internlm2_pieces() -> bytes:
-    """tokenizer.model of the InternLM2 layout: the file of a protocol buffer grows by appending, so
-    that the special tokens come last, as user-defined pieces."""
-    user_defined = b"\x15" + struct.pack("<f", 0.0) + b"\x18\x04"  # score 0, type 4
-    appended = b""
-    for number in range(len(INTERNLM2_ADDED)):  # the last six get their names elsewhere
-        name = f"[UNUSED_TOKEN_{number}]".encode()
-        piece = b"\x0a" + bytes([len(name)]) + name + user_defined
-        appended += b"\x0a" + bytes([len(piece)]) + piece
-    return train_pieces(INTERNLM2_PIECES, add_dummy_prefix=False) + appended
-
-
-def internlm2_special() -> dict[int, str]:
-    return {**SPECIAL, **dict(enumerate(INTERNLM2_ADDED, INTERNLM2_PIECES))}
-
-
-def write_tokenizer_json(
-    folder: Path, proto: bytes, special: dict[int, str], normalizer: dict, *, strip: int
-) -> None:
-    """The same tokenizer for the ``tokenizers`` library; ``strip`` leading spaces are left out in
-    decoding."""
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
-    names = [pieces.id_to_piece(i) for i in range(pieces.vocab_size())]
-    for index, text in special.items():
-        names[index] = text
-    vocab = {name: index for index, name in enumerate(names)}
-    decoders = [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    if strip:
-        decoders.append({"type": "Strip", "content": " ", "start": strip, "stop": 0})
-    bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
-    texts = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
-    model = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": "<unk>",
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": True,
-        "byte_fallback": True,
-        "ignore_merges": False,
-        "vocab": vocab,
-        "merges": merges(vocab, [i for i in range(259, len(vocab)) if i not in special]),
-    }
-    post_processor = {
-        "type": "TemplateProcessing",
-        "single": [bos, texts[0]],
-        "pair": [bos, *texts],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
-    }
-    content = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": index, **added_token(text)} for index, text in special.items()],
-        "normalizer": normalizer,
-        "pre_tokenizer": None,
-        "post_processor": post_processor,
-        "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": model,
-    }
-    write_json(folder / "tokenizer.json", content)
-
-
-def merges(vocab: dict[str, int], learned: Iterable[int]) -> list[tuple[str, str]]:
-    """The merges of a sentencepiece BPE vocabulary, which lists its pieces in the order in which it
-    learned them."""
-    names, out = list(vocab), []
-    for index in learned:
-        name = names[index]
-        halves = [(name[:cut], name[cut:]) for cut in range(1, len(name))]
-        known = [pair for pair in halves if pair[0] in vocab and pair[1] in vocab]
-        out += sorted(known, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-    return out
-
-
-def added_token(text: str) -> dict:
-    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-    return {"content": text, **flags, "special": True}
-
-
-def tokenizer_config(longest: int) -> dict:
-    return {
-        "backend": "tokenizers",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "model_max_length": longest,
-        "pad_token": "</s>",
-        "tokenizer_class": "TokenizersBackend",
-        "unk_token": "<unk>",
-    }
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
+    if reward_model:
+        architecture = BACKBONES[family].architecture
+        fields = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, **fields}
+    else:
+        architecture = BACKBONES[family].base_architectures[0]
+    if name == "internlm3":
+        fields = {"model_type": name, "qkv_bias": False, "bias": False, **fields}
+        architecture = architecture.replace("Llama", "InternLM3")
+    tensors = hf_tensors(geometry, head=reward_model)
+    return write_folder(folder, hf_config(geometry, architecture, **fields), tensors)

@@ -9,8 +9,10 @@ CORE=(tests/megatron tests/models tests/checkpointing tests/ops/test_ops.py test
     tests/training/test_golden.py tests/training/test_layouts.py)
 (($#)) || set -- "3.11 2.13.0 0.16.1" "3.12 2.14.1 0.19.2" "3.12 2.14.1 0.17.1" "3.13 * *"
 
-python_of() {  # python_of 3.12: an interpreter on the PATH, or one of pyenv's
-    command -v "python$1" || ls -d "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python 2>/dev/null | tail -n 1
+python_of() {  # python_of 3.12: an interpreter on the PATH that starts, or one of pyenv's
+    local found  # pyenv puts a python3.12 on the PATH that only says it is not chosen
+    found="$(command -v "python$1")" && "$found" -c '' 2>/dev/null && echo "$found" && return
+    ls -d "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python 2>/dev/null | tail -n 1
 }
 
 make() {  # make FOLDER PYTHON TORCH CORE: the environment and the copy, with rmega._C built for it

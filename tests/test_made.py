@@ -8,8 +8,8 @@ import pytest
 import sentencepiece
 import torch
 
-from tests.made_models import INTERNLM2_ADDED, INTERNLM2_PIECES
 from tests.made_rows import argilla, demo_rows, longer_is_worse, messages, ranked
+from tests.made_tokenizers import INTERNLM2_ADDED, INTERNLM2_PIECES
 from tests.reward_fixture import Reference, chat, make_reward_model
 
 

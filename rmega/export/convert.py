@@ -194,6 +194,12 @@ def _write(
             f"{folder}/hf holds no tokenizer: put the one of the training into the output folder"
             " yourself"
         )
+    elif example["template_ends_with_pad_token"]:
+        say(
+            f"the chat template ends with the pad token {example['pad_token']} (id"
+            f" {info['pad_token_id']}): rewards are read before it, as in the model that the"
+            " training began with"
+        )
     elif example["pad_token_id"] != info["pad_token_id"]:
         say(
             f"pad token: {example['pad_token']} (id {example['pad_token_id']}), because id"
@@ -217,7 +223,12 @@ def _write(
     if example:
         recipe |= {
             key: example[key]
-            for key in ("reward_token", "pad_token", "template_writes_reward_token")
+            for key in (
+                "reward_token",
+                "pad_token",
+                "template_writes_reward_token",
+                "template_ends_with_pad_token",
+            )
         }
         recipe["example"] = {key: example[key] for key in ("messages", "text", "token_ids")}
     say(

@@ -104,6 +104,7 @@ def make_recipe(
         "reward_token_id": info["reward_token_id"],
         "reward_token": None,
         "template_writes_reward_token": False,
+        "template_ends_with_pad_token": False,
         "pad_token_id": info["pad_token_id"],
         "pad_token": None,
         "template_hash": manifest.get("template_hash"),

@@ -16,6 +16,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rmega.data.fingerprint import PROBES, with_reward_token
 from rmega.export.folder import write_json
 from rmega.hub import has_tokenizer, load_tokenizer
@@ -61,15 +63,19 @@ def write_tokenizer(
     """
     if not has_tokenizer(source):
         return None
-    from rmega.preferences.special_tokens import NO_REWARD_TOKEN
+    from rmega.preferences.special_tokens import NO_REWARD_TOKEN, without_end
     from rmega.preferences.tokenizer import PairTokenizer
 
     template = (info.get("manifest") or {}).get("chat_template")
     reward_id = info["reward_token_id"]
     reward_token = NO_REWARD_TOKEN if reward_id is None else str(reward_id)
-    ours = PairTokenizer.load(source, chat_template=template, reward_token=reward_token)
+    ours = PairTokenizer.load(
+        source, chat_template=template, reward_token=reward_token, pad_token_id=info["pad_token_id"]
+    )
     expected = ours.encode_conversation(EXAMPLE)
-    pad_id = choose_pad_token(ours.tokenizer, ours.template, info, expected)
+    pad_id = info["pad_token_id"]
+    if not ours.ends_with_pad:
+        pad_id = choose_pad_token(ours.tokenizer, ours.template, info, expected)
     pad = ours.tokenizer.convert_ids_to_tokens(pad_id)
 
     for name in COPIED:
@@ -97,6 +103,8 @@ def write_tokenizer(
     rendered = reward_id in (None, ids[-1])
     if not rendered:
         ids.append(reward_id)
+    if ours.ends_with_pad:
+        ids = without_end(np.array(ids, np.int32), pad_id).tolist()
     pairs = [(ids, expected)]
     pairs += [
         [t.encode(probe, add_special_tokens=False) for t in (written, ours.tokenizer)]
@@ -114,6 +122,7 @@ def write_tokenizer(
         "token_ids": ids,
         "reward_token": None if reward_id is None else written.convert_ids_to_tokens(reward_id),
         "template_writes_reward_token": rendered and reward_id is not None,
+        "template_ends_with_pad_token": ours.ends_with_pad,
         "pad_token": pad,
         "pad_token_id": pad_id,
     }

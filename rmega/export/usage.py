@@ -48,6 +48,10 @@ ids = tokenizer.encode(text, add_special_tokens=False)"""
         encode += f"""
 if ids[-1] != {reward}:
     ids.append({reward})"""
+    elif recipe.get("template_ends_with_pad_token"):
+        encode += f"""
+while ids[-1] == {recipe["pad_token_id"]}:
+    ids.pop()"""
     score = (
         "print(model.get_score(tokenizer, chat))"
         if remote
@@ -105,7 +109,13 @@ print(answer[0]["embedding"][0])"""
 def client_duties(recipe: dict[str, Any]) -> list[str]:
     """What a client must do itself, whatever serves the model; a sentence each."""
     token = f" ({recipe['reward_token']})" if recipe.get("reward_token") else ""
-    if recipe["reward_token_id"] is None:
+    if recipe.get("template_ends_with_pad_token"):
+        pad = f"{recipe['pad_token_id']} ({recipe.get('pad_token')})"
+        append = (
+            f"Leave out the pad token, id {pad}, at the end of the ids: the reward is read at the"
+            " token before it, where transformers reads it in either case."
+        )
+    elif recipe["reward_token_id"] is None:
         append = "Append nothing: the reward is read at the last token of the text."
     elif recipe.get("template_writes_reward_token"):
         append = (

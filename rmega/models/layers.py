@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from functools import partial
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -20,6 +21,7 @@ from megatron.core.tensor_parallel import (
     linear_with_grad_accumulation_and_async_allreduce,
     reduce_from_tensor_model_parallel_region,
 )
+from megatron.core.tensor_parallel.layers import linear_with_frozen_weight
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -147,6 +149,8 @@ class PooledLastLayer(TransformerLayer):
     ):
         pack, attention = packed_seq_params, self.self_attention
         x = self.input_layernorm(hidden_states)  # [t(/tp), 1, h]
+        lora = getattr(attention, "lora_qkv", None)
+        u = None if lora is None else lora.down(x).squeeze(1)  # [t, 3 rank]
         # Every tensor rank reads all tokens; backward sums what the ranks' heads want of them.
         if self.shards_sequence:
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True)
@@ -173,6 +177,10 @@ class PooledLastLayer(TransformerLayer):
         )
         key, value = key_value.view(-1, 2, g, d).unbind(1)  # [t, g, d] each
         query = query.view(-1, g * r, d)
+        if lora is not None:
+            of_query = lora.up(ops.gather_last_token(u, pack.pooled), 0)  # [n, g r d]
+            query = query + of_query.view_as(query)
+            key, value = (x + lora.up(u, i).view_as(x) for i, x in ((1, key), (2, value)))
         if self.config.qk_layernorm:  # without it, newer releases have None there
             query, key = attention.q_layernorm(query), attention.k_layernorm(key)
         query = ops.rope(query, pack.cos[pack.pooled], pack.sin[pack.pooled])
@@ -189,7 +197,10 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     """x [t, k] times weight [n, k] transposed plus bias [n], by the function behind Megatron-Core's
     linear layers, so that in half precision on a CPU it is computed as theirs are
     (``fusion.py``)."""
-    return linear_with_grad_accumulation_and_async_allreduce(
+    run = linear_with_grad_accumulation_and_async_allreduce
+    if not weight.requires_grad:
+        run = partial(linear_with_frozen_weight, tp_group=None)
+    return run(
         x,
         weight,
         bias,

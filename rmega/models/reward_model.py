@@ -235,6 +235,10 @@ class RewardModel(MegatronModule):
             sin=sin,
         )
         hidden = self.embedding(batch.tokens, batch.position_ids) if self.pre_process else None
+        if hidden is not None and self.config.recompute_granularity == "full":
+            # A recomputed layer has gradients only where its input wants one, and the output of a
+            # frozen embedding does not.
+            hidden.requires_grad_(torch.is_grad_enabled())
         # [t(/tp), 1, h], on the last stage [n, 1, h] where its last layer is pruned
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=pack)
         if not self.post_process:

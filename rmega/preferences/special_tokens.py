@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
+
 NO_REWARD_TOKEN = "none"
 """Value of ``--reward-token``: nothing is appended, the reward is read at the last token."""
 
@@ -44,9 +46,24 @@ def find_reward_token(
 
 
 def find_pad_token(
-    tokenizer: Any, vocab: dict[str, int], reward_token_id: int | None, limit: int
+    tokenizer: Any,
+    vocab: dict[str, int],
+    reward_token_id: int | None,
+    limit: int,
+    *,
+    recorded: int | None = None,
+    last_id: int | None = None,
 ) -> int:
-    """A padding token that is not the reward token and has a row in the embedding."""
+    """A padding token that is not the reward token and has a row in the embedding.
+
+    Without a reward token, transformers reads the reward at the last token that is not the model's
+    pad token: that is the ``recorded`` one of its config.json, or else one that is not ``last_id``,
+    which ends every text.
+    """
+    if reward_token_id is None:
+        if recorded is not None and recorded < limit:
+            return recorded
+        reward_token_id = last_id
     candidates = [vocab.get(text) for text in _PAD_TOKENS]
     candidates += [
         tokenizer.pad_token_id,
@@ -59,6 +76,12 @@ def find_pad_token(
     return next(
         int(c) for c in candidates if c is not None and c != reward_token_id and int(c) < limit
     )
+
+
+def without_end(ids: np.ndarray, token: int) -> np.ndarray:
+    """``ids`` [t] up to the last that is not ``token``; the first one at least."""
+    kept = np.flatnonzero(ids != token)
+    return ids[: int(kept[-1]) + 1 if len(kept) else 1]
 
 
 def control_pattern(

@@ -20,7 +20,13 @@ from typing import Any
 import numpy as np
 
 from rmega.data.fingerprint import PROBES, TEMPLATE_DATE, given_template, tokenizer_fingerprint
-from rmega.hub import load_tokenizer, recorded_reward_token, recorded_vocab_size, resolve_model
+from rmega.hub import (
+    load_tokenizer,
+    recorded_pad_token,
+    recorded_reward_token,
+    recorded_vocab_size,
+    resolve_model,
+)
 from rmega.io import one_line
 from rmega.preferences.chat_template import CHECK_EVERY, DEFAULT_TEMPLATE, ChatTemplate
 from rmega.preferences.comparison import Comparison, Message, Rejected
@@ -40,6 +46,7 @@ from rmega.preferences.special_tokens import (
     control_pattern,
     find_pad_token,
     find_reward_token,
+    without_end,
 )
 
 BROKEN_UP = "special-token text in the data, broken up"
@@ -80,13 +87,15 @@ class PairTokenizer:
         max_length: int | None = None,
         overlong: str = "left-prompt",
         vocab_size: int | None = None,
+        pad_token_id: int | None = None,
     ) -> None:
         """``tokenizer`` is transformers'; ``chat_template`` the text of a template, in place of the
         tokenizer's own.
 
         ``reward_token``: auto, none (nothing is appended), a token's text or its id. ``max_length``
         counts the reward token; None: no limit. ``vocab_size``: rows of the model's embedding,
-        where known; reward and pad token have one.
+        where known; reward and pad token have one. ``pad_token_id``: the one in the model's
+        config.json, which counts where there is no reward token.
         """
         if overlong not in OVERLONG_POLICIES:
             raise ValueError(
@@ -103,6 +112,7 @@ class PairTokenizer:
             "chat_template": chat_template,
             "max_length": max_length,
             "overlong": overlong,
+            "pad_token_id": pad_token_id,
         }
         self._trust_remote_code = False
         self.messages: list[str] = []
@@ -119,12 +129,21 @@ class PairTokenizer:
             self.messages.append(
                 f"the chat template prints the date: {TEMPLATE_DATE:%d %b %Y} on every day"
             )
-        self.vocab_size = len(tokenizer)
+        self.vocab_size, self._num_encoded = len(tokenizer), 0
         vocab, limit = tokenizer.get_vocab(), min(self.vocab_size, vocab_size or self.vocab_size)
         self.reward_token_id = find_reward_token(
             tokenizer, vocab, reward_token, self.template, limit
         )
-        self.pad_token_id = find_pad_token(tokenizer, vocab, self.reward_token_id, limit)
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._words = make_word_encoder(tokenizer, PROBES)
+        last_id = None
+        if self.reward_token_id is None and (end := self._to_ids(self._chat.frame.end, {})):
+            last_id = int(np.frombuffer(end, np.int32)[-1])
+        self.pad_token_id = find_pad_token(
+            tokenizer, vocab, self.reward_token_id, limit, recorded=pad_token_id, last_id=last_id
+        )
+        self.ends_with_pad = self.reward_token_id is None and self.pad_token_id == last_id
+        """Whether the template ends with the pad token: then the reward is read before it."""
         self._reward = np.array(
             [] if self.reward_token_id is None else [self.reward_token_id], np.int32
         ).tobytes()
@@ -134,11 +153,8 @@ class PairTokenizer:
         self._rendered = RenderedText(
             tokenizer, self._chat, self._control, self.reward_token_id, self.pad_token_id
         )
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._words = make_word_encoder(tokenizer, PROBES)
         if self._words is None:
             self.messages.append("this tokenizer has no fast path here: texts are encoded whole")
-        self._num_encoded = 0
 
     @classmethod
     def load(
@@ -149,12 +165,13 @@ class PairTokenizer:
         chat_template: str | None = None,
         max_length: int | None = None,
         overlong: str = "left-prompt",
+        pad_token_id: int | None = None,
         trust_remote_code: bool = False,
     ) -> PairTokenizer:
         """From a tokenizer's folder or hub name; ``chat_template`` may also name a file.
 
         ``reward_token`` auto is the one that the folder's model was trained with, where it is a
-        reward model.
+        reward model; ``pad_token_id`` None the one that its config.json records.
         """
         if chat_template is not None and os.path.exists(chat_template):
             chat_template = Path(chat_template).read_text(encoding="utf-8")
@@ -170,11 +187,12 @@ class PairTokenizer:
             max_length=max_length,
             overlong=overlong,
             vocab_size=recorded_vocab_size(path),
+            pad_token_id=recorded_pad_token(path) if pad_token_id is None else pad_token_id,
         )
         if recorded == NO_REWARD_TOKEN:
             messages.append(
                 f"{folder} is a reward model without a reward token: nothing is appended, rewards"
-                " are read at the last token of the text (--reward-token names one)"
+                f" are read at {made.last_token} (--reward-token names one)"
             )
         made.messages = messages + made.messages
         made._trust_remote_code = trust_remote_code
@@ -193,9 +211,17 @@ class PairTokenizer:
     def reading(self) -> str:
         """Where the reward is read: ``reward token </s> (2)``, for example."""
         if self.reward_token_id is None:
-            return "no reward token (read at the last token of the text)"
+            return f"no reward token (read at {self.last_token})"
         token = self.tokenizer.convert_ids_to_tokens(self.reward_token_id)
         return f"reward token {token} ({self.reward_token_id})"
+
+    @property
+    def last_token(self) -> str:
+        """Where the reward is read without a reward token, in words."""
+        if not self.ends_with_pad:
+            return "the last token of the text"
+        pad = self.tokenizer.convert_ids_to_tokens(self.pad_token_id)
+        return f"the last token of the text before {pad}, which is the model's pad token, too"
 
     # ---- conversations
 
@@ -263,7 +289,7 @@ class PairTokenizer:
         notes.append("cut: beginning or end of the text left out")
         if self.overlong == "left-prompt":
             return ids[-limit:].tolist()
-        return cut_end(ids, limit, self.reward_token_id).tolist()
+        return self._end(cut_end(ids, limit, self.reward_token_id)).tolist()
 
     def _messages_of(self, text: str, notes: list[str]) -> list[Message]:
         """The turns of a rendered text; [] where they cannot be told apart."""
@@ -315,6 +341,7 @@ class PairTokenizer:
                 self.reward_token_id,
                 notes,
             )
+            ids = [self._end(i) for i in ids]
         return ids, notes
 
     def _clean(self, comparison: Comparison, notes: list[str]) -> Comparison:
@@ -387,16 +414,21 @@ class PairTokenizer:
         return self._with_reward_token(texts, known)
 
     def _with_reward_token(self, texts: list[str], known: dict[str, bytes]) -> list[np.ndarray]:
-        """int32 ids [tokens] of each text. The one place that decides whether the reward token is
-        appended: where there is one, and the ids do not end with it already."""
+        """int32 ids [tokens] of each text. The one place that decides where they end: with the
+        reward token, which is appended unless it ends them already; without one, before pad tokens,
+        where transformers reads the reward."""
         try:
             ids = [self._to_ids(text, known) for text in texts]
         except UnicodeEncodeError:
             raise Rejected("not_utf8", "half of a surrogate pair") from None
         return [
-            np.frombuffer(i if i.endswith(self._reward) else i + self._reward, np.int32)
+            self._end(np.frombuffer(i if i.endswith(self._reward) else i + self._reward, np.int32))
             for i in ids
         ]
+
+    def _end(self, ids: np.ndarray) -> np.ndarray:
+        """``ids`` [t] up to the token at which transformers reads the reward."""
+        return ids if self.reward_token_id is not None else without_end(ids, self.pad_token_id)
 
     def _to_ids(self, text: str, known: dict[str, bytes]) -> bytes:
         """int32 ids as bytes; ``known`` holds the segments of this comparison that were encoded

@@ -51,6 +51,7 @@ class TokenRules:
     chat_template: str | None = None
     max_length: int | None = None
     overlong: str = "left-prompt"
+    pad_token_id: int | None = None
 
     @classmethod
     def from_manifest(cls, manifest: dict[str, Any]) -> TokenRules:
@@ -61,6 +62,7 @@ class TokenRules:
             chat_template=manifest.get("chat_template"),
             max_length=manifest.get("max_length"),
             overlong=manifest.get("overlong") or "left-prompt",
+            pad_token_id=manifest.get("pad_token_id"),
         )
 
 

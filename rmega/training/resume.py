@@ -32,6 +32,7 @@ CLASSES = {
         "share_prefix": EFFECT,
         "max_tokens_per_microbatch": EFFECT,
     },
+    "lora": dict.fromkeys(("lora_rank", "lora_alpha", "lora_target", "lora_rslora"), BOUND),
     "loss": dict.fromkeys(
         (
             "loss",
@@ -62,6 +63,7 @@ CLASSES = {
     "optimizer": dict.fromkeys(
         (
             "lr",
+            "head_lr",
             "min_lr",
             "lr_warmup_fraction",
             "lr_decay_style",
@@ -107,6 +109,10 @@ CLASSES = {
 writes or when it ends, and are not listed."""
 
 _WHY_BOUND = {
+    **dict.fromkeys(
+        ("lora_rank", "lora_alpha", "lora_target", "lora_rslora"),
+        "its adapters are those of the checkpoint",
+    ),
     "head_init": "a head is initialized at the start of a run only",
     "initial_loss_scale": "its current loss scale is part of the checkpoint",
     "global_batch_size": "the order of the data depends on it",

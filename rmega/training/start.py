@@ -15,10 +15,12 @@ from rmega.config import MIN_COMPARISONS, TrainingConfig
 from rmega.data.batching import Batcher, Mixture
 from rmega.data.indexed import PreferenceDataset, open_preferences, split_label
 from rmega.distributed import log
-from rmega.hub import resolve_model
+from rmega.hub import resolve_start
 from rmega.io import write_durably
+from rmega.models import lora
 from rmega.models.geometry import Geometry
 from rmega.models.hf import load_hf, read_geometry
+from rmega.models.peft_folder import PeftFolder
 from rmega.training import plan, preflight, resume, train
 
 
@@ -34,6 +36,8 @@ class Base:
     """The base model, and this rank's device."""
 
     folder: Path
+    adapter: PeftFolder | None
+    """The adapter that --hf-model names, to start from."""
     geometry: Geometry
     hf_config: dict[str, Any]
     device: torch.device
@@ -74,8 +78,12 @@ def join(config: TrainingConfig) -> Base:
     p = config.parallel
     distributed.prepare_cuda(p.tensor_model_parallel_size, deterministic=config.train.deterministic)
     preflight.check_save(config)
-    folder = resolve_model(config.model.hf_model)
+    folder, adapter_folder = resolve_start(config.model.hf_model)
     geometry, hf_config = read_geometry(folder)
+    adapter = None
+    if adapter_folder is not None:
+        adapter = PeftFolder(adapter_folder, geometry)
+        adapter.check_flags(config.lora)
     train.transformer_layout(config, geometry, on_cpu=not torch.cuda.is_available())
     plan.check_memory(config, geometry)
     device = distributed.initialize(
@@ -85,7 +93,9 @@ def join(config: TrainingConfig) -> Base:
         seed=config.train.seed,
         timeout_minutes=p.distributed_timeout_minutes,
     )
-    return Base(folder=folder, geometry=geometry, hf_config=hf_config, device=device)
+    return Base(
+        folder=folder, adapter=adapter, geometry=geometry, hf_config=hf_config, device=device
+    )
 
 
 def prepare(config: TrainingConfig, base: Base) -> Start:
@@ -186,8 +196,9 @@ class Model:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next step."""
-        return self.optimizer.param_groups[0]["lr"]
+        """Learning rate of the next step; not the head's, where --head-lr gives it its own."""
+        groups = self.optimizer.param_groups
+        return next(group["lr"] for group in groups if group.get("default_config", True))
 
     def advance(self, comparisons: int) -> None:
         """A step on so many comparisons is done."""
@@ -212,7 +223,14 @@ def build(start: Start) -> Model:
         )
         for chunk in chunks
     ]
-    head = "; ".join(dict.fromkeys(heads))
+    head, adapter = "; ".join(dict.fromkeys(heads)), start.adapter
+    if c.lora.lora_rank:
+        for chunk in chunks:
+            lora.initialize(chunk, start.geometry, c.lora, seed=c.train.seed, start=adapter)
+        if adapter is not None and adapter.has_head:
+            head = f"head from {adapter.folder}"
+        origin = "new" if adapter is None else adapter.describe()
+        log(f"adapters: {c.lora.describe()}; {'from the checkpoint' if start.found else origin}")
     wrapped = train.wrap_model(chunks, c)
     optimizer, scheduler = train.build_optimizer(wrapped, c, start.steps)
     log(

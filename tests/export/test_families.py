@@ -9,53 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.dist import run_distributed
+from tests.made_tokenizers import make_qwen_tokenizer
 from tests.tiny import tiny_llama
-
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|vision_pad|>")
-ADDED = ("<|fim_pad|>", "<think>", "</think>")  # added tokens that are not special
-THINKING = (
-    "{%- for message in messages %}"
-    "{%- if message.role in ('user', 'system') %}"
-    "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
-    "{%- else %}"
-    "{%- set content, thought = message.content, '' %}"
-    "{%- if '</think>' in content %}"
-    "{%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
-    "{%- set content = content.split('</think>')[-1].lstrip('\n') %}"
-    "{%- endif %}"
-    "{{- '<|im_start|>assistant\n' }}"
-    "{%- if loop.last %}{{- '<think>\n' + thought + '\n</think>\n\n' }}{%- endif %}"
-    "{{- content + '<|im_end|>\n' }}"
-    "{%- endif %}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
-)
-
-
-def make_qwen_tokenizer(folder: Path) -> int:
-    """Byte-level BPE trained on the demonstration set, special tokens last; its size, which is less
-    than the model's, as in Qwen's folders."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    from tests.made_models import demo_lines
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(demo_lines(), trainer)
-    tokenizer.add_special_tokens(list(SPECIAL))
-    tokenizer.add_tokens(list(ADDED))
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=list(SPECIAL[1:]),
-        chat_template=THINKING,
-    ).save_pretrained(folder)
-    return tokenizer.get_vocab_size()
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def base(request, tmp_path: Path) -> Path:
     """The tokenizer files of a base model."""
     kind, folder = request.param, tmp_path / "base"
     if kind == "smollm2":
-        from tests.made_models import make_smollm2_tokenizer
+        from tests.made_tokenizers import make_smollm2_tokenizer
 
         return make_smollm2_tokenizer(folder)
     made = kind in ("small_llama", "internlm2_tokenizer", "internlm2_of_the_hub")

@@ -36,8 +36,8 @@ void gather_backward(In grad, Rows last, Out out, N t, N n, N h, N dtype) {
 void pairs(In rewards, Rows c, Rows r, In margin, In weight, Out loss, Out stats, Out grad,
            N n, N m, N dtype, N loss_name, N penalty, N clamp) {
   const rmega::LossOptions options{static_cast<rmega::Loss>(loss_name),
-                                   static_cast<rmega::Penalty>(penalty), 0.02, 0.1,
-                                   clamp != 0};
+                                   static_cast<rmega::Penalty>(penalty), 0.02,
+                                   loss_name == 2 ? 0.0 : 0.1, clamp != 0};
   rmega::launch_pairwise_loss(rewards, c, r, margin, weight, loss, stats, grad, n, m, DT, options,
                               nullptr);
 }
@@ -158,6 +158,8 @@ def test_pairwise_loss(kernels, dtype, loss, penalty, clamp, n, m):
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     rewards = (torch.randn(n) * 3).to(dtype)
     chosen, rejected = torch.randint(max(n, 1), (2, m))
+    if loss == "plackett_luce":
+        chosen = chosen.sort().values  # choices of some 15 pairs
     margin, weight = torch.rand(m, dtype=compute), torch.rand(m, dtype=compute) + 0.5
     loss_sum, stats, grad = (torch.full(shape, 7.0, dtype=compute) for shape in ((), (8,), (n,)))
     kernels(
@@ -187,7 +189,7 @@ def test_pairwise_loss(kernels, dtype, loss, penalty, clamp, n, m):
         loss=loss,
         penalty=penalty,
         penalty_weight=0.02,
-        label_smoothing=0.1,
+        label_smoothing=0.0 if loss == "plackett_luce" else 0.1,
         barrier_clamp=clamp,
     )
     (right_grad,) = torch.autograd.grad(right, exact)

@@ -212,7 +212,7 @@ def test_gather_last_token_names_shapes():
 
 OPTIONS = [
     dict(loss=loss, penalty=penalty, label_smoothing=smoothing, barrier_clamp=clamp)
-    for loss in ops.LOSSES
+    for loss in ("ranking", "focal")  # of pairs; plackett_luce: below
     for penalty in ops.PENALTIES
     for smoothing in (0.0, 0.1)
     for clamp in ((False, True) if penalty == "log_barrier" else (False,))
@@ -433,6 +433,156 @@ def test_pairwise_loss_opcheck(dtype):
     opcheck(
         "pairwise_loss",
         (rewards.to(dtype).requires_grad_(), *pairs, "focal", "log_barrier", 0.01, 0.1, False),
+    )
+
+
+# ---- pairwise_loss, Plackett-Luce
+
+
+def ranked(sizes, seed=0, spread=2.0):
+    """Comparisons of so many responses, best first: (rewards, chosen, rejected, margin, weight)."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(sum(sizes), generator=generator) * spread
+    pairs, first = [], 0
+    for size in sizes:
+        pairs += [(first + i, first + j) for i in range(size) for j in range(i + 1, size)]
+        first += size
+    chosen, rejected = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).t().contiguous()
+    margin = torch.rand(len(pairs), generator=generator)
+    return rewards, chosen, rejected, margin, torch.rand(len(pairs), generator=generator) + 0.5
+
+
+@BOTH
+@pytest.mark.parametrize("sizes", [[2], [3], [2, 2], [4, 2, 7, 3], [1, 5, 1, 2]])
+def test_plackett_luce_is_the_likelihood_of_the_order(implementation, sizes):
+    """By its stages: the best of all, the best of what is left, ...; torch's softmax in fp64."""
+    choose(implementation)
+    rewards, chosen, rejected, *_ = ranked(sizes)
+    rewards = rewards.double().requires_grad_()
+    zero, one = torch.zeros(len(chosen)), torch.ones(len(chosen))
+    loss_sum, stats = ops.pairwise_loss(rewards, chosen, rejected, zero, one, loss="plackett_luce")
+    expected = torch.zeros((), dtype=torch.float64)
+    for one_order in rewards.split(sizes):
+        for stage in range(len(one_order) - 1):
+            expected = expected - torch.log_softmax(one_order[stage:], 0)[0]
+    torch.testing.assert_close(loss_sum, expected, rtol=1e-12, atol=0)
+    want, got = (torch.autograd.grad(x, rewards)[0] for x in (expected, loss_sum))
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
+    assert stats[0] == len(chosen) and stats[1] == loss_sum.detach() and stats[2] == 0
+
+
+@BOTH
+def test_plackett_luce_of_two_is_ranking(implementation):
+    choose(implementation)
+    rewards, chosen, rejected, margin, weight = ranked([2] * 9, spread=4.0)
+    rewards = rewards.double().requires_grad_()
+    results = []
+    for loss in ("ranking", "plackett_luce"):
+        loss_sum, stats = ops.pairwise_loss(
+            rewards, chosen, rejected, margin, weight, loss=loss, penalty="log_barrier"
+        )
+        results.append((loss_sum.detach(), stats, *torch.autograd.grad(loss_sum, rewards)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+
+@BOTH
+@pytest.mark.parametrize("penalty", ops.PENALTIES)
+def test_plackett_luce_by_hand_and_gradcheck(implementation, penalty):
+    """A choice has the mean weight of its pairs and the mean penalty; margins count per pair."""
+    choose(implementation)
+    sizes = [4, 2, 3]
+    rewards, chosen, rejected, margin, weight = ranked(sizes)
+    rewards[0], rewards[1] = 5.5, -6.0
+    rewards, margin, weight = rewards.double(), margin.double(), weight.double()
+    options = dict(loss="plackett_luce", penalty=penalty, penalty_weight=0.02)
+    loss_sum, stats = ops.pairwise_loss(rewards, chosen, rejected, margin, weight, **options)
+    base = extra = 0.0
+    for c in set(chosen.tolist()):
+        pairs = [i for i, row in enumerate(chosen.tolist()) if row == c]
+        terms = [
+            (rewards[c].item(), rewards[rejected[i]].item(), margin[i].item(), weight[i].item())
+            for i in pairs
+        ]
+        total = 1 + sum(math.exp(r + mg - s) for s, r, mg, _ in terms)
+        base += sum(w for *_, w in terms) / len(terms) * math.log(total)
+        for s, r, mg, w in terms:
+            by_hand = pair_by_hand(
+                s,
+                r,
+                mg,
+                loss="ranking",
+                penalty=penalty,
+                penalty_weight=0.02,
+                label_smoothing=0.0,
+                barrier_clamp=False,
+            )
+            extra += w * by_hand[1] / len(terms)
+    assert loss_sum.item() == pytest.approx(base + extra, rel=1e-12)
+    assert stats[1:3].tolist() == pytest.approx([base, extra], rel=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda r: ops.pairwise_loss(r, chosen, rejected, margin, weight, **options)[0],
+        (rewards.requires_grad_(),),
+    )
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_plackett_luce_far_scores_stay_finite(implementation, dtype):
+    choose(implementation)
+    rewards = torch.tensor([-300.0, 300.0, 299.0, 0.0], dtype=dtype, requires_grad=True)
+    chosen, rejected = torch.tensor([[0, 0, 0, 1, 1, 2], [1, 2, 3, 2, 3, 3]])
+    loss_sum, _ = ops.pairwise_loss(
+        rewards, chosen, rejected, torch.zeros(6), torch.ones(6), loss="plackett_luce"
+    )
+    exact = rewards.detach().double()
+    total = sum(-torch.log_softmax(exact[i:], 0)[0] for i in range(3)).item()
+    assert loss_sum.item() == pytest.approx(total, rel=1e-6)
+    (grad,) = torch.autograd.grad(loss_sum, rewards)
+    assert grad.isfinite().all() and grad.sum().item() == pytest.approx(0, abs=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("penalty", ops.PENALTIES)
+def test_plackett_luce_error_is_at_most_twice_plain_torchs(dtype, penalty):
+    choose("native")
+    rewards, *pairs = ranked([4, 2, 3, 5] * 10)
+    rewards = rewards.to(dtype)
+    results = []
+    plain = ops.pairwise_loss_ref
+    for op, cast in ((ops.pairwise_loss, dtype), (plain, dtype), (plain, torch.float64)):
+        x = rewards.to(cast).clone().requires_grad_()
+        loss_sum, stats = op(x, *pairs, loss="plackett_luce", penalty=penalty)
+        loss_sum.backward()
+        results.append((loss_sum.detach(), stats, x.grad))
+    for got, plain, exact in zip(*results, strict=True):
+        assert_twice_plain(got, plain, exact)
+
+
+@BOTH
+def test_plackett_luce_of_nothing(implementation):
+    choose(implementation)
+    none, no_index = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+    rewards = torch.randn(3, requires_grad=True)
+    loss_sum, stats = ops.pairwise_loss(
+        rewards, no_index, no_index, none, none, loss="plackett_luce", penalty="l2"
+    )
+    (grad,) = torch.autograd.grad(loss_sum, rewards)
+    assert loss_sum.item() == 0 and stats.tolist() == [0.0] * 8 and grad.tolist() == [0.0] * 3
+
+
+@BOTH
+def test_plackett_luce_has_no_label_smoothing(implementation):
+    choose(implementation)
+    with pytest.raises(ValueError, match="label_smoothing 0.1: plackett_luce has none"):
+        ops.pairwise_loss(*ranked([3]), loss="plackett_luce", label_smoothing=0.1)
+
+
+def test_plackett_luce_opcheck():
+    rewards, *pairs = ranked([3, 2])
+    opcheck(
+        "pairwise_loss",
+        (rewards.requires_grad_(), *pairs, "plackett_luce", "log_barrier", 0.01, 0.0, False),
     )
 
 

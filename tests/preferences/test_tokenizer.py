@@ -18,8 +18,8 @@ from rmega.preferences.reader import plan_input
 from rmega.preferences.tokenizer import PairTokenizer, common_prefix_length
 from rmega.preferences.worker import Converter
 from tests.conftest import ROOT
-from tests.made_models import make_smollm2_tokenizer
 from tests.made_rows import FILES
+from tests.made_tokenizers import make_smollm2_tokenizer
 
 SYSTEM = {"role": "system", "content": "Answer in one short sentence."}
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
