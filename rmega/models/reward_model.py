@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from rmega.data.packing import PackedBatch
 from rmega.models.geometry import Geometry
-from rmega.models.layers import PackedRewardParams, block_spec, pool_rows
+from rmega.models.layers import PackedRewardParams, block_spec, link_norms, pool_rows
 from rmega.models.rotary import inverse_frequencies, rotary_tables
 
 
@@ -199,6 +199,7 @@ class RewardModel(MegatronModule):
             post_process=post_process,
             vp_stage=vp_stage,
         )
+        link_norms(self.decoder, config)
         if post_process:
             self.reward_head = torch.nn.Linear(
                 config.hidden_size, 1, bias=False, dtype=torch.float32
