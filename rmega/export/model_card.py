@@ -33,7 +33,7 @@ def write_card(
     base_model = recipe.get("base_model")
     hub_base = base_model if _is_hub_name(base_model) else stated.get("base_model")
     data = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if recipe.get("adapter_of") else "transformers",
         pipeline_tag="text-classification",
         tags=["reward-model"],
         base_model=hub_base,
@@ -54,9 +54,12 @@ def write_card(
         **license_fields,
     )
     license_name = stated.get("license_name") or stated.get("license")
+    what = recipe["architecture"]
+    if adapter_of := recipe.get("adapter_of"):
+        what = f"LoRA adapter and reward head for {what} on {adapter_of}"
     body = f"""# {name}
 
-A reward model ({recipe["architecture"]}, {recipe["dtype"]}): it reads a conversation and gives one
+A reward model ({what}, {recipe["dtype"]}): it reads a conversation and gives one
 number, higher for a better last reply. It was trained on differences between replies to one prompt;
 the number by itself has no unit.
 
