@@ -56,6 +56,35 @@ void check_norm(const at::Tensor& x, const at::Tensor& weight) {
               kMostNormWidth, " on a GPU");
 }
 
+void check_same(const at::Tensor& given, const at::Tensor& x, const char* what) {
+  TORCH_CHECK(given.sizes() == x.sizes() && given.scalar_type() == x.scalar_type() &&
+                  given.device() == x.device(),
+              what, " ", given.scalar_type(), " ", given.sizes(), " on ", given.device(),
+              " for x ", x.scalar_type(), " ", x.sizes(), " on ", x.device());
+}
+
+// All contiguous. With dtotal, dx is the sum of both gradients.
+std::tuple<at::Tensor, at::Tensor> norm_backward_on_gpu(const at::Tensor& dy,
+                                                        const std::optional<at::Tensor>& dtotal,
+                                                        const at::Tensor& x,
+                                                        const at::Tensor& weight,
+                                                        const at::Tensor& inv) {
+  const int64_t h = x.size(-1), rows = inv.size(0);
+  // Of blocks as many as fill a large GPU; not as many as this one holds, so that every GPU sums in
+  // one order.
+  const int64_t parts = std::min<int64_t>(rows, 1024);
+  at::Tensor dx = at::empty(x.sizes(), x.options());
+  at::Tensor partial = at::empty({parts, h}, x.options().dtype(at::kFloat));
+  if (x.numel() > 0) {
+    RMEGA_CUDA_CALL(x, launch_rms_norm_backward(
+                           dy.const_data_ptr(), dtotal ? dtotal->const_data_ptr() : nullptr,
+                           x.const_data_ptr(), weight.const_data_ptr(), inv.const_data_ptr(),
+                           dx.mutable_data_ptr(), partial.mutable_data_ptr(), rows, h, parts,
+                           dtype_of(x), stream));
+  }
+  return {dx, partial.sum(0).to(weight.scalar_type())};
+}
+
 }  // namespace
 
 const ElementwiseKernels& elementwise_kernels() {
@@ -103,8 +132,9 @@ std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const at::Tenso
   at::Tensor y = at::empty(x.sizes(), x.options()), inv = at::empty({rows}, x.options().dtype(at::kFloat));
   if (x.is_cuda()) {
     if (x.numel() > 0) {
-      RMEGA_CUDA_CALL(x, launch_rms_norm(source.const_data_ptr(), scale.const_data_ptr(), y.mutable_data_ptr(),
-                                         inv.mutable_data_ptr(), rows, h, eps, dtype_of(x), stream));
+      RMEGA_CUDA_CALL(x, launch_rms_norm(source.const_data_ptr(), nullptr, scale.const_data_ptr(),
+                                         nullptr, y.mutable_data_ptr(), inv.mutable_data_ptr(),
+                                         rows, h, eps, dtype_of(x), stream));
     }
     return {y, inv};
   }
@@ -127,18 +157,10 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& grad, con
               grad.scalar_type(), " ", grad.sizes(), " for x ", x.scalar_type(), " ", x.sizes());
   const at::Tensor dy = grad.contiguous(), source = x.contiguous(), scale = weight.contiguous();
   const int64_t h = x.size(-1), rows = inv.size(0);
-  at::Tensor dx = at::empty(x.sizes(), x.options());
   if (x.is_cuda()) {
-    // Of blocks as many as fill a large GPU; not as many as this one holds, so that every GPU sums in one order.
-    const int64_t parts = std::min<int64_t>(rows, 1024);
-    at::Tensor partial = at::empty({parts, h}, x.options().dtype(at::kFloat));
-    if (x.numel() > 0) {
-      RMEGA_CUDA_CALL(x, launch_rms_norm_backward(dy.const_data_ptr(), source.const_data_ptr(), scale.const_data_ptr(),
-                                                  inv.const_data_ptr(), dx.mutable_data_ptr(),
-                                                  partial.mutable_data_ptr(), rows, h, parts, dtype_of(x), stream));
-    }
-    return {dx, partial.sum(0).to(weight.scalar_type())};
+    return norm_backward_on_gpu(dy, std::nullopt, source, scale, inv);
   }
+  at::Tensor dx = at::empty(x.sizes(), x.options());
   // The rows of one partial sum depend on the shape alone, never on the number of threads.
   const int64_t part = std::max<int64_t>(64, (rows + 31) / 32), parts = (rows + part - 1) / part;
   at::Tensor partial = at::zeros({parts, h}, x.options().dtype(at::kFloat));
@@ -156,6 +178,45 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& grad, con
     });
   });
   return {dx, partial.sum(0).to(weight.scalar_type())};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x,
+                                                            const at::Tensor& residual,
+                                                            const at::Tensor& weight, double eps) {
+  check_norm(x, weight);
+  check_same(residual, x, "add_rms_norm: residual");
+  if (!x.is_cuda()) {
+    at::Tensor total = residual.add(x);
+    auto [y, inv] = rms_norm(total, weight, eps);
+    return {total, y, inv};
+  }
+  const at::Tensor source = x.contiguous(), other = residual.contiguous(), scale = weight.contiguous();
+  const int64_t h = x.size(-1), rows = h == 0 ? 0 : x.numel() / h;
+  at::Tensor total = at::empty(x.sizes(), x.options()), y = at::empty(x.sizes(), x.options());
+  at::Tensor inv = at::empty({rows}, x.options().dtype(at::kFloat));
+  if (x.numel() > 0) {
+    RMEGA_CUDA_CALL(x, launch_rms_norm(source.const_data_ptr(), other.const_data_ptr(),
+                                       scale.const_data_ptr(), total.mutable_data_ptr(),
+                                       y.mutable_data_ptr(), inv.mutable_data_ptr(), rows, h, eps,
+                                       dtype_of(x), stream));
+  }
+  return {total, y, inv};
+}
+
+std::tuple<at::Tensor, at::Tensor> add_rms_norm_backward(const at::Tensor& grad_total,
+                                                         const at::Tensor& grad,
+                                                         const at::Tensor& total,
+                                                         const at::Tensor& weight,
+                                                         const at::Tensor& inv) {
+  check_norm(total, weight);
+  check_same(grad_total, total, "add_rms_norm: gradient of the sum");
+  check_same(grad, total, "add_rms_norm: gradient");
+  if (!total.is_cuda()) {
+    auto [dx, dweight] = rms_norm_backward(grad, total, weight, inv);
+    return {dx.add_(grad_total), dweight};
+  }
+  return norm_backward_on_gpu(grad.contiguous(), grad_total.contiguous(), total.contiguous(),
+                              weight.contiguous(), inv);
 }
 
 at::Tensor swiglu(const at::Tensor& x) {

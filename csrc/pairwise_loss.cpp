@@ -11,8 +11,13 @@ namespace {
 LossOptions read_options(c10::string_view loss, c10::string_view penalty, double penalty_weight,
                          double label_smoothing, bool barrier_clamp) {
   LossOptions options{Loss::ranking, Penalty::none, penalty_weight, label_smoothing, barrier_clamp};
-  TORCH_CHECK(loss == "ranking" || loss == "focal", "pairwise_loss: unknown loss '", loss, "'");
-  options.loss = loss == "focal" ? Loss::focal : Loss::ranking;
+  if (loss == "plackett_luce") {
+    TORCH_CHECK(label_smoothing == 0, "pairwise_loss: plackett_luce has no label smoothing, got ", label_smoothing);
+    options.loss = Loss::plackett_luce;
+  } else {
+    TORCH_CHECK(loss == "ranking" || loss == "focal", "pairwise_loss: unknown loss '", loss, "'");
+    options.loss = loss == "focal" ? Loss::focal : Loss::ranking;
+  }
   if (penalty == "log_barrier") {
     options.penalty = Penalty::log_barrier;
   } else if (penalty == "l2") {
@@ -81,6 +86,30 @@ void run(const double* rewards, const int64_t* chosen, const int64_t* rejected, 
   sums.write(loss, stats, m);
 }
 
+// Plackett-Luce, a choice at a time. A pack has few pairs, so nothing is gained from vectors.
+template <typename R, typename T>
+void run_choices(const R* rewards, const int64_t* chosen, const int64_t* rejected, const T* margin, const T* weight,
+                 T* loss, T* stats, T* grad, int64_t n, int64_t m, const LossOptions& options) {
+  const auto reward = [&](int64_t row) { return static_cast<T>(rewards[row]); };
+  PairSums sums;
+  for (int64_t i = 0; i < m; ++i) {
+    check_pair(i, chosen[i], rejected[i], n);
+  }
+  for (int64_t first = 0; first < m;) {
+    const Choice<T> choice = choice_of<T>(first, chosen, rejected, margin, weight, m, reward);
+    const int64_t c = chosen[first];
+    for (int64_t p = first; p < choice.last; ++p) {
+      const int64_t r = rejected[p];
+      const auto term = choice_term<T>(choice, p, reward(c), reward(r), margin[p], weight[p], options);
+      sums.add(term, reward(c), reward(r));
+      grad[c] += term.grad_chosen;
+      grad[r] += term.grad_rejected;
+    }
+    first = choice.last;
+  }
+  sums.write(loss, stats, m);
+}
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> pairwise_loss(
@@ -120,9 +149,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> pairwise_loss(
   at::Tensor grad = at::zeros({n}, compute);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rewards.scalar_type(), "pairwise_loss", [&] {
     using T = at::opmath_type<scalar_t>;
-    run(scores.const_data_ptr<scalar_t>(), c, r, margins.const_data_ptr<T>(),
-        weights.const_data_ptr<T>(), total.mutable_data_ptr<T>(), stats.mutable_data_ptr<T>(),
-        grad.mutable_data_ptr<T>(), n, m, options);
+    const auto any = [&](auto&& kernel) {
+      kernel(scores.const_data_ptr<scalar_t>(), c, r, margins.const_data_ptr<T>(), weights.const_data_ptr<T>(),
+             total.mutable_data_ptr<T>(), stats.mutable_data_ptr<T>(), grad.mutable_data_ptr<T>(), n, m, options);
+    };
+    if (options.loss == Loss::plackett_luce) {
+      any(run_choices<scalar_t, T>);
+    } else {
+      any([](auto... inputs) { run(inputs...); });
+    }
   });
   return {total, stats, grad};
 }

@@ -11,6 +11,7 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 
@@ -41,16 +42,43 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> pairwise_loss(
     const at::Tensor& weight, c10::string_view loss, c10::string_view penalty, double penalty_weight,
     double label_smoothing, bool barrier_clamp);
 
+// int32 [2 total + t + 1] on the CPU: rows [total], the source row of each output row of
+// gather_prefix_kv; offsets [t + 1] and sources [total], the output rows of each source row in the
+// order of segments. It is made once per pack; kernels on a GPU read nothing else of the segments.
+at::Tensor prefix_index(const at::Tensor& prefix_start, const at::Tensor& prefix_len,
+                        const at::Tensor& own_start, const at::Tensor& own_len, int64_t t);
+void check_prefix_index(const at::Tensor& index, const at::Device& device, int64_t t,
+                        int64_t total);
 at::Tensor gather_prefix_kv(const at::Tensor& x, const at::Tensor& prefix_start, const at::Tensor& prefix_len,
-                            const at::Tensor& own_start, const at::Tensor& own_len, int64_t total);
+                            const at::Tensor& own_start, const at::Tensor& own_len, int64_t total,
+                            const std::optional<at::Tensor>& index);
 at::Tensor gather_prefix_kv_backward(const at::Tensor& grad, const at::Tensor& prefix_start,
                                      const at::Tensor& prefix_len, const at::Tensor& own_start,
-                                     const at::Tensor& own_len, int64_t t);
+                                     const at::Tensor& own_len, int64_t t,
+                                     const std::optional<at::Tensor>& index);
+
+// qkv_rope.cpp
+std::tuple<at::Tensor, at::Tensor, at::Tensor> qkv_rope(
+    const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& index,
+    int64_t heads, int64_t groups);
+at::Tensor qkv_rope_backward(const at::Tensor& grad_query, const at::Tensor& grad_key,
+                             const at::Tensor& grad_value, const at::Tensor& cos,
+                             const at::Tensor& sin, const at::Tensor& index);
 
 // float32 and bfloat16, on a GPU also float16 (elementwise.cpp). rms_norm also returns 1 / rms of each row, for its backward.
 std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
 std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& grad, const at::Tensor& x,
                                                      const at::Tensor& weight, const at::Tensor& inv);
+// total = x + residual and its rms_norm: (total, y, inv). Backward: of x and residual alike, and of
+// the weight.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x,
+                                                            const at::Tensor& residual,
+                                                            const at::Tensor& weight, double eps);
+std::tuple<at::Tensor, at::Tensor> add_rms_norm_backward(const at::Tensor& grad_total,
+                                                         const at::Tensor& grad,
+                                                         const at::Tensor& total,
+                                                         const at::Tensor& weight,
+                                                         const at::Tensor& inv);
 at::Tensor swiglu(const at::Tensor& x);
 at::Tensor swiglu_backward(const at::Tensor& grad, const at::Tensor& x);
 at::Tensor rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, bool backwards);

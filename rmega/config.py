@@ -42,7 +42,8 @@ class ModelArgs:
 
     hf_model: str
     """Backbone or reward model to start from: a Hugging Face folder, a hub name, or
-    modelscope:NAME. Geometry and weights come from there."""
+    modelscope:NAME. Geometry and weights come from there. Also an adapter of peft, with the
+    --lora-rank that it has."""
     head_init: Literal["zero", "normal"] = "zero"
     """Start of a new reward head; a folder that already is a reward model keeps its own."""
     prune_last_layer: bool = True
@@ -57,6 +58,73 @@ class ModelArgs:
     bf16."""
     fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = "tensorwise"
     """How fp8 tensors are scaled: one factor each, per block, or in blocks of 32 (Blackwell)."""
+
+
+LORA_TARGETS = ("qkv", "proj", "fc1", "fc2")
+
+
+@dataclasses.dataclass(kw_only=True)
+class LoraArgs:
+    """LoRA"""
+
+    lora_rank: int = 0
+    """Train low-rank adapters of this rank and the reward head, and keep the backbone frozen. 0:
+    train all weights."""
+    lora_alpha: float | None = None
+    """What adapters add is scaled by alpha / rank. Default: twice the rank."""
+    lora_target: str = "all-linear"
+    """Linear layers that get adapters: of qkv, proj, fc1 and fc2, joined by commas; all-linear is
+    all four. qkv stands for peft's q_proj, k_proj and v_proj, proj for o_proj, fc1 for gate_proj
+    and up_proj, fc2 for down_proj."""
+    lora_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
+
+    @classmethod
+    def recorded(cls, config: Mapping[str, Any] | None) -> LoraArgs:
+        """The adapters of a run, by the configuration that its checkpoint holds."""
+        return cls(**((config or {}).get("lora") or {}))
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The layers of ``--lora-target``, in the order of ``LORA_TARGETS``; ValueError on any
+        other."""
+        if self.lora_target == "all-linear":
+            return LORA_TARGETS
+        given = self.lora_target.split(",")
+        for name in given:
+            if name not in LORA_TARGETS:
+                raise ValueError(
+                    f"--lora-target {self.lora_target}: {name!r} is not one of"
+                    f" {', '.join(LORA_TARGETS)} (joined by commas), or all-linear"
+                )
+        return tuple(name for name in LORA_TARGETS if name in given)
+
+    @property
+    def alpha(self) -> float:
+        """``--lora-alpha``, or its default."""
+        return 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def scale(self) -> float:
+        """What B A x is multiplied by."""
+        return self.alpha / (math.sqrt(self.lora_rank) if self.lora_rslora else self.lora_rank)
+
+    def describe(self) -> str:
+        """For the log."""
+        return f"rank {self.lora_rank} on {', '.join(self.targets)}, scaled by {self.scale:g}"
+
+    def check(self) -> None:
+        """Raise ValueError, naming the flag."""
+        if self.lora_rank < 0:
+            raise ValueError(f"--lora-rank {self.lora_rank}: must not be negative")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise ValueError(f"--lora-alpha {self.lora_alpha}: must be greater than 0")
+        assert self.targets  # raises ValueError
+        if self.lora_rank:
+            return
+        for field in dataclasses.fields(self):
+            if (value := getattr(self, field.name)) != field.default:
+                raise ValueError(f"{_flag(field.name)} {value} needs --lora-rank")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -81,9 +149,10 @@ class DataArgs:
 class LossArgs:
     """Loss"""
 
-    loss: Literal["ranking", "focal"] = "focal"
+    loss: Literal["ranking", "focal", "plackett_luce"] = "focal"
     """ranking: -logsigmoid(d - margin). focal: the same times (1 - 2 relu(sigmoid(d - margin) -
-    1/2))^2 (InternLM2)."""
+    1/2))^2 (InternLM2). plackett_luce: the likelihood of the whole order of K answers, a choice of
+    each answer among all worse ones; the mean is over choices. For two answers it is ranking."""
     penalty: Literal["none", "log_barrier", "l2", "center"] = "log_barrier"
     """Keeps scores in reach: log barrier at +-5 (InternLM2), squared scores, squared sum of a
     pair's scores (TRL)."""
@@ -153,6 +222,9 @@ class OptimizerArgs:
 
     lr: float = 2e-5
     """Highest learning rate."""
+    head_lr: float | None = None
+    """Highest learning rate of the reward head, on the same schedule; its lowest is in the same
+    ratio. Default: --lr."""
     min_lr: float = 0.0
     """Learning rate at the end of the cosine."""
     lr_warmup_fraction: float = 0.03
@@ -248,6 +320,7 @@ class TrainingConfig:
 
     model: ModelArgs
     data: DataArgs
+    lora: LoraArgs = dataclasses.field(default_factory=LoraArgs)
     loss: LossArgs = dataclasses.field(default_factory=LossArgs)
     train: TrainArgs = dataclasses.field(default_factory=TrainArgs)
     optimizer: OptimizerArgs = dataclasses.field(default_factory=OptimizerArgs)
@@ -277,6 +350,7 @@ class TrainingConfig:
             ("--distributed-timeout-minutes", p.distributed_timeout_minutes),
             ("--device-memory-gb", p.device_memory_gb),
             ("--lr", self.optimizer.lr),
+            ("--head-lr", self.optimizer.head_lr),
             ("--adam-eps", self.optimizer.adam_eps),
             ("--max-skipped-steps", self.optimizer.max_skipped_steps),
             ("--exit-duration-min", self.checkpoint.exit_duration_min),
@@ -307,6 +381,16 @@ class TrainingConfig:
             raise ValueError(f"--initial-loss-scale {o.initial_loss_scale}: must be at least 1")
         if not 0 <= self.loss.label_smoothing < 0.5:
             raise ValueError(f"--label-smoothing {self.loss.label_smoothing}: must be in [0, 0.5)")
+        if self.loss.loss == "plackett_luce":
+            for flag, active in (
+                ("--label-smoothing", self.loss.label_smoothing > 0),
+                ("--scale-by-rating", self.loss.scale_by_rating),
+            ):
+                if active:
+                    raise ValueError(
+                        f"{flag}: is defined for pairs, not for --loss plackett_luce, whose choices"
+                        " are among several answers"
+                    )
         if not 0 <= self.optimizer.lr_warmup_fraction < 1:
             raise ValueError(
                 f"--lr-warmup-fraction {self.optimizer.lr_warmup_fraction}: must be in [0, 1)"
@@ -342,6 +426,18 @@ class TrainingConfig:
             p.overlap_grad_reduce = False  # nothing to reduce, hence nothing to overlap
         if self.checkpoint.save_interval and not self.checkpoint.save:
             raise ValueError("--save-interval needs --save")
+        self.lora.check()
+        if self.lora.lora_rank:
+            m, needed = self.model, ""
+            if m.transformer_impl == "transformer_engine":
+                needed = "--transformer-impl transformer_engine"
+            elif m.fp8_format != "none":
+                needed = f"--fp8-format {m.fp8_format}"
+            if needed:
+                raise ValueError(
+                    f"{needed} does not go with --lora-rank: adapters are on Megatron-Core's own"
+                    " linear layers"
+                )
         if self.model.fp8_format != "none":
             given = f"--fp8-format {self.model.fp8_format}"
             if self.model.transformer_impl == "local":
@@ -403,6 +499,7 @@ def group_types() -> dict[str, type]:
     return {
         "model": ModelArgs,
         "data": DataArgs,
+        "lora": LoraArgs,
         "loss": LossArgs,
         "train": TrainArgs,
         "optimizer": OptimizerArgs,

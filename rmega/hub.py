@@ -24,6 +24,7 @@ from rmega.io import one_line, refuse_pointer
 # Files of a hub repository that a reward model is built from, without weights and code.
 HUB_FILES = ("*.json", "*.jinja", "*.model", "tokenizer*", "merges.txt", "LICENSE*", "README.md")
 RECIPE = "reward_recipe.json"
+ADAPTER_CONFIG = "adapter_config.json"
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _BESIDE_VOCABULARY = (
     "config.json",
@@ -94,6 +95,34 @@ def resolve_model(
     return folder
 
 
+def resolve_start(name: str, *, flag: str = "--hf-model") -> tuple[Path, Path | None]:
+    """(folder of a model, None), or (folder of its base model, folder) of an adapter of peft.
+
+    A base model that its adapter names by a relative path is looked for beside the adapter, too.
+    """
+    path = Path(name).expanduser()
+    folder = path if is_adapter(path) else resolve_model(name, flag=flag)
+    if not is_adapter(folder):
+        return folder, None
+    return resolve_model(adapter_base(folder, flag), flag=f"{flag} {name}: base model"), folder
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter of peft, and no model of its own."""
+    return (folder / ADAPTER_CONFIG).is_file() and not _has_weights(folder)
+
+
+def adapter_base(folder: Path, flag: str) -> str:
+    """Folder or hub name of an adapter's base model."""
+    base = _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(
+            f"{flag} {folder}: {ADAPTER_CONFIG} names no base model (base_model_name_or_path)"
+        )
+    beside = folder / base
+    return str(beside) if not Path(base).is_dir() and beside.is_dir() else base
+
+
 def _from_modelscope(name: str, repository: str, flag: str, weights: bool, code: bool) -> Path:
     try:
         from modelscope import snapshot_download
@@ -113,10 +142,10 @@ def _from_modelscope(name: str, repository: str, flag: str, weights: bool, code:
 def _refuse_look_alikes(folder: Path, flag: str, weights: bool) -> None:
     """ValueError for what is often taken for a model folder: a hub cache, a PEFT adapter."""
     if (folder / "config.json").is_file() or (not weights and has_tokenizer(folder)):
-        if not weights or not (folder / "adapter_config.json").is_file() or _has_weights(folder):
+        if not weights or not (folder / ADAPTER_CONFIG).is_file() or _has_weights(folder):
             return
-    if (folder / "adapter_config.json").is_file():
-        base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         raise ValueError(
             f"{flag} {folder}: a PEFT adapter (adapter_config.json), not a model of its own; merge"
             f" it into its base model{f' {base}' if base else ''} and name the merged folder"
@@ -152,7 +181,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def model_config_folder(name: str) -> Path:
-    """A folder with the model's config.json; of a hub name only that file is fetched."""
+    """A folder with the model's config.json (an adapter's base model's); of a hub name only that
+    file is fetched."""
+    if is_adapter(Path(name).expanduser()):
+        name = adapter_base(Path(name).expanduser(), "--hf-model")
     if Path(name).expanduser().exists() or ":" in name:
         return resolve_model(name)
     check_folder_or_hub_name(name, "--hf-model")

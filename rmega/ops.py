@@ -22,7 +22,8 @@ _why_not_built = ""
 try:
     from rmega import _C
 
-    if getattr(_C, "interface", 1) != 4:  # csrc/bindings.cpp
+    # csrc/bindings.cpp; 4 lacks operators that only GPUs use
+    if getattr(_C, "interface", 1) not in (4, 5):
         _C, _why_not_built = None, "it was built from older sources; build it again"
 except ImportError as _error:  # not built, or built for another torch
     _C, _why_not_built = None, str(_error)
@@ -30,7 +31,7 @@ except ImportError as _error:  # not built, or built for another torch
 SCORE_RANGE = 5.0  # the log barrier holds scores inside +-SCORE_RANGE (InternLM2)
 BARRIER_EDGE = 1e-3  # from SCORE_RANGE - BARRIER_EDGE outwards the barrier is continued
 
-LOSSES = ("ranking", "focal")
+LOSSES = ("ranking", "focal", "plackett_luce")
 PENALTIES = ("none", "log_barrier", "l2", "center")
 IMPLEMENTATIONS = ("auto", "native", "reference")
 
@@ -82,6 +83,8 @@ def _why_reference(device: torch.device) -> str:
 def _why_not_cuda(device: torch.device) -> str:
     if not _C.has_cuda:
         return "rmega._C was built without CUDA"
+    if _C.interface < 5:
+        return "rmega._C was built from older sources; build it again"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < (8, 0):  # the oldest that setup.py builds for
         return f"the kernels need compute capability 8.0, this GPU has {major}.{minor}"
@@ -104,9 +107,10 @@ def _native(device: torch.device) -> bool:
 def _operator(name: str, fake):
     """``torch.ops.rmega.<name>``, given its shape-only kernel; csrc/autograd.cpp has the real ones,
     and derivatives."""
-    if _C is None:
+    if _C is None or not hasattr(torch.ops.rmega, name):
         return None
-    torch.library.register_fake(f"rmega::{name}", fake)
+    if fake is not None:
+        torch.library.register_fake(f"rmega::{name}", fake)
     return getattr(
         torch.ops.rmega, name
     ).default  # the overload itself: finding it at each call takes a microsecond
@@ -161,6 +165,11 @@ def pairwise_loss(
     - base, ranking: ``-(1-e) logsigmoid(x) - e logsigmoid(-x)``
     - base, focal: the same times ``(1 - 2 relu(sigmoid(x) - 1/2))^2``, gradient through the factor
       (InternLM2 report)
+    - plackett_luce: adjacent pairs with the same ``chosen`` are one choice, of that response among
+      their rejected ones. base of the choice: ``ln(1 + sum over its pairs of exp(-x))`` times the
+      mean of their weights; penalty: the mean over its pairs. The choices of a comparison with K
+      different scores are the Plackett-Luce likelihood of its order (a choice among the best and
+      all worse ones, then the second best, ...). Without label smoothing
     - penalty, log_barrier: ``B(r_c) + B(r_r)``, ``B(s) = -ln(5 - s) - ln(5 + s)``; beyond +-4.999
       it continues as the tangent there, so a score that has left the range is pulled back;
       ``barrier_clamp`` clamps the score instead (XTuner: no gradient outside)
@@ -184,7 +193,7 @@ def pairwise_loss(
             label_smoothing=label_smoothing,
             barrier_clamp=barrier_clamp,
         )
-    _check_loss(loss, penalty)
+    _check_loss(loss, penalty, label_smoothing)
     loss_sum, stats, _ = _pairwise_loss(
         rewards,
         chosen,
@@ -214,7 +223,7 @@ def pairwise_loss_ref(
     barrier_clamp: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Plain torch form of :func:`pairwise_loss`; its gradient is autograd's."""
-    _check_loss(loss, penalty)
+    _check_loss(loss, penalty, label_smoothing)
     compute = torch.float64 if rewards.dtype == torch.float64 else torch.float32
     scores, margin, weight = (
         rewards.to(compute),
@@ -239,7 +248,12 @@ def pairwise_loss_ref(
         extra = (r_c + r_r).square()
     else:
         extra = torch.zeros_like(d)
-    base, extra = weight * base, weight * penalty_weight * extra
+    extra = weight * penalty_weight * extra
+    if loss == "plackett_luce":
+        base, pairs = _choices(x, chosen, weight)
+        extra = extra / pairs
+    else:
+        base = weight * base
     loss_sum = (base + extra).sum()
     with torch.no_grad():
         ties = (d == 0).to(compute).sum()
@@ -258,6 +272,17 @@ def pairwise_loss_ref(
     return loss_sum, stats
 
 
+def _choices(x: Tensor, chosen: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[m] weighted loss of each choice, at its first pair; [m] how many pairs the choice of a pair
+    has."""
+    _, choice, pairs = torch.unique_consecutive(chosen, return_inverse=True, return_counts=True)
+    zero = x.new_zeros(len(pairs))
+    peak = zero.scatter_reduce(0, choice, -x.detach(), "amax")  # of all -x and the chosen one's 0
+    total = torch.exp(-peak).index_add(0, choice, torch.exp(-x - peak[choice]))
+    base = zero.index_add(0, choice, weight) / pairs * (peak + total.log())
+    return torch.zeros_like(x).index_copy(0, pairs.cumsum(0) - pairs, base), pairs[choice]
+
+
 def _barrier(score: Tensor, clamp: bool) -> Tensor:
     edge = SCORE_RANGE - BARRIER_EDGE
     inside = score.clamp(-edge, edge)
@@ -268,11 +293,13 @@ def _barrier(score: Tensor, clamp: bool) -> Tensor:
     return barrier + slope * (score.abs() - edge).relu()
 
 
-def _check_loss(loss: str, penalty: str) -> None:
+def _check_loss(loss: str, penalty: str, label_smoothing: float) -> None:
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {loss!r}")
     if penalty not in PENALTIES:
         raise ValueError(f"penalty must be one of {', '.join(PENALTIES)}, not {penalty!r}")
+    if loss == "plackett_luce" and label_smoothing != 0.0:
+        raise ValueError(f"label_smoothing {label_smoothing}: plackett_luce has none")
 
 
 def _pairwise_fake(rewards, chosen, rejected, margin, weight, *options):
@@ -300,20 +327,25 @@ def gather_prefix_kv(
     own_start: Tensor,
     own_len: Tensor,
     total: int | None = None,
+    index: Tensor | None = None,
 ) -> Tensor:
     """For each of s segments its prefix rows of ``x`` [t, g, d], then its own rows -> [total, g,
     d].
 
     ``prefix_start, prefix_len, own_start, own_len`` [s], int32 or int64. ``total`` = sum of both
     lengths; give it when the index tensors lie on a GPU, else it is read from there (a
-    synchronization). A prefix row's gradient is the sum over the segments that share it, in the
-    order of segments.
+    synchronization). ``index`` is their :func:`prefix_index` on x's device; on a GPU it is made
+    anew without it, after waiting for the tensors. A prefix row's gradient is the sum over the
+    segments that share it, in the order of segments.
     """
     if not _native(x.device):
         return gather_prefix_kv_ref(x, prefix_start, prefix_len, own_start, own_len, total)
     if total is None:
         total = int((prefix_len + own_len).sum())
-    return _gather_prefix_kv(x, prefix_start, prefix_len, own_start, own_len, total)
+    columns = (prefix_start, prefix_len, own_start, own_len)
+    if not x.is_cuda:  # the CPU's kernel reads the columns
+        return _gather_prefix_kv(x, *columns, total)
+    return _gather_prefix_kv(x, *columns, total, index)
 
 
 def gather_prefix_kv_ref(
@@ -334,10 +366,96 @@ def gather_prefix_kv_ref(
 
 
 _gather_prefix_kv = _operator(
-    "gather_prefix_kv", lambda x, ps, pl, os, ol, total: x.new_empty(total, *x.shape[1:])
+    "gather_prefix_kv",
+    lambda x, ps, pl, os, ol, total, index=None: x.new_empty(total, *x.shape[1:]),
 )
 _operator(
-    "gather_prefix_kv_backward", lambda grad, ps, pl, os, ol, t: grad.new_empty(t, *grad.shape[1:])
+    "gather_prefix_kv_backward",
+    lambda grad, ps, pl, os, ol, t, index=None: grad.new_empty(t, *grad.shape[1:]),
+)
+
+
+def prefix_index(
+    prefix_start: Tensor, prefix_len: Tensor, own_start: Tensor, own_len: Tensor, t: int
+) -> Tensor:
+    """What kernels need to know of a pack's segments, made once per pack on the CPU: int32
+    [2 total + t + 1] = ``rows`` [total], the row of ``x`` [t, ...] that each output row of
+    :func:`gather_prefix_kv` is; ``offsets`` [t + 1] and ``sources`` [total]: row i of x is in the
+    output rows ``sources[offsets[i] : offsets[i + 1]]``, in the order of segments.
+    """
+    if not _native(torch.device("cpu")) or _prefix_index is None:
+        return prefix_index_ref(prefix_start, prefix_len, own_start, own_len, t)
+    return _prefix_index(prefix_start, prefix_len, own_start, own_len, t)
+
+
+def prefix_index_ref(
+    prefix_start: Tensor, prefix_len: Tensor, own_start: Tensor, own_len: Tensor, t: int
+) -> Tensor:
+    """Plain torch form of :func:`prefix_index`."""
+    numbers = torch.arange(t)[:, None, None]  # [t, 1, 1]
+    rows = gather_prefix_kv_ref(numbers, prefix_start, prefix_len, own_start, own_len).flatten()
+    offsets = torch.cat([torch.zeros(1).long(), torch.bincount(rows, minlength=t).cumsum(0)])
+    return torch.cat([rows, offsets, rows.argsort(stable=True)]).int()
+
+
+_prefix_index = _operator("prefix_index", None)  # integers of the CPU: no shape to know before
+
+
+# ---- qkv_rope
+
+
+def fuses_qkv(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether :func:`qkv_rope` is one kernel for tensors of this device and dtype."""
+    return device.type == "cuda" and active_elementwise(device, dtype) == "native"
+
+
+def qkv_rope(
+    x: Tensor, cos: Tensor, sin: Tensor, index: Tensor, heads: int, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The fused projection ``x`` [t, (a + 2 g) d] of a pack -> queries [t, a, d] and keys
+    [total, g, d], rotated by :func:`rope` with ``cos``, ``sin`` [t, d/2], and values [total, g, d];
+    keys and values gathered by ``index`` (:func:`prefix_index`).
+
+    Columns of x: [g, a/g + 2, d], for each of g = ``groups`` its queries, key and value; for
+    ``heads`` = a = 0 [2, g, d], all keys before all values. The gradient of a key or value is
+    summed in fp32 over the segments that share it, in their order.
+    """
+    if _qkv_rope is None or not _native_elementwise(x):
+        return qkv_rope_ref(x, cos, sin, index, heads, groups)
+    return _qkv_rope(x, cos, sin, index, heads, groups)
+
+
+def qkv_rope_ref(
+    x: Tensor, cos: Tensor, sin: Tensor, index: Tensor, heads: int, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain torch form of :func:`qkv_rope`."""
+    t, d = x.shape[0], 2 * cos.shape[1]
+    rows = index[: (len(index) - t - 1) // 2].long()  # [total]
+    if heads:
+        r = heads // groups
+        query, key, value = x.view(t, groups, r + 2, d).split([r, 1, 1], dim=2)
+        query = rope_ref(query.reshape(t, heads, d), cos, sin)
+        key, value = key.squeeze(2), value.squeeze(2)
+    else:
+        query = x.new_empty(t, 0, d)
+        key, value = x.view(t, 2, groups, d).unbind(1)
+    key = rope_ref(key, cos, sin)
+    return query, gather_last_token_ref(key, rows), gather_last_token_ref(value, rows)
+
+
+def _qkv_fake(x, cos, sin, index, heads, groups):
+    t, d = x.shape[0], 2 * cos.shape[1]
+    total = (index.shape[0] - t - 1) // 2
+    key = x.new_empty(total, groups, d)
+    return x.new_empty(t, heads, d), key, torch.empty_like(key)
+
+
+_qkv_rope = _operator("qkv_rope", _qkv_fake)
+_operator(
+    "qkv_rope_backward",
+    lambda dq, dk, dv, cos, sin, index: dq.new_empty(
+        dq.shape[0], (dq.shape[1] + 2 * dk.shape[1]) * dk.shape[2]
+    ),
 )
 
 
@@ -387,6 +505,41 @@ _rms_norm = _operator("rms_norm", _norm_fake)
 _operator(
     "rms_norm_backward",
     lambda grad, x, weight, inv: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+)
+
+
+def fuses_add_rms_norm(x: Tensor) -> bool:
+    """Whether :func:`add_rms_norm` is one kernel for tensors such as ``x``."""
+    return x.is_cuda and _native_elementwise(x)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``total = residual + x`` [..., h], rounded to their dtype, and its :func:`rms_norm`:
+    (total, normalized)."""
+    if _add_rms_norm is None or not _native_elementwise(x):
+        total = residual + x
+        return total, rms_norm(total, weight, eps)
+    return _add_rms_norm(x, residual, weight, eps)[:2]
+
+
+def add_rms_norm_ref(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Plain torch form of :func:`add_rms_norm`."""
+    total = residual + x
+    return total, rms_norm_ref(total, weight, eps)
+
+
+_add_rms_norm = _operator(
+    "add_rms_norm",
+    lambda x, residual, weight, eps: (x.new_empty(x.shape), *_norm_fake(x, weight, eps)),
+)
+_operator(
+    "add_rms_norm_backward",
+    lambda grad_total, grad, total, weight, inv: (
+        total.new_empty(total.shape),
+        weight.new_empty(weight.shape),
+    ),
 )
 
 

@@ -8,6 +8,7 @@ see no GPU, whatever the machine has, unless a call asks for it (``gpus=True``).
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import multiprocessing
 import os
@@ -26,6 +27,9 @@ def _serve(pipe, gpus: bool) -> None:
     import torch
 
     torch.set_num_threads(1)
+    from rmega import distributed
+
+    gc.freeze()  # the modules: the collections below pass over them
     while True:
         try:
             job = pipe.recv()
@@ -45,9 +49,9 @@ def _serve(pipe, gpus: bool) -> None:
         except BaseException:  # the test's own process reports it
             pipe.send(("error", traceback.format_exc()))
         finally:
-            from rmega import distributed
-
             distributed.finish()
+            # Models hold groups in cycles, and each group has a thread that wakes every 10 ms.
+            gc.collect()
 
 
 def _stop() -> None:

@@ -104,6 +104,17 @@ def test_as_dict_is_json_and_complete() -> None:
         ([*STEPS, "--clip-grad", "-1"], 1, "--clip-grad -1"),
         ([*STEPS, "--weight-decay", "-0.1"], 1, "--weight-decay -0.1"),
         ([*STEPS, "--penalty-weight", "-1"], 1, "--penalty-weight -1"),
+        ([*STEPS, "--length-penalty", "-1"], 1, "--length-penalty -1"),
+        (
+            [*STEPS, "--loss", "plackett_luce", "--label-smoothing", "0.1"],
+            1,
+            "--label-smoothing: is defined for pairs, not for --loss plackett_luce",
+        ),
+        (
+            [*STEPS, "--loss", "plackett_luce", "--scale-by-rating"],
+            1,
+            "--scale-by-rating: is defined for pairs, not for --loss plackett_luce",
+        ),
         ([*STEPS, "--min-lr", "-1"], 1, "--min-lr -1"),
         ([*STEPS, "--label-smoothing", "0.5"], 1, "--label-smoothing 0.5"),
         ([*STEPS, "--lr-warmup-fraction", "1"], 1, "--lr-warmup-fraction 1"),

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
+#include <type_traits>
 
 #include "../launchers.h"
 
@@ -81,6 +83,57 @@ void for_copy_width(int width, F f) {
     case 4: f(static_cast<uint32_t*>(nullptr)); break;
     case 2: f(static_cast<uint16_t*>(nullptr)); break;
     default: f(static_cast<uint8_t*>(nullptr)); break;
+  }
+}
+
+// V elements of T, moved as one where they are 16 bytes.
+template <typename T, int V>
+struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Lane {
+  T at[V];
+};
+
+template <int V, typename T>
+__device__ __forceinline__ Lane<T, V> read(const T* p) {
+  return *reinterpret_cast<const Lane<T, V>*>(p);
+}
+
+template <typename T, int V>
+__device__ __forceinline__ void write(T* p, const Lane<T, V>& lane) {
+  if constexpr (sizeof(lane) == 16) {
+    uint4 whole;
+    memcpy(&whole, &lane, sizeof(whole));
+    store_16(p, whole);
+  } else {
+    *reinterpret_cast<Lane<T, V>*>(p) = lane;
+  }
+}
+
+template <int n>
+using Number = std::integral_constant<int, n>;
+
+// Calls f(Number<V>()) with the lanes of 16 bytes where `bits` (addresses and byte counts or-ed
+// together) allow, else 1.
+template <typename T, typename F>
+void with_lanes(uint64_t bits, F f) {
+  if (bits % 16 == 0) {
+    f(Number<16 / sizeof(T)>());
+  } else {
+    f(Number<1>());
+  }
+}
+
+template <typename... P>
+inline uint64_t bits_of(P... p) {
+  return (reinterpret_cast<uint64_t>(p) | ...);
+}
+
+// Calls f(number) with 32 bits where they count to `count`, because a division of 64 is a call.
+template <typename F>
+void for_index(int64_t count, F f) {
+  if (count <= INT32_MAX) {
+    f(uint32_t(0));
+  } else {
+    f(int64_t(0));
   }
 }
 

@@ -36,6 +36,20 @@ __device__ __forceinline__ double block_sum(double x, double* shared) {
   return sum;
 }
 
+// The term of pair i, whose rows c and r are in range.
+template <typename R, typename T>
+__device__ __forceinline__ PairTerm<T> term_of(int64_t i, T c, T r, const R* rewards, const int64_t* chosen,
+                                               const int64_t* rejected, const T* margin, const T* weight, int64_t n,
+                                               int64_t m, const LossOptions& options) {
+  if (options.loss != Loss::plackett_luce) {
+    return pair_term<T>(c, r, margin[i], weight[i], options);
+  }
+  // The other pairs of the choice may be out of range, which is reported where they are pair i.
+  const auto reward = [=](int64_t row) { return row >= 0 && row < n ? T(load(rewards[row])) : T(0); };
+  const Choice<T> choice = choice_of<T>(i, chosen, rejected, margin, weight, m, reward);
+  return choice_term<T>(choice, i, c, r, margin[i], weight[i], options);
+}
+
 template <typename R, typename T>
 __global__ void pairwise(const R* __restrict__ rewards, const int64_t* __restrict__ chosen,
                          const int64_t* __restrict__ rejected, const T* __restrict__ margin,
@@ -48,7 +62,7 @@ __global__ void pairwise(const R* __restrict__ rewards, const int64_t* __restric
       require_row(chosen[i], n, "pairwise_loss chosen");
       require_row(rejected[i], n, "pairwise_loss rejected");
       const T c = load(rewards[chosen[i]]), r = load(rewards[rejected[i]]);
-      sums.add(pair_term<T>(c, r, margin[i], weight[i], options), c, r);
+      sums.add(term_of<R, T>(i, c, r, rewards, chosen, rejected, margin, weight, n, m, options), c, r);
     }
     PairSums total;
     total.base = block_sum(sums.base, shared);
@@ -72,7 +86,8 @@ __global__ void pairwise(const R* __restrict__ rewards, const int64_t* __restric
     const int64_t c = chosen[i], r = rejected[i];
     // Out-of-range partners are block 0's to report; here they are only not read.
     if ((c == row || r == row) && c >= 0 && c < n && r >= 0 && r < n) {
-      const PairTerm<T> term = pair_term<T>(load(rewards[c]), load(rewards[r]), margin[i], weight[i], options);
+      const PairTerm<T> term = term_of<R, T>(i, load(rewards[c]), load(rewards[r]), rewards, chosen, rejected, margin,
+                                             weight, n, m, options);
       sum += (c == row ? double(term.grad_chosen) : 0.0) + (r == row ? double(term.grad_rejected) : 0.0);
     }
   }

@@ -56,16 +56,21 @@ def _chunks(wrapped) -> dict[str, torch.nn.Module]:
 
 
 def _model_state(wrapped) -> dict[str, Any]:
-    """Key of a chunk -> its sharded tensors by name, without extra state (``EXTRA_STATE``)."""
+    """Key of a chunk -> its sharded tensors by name, without extra state (``EXTRA_STATE``) and
+    frozen weights, which are those of the base model."""
     metadata = optimizer_state.sharding_metadata()
     return {
         key: {
             name: value
             for name, value in chunk.sharded_state_dict(metadata=metadata).items()
-            if not name.endswith(EXTRA_STATE)
+            if not name.endswith(EXTRA_STATE) and name not in _frozen(chunk)
         }
         for key, chunk in _chunks(wrapped).items()
     }
+
+
+def _frozen(chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in chunk.named_parameters() if not p.requires_grad}
 
 
 class Saver:
@@ -313,7 +318,7 @@ def load(folder: Path | str, *, wrapped, optimizer=None, scheduler=None) -> RunS
         ) from error
     for key, chunk in _chunks(wrapped).items():
         extra = [name for name in chunk.state_dict() if name.endswith(EXTRA_STATE)]
-        chunk.load_state_dict({**loaded[key], **dict.fromkeys(extra)})
+        chunk.load_state_dict({**_frozen(chunk), **loaded[key], **dict.fromkeys(extra)})
     if optimizer is not None:
         optimizer_state.load_state(optimizer, loaded["optimizer"])
         scheduler.num_steps = 0  # it adds the loaded count to its own

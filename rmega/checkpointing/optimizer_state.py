@@ -33,7 +33,7 @@ def sharding_metadata() -> dict[str, Any]:
 def sharded_state(optimizer, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     """The sharded state of the optimizer of a model whose sharded state is ``model_state``."""
     sharded = model_state["model"] if "model" in model_state else model_state
-    with _every_parameter_known(optimizer):
+    with _every_parameter_known(optimizer), _own_settings(optimizer):
         state = optimizer.sharded_state_dict(
             sharded, is_loading=is_loading, metadata=sharding_metadata()
         )
@@ -57,23 +57,33 @@ def load_state(optimizer, state: dict[str, Any]) -> None:
         # same ones as another. Their order is that of the parameters, which is the same in every
         # run of a model.
         part._filter_and_reorder_param_groups = lambda current, loaded: loaded
-    # A checkpoint's groups also carry max_lr, min_lr, betas, eps and more, and the scheduler
-    # prefers what is in a group: this run's own settings are put back. "step" is FusedAdam's state.
-    groups = [
-        {key: value for key, value in group.items() if key not in ("params", "step")}
-        for part in optimizer.chained_optimizers
-        for group in part.param_groups
-    ]
-    optimizer.load_state_dict(state)
-    loaded = [group for part in optimizer.chained_optimizers for group in part.param_groups]
-    for group, settings in zip(loaded, groups, strict=True):
-        group.update(settings)
+    with _own_settings(optimizer):
+        optimizer.load_state_dict(state)
     for part in optimizer.chained_optimizers:
         # Megatron-Core gives all parameters one tensor as their step, which torch's Adam would
         # then increment once for each of them.
         for entry in part.optimizer.state.values():
             if isinstance(entry.get("step"), torch.Tensor):
                 entry["step"] = entry["step"].clone()
+
+
+@contextlib.contextmanager
+def _own_settings(optimizer) -> Iterator[None]:
+    """Parameter groups keep this run's settings.
+
+    A checkpoint's groups also carry max_lr, min_lr, betas, eps and more, and the scheduler prefers
+    what is in a group. And the distributed optimizer gives groups of the same multipliers, such as
+    the head's and another, one set of settings wherever it loads a state, even its own.
+    """
+    groups = [
+        {key: value for key, value in group.items() if key not in ("params", "step")}
+        for part in optimizer.chained_optimizers
+        for group in part.param_groups
+    ]  # "step" is FusedAdam's state
+    yield
+    loaded = [group for part in optimizer.chained_optimizers for group in part.param_groups]
+    for group, settings in zip(loaded, groups, strict=True):
+        group.update(settings)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ import numpy as np
 
 from rmega.cli import parse_args, run_tool
 from rmega.evaluation.probes import NUM_PROBED
+from rmega.io import write_durably
 
 NUM_NAMED = 10
 """Rows without a reward that are named one by one."""
@@ -65,7 +66,7 @@ class EvaluateArgs:
 
 def main(args: EvaluateArgs) -> None:
     from rmega.evaluation.files import FORMAT_VERSION
-    from rmega.evaluation.probes import pick, prompt_probe, swap_probe
+    from rmega.evaluation.probes import pick, probe_texts
     from rmega.evaluation.results import evaluate, to_json, worst_mistakes
     from rmega.evaluation.rows import read_eval_set, scored
     from rmega.evaluation.table import table_of
@@ -116,8 +117,7 @@ def main(args: EvaluateArgs) -> None:
         for label, own in items.items():
             probes: dict[str, Any] = {}
             if scorer is not None and args.probes > 0:
-                some, score = pick(own, args.probes), scorer.score_uncut
-                probes = {"swap": swap_probe(some, score), "prompt": prompt_probe(some, score)}
+                probes = probe_texts(pick(own, args.probes), scorer.score_uncut)
             results[label] = evaluate(own, length_unit=unit, probes=probes)
             say(f"\n{table_of(label, results[label])}")
     for label, data in zip(labels, sets, strict=True):
@@ -137,7 +137,7 @@ def main(args: EvaluateArgs) -> None:
         path = Path(args.json)
         path.parent.mkdir(parents=True, exist_ok=True)
         numbers = to_json({"format_version": FORMAT_VERSION, "subject": subject, "sets": results})
-        path.write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_durably(path, json.dumps(numbers, indent=1, allow_nan=False) + "\n")
         say(f"\nnumbers: {path}")
     if args.report:
         from rmega.report.evaluation import write_evaluation_report
@@ -229,16 +229,14 @@ def save_scores(folder: Path, sets: list[Any], rewards: list[list[np.ndarray]]) 
     for number, (data, own) in enumerate(zip(sets, rewards, strict=True)):
         same = [d.label for d in sets].count(data.label) > 1
         path, left = folder / f"{data.label}{f'.{number}' if same else ''}.scores.jsonl", iter(own)
-        with open(path, "w", encoding="utf-8") as file:
-            for row in data.rows:
-                values = [] if row.comparison is None else next(left)
-                if row.comparison is not None and row.comparison.positions is not None:
-                    values = values[np.argsort(row.comparison.positions)]
-                line = {"scores": [float(v) for v in values]}
-                file.write(
-                    json.dumps(line if row.id is None else {"id": row.id, **line}, allow_nan=False)
-                    + "\n"
-                )
+        lines = []
+        for row in data.rows:
+            values = [] if row.comparison is None else next(left)
+            if row.comparison is not None and row.comparison.positions is not None:
+                values = values[np.argsort(row.comparison.positions)]
+            line = {} if row.id is None else {"id": row.id}
+            lines.append(json.dumps({**line, "scores": list(map(float, values))}, allow_nan=False))
+        write_durably(path, "".join(f"{line}\n" for line in lines))
         print(f"rewards: {path}")
 
 

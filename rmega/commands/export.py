@@ -33,10 +33,11 @@ class Args:
     """Of the written weights. auto: that of the training's arithmetic (--precision). Checkpoints
     hold fp32 weights, so bfloat16 and float16 round them once here, as each step of the training
     did; float32 rounds nothing."""
-    format: Literal["auto", "internlm2", "llama"] = "auto"
+    format: Literal["auto", "internlm2", "llama", "adapter"] = "auto"
     """internlm2: InternLM2ForRewardModel with its code. llama: LlamaForSequenceClassification,
     which every serving engine loads without remote code. auto: the family that was trained. The
-    same rewards either way."""
+    same rewards either way. adapter: of a run with --lora-rank, the adapters and the reward head
+    alone, as peft reads them (fp32); other formats merge them into the base model."""
     max_shard_size: str = "5GB"
     """Largest size of one file."""
     force: bool = False
@@ -57,6 +58,13 @@ def main(argv: list[str] | None = None) -> int:
         given = [f"--{name.replace('_', '-')}" for name in given]
         if given := [*given, *([] if args.verify else ["--no-verify"])]:
             raise ValueError(f"--verify-only writes no weights: {given[0]} does not go with it")
+    if args.format == "adapter":
+        for name, needed in (("dtype", ("auto", "float32")), ("max_shard_size", ("5GB",))):
+            if (value := getattr(args, name)) not in needed:
+                raise ValueError(
+                    f"--format adapter writes one file in float32: --{name.replace('_', '-')}"
+                    f" {value} does not go with it"
+                )
     from rmega.export import convert
 
     load, output = Path(args.load), Path(args.output)

@@ -78,12 +78,12 @@ def replay(file: str | Path) -> list[Row]:
         pack = batcher.pack([document]).to(device)
         optimizer.zero_grad()
         sums, _ = train.forward_backward(wrapped, [pack], config.loss)
-        pairs = max(sums["num_pairs"], 1.0)
+        terms = max(sums["num_terms"], 1.0)
         norm = (
             math.sqrt(
                 sum(p.main_grad.double().square().sum().item() for p in wrapped[0].parameters())
             )
-            / pairs
+            / terms
         )
         ((_, rewards),) = train.run_schedule(
             wrapped, [pack], train._forward_rewards, forward_only=True
@@ -92,7 +92,7 @@ def replay(file: str | Path) -> list[Row]:
             Row(
                 document,
                 pack.num_tokens,
-                (sums["base_loss"] + sums["penalty"]) / pairs,
+                (sums["base_loss"] + sums["penalty"]) / terms,
                 norm,
                 [round(x, 6) for x in rewards.tolist()],
             )

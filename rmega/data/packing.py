@@ -47,6 +47,7 @@ class PackedBatch:
     last token. chosen, rejected: [m] int64 into the n responses. rating_gap, length_gap: [m]
     float32, what the chosen response has more than the rejected one of rating (NaN without ratings)
     and of tokens (the same with and without a shared prefix).
+    num_choices: different chosen responses, each the choice of one among its rejected ones.
     documents: [c] numbers of the comparisons in the dataset; responses: [n] number of each response
     in the dataset's list of all responses (for evaluation). real_tokens: tokens that a padding-free
     trainer without prefix sharing would compute; t of this pack is less by what was shared and more
@@ -64,6 +65,7 @@ class PackedBatch:
     length_gap: torch.Tensor
     documents: torch.Tensor
     responses: torch.Tensor
+    num_choices: int
     real_tokens: int
     padding: int
 
@@ -203,6 +205,7 @@ def pack(
         length_gap=torch.tensor(length_gap, dtype=torch.float32),  # [m]
         documents=torch.tensor(list(documents) if documents is not None else [], dtype=torch.int64),
         responses=torch.tensor(numbers, dtype=torch.int64),
+        num_choices=len(set(chosen)),
         real_tokens=real_tokens,
         padding=padding,
     )

@@ -54,23 +54,19 @@ def _settled(rewards: Sequence[float], tolerance: float) -> np.ndarray:
     return values
 
 
-def swap_probe(items: Sequence[ScoredComparison], score: Score) -> dict[str, Any]:
-    """The same comparisons with their responses in reverse order, as ``swap_numbers``."""
-    return swap_numbers(items, score([_reversed(item.comparison) for item in items]))
-
-
-def prompt_probe(items: Sequence[ScoredComparison], score: Score) -> dict[str, Any]:
-    """Every response blanked, and each comparison's responses under the prompt of the next one, as
-    ``prompt_numbers`` (the latter is a response-only baseline in the words the model knows)."""
-    blank = score([_blanked(item.comparison) for item in items])
-    prompts = [item.comparison.prompt for item in items]
-    shifted = score(
-        [
-            replace(item.comparison, prompt=prompts[(i + 1) % len(items)])
-            for i, item in enumerate(items)
-        ]
-    )
-    return prompt_numbers(items, blank, shifted)
+def probe_texts(items: Sequence[ScoredComparison], score: Score) -> dict[str, dict[str, Any]]:
+    """{"swap": .., "prompt": ..} for ``evaluate``: the responses in reverse order, every response
+    blanked, and each comparison's responses under the prompt of the next one (a response-only
+    baseline in the words the model knows). {} where there is none."""
+    if not items:
+        return {}
+    own, n = [item.comparison for item in items], len(items)
+    wrong = [replace(c, prompt=own[(i + 1) % n].prompt) for i, c in enumerate(own)]
+    rewards = score([*map(_reversed, own), *map(_blanked, own), *wrong])
+    return {
+        "swap": swap_numbers(items, rewards[:n]),
+        "prompt": prompt_numbers(items, rewards[n : 2 * n], rewards[2 * n :]),
+    }
 
 
 def swap_numbers(

@@ -101,8 +101,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Everything about one set of comparisons. ``length_unit`` is a word for the reader.
 
-    probes: {"swap": ``probes.swap_probe``, "prompt": ``probes.prompt_probe``} where a model was at
-    hand.
+    probes: of ``probes.probe_texts`` or ``token_probes.probe_stored``, where a model was at hand.
 
     Raises ValueError where a reward is not finite: a mean over the rest would hide it.
     """
@@ -259,18 +258,20 @@ def percent(x: float | None, digits: int = 1) -> str:
     return "-" if x is None or math.isnan(x) else f"{100 * x:.{digits}f} %"
 
 
+def finding(about: str, level: str, text: str) -> dict[str, str]:
+    """A plain sentence; level: good, warn, bad or note."""
+    return {"about": about, "level": level, "text": text}
+
+
 def findings(j: dict[str, Any]) -> list[dict[str, str]]:
-    """Plain sentences: [{"about", "level": "good" | "warn" | "bad" | "note", "text"}], most
-    important first."""
+    """``finding``s, most important first."""
     if not j["num_pairs"]:
         return [
-            {
-                "about": "accuracy",
-                "level": "bad",
-                "text": (
-                    "No pair to evaluate: no two responses of one prompt have different scores."
-                ),
-            }
+            finding(
+                "accuracy",
+                "bad",
+                "No pair to evaluate: no two responses of one prompt have different scores.",
+            )
         ]
     return [_accuracy_finding(j), _length_finding(j), _calibration_finding(j), *_other_findings(j)]
 
@@ -297,7 +298,7 @@ def _accuracy_finding(j: dict[str, Any]) -> dict[str, str]:
         more = f'The rule "the {rule} response wins" gets {percent(best)} without reading a word.'
     else:
         level, more = "good", f"The best rule that reads length alone gets {percent(best)}."
-    return {"about": "accuracy", "level": level, "text": f"{text} {more}"}
+    return finding("accuracy", level, f"{text} {more}")
 
 
 def _length_finding(j: dict[str, Any]) -> dict[str, str]:
@@ -316,14 +317,12 @@ def _length_finding(j: dict[str, Any]) -> dict[str, str]:
     if flag == "unknown":
         few = min(longer["num_pairs"], shorter["num_pairs"])
         side = "shorter" if shorter["num_pairs"] == few else "longer"
-        return {
-            "about": "length",
-            "level": "note",
-            "text": (
-                f"Length bias cannot be assessed: the chosen response is the {side} one in "
-                f"{f'only {few:,} pair' if few else 'no pair'}{'s' if few > 1 else ''}."
-            ),
-        }
+        return finding(
+            "length",
+            "note",
+            f"Length bias cannot be assessed: the chosen response is the {side} one in "
+            f"{f'only {few:,} pair' if few else 'no pair'}{'s' if few > 1 else ''}.",
+        )
     if flag == "none":
         # a wide difference of few pairs proves nothing
         word = (
@@ -331,21 +330,17 @@ def _length_finding(j: dict[str, Any]) -> dict[str, str]:
             if abs(length["gap"]) < 0.1
             else "No length bias beyond what chance explains (few pairs)"
         )
-        return {
-            "about": "length",
-            "level": "good" if abs(length["gap"]) < 0.1 else "note",
-            "text": f"{word}: {numbers}.",
-        }
+        return finding(
+            "length", "good" if abs(length["gap"]) < 0.1 else "note", f"{word}: {numbers}."
+        )
     strong = flag == "strong"
     leans = length["gap"] if not math.isnan(length["gap"]) else length["spearman_within"]
-    return {
-        "about": "length",
-        "level": "bad" if strong else "warn",
-        "text": (
-            f"{'Strong length' if strong else 'Some length'} bias, towards "
-            f"{'longer' if leans > 0 else 'shorter'} responses: {numbers}."
-        ),
-    }
+    return finding(
+        "length",
+        "bad" if strong else "warn",
+        f"{'Strong length' if strong else 'Some length'} bias, towards "
+        f"{'longer' if leans > 0 else 'shorter'} responses: {numbers}.",
+    )
 
 
 def _calibration_finding(j: dict[str, Any]) -> dict[str, str]:
@@ -359,11 +354,11 @@ def _calibration_finding(j: dict[str, Any]) -> dict[str, str]:
             ),
             "no errors": "no error to calibrate against",
         }[c["reason"]]
-        return {
-            "about": "calibration",
-            "level": "warn" if c["reason"] == "no signal" else "note",
-            "text": f"Calibration cannot be fitted: {why}; {head}.",
-        }
+        return finding(
+            "calibration",
+            "warn" if c["reason"] == "no signal" else "note",
+            f"Calibration cannot be fitted: {why}; {head}.",
+        )
     # the temperature is fitted to the likelihood: that need not lower the calibration error
     fitted = (
         f"dividing rewards by {t:.3g} would fit best, calibration error then {c['ece_scaled']:.3f}"
@@ -372,50 +367,40 @@ def _calibration_finding(j: dict[str, Any]) -> dict[str, str]:
     )
     sure = c["low"] <= 1 <= (c["high"] or math.inf)
     if sure or 0.8 <= t <= 1.25 or c["ece"] <= 0.03:
-        return {
-            "about": "calibration",
-            "level": "good",
-            "text": f"Well calibrated: {head}; {fitted}.",
-        }
+        return finding("calibration", "good", f"Well calibrated: {head}; {fitted}.")
     word = "Overconfident" if t > 1 else "Underconfident"
-    return {"about": "calibration", "level": "warn", "text": f"{word}: {head}; {fitted}."}
+    return finding("calibration", "warn", f"{word}: {head}; {fitted}.")
 
 
 def _other_findings(j: dict[str, Any]) -> list[dict[str, str]]:
     out = []
     if j["num_ties"] > 0.01 * j["num_pairs"]:
         out.append(
-            {
-                "about": "ties",
-                "level": "warn",
-                "text": (
-                    f"{j['num_ties']:,} of {j['num_pairs']:,} pairs have equal rewards; each counts"
-                    " as half right. Rewards stored with few digits do that."
-                ),
-            }
+            finding(
+                "ties",
+                "warn",
+                f"{j['num_ties']:,} of {j['num_pairs']:,} pairs have equal rewards; each counts"
+                " as half right. Rewards stored with few digits do that.",
+            )
         )
     if j["prompt"]["share_of_variance"] > 0.95:
         out.append(
-            {
-                "about": "prompt",
-                "level": "warn",
-                "text": (
-                    f"{percent(j['prompt']['share_of_variance'])} of the reward's variance lies"
-                    " between prompts: the response itself moves the reward little."
-                ),
-            }
+            finding(
+                "prompt",
+                "warn",
+                f"{percent(j['prompt']['share_of_variance'])} of the reward's variance lies"
+                " between prompts: the response itself moves the reward little.",
+            )
         )
     swap = j["swap"]
     if abs(swap["accuracy"] + j["accuracy"] - 1) > 1e-9:
         out.append(
-            {
-                "about": "swap",
-                "level": "bad",
-                "text": (
-                    "Accuracy and accuracy with chosen and rejected swapped "
-                    "do not add up to one: the metric is broken."
-                ),
-            }
+            finding(
+                "swap",
+                "bad",
+                "Accuracy and accuracy with chosen and rejected swapped "
+                "do not add up to one: the metric is broken.",
+            )
         )
     if "changed_share" in swap:
         good = swap["changed_share"] <= 0.005
@@ -424,37 +409,33 @@ def _other_findings(j: dict[str, Any]) -> list[dict[str, str]]:
             f" {swap['num_comparisons']:,} comparisons changed their order (largest difference of a"
             f" reward {swap['max_difference']:.2g})."
         )
-        out.append({"about": "swap", "level": "good" if good else "bad", "text": text})
+        out.append(finding("swap", "good" if good else "bad", text))
     prompt = j["prompt"]
     if "blank_accuracy" in prompt:
         good = abs(prompt["blank_accuracy"] - 0.5) < 1e-9
         out.append(
-            {
-                "about": "prompt only",
-                "level": "good" if good else "bad",
-                "text": (
-                    "With every response blanked the accuracy is"
-                    f" {percent(prompt['blank_accuracy'])} "
-                    + (
-                        "(all ties), as it must be."
-                        if good
-                        else "and must be 50 %: something other than the response decides."
-                    )
+            finding(
+                "prompt only",
+                "good" if good else "bad",
+                "With every response blanked the accuracy is"
+                f" {percent(prompt['blank_accuracy'])} "
+                + (
+                    "(all ties), as it must be."
+                    if good
+                    else "and must be 50 %: something other than the response decides."
                 ),
-            }
+            )
         )
     if "shuffled_accuracy" in prompt:
         out.append(
-            {
-                "about": "wrong prompt",
-                "level": "note",
-                "text": (
-                    "With each pair of responses put under another pair's prompt the accuracy is"
-                    f" {percent(prompt['shuffled_accuracy'])} (own prompt:"
-                    f" {percent(prompt['own_accuracy'])} on the same {prompt['num_comparisons']:,}"
-                    " comparisons); the closer, the less the prompt matters to the model."
-                ),
-            }
+            finding(
+                "wrong prompt",
+                "note",
+                "With each pair of responses put under another pair's prompt the accuracy is"
+                f" {percent(prompt['shuffled_accuracy'])} (own prompt:"
+                f" {percent(prompt['own_accuracy'])} on the same {prompt['num_comparisons']:,}"
+                " comparisons); the closer, the less the prompt matters to the model.",
+            )
         )
     return out
 

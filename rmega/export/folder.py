@@ -20,18 +20,19 @@ from rmega.models.geometry import Geometry
 RECIPE_VERSION = 1
 
 
-def write_config(folder: Path, geometry: Geometry, info: dict[str, Any], dtype: str) -> None:
-    """``config.json`` and the files of modeling code that it names, if any. ``info`` is the
-    checkpoint's rmega.json.
-
-    Raises ValueError if padding and reward token are the same: the pooled token could not be found
-    in a batch.
-    """
+def check_pad(info: dict[str, Any]) -> None:
+    """ValueError if padding and reward token are the same: the pooled token could not be found in a
+    batch. ``info`` is the checkpoint's rmega.json."""
     if info["pad_token_id"] == info["reward_token_id"]:
         raise ValueError(
             f"pad_token_id and reward_token_id are both {info['pad_token_id']}: a padded batch"
             " would be read at the wrong token"
         )
+
+
+def write_config(folder: Path, geometry: Geometry, info: dict[str, Any], dtype: str) -> None:
+    """``config.json`` and the files of modeling code that it names, if any. ``info`` is the
+    checkpoint's rmega.json."""
     config = BACKBONES[geometry.family].export_config(
         geometry,
         info.get("hf_config") or {},

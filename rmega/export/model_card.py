@@ -29,7 +29,7 @@ def write_card(folder: Path, name: str, recipe: dict[str, Any], base: Path) -> N
     results = {row.get("name"): row for row in recipe["evaluation"]}  # the last of each set
     base_model = recipe.get("base_model")
     data = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if recipe.get("adapter_of") else "transformers",
         pipeline_tag="text-classification",
         tags=["reward-model"],
         base_model=base_model if _is_hub_name(base_model) else None,
@@ -50,9 +50,12 @@ def write_card(folder: Path, name: str, recipe: dict[str, Any], base: Path) -> N
         **license_fields,
     )
     stated = license_fields.get("license_name") or license_fields.get("license")
+    what = recipe["architecture"]
+    if adapter_of := recipe.get("adapter_of"):
+        what = f"LoRA adapter and reward head for {what} on {adapter_of}"
     body = f"""# {name}
 
-A reward model ({recipe["architecture"]}, {recipe["dtype"]}): it reads a conversation and gives one
+A reward model ({what}, {recipe["dtype"]}): it reads a conversation and gives one
 number, higher for a better last reply. It was trained on differences between replies to one prompt;
 the number by itself has no unit.
 

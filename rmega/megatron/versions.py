@@ -54,7 +54,7 @@ def check_importable() -> None:
 
 
 def import_engine() -> None:
-    """Import Megatron-Core without torch's compiler, which is a third of the time of a start.
+    """Import Megatron-Core without torch's compiler, the larger part of what it would import.
 
     It decorates its fused activations with ``torch.compile``, and decorating is enough to import
     the compiler. rmega calls none of them (it has kernels of its own); they stay as written.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -55,10 +55,12 @@ def check_no_separate_head(folder: Path) -> None:
 
 class HfFolder:
     """The tensors of a model folder, read by slice: safetensors, else ``.bin`` (weights only),
-    single or sharded."""
+    single or sharded. ``stems``: names of the one kind and of the other."""
 
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self, folder: Path | str, stems: tuple[str, str] = ("model", "pytorch_model")
+    ) -> None:
+        self.folder, self.stems = Path(folder), stems
         self.files = self._index()
         self._open: tuple[str, Any] | None = None
         self._bytes_read = 0
@@ -76,7 +78,7 @@ class HfFolder:
 
     def _index(self) -> dict[str, str]:
         """Tensor name -> file name."""
-        for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        for stem, suffix in zip(self.stems, ("safetensors", "bin"), strict=True):
             single, index = (
                 self.folder / f"{stem}.{suffix}",
                 self.folder / f"{stem}.{suffix}.index.json",
@@ -95,8 +97,8 @@ class HfFolder:
             if single.is_file():
                 return {name: single.name for name in self._names(single)}
         raise ValueError(
-            f"{self.folder}: no weights (model.safetensors, pytorch_model.bin, or one of their"
-            " indices)"
+            f"{self.folder}: no weights ({self.stems[0]}.safetensors, {self.stems[1]}.bin, or one"
+            " of their indices)"
         )
 
     def _names(self, path: Path) -> list[str]:
@@ -207,6 +209,16 @@ def rule_name(parameter: str, layer_numbers: dict[int, int]) -> str:
     ).replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
 
 
+def global_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(global rmega tensor, parameter) of every parameter of one stage, wrapped or not."""
+    core = model
+    while not hasattr(core, "decoder"):
+        core = core.module
+    layer_numbers = {i: layer.layer_number - 1 for i, layer in enumerate(core.decoder.layers)}
+    for name, parameter in core.named_parameters():
+        yield rule_name(name, layer_numbers), parameter
+
+
 @torch.no_grad()
 def load_hf(
     model: torch.nn.Module,
@@ -239,15 +251,13 @@ def load_hf(
     table = BACKBONES[geometry.family].weight_table(geometry)
     head = BACKBONES[geometry.family].names.head
     rules, shapes = {rule.name: rule for rule in table}, hf_shapes(table)
-    core = model
-    while not hasattr(core, "decoder"):
-        core = core.module
-    layer_numbers = {i: layer.layer_number - 1 for i, layer in enumerate(core.decoder.layers)}
     with HfFolder(folder) as source:
         names = source_names(source.files, geometry, source.folder)
-        for parameter_name, parameter in model.named_parameters():
-            rule = rules.get(rule_name(parameter_name, layer_numbers))
-            assert rule is not None, f"no weight rule for parameter {parameter_name}"
+        for name, parameter in global_parameters(model):
+            if ".lora_" in name:
+                continue  # rmega.models.lora.initialize
+            rule = rules.get(name)
+            assert rule is not None, f"no weight rule for parameter {name}"
             if rule.name == REWARD_HEAD and head not in names:
                 init_head(parameter, head_init, head_std, head_seed)
                 continue

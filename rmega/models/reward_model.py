@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from rmega.data.packing import PackedBatch
 from rmega.models.geometry import Geometry
-from rmega.models.layers import PackedRewardParams, block_spec, pool_rows
+from rmega.models.layers import PackedRewardParams, block_spec, link_norms, pool_rows
 from rmega.models.rotary import inverse_frequencies, rotary_tables
 
 
@@ -199,6 +199,7 @@ class RewardModel(MegatronModule):
             post_process=post_process,
             vp_stage=vp_stage,
         )
+        link_norms(self.decoder, config)
         if post_process:
             self.reward_head = torch.nn.Linear(
                 config.hidden_size, 1, bias=False, dtype=torch.float32
@@ -235,6 +236,10 @@ class RewardModel(MegatronModule):
             sin=sin,
         )
         hidden = self.embedding(batch.tokens, batch.position_ids) if self.pre_process else None
+        if hidden is not None and self.config.recompute_granularity == "full":
+            # A recomputed layer has gradients only where its input wants one, and the output of a
+            # frozen embedding does not.
+            hidden.requires_grad_(torch.is_grad_enabled())
         # [t(/tp), 1, h], on the last stage [n, 1, h] where its last layer is pruned
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=pack)
         if not self.post_process:

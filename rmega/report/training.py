@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rmega.evaluation.files import read_evaluations
-from rmega.evaluation.results import percent
+from rmega.evaluation.results import finding, percent
 from rmega.evaluation.table import number
 from rmega.report import held_out, page
 from rmega.report.figures import (
@@ -154,7 +154,7 @@ def _window(rows: Sequence[Row]) -> int:
 
 
 def run_findings(train: list[Row], evals: list[Row], config: Row) -> list[dict[str, str]]:
-    """Plain sentences about a run: [{"about", "level", "text"}]."""
+    """``finding``s about a run."""
     out = []
     for name in dict.fromkeys(row["name"] for row in evals):
         out.append(_eval_finding(name, [row for row in evals if row["name"] == name]))
@@ -162,14 +162,12 @@ def run_findings(train: list[Row], evals: list[Row], config: Row) -> list[dict[s
         out += [_loss_finding(train), *_stability_findings(train), *_score_findings(train, config)]
     if not evals:
         out.append(
-            {
-                "about": "evaluation",
-                "level": "warn",
-                "text": (
-                    "No evaluation on held-out data: the training "
-                    "accuracy says little (--valid-data-path, --eval-interval)."
-                ),
-            }
+            finding(
+                "evaluation",
+                "warn",
+                "No evaluation on held-out data: the training "
+                "accuracy says little (--valid-data-path, --eval-interval).",
+            )
         )
     return out
 
@@ -183,22 +181,20 @@ def _eval_finding(name: str, rows: list[Row]) -> dict[str, str]:
     )
     text += f", {last['num_pairs']:,} pairs)." if last.get("num_pairs") else ")."
     if high < 0.5:
-        return {"about": "evaluation", "level": "bad", "text": f"{text} Worse than chance."}
+        return finding("evaluation", "bad", f"{text} Worse than chance.")
     if low <= 0.5:
-        return {
-            "about": "evaluation",
-            "level": "bad" if len(rows) > 1 else "warn",
-            "text": f"{text} That is not distinguishable from chance.",
-        }
+        return finding(
+            "evaluation",
+            "bad" if len(rows) > 1 else "warn",
+            f"{text} That is not distinguishable from chance.",
+        )
     if best is not last and best.get("accuracy_low", 0) > high:
-        return {
-            "about": "evaluation",
-            "level": "warn",
-            "text": (
-                f"{text} It was better before: "
-                f"{percent(best['accuracy'])} at step {best['step']:,}; use that checkpoint."
-            ),
-        }
+        return finding(
+            "evaluation",
+            "warn",
+            f"{text} It was better before: "
+            f"{percent(best['accuracy'])} at step {best['step']:,}; use that checkpoint.",
+        )
     where = (
         f"the best was {percent(best['accuracy'])} at step {best['step']:,}, within the interval"
     )
@@ -206,17 +202,13 @@ def _eval_finding(name: str, rows: list[Row]) -> dict[str, str]:
         where = "the best of the run" + (
             "" if best is last else f", as it was at step {best['step']:,} already"
         )
-    return {"about": "evaluation", "level": "good", "text": f"{text} Better than chance; {where}."}
+    return finding("evaluation", "good", f"{text} Better than chance; {where}.")
 
 
 def _loss_finding(train: list[Row]) -> dict[str, str]:
     loss, part = column(train, "loss"), max(1, len(train) // 10)
     if np.isnan(loss[-part:]).all():
-        return {
-            "about": "loss",
-            "level": "bad",
-            "text": "The loss is not a number at the end of the run.",
-        }
+        return finding("loss", "bad", "The loss is not a number at the end of the run.")
     first, last = mean_of(loss[:part]), mean_of(loss[-part:])
     acc = column(train, "acc")
     tenth = part > 1
@@ -231,12 +223,12 @@ def _loss_finding(train: list[Row]) -> dict[str, str]:
         )
     text += "."
     if len(train) < 20:
-        return {"about": "loss", "level": "note", "text": f"{text} Too few rows to tell."}
-    return {
-        "about": "loss",
-        "level": "good" if last < first else "warn",
-        "text": text if last < first else f"{text} It did not fall.",
-    }
+        return finding("loss", "note", f"{text} Too few rows to tell.")
+    return finding(
+        "loss",
+        "good" if last < first else "warn",
+        text if last < first else f"{text} It did not fall.",
+    )
 
 
 def _stability_findings(train: list[Row]) -> list[dict[str, str]]:
@@ -249,25 +241,23 @@ def _stability_findings(train: list[Row]) -> list[dict[str, str]]:
     out = []
     if broken or skipped:
         out.append(
-            {
-                "about": "stability",
-                "level": "bad" if broken else "warn",
-                "text": f"{broken:,} rows without a finite loss, {int(skipped):,} updates skipped.",
-            }
+            finding(
+                "stability",
+                "bad" if broken else "warn",
+                f"{broken:,} rows without a finite loss, {int(skipped):,} updates skipped.",
+            )
         )
     known = norm[~np.isnan(norm)]
     if known.size >= 20:
         spikes = int((known > 10 * np.median(known)).sum())
         if spikes:
             out.append(
-                {
-                    "about": "stability",
-                    "level": "warn" if spikes > 0.01 * known.size else "note",
-                    "text": (
-                        f"The gradient norm exceeded ten times its median ({np.median(known):.3g})"
-                        f" in {spikes:,} of {known.size:,} rows; the largest is {known.max():.3g}."
-                    ),
-                }
+                finding(
+                    "stability",
+                    "warn" if spikes > 0.01 * known.size else "note",
+                    f"The gradient norm exceeded ten times its median ({np.median(known):.3g})"
+                    f" in {spikes:,} of {known.size:,} rows; the largest is {known.max():.3g}.",
+                )
             )
     return out
 
@@ -284,24 +274,12 @@ def _score_findings(train: list[Row], config: Row) -> list[dict[str, str]]:
     if max(abs(c), abs(r)) > 5:
         barrier = _setting(config, "penalty") == "log_barrier"
         more = " The log barrier means to keep rewards within 5." if barrier else ""
-        return [
-            {
-                "about": "rewards",
-                "level": "warn",
-                "text": f"{text} They have drifted far from 0.{more}",
-            }
-        ]
+        return [finding("rewards", "warn", f"{text} They have drifted far from 0.{more}")]
     apart = (chosen - rejected)[-max(part, 5) :]
     apart = apart[~np.isnan(apart)]
     if apart.size > 2 and abs(apart.mean()) <= 2 * apart.std(ddof=1) / math.sqrt(apart.size):
-        return [
-            {
-                "about": "rewards",
-                "level": "note",
-                "text": f"{text} The batches differ by more than that.",
-            }
-        ]
-    return [{"about": "rewards", "level": "good" if c > r else "bad", "text": text}]
+        return [finding("rewards", "note", f"{text} The batches differ by more than that.")]
+    return [finding("rewards", "good" if c > r else "bad", text)]
 
 
 def _tiles(train: list[Row], evals: list[Row]) -> str:

@@ -24,7 +24,7 @@ PACKS_PER_WINDOW = 8
 
 @dataclasses.dataclass(slots=True)
 class RowResult:
-    """What became of a row."""
+    """The result of a row."""
 
     rewards: list[float] = dataclasses.field(default_factory=list)
     num_tokens: int = 0
@@ -38,7 +38,7 @@ class RowResult:
 
 @dataclasses.dataclass(slots=True)
 class Window:
-    """Neighbouring rows; ``done`` is the share of the input that has been read at its end, None if
+    """Neighboring rows; ``done`` is the share of the input that has been read at its end, None if
     unknown."""
 
     rows: list[ScorableRow]
@@ -67,8 +67,8 @@ def windows(rows: Iterable[tuple[ScorableRow, float | None]], max_tokens: int) -
 def score_rows(
     scorer: Any, rows: list[ScorableRow], progress: Callable[[int], None] | None = None
 ) -> list[RowResult]:
-    """Score the rows of a window with a ``rmega.scoring.scorer.Scorer``. What is wrong with a row
-    stands in its result."""
+    """Score the rows of a window with a ``rmega.scoring.scorer.Scorer``. The error of a row is
+    in its result."""
     results, sequences, owners = [], [], []
     for row in rows:
         result = RowResult(error=row.error)
@@ -132,7 +132,7 @@ class Output:
         """(index, line) of the last row that was scored before the interruption."""
         if self.path is None:
             if resume:
-                raise ValueError("--resume needs --output, the file to go on with")
+                raise ValueError("--resume needs --output, the file to resume")
             self._file: IO[str] = sys.stdout
             return
         if self.path.is_dir():

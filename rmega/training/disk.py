@@ -24,7 +24,8 @@ def checkpoint_bytes(
     files: Sequence[Path] = (),
 ) -> int:
     """Bytes of one checkpoint: weights, an fp32 copy of them, Adam's two moments, and the ``files``
-    that are copied along. The same in every layout but for what padding adds.
+    that are copied along; nothing of frozen weights. The same in every layout but for what padding
+    adds.
 
     The distributed optimizer stores its fp32 copy also where the weights are fp32 themselves.
     """
@@ -33,10 +34,14 @@ def checkpoint_bytes(
         config, geometry, replicas=1, bytes_per_element=bytes_per_element, tokens=0, microbatches=1
     )
     main_copy = 4 if bytes_per_element == 2 or p.use_distributed_optimizer else 0
+    # The head, of fp32 in every precision, is too small to count.
     tensors = p.tensor_model_parallel_size * sum(
-        s.weights + (8 + main_copy) * s.parameters for s in stages
+        (bytes_per_element + 8 + main_copy) * s.trained for s in stages
     )
-    frames = 4 * len(BACKBONES[geometry.family].weight_table(geometry)) * FRAME
+    layers = 11 * geometry.num_layers  # tensors of adapters on every linear layer
+    if not config.lora.lora_rank:
+        layers = len(BACKBONES[geometry.family].weight_table(geometry))
+    frames = 4 * layers * FRAME
     return tensors + frames + sum(file.stat().st_size for file in files)
 
 

@@ -56,8 +56,11 @@ class Logger:
         pairs = sum(r.num_pairs for r in reports)
         mean = {
             name: sum(getattr(r, name) * r.num_pairs for r in reports) / max(pairs, 1)
-            for name in ("loss", "acc", "chosen_score_mean", "rejected_score_mean")
+            for name in ("acc", "chosen_score_mean", "rejected_score_mean")
         }
+        loss = sum(r.loss * r.num_terms for r in reports) / max(
+            sum(r.num_terms for r in reports), 1
+        )
         norms = [
             r.grad_norm for r in reports if r.grad_norm is not None and math.isfinite(r.grad_norm)
         ]
@@ -70,6 +73,7 @@ class Logger:
             "time": seconds / len(window),
             "data_time": sum(data for _, data, _ in window) / len(window),
             "memory": memory_mb(),
+            "loss": loss,
             **mean,
             "grad_norm": sum(norms) / len(norms) if norms else None,
             "num_samples": sum(r.num_samples for r in reports),

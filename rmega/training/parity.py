@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from rmega import distributed
 from rmega.config import (
     DataArgs,
+    LoraArgs,
     LossArgs,
     ModelArgs,
     OptimizerArgs,
@@ -22,7 +23,10 @@ from rmega.config import (
     TrainArgs,
     TrainingConfig,
 )
-from rmega.models.hf import load_hf, read_geometry, rule_name
+from rmega.hub import resolve_start
+from rmega.models.hf import global_parameters, load_hf, read_geometry
+from rmega.models.lora import adapter_table, initialize
+from rmega.models.peft_folder import PeftFolder
 from rmega.models.weights import WeightRule
 from rmega.training import train
 
@@ -93,6 +97,7 @@ def layout_config(
     loss: LossArgs | None = None,
     share_prefix: bool = True,
     prune_last_layer: bool = True,
+    lora: LoraArgs | None = None,
 ) -> TrainingConfig:
     """The configuration of a run of a few steps in a layout, at a constant learning rate. loss: by
     default InternLM2's, with margins."""
@@ -101,6 +106,7 @@ def layout_config(
         data=DataArgs(
             data_path=(), max_tokens_per_microbatch=max_tokens, share_prefix=share_prefix
         ),
+        lora=lora or LoraArgs(),
         loss=loss or LossArgs(loss="focal", penalty="log_barrier", use_margin=True),
         train=TrainArgs(train_steps=steps, global_batch_size=global_batch_size, seed=7),
         # A larger epsilon keeps Adam smooth: with the usual one, a gradient that is rounding noise
@@ -140,20 +146,24 @@ def build(config: TrainingConfig, dtype: torch.dtype = torch.float32):
         seed=config.train.seed,
         timeout_minutes=2,
     )
-    geometry, _ = read_geometry(config.model.hf_model)
+    folder, adapter = resolve_start(config.model.hf_model)
+    geometry, _ = read_geometry(folder)
+    start = PeftFolder(adapter, geometry) if adapter else None
     chunks = train.build_model(config, geometry, dtype=dtype, device=device)
     for chunk in chunks:
-        load_hf(
-            chunk, config.model.hf_model, geometry, head_init=config.model.head_init, head_seed=3
-        )
+        load_hf(chunk, folder, geometry, head_init=config.model.head_init, head_seed=3)
+        if config.lora.lora_rank:
+            initialize(chunk, geometry, config.lora, seed=config.train.seed, start=start)
     wrapped = train.wrap_model(chunks, config)
     optimizer, scheduler = train.build_optimizer(wrapped, config, config.train.train_steps)
     return wrapped, optimizer, scheduler, geometry, device
 
 
-def gather_global(wrapped, geometry, value) -> dict[str, torch.Tensor]:
-    """``value(parameter)`` of every parameter, put together over tensor and pipeline ranks: name ->
-    whole tensor.
+def gather_global(
+    wrapped, geometry, value, lora: LoraArgs | None = None
+) -> dict[str, torch.Tensor]:
+    """``value(parameter)`` of every parameter that is trained, put together over tensor and
+    pipeline ranks: name -> whole tensor.
 
     Padding of vocabulary and heads is cut away. Returned on rank 0; empty elsewhere.
     """
@@ -161,13 +171,13 @@ def gather_global(wrapped, geometry, value) -> dict[str, torch.Tensor]:
 
     from rmega.models import BACKBONES
 
-    rules = {rule.name: rule for rule in BACKBONES[geometry.family].weight_table(geometry)}
+    table = BACKBONES[geometry.family].weight_table(geometry)
+    rules = {rule.name: rule for rule in [*table, *adapter_table(geometry, lora or LoraArgs())]}
     own: dict[str, torch.Tensor] = {}
     for chunk in wrapped:
-        core = chunk.module
-        numbers = {i: layer.layer_number - 1 for i, layer in enumerate(core.decoder.layers)}
-        for name, parameter in core.named_parameters():
-            own[rule_name(name, numbers)] = value(parameter).detach().float().cpu().clone()
+        for name, parameter in global_parameters(chunk):
+            if parameter.requires_grad:
+                own[name] = value(parameter).detach().float().cpu().clone()
     gathered: list[Any] = [None] * dist.get_world_size()
     where = (
         parallel_state.get_tensor_model_parallel_rank(),
@@ -236,7 +246,7 @@ def run_layout(
         losses.append(report.loss)
         norms.append(report.grad_norm)
         consumed += len(documents)
-    params = gather_global(wrapped, geometry, lambda p: p.data)
+    params = gather_global(wrapped, geometry, lambda p: p.data, config.lora)
     rewards = torch.from_numpy(
         train.compute_rewards(wrapped, batcher, device, batches=REWARD_BATCHES)
     )
@@ -260,7 +270,7 @@ def _first_gradients(wrapped, packs, config: TrainingConfig, geometry) -> dict[s
                     dist.all_gather_into_tensor(
                         bucket.grad_data, own, group=parallel_state.get_data_parallel_group()
                     )
-    return gather_global(wrapped, geometry, lambda p: p.main_grad)
+    return gather_global(wrapped, geometry, lambda p: p.main_grad, config.lora)
 
 
 def worst_gradient(result: LayoutResult, reference: LayoutResult) -> str:

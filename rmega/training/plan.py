@@ -6,7 +6,8 @@ d head dimension, V vocabulary, L layers of a stage, tp, pp, vpp, dp sizes of th
 Parameters per layer and tensor rank, from the weight table: (a + 2g) d h + a d h + 3 f h over tp,
 and two norms h. Gradients are fp32 and complete on every replica (Megatron-Core's buffer). Adam
 keeps two fp32 moments, and an fp32 copy of parameters in half precision; the distributed optimizer
-shards these over dp. These three are exact up to the padding of buffers. Activations count the
+shards these over dp. These three are exact up to the padding of buffers. With LoRA, gradients
+and optimizer state are those of adapters and head alone. Activations count the
 tensors that autograd keeps per token and layer (the method of Korthikanti et al. 2022, "Reducing
 Activation Recomputation in Large Transformer Models", for the operators used here):
   2h for each of the two norms (input and output),     once, or over tp under sequence parallelism
@@ -36,6 +37,8 @@ class StagePlan:
     layers: int
     parameters: int
     """How many (not bytes)."""
+    trained: int
+    """How many of them are not frozen."""
     weights: int
     gradients: int
     optimizer: int
@@ -118,6 +121,24 @@ def plan_stages(
     per_layer = ((heads + 2 * groups) * d * h + heads * d * h + 3 * f * h) // tp + 2 * h
     kept_whole = 4 * h / (tp if p.sequence_parallel else 1)
     kept_cut = ((2 * heads + 3 * groups) * d + heads * d + 3 * f) / tp
+    adapters, r = 0, config.lora.lora_rank
+    if r:
+        qkv, tokens_cut = (heads + 2 * groups) * d, tp if p.sequence_parallel else 1
+        sizes = {
+            "qkv": 3 * r * h + r * qkv // tp,
+            "proj": r * (heads * d // tp + h),
+            "fc1": 2 * r * (h + f // tp),
+            "fc2": r * (f // tp + h),
+        }
+        adapters = sum(sizes[target] for target in config.lora.targets)
+        # A frozen layer keeps no input; an adapter keeps its input and x A^T.
+        for target, parts, width in (
+            ("qkv", 3, h / tokens_cut),
+            ("proj", 1, 0),  # kept by attention in any case
+            ("fc1", 2, h / tokens_cut),
+            ("fc2", 1, f / tp),
+        ):
+            kept_whole += parts * r if target in config.lora.targets else -width
     if p.recompute == "selective":
         kept_cut -= heads * d / tp
     per_token = (kept_whole + kept_cut) * bytes_per_element
@@ -126,12 +147,13 @@ def plan_stages(
         g.num_layers, pp, p.num_layers_in_first_pipeline_stage, p.num_layers_in_last_pipeline_stage
     )
     for stage, layers in enumerate(counts):
-        half = layers * per_layer
+        half = layers * (per_layer + adapters)
         if stage == 0:
             half += -(-g.vocab_size // tp) * h
         if stage == pp - 1:
             half += h  # final norm
         head = h if stage == pp - 1 else 0  # fp32 in every precision
+        trained = layers * adapters if r else half
         held = in_flight(stage, pp, vpp, microbatches)
         if p.recompute == "full":
             one = h / (tp if p.sequence_parallel else 1) * bytes_per_element
@@ -145,9 +167,10 @@ def plan_stages(
                 stage=stage,
                 layers=layers,
                 parameters=half + head,
+                trained=trained + head,
                 weights=half * bytes_per_element + 4 * head,
-                gradients=4 * (half + head),
-                optimizer=((8 + main_copy) * half + 8 * head) // cut,
+                gradients=4 * (trained + head),
+                optimizer=((8 + main_copy) * trained + 8 * head) // cut,
                 activations=int(activations),
                 microbatches_in_flight=held,
             )
@@ -261,6 +284,14 @@ def describe(
             f" {pp}{f' ({vpp} chunks each)' if vpp else ''} x dp {replicas} = {tp * pp * replicas}"
             f" ranks; {dtype}, recompute {p.recompute},"
             f" {'distributed' if p.use_distributed_optimizer else 'whole'} optimizer"
+        ),
+        *(
+            [
+                f"LoRA: {config.lora.describe()}; trained on each rank:"
+                f" {', '.join(f'{s.trained / 1e6:.1f} M' for s in stages)}"
+            ]
+            if config.lora.lora_rank
+            else []
         ),
         "",
         (

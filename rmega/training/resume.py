@@ -7,12 +7,13 @@ difference is an error.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
 import torch
 
-from rmega.config import TrainingConfig
+from rmega.config import LoraArgs, TrainingConfig
 from rmega.precision import dtype_name
 
 BOUND, EFFECT, CONTENT, HARMLESS = "bound", "takes effect", "compared by content", "harmless"
@@ -32,6 +33,7 @@ CLASSES = {
         "share_prefix": EFFECT,
         "max_tokens_per_microbatch": EFFECT,
     },
+    "lora": dict.fromkeys(("lora_rank", "lora_alpha", "lora_target", "lora_rslora"), BOUND),
     "loss": dict.fromkeys(
         (
             "loss",
@@ -62,6 +64,7 @@ CLASSES = {
     "optimizer": dict.fromkeys(
         (
             "lr",
+            "head_lr",
             "min_lr",
             "lr_warmup_fraction",
             "lr_decay_style",
@@ -107,6 +110,10 @@ CLASSES = {
 writes or when it ends, and are not listed."""
 
 _WHY_BOUND = {
+    **dict.fromkeys(
+        ("lora_rank", "lora_alpha", "lora_target", "lora_rslora"),
+        "its adapters are those of the checkpoint",
+    ),
     "head_init": "a head is initialized at the start of a run only",
     "initial_loss_scale": "its current loss scale is part of the checkpoint",
     "global_batch_size": "the order of the data depends on it",
@@ -123,6 +130,8 @@ def changes(info: dict[str, Any], config: TrainingConfig) -> dict[str, list[Any]
     found: dict[str, list[Any]] = {}
     for group, fields in CLASSES.items():
         saved = info["config"].get(group, {})
+        if group == "lora":  # a run of a version without it trained all weights
+            saved = saved or dataclasses.asdict(LoraArgs())
         for field, kind in fields.items():
             if field not in saved or saved[field] == now[group][field]:
                 continue

@@ -10,15 +10,17 @@ from typing import Any
 import torch
 
 from rmega import distributed, precision
-from rmega.checkpointing import checkpoint, run_folder
+from rmega.checkpointing import base_model, checkpoint, run_folder
 from rmega.config import MIN_COMPARISONS, TrainingConfig
 from rmega.data.batching import Batcher, Mixture
 from rmega.data.indexed import PreferenceDataset, open_preferences, split_label
 from rmega.distributed import log
-from rmega.hub import resolve_model
+from rmega.hub import adapter_base, resolve_start
 from rmega.io import write_durably
+from rmega.models import lora
 from rmega.models.geometry import Geometry
 from rmega.models.hf import load_hf, read_geometry
+from rmega.models.peft_folder import PeftFolder
 from rmega.training import plan, preflight, resume, train
 
 
@@ -33,7 +35,11 @@ def named_prefix(text: str) -> tuple[str, str]:
 class Base:
     """The base model, and this rank's device."""
 
+    name: str
+    """--hf-model, or the base model that an adapter there names."""
     folder: Path
+    adapter: PeftFolder | None
+    """The adapter that --hf-model names, to start from."""
     geometry: Geometry
     hf_config: dict[str, Any]
     device: torch.device
@@ -55,6 +61,8 @@ class Start(Base):
     valid: dict[str, PreferenceDataset]
     evaluated: set[str]
     """Validation sets whose evaluation at the step of ``found`` is in the run's metrics.jsonl."""
+    base_record: dict[str, Any] | None
+    """With LoRA, what checkpoints record of the frozen weights."""
     steps: int
     batcher: Batcher
 
@@ -74,8 +82,13 @@ def join(config: TrainingConfig) -> Base:
     p = config.parallel
     distributed.prepare_cuda(p.tensor_model_parallel_size, deterministic=config.train.deterministic)
     preflight.check_save(config)
-    folder = resolve_model(config.model.hf_model)
+    folder, adapter_folder = resolve_start(config.model.hf_model)
     geometry, hf_config = read_geometry(folder)
+    adapter, name = None, config.model.hf_model
+    if adapter_folder is not None:
+        name = adapter_base(adapter_folder, "--hf-model")
+        adapter = PeftFolder(adapter_folder, geometry)
+        adapter.check_flags(config.lora)
     train.transformer_layout(config, geometry, on_cpu=not torch.cuda.is_available())
     plan.check_memory(config, geometry)
     device = distributed.initialize(
@@ -85,7 +98,14 @@ def join(config: TrainingConfig) -> Base:
         seed=config.train.seed,
         timeout_minutes=p.distributed_timeout_minutes,
     )
-    return Base(folder=folder, geometry=geometry, hf_config=hf_config, device=device)
+    return Base(
+        name=name,
+        folder=folder,
+        adapter=adapter,
+        geometry=geometry,
+        hf_config=hf_config,
+        device=device,
+    )
 
 
 def prepare(config: TrainingConfig, base: Base) -> Start:
@@ -111,6 +131,9 @@ def prepare(config: TrainingConfig, base: Base) -> Start:
         if differences := resume.changes(info, c):
             log(resume.describe(differences))
             changes.append({"iteration": info["iteration"], **differences})
+    base_record = base_model.record(folder) if c.lora.lora_rank else None
+    if found and base_record:
+        base_model.check(info, found, base_record, "--hf-model")
     chosen = precision.choose_together(
         resume.precision_to_use(info, c.train.precision), c.train.matmul_precision, base.device
     )
@@ -134,6 +157,7 @@ def prepare(config: TrainingConfig, base: Base) -> Start:
         dataset=dataset,
         valid=valid,
         evaluated=evaluated,
+        base_record=base_record,
         steps=steps,
         batcher=train.make_batcher(c, dataset, geometry, max_consumed=comparisons),
     )
@@ -186,8 +210,9 @@ class Model:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next step."""
-        return self.optimizer.param_groups[0]["lr"]
+        """Learning rate of the next step; not the head's, where --head-lr gives it its own."""
+        groups = self.optimizer.param_groups
+        return next(group["lr"] for group in groups if group.get("default_config", True))
 
     def advance(self, comparisons: int) -> None:
         """A step on so many comparisons is done."""
@@ -212,7 +237,14 @@ def build(start: Start) -> Model:
         )
         for chunk in chunks
     ]
-    head = "; ".join(dict.fromkeys(heads))
+    head, adapter = "; ".join(dict.fromkeys(heads)), start.adapter
+    if c.lora.lora_rank:
+        for chunk in chunks:
+            lora.initialize(chunk, start.geometry, c.lora, seed=c.train.seed, start=adapter)
+        if adapter is not None and adapter.has_head:
+            head = f"head from {adapter.folder}"
+        origin = "new" if adapter is None else adapter.describe()
+        log(f"adapters: {c.lora.describe()}; {'from the checkpoint' if start.found else origin}")
     wrapped = train.wrap_model(chunks, c)
     optimizer, scheduler = train.build_optimizer(wrapped, c, start.steps)
     log(

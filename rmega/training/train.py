@@ -42,6 +42,7 @@ from rmega.evaluation import results
 from rmega.evaluation.token_probes import View, probe_stored
 from rmega.megatron.fusion import fuse_weight_gradients, skip_single_rank_collectives
 from rmega.megatron.grad_norm import grad_norm
+from rmega.models import lora
 from rmega.models.attention import active_kernel
 from rmega.models.geometry import Geometry
 from rmega.models.reward_model import RewardModel, transformer_config
@@ -60,17 +61,18 @@ def build_model(
     chunks = []
     for chunk in range(vpp or 1):
         stage = {"vp_stage": chunk, "ignore_virtual": False} if vpp else {}
-        chunks.append(
-            RewardModel(
-                core,
-                geometry,
-                pre_process=parallel_state.is_pipeline_first_stage(**stage),
-                post_process=parallel_state.is_pipeline_last_stage(**stage),
-                vp_stage=chunk if vpp else None,
-                prune_last_layer=config.model.prune_last_layer,
-                transformer_engine=engine,
-            ).to(device)
-        )
+        model = RewardModel(
+            core,
+            geometry,
+            pre_process=parallel_state.is_pipeline_first_stage(**stage),
+            post_process=parallel_state.is_pipeline_last_stage(**stage),
+            vp_stage=chunk if vpp else None,
+            prune_last_layer=config.model.prune_last_layer,
+            transformer_engine=engine,
+        ).to(device)
+        if config.lora.lora_rank:
+            lora.attach(model, config.lora)
+        chunks.append(model)
     return chunks
 
 
@@ -176,7 +178,7 @@ def use_transformer_engine(config: TrainingConfig, device: torch.device) -> bool
     choice, fp8 = config.model.transformer_impl, config.model.fp8_format
     asked = f"--fp8-format {fp8}" if fp8 != "none" else "--transformer-impl transformer_engine"
     must = fp8 != "none" or choice == "transformer_engine"
-    if choice == "local":
+    if choice == "local" or config.lora.lora_rank:
         return False
     if obstacle := transformer_engine_obstacle():
         if must:
@@ -242,9 +244,12 @@ def build_optimizer(
     )
     # The fp32 head has a group to itself: where one group holds two dtypes, the distributed
     # optimizer confuses their states when it saves them.
+    of_head = ParamGroupOverride(wd_mult=1.0)
+    if o.head_lr is not None:
+        of_head.update(max_lr=o.head_lr, min_lr=o.min_lr * o.head_lr / o.lr)
     overrides = {
         **get_standard_config_overrides(settings),
-        ParamKey(name="*reward_head.weight"): ParamGroupOverride(wd_mult=1.0),
+        ParamKey(name="*reward_head.weight"): of_head,
     }
     optimizer = get_megatron_optimizer(
         settings,
@@ -281,8 +286,14 @@ def build_optimizer(
     return optimizer, scheduler
 
 
+REPORTED = (*ops.STATS, "num_terms")
+"""What the last stage reports of a pack; num_terms: of what the loss is the mean over."""
+
+
 def pair_loss(args: LossArgs, batch: PackedBatch, rewards: torch.Tensor):
-    """Sum of the loss over a pack's pairs, their number, and ``ops.STATS`` to report.
+    """Sum of the loss over a pack's pairs, their number, and ``REPORTED`` sums.
+
+    ``--loss plackett_luce`` is a sum over choices, and their number is returned.
 
     ``--length-penalty`` A: the logit gains A (length of chosen - length of rejected), as if length
     alone won preferences, and the reward explains the rest (R-DPO, arXiv:2403.19159).
@@ -310,9 +321,10 @@ def pair_loss(args: LossArgs, batch: PackedBatch, rewards: torch.Tensor):
         label_smoothing=args.label_smoothing,
         barrier_clamp=args.barrier_clamp,
     )
+    terms = batch.num_choices if args.loss == "plackett_luce" else len(batch.chosen)
     # torch.tensor would copy from the host and wait for it.
-    count = torch.full((), len(batch.chosen), dtype=torch.int, device=rewards.device)
-    return loss, count, stats
+    count = torch.full((), terms, dtype=torch.int, device=rewards.device)
+    return loss, count, torch.cat([stats, count[None].to(stats.dtype)])
 
 
 def _forward_train(args: LossArgs, iterator: Iterator[PackedBatch], model):
@@ -350,7 +362,8 @@ def run_schedule(
 
 @dataclasses.dataclass
 class StepReport:
-    """What one step did, the same on every rank. Means are over the pairs of the global batch."""
+    """What one step did, the same on every rank. Means are over the pairs of the global batch; the
+    loss's is over ``num_terms``: pairs, or the choices of ``--loss plackett_luce``."""
 
     loss: float
     acc: float
@@ -359,6 +372,7 @@ class StepReport:
     grad_norm: float | None
     updated: bool
     num_pairs: int
+    num_terms: int
     num_samples: int
     num_tokens: int
     real_tokens: int
@@ -383,11 +397,11 @@ def forward_backward(
         chunk.zero_grad_buffer()
     reports = run_schedule(wrapped, packs, partial(_forward_train, args), forward_only=False)
     device = packs[0].tokens.device
-    names = (*ops.STATS, "num_tokens", "real_tokens", "padding", "num_microbatches")
+    names = (*REPORTED, "num_tokens", "real_tokens", "padding", "num_microbatches")
     own = [0.0] * len(names)
     first_rank = parallel_state.get_tensor_model_parallel_rank() == 0
     if first_rank and parallel_state.is_pipeline_first_stage():
-        own[len(ops.STATS) :] = (
+        own[len(REPORTED) :] = (
             sum(p.num_tokens for p in packs),
             sum(p.real_tokens for p in packs),
             sum(p.padding for p in packs),
@@ -398,7 +412,7 @@ def forward_backward(
         [*own, *wishes()], dtype=torch.float64, pin_memory=device.type == "cuda"
     ).to(device, non_blocking=True)
     if first_rank and parallel_state.is_pipeline_last_stage():
-        sums[: len(ops.STATS)] = sum(report.detach().double() for report in reports)
+        sums[: len(REPORTED)] = sum(report.detach().double() for report in reports)
     values = sum_over_ranks(sums).tolist()
     return dict(zip(names, values, strict=False)), values[len(names) :]
 
@@ -445,9 +459,9 @@ def train_step(
     ``wishes`` is asked after the backward pass; its answers are summed over ranks on the way."""
     optimizer.zero_grad()
     sums, wished = forward_backward(wrapped, packs, args, wishes)
-    pairs = max(sums["num_pairs"], 1.0)
-    loss = (sums["base_loss"] + sums["penalty"]) / pairs
-    updated, norm = optimizer_step(optimizer, pairs) if math.isfinite(loss) else (False, math.nan)
+    pairs, terms = max(sums["num_pairs"], 1.0), max(sums["num_terms"], 1.0)
+    loss = (sums["base_loss"] + sums["penalty"]) / terms
+    updated, norm = optimizer_step(optimizer, terms) if math.isfinite(loss) else (False, math.nan)
     return StepReport(
         loss=loss,
         acc=sums["num_correct"] / pairs,
@@ -456,6 +470,7 @@ def train_step(
         grad_norm=norm,
         updated=updated,
         num_pairs=int(sums["num_pairs"]),
+        num_terms=int(sums["num_terms"]),
         num_samples=num_samples,
         num_tokens=int(sums["num_tokens"]),
         real_tokens=int(sums["real_tokens"]),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from rmega.commands.evaluate import EvaluateArgs, main
-from rmega.evaluation.probes import pick, prompt_probe, swap_probe
+from rmega.evaluation.probes import pick, probe_texts
 from rmega.evaluation.results import ScoredComparison, length_flag
 from rmega.evaluation.rows import read_eval_set, scored
 from rmega.evaluation.scores import match_scores, read_scores
@@ -469,14 +469,13 @@ def by_place(comparisons):
 
 def test_probes_pass_an_honest_scorer_and_catch_a_dishonest_one():
     honest = items_for(by_text)
-    swap = swap_probe(honest, by_text)
+    swap, prompt = probe_texts(honest, by_text).values()
     assert (swap["max_difference"], swap["changed_share"]) == (0.0, 0.0)
-    prompt = prompt_probe(honest, by_text)
     assert prompt["blank_accuracy"] == 0.5 and prompt["shuffled_accuracy"] == prompt["own_accuracy"]
     assert swap["rescored_accuracy"] == pytest.approx(1 - prompt["own_accuracy"])
     cheat = items_for(by_place)
-    assert swap_probe(cheat, by_place)["changed_share"] == 1.0
-    assert prompt_probe(cheat, by_place)["blank_accuracy"] == 1.0
+    swap, prompt = probe_texts(cheat, by_place).values()
+    assert swap["changed_share"] == 1.0 and prompt["blank_accuracy"] == 1.0
 
 
 def test_probes_forgive_rounding():
@@ -486,8 +485,8 @@ def test_probes_forgive_rounding():
         return [[r + noise.normal() * 1e-6 for r in rewards] for rewards in by_text(comparisons)]
 
     items = items_for(rounded)
-    assert swap_probe(items, rounded)["changed_share"] == 0.0
-    assert prompt_probe(items, rounded)["blank_accuracy"] == 0.5
+    swap, prompt = probe_texts(items, rounded).values()
+    assert swap["changed_share"] == 0.0 and prompt["blank_accuracy"] == 0.5
     assert len(pick(items, 7)) == 7 and pick(items, 100) == items
 
 

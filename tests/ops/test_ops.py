@@ -105,17 +105,20 @@ def test_a_named_request_that_cannot_be_met_raises(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "has_cuda,capability,reason",
+    "has_cuda,interface,capability,reason",
     [
-        (True, (8, 0), ""),
-        (True, (9, 0), ""),
-        (True, (7, 5), "need compute capability 8.0, this GPU has 7.5"),
-        (False, (9, 0), "was built without CUDA"),
+        (True, 5, (8, 0), ""),
+        (True, 5, (9, 0), ""),
+        (True, 5, (7, 5), "need compute capability 8.0, this GPU has 7.5"),
+        (True, 4, (9, 0), "was built from older sources; build it again"),
+        (False, 5, (9, 0), "was built without CUDA"),
     ],
 )
-def test_gpus_that_the_kernels_are_not_built_for(monkeypatch, capsys, has_cuda, capability, reason):
+def test_gpus_that_the_kernels_are_not_built_for(
+    monkeypatch, capsys, has_cuda, interface, capability, reason
+):
     """A launch there ends in "no kernel image is available"; a stand-in for extension and GPU."""
-    monkeypatch.setattr(ops, "_C", SimpleNamespace(has_cuda=has_cuda))
+    monkeypatch.setattr(ops, "_C", SimpleNamespace(has_cuda=has_cuda, interface=interface))
     monkeypatch.setattr(ops, "_said", set())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.delenv("RANK", raising=False)
@@ -212,7 +215,7 @@ def test_gather_last_token_names_shapes():
 
 OPTIONS = [
     dict(loss=loss, penalty=penalty, label_smoothing=smoothing, barrier_clamp=clamp)
-    for loss in ops.LOSSES
+    for loss in ("ranking", "focal")  # of pairs; plackett_luce: below
     for penalty in ops.PENALTIES
     for smoothing in (0.0, 0.1)
     for clamp in ((False, True) if penalty == "log_barrier" else (False,))
@@ -436,6 +439,156 @@ def test_pairwise_loss_opcheck(dtype):
     )
 
 
+# ---- pairwise_loss, Plackett-Luce
+
+
+def ranked(sizes, seed=0, spread=2.0):
+    """Comparisons of so many responses, best first: (rewards, chosen, rejected, margin, weight)."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(sum(sizes), generator=generator) * spread
+    pairs, first = [], 0
+    for size in sizes:
+        pairs += [(first + i, first + j) for i in range(size) for j in range(i + 1, size)]
+        first += size
+    chosen, rejected = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).t().contiguous()
+    margin = torch.rand(len(pairs), generator=generator)
+    return rewards, chosen, rejected, margin, torch.rand(len(pairs), generator=generator) + 0.5
+
+
+@BOTH
+@pytest.mark.parametrize("sizes", [[2], [3], [2, 2], [4, 2, 7, 3], [1, 5, 1, 2]])
+def test_plackett_luce_is_the_likelihood_of_the_order(implementation, sizes):
+    """By its stages: the best of all, the best of what is left, ...; torch's softmax in fp64."""
+    choose(implementation)
+    rewards, chosen, rejected, *_ = ranked(sizes)
+    rewards = rewards.double().requires_grad_()
+    zero, one = torch.zeros(len(chosen)), torch.ones(len(chosen))
+    loss_sum, stats = ops.pairwise_loss(rewards, chosen, rejected, zero, one, loss="plackett_luce")
+    expected = torch.zeros((), dtype=torch.float64)
+    for one_order in rewards.split(sizes):
+        for stage in range(len(one_order) - 1):
+            expected = expected - torch.log_softmax(one_order[stage:], 0)[0]
+    torch.testing.assert_close(loss_sum, expected, rtol=1e-12, atol=0)
+    want, got = (torch.autograd.grad(x, rewards)[0] for x in (expected, loss_sum))
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
+    assert stats[0] == len(chosen) and stats[1] == loss_sum.detach() and stats[2] == 0
+
+
+@BOTH
+def test_plackett_luce_of_two_is_ranking(implementation):
+    choose(implementation)
+    rewards, chosen, rejected, margin, weight = ranked([2] * 9, spread=4.0)
+    rewards = rewards.double().requires_grad_()
+    results = []
+    for loss in ("ranking", "plackett_luce"):
+        loss_sum, stats = ops.pairwise_loss(
+            rewards, chosen, rejected, margin, weight, loss=loss, penalty="log_barrier"
+        )
+        results.append((loss_sum.detach(), stats, *torch.autograd.grad(loss_sum, rewards)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+
+@BOTH
+@pytest.mark.parametrize("penalty", ops.PENALTIES)
+def test_plackett_luce_by_hand_and_gradcheck(implementation, penalty):
+    """A choice has the mean weight of its pairs and the mean penalty; margins count per pair."""
+    choose(implementation)
+    sizes = [4, 2, 3]
+    rewards, chosen, rejected, margin, weight = ranked(sizes)
+    rewards[0], rewards[1] = 5.5, -6.0
+    rewards, margin, weight = rewards.double(), margin.double(), weight.double()
+    options = dict(loss="plackett_luce", penalty=penalty, penalty_weight=0.02)
+    loss_sum, stats = ops.pairwise_loss(rewards, chosen, rejected, margin, weight, **options)
+    base = extra = 0.0
+    for c in set(chosen.tolist()):
+        pairs = [i for i, row in enumerate(chosen.tolist()) if row == c]
+        terms = [
+            (rewards[c].item(), rewards[rejected[i]].item(), margin[i].item(), weight[i].item())
+            for i in pairs
+        ]
+        total = 1 + sum(math.exp(r + mg - s) for s, r, mg, _ in terms)
+        base += sum(w for *_, w in terms) / len(terms) * math.log(total)
+        for s, r, mg, w in terms:
+            by_hand = pair_by_hand(
+                s,
+                r,
+                mg,
+                loss="ranking",
+                penalty=penalty,
+                penalty_weight=0.02,
+                label_smoothing=0.0,
+                barrier_clamp=False,
+            )
+            extra += w * by_hand[1] / len(terms)
+    assert loss_sum.item() == pytest.approx(base + extra, rel=1e-12)
+    assert stats[1:3].tolist() == pytest.approx([base, extra], rel=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda r: ops.pairwise_loss(r, chosen, rejected, margin, weight, **options)[0],
+        (rewards.requires_grad_(),),
+    )
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_plackett_luce_far_scores_stay_finite(implementation, dtype):
+    choose(implementation)
+    rewards = torch.tensor([-300.0, 300.0, 299.0, 0.0], dtype=dtype, requires_grad=True)
+    chosen, rejected = torch.tensor([[0, 0, 0, 1, 1, 2], [1, 2, 3, 2, 3, 3]])
+    loss_sum, _ = ops.pairwise_loss(
+        rewards, chosen, rejected, torch.zeros(6), torch.ones(6), loss="plackett_luce"
+    )
+    exact = rewards.detach().double()
+    total = sum(-torch.log_softmax(exact[i:], 0)[0] for i in range(3)).item()
+    assert loss_sum.item() == pytest.approx(total, rel=1e-6)
+    (grad,) = torch.autograd.grad(loss_sum, rewards)
+    assert grad.isfinite().all() and grad.sum().item() == pytest.approx(0, abs=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("penalty", ops.PENALTIES)
+def test_plackett_luce_error_is_at_most_twice_plain_torchs(dtype, penalty):
+    choose("native")
+    rewards, *pairs = ranked([4, 2, 3, 5] * 10)
+    rewards = rewards.to(dtype)
+    results = []
+    plain = ops.pairwise_loss_ref
+    for op, cast in ((ops.pairwise_loss, dtype), (plain, dtype), (plain, torch.float64)):
+        x = rewards.to(cast).clone().requires_grad_()
+        loss_sum, stats = op(x, *pairs, loss="plackett_luce", penalty=penalty)
+        loss_sum.backward()
+        results.append((loss_sum.detach(), stats, x.grad))
+    for got, plain, exact in zip(*results, strict=True):
+        assert_twice_plain(got, plain, exact)
+
+
+@BOTH
+def test_plackett_luce_of_nothing(implementation):
+    choose(implementation)
+    none, no_index = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+    rewards = torch.randn(3, requires_grad=True)
+    loss_sum, stats = ops.pairwise_loss(
+        rewards, no_index, no_index, none, none, loss="plackett_luce", penalty="l2"
+    )
+    (grad,) = torch.autograd.grad(loss_sum, rewards)
+    assert loss_sum.item() == 0 and stats.tolist() == [0.0] * 8 and grad.tolist() == [0.0] * 3
+
+
+@BOTH
+def test_plackett_luce_has_no_label_smoothing(implementation):
+    choose(implementation)
+    with pytest.raises(ValueError, match="label_smoothing 0.1: plackett_luce has none"):
+        ops.pairwise_loss(*ranked([3]), loss="plackett_luce", label_smoothing=0.1)
+
+
+def test_plackett_luce_opcheck():
+    rewards, *pairs = ranked([3, 2])
+    opcheck(
+        "pairwise_loss",
+        (rewards.requires_grad_(), *pairs, "plackett_luce", "log_barrier", 0.01, 0.0, False),
+    )
+
+
 # ---- gather_prefix_kv
 
 SEGMENTS = {  # prefix_start, prefix_len, own_start, own_len
@@ -542,6 +695,96 @@ def test_gather_prefix_kv_refuses_segments_outside():
         ops.gather_prefix_kv(x[0], one, one, one, one)
 
 
+@pytest.mark.parametrize("case", SEGMENTS)
+def test_prefix_index(case):
+    columns = [torch.tensor(column, dtype=torch.int32) for column in SEGMENTS[case]]
+    t, rows = 23, prefix_rows(SEGMENTS[case])
+    made = [ops.prefix_index_ref(*columns, t)]
+    choose("native")
+    if ops._prefix_index is not None:
+        made.append(ops.prefix_index(*columns, t))
+    for index in made:
+        assert index.dtype == torch.int32
+        found, offsets, sources = index.split([len(rows), t + 1, len(rows)])
+        assert found.tolist() == rows
+        for row in range(t):
+            held_by = sources[offsets[row] : offsets[row + 1]].tolist()
+            assert held_by == [i for i, r in enumerate(rows) if r == row]
+
+
+def test_prefix_index_refuses_segments_outside():
+    choose("native")
+    one = torch.tensor([1])
+    with pytest.raises(IndexError, match=r"segment 0 has prefix 1\+1, own 3\+2 with t = 4"):
+        ops.prefix_index(one, one, one + 2, one + 1, 4)
+
+
+# ---- qkv_rope
+
+
+def fused_projection(a, g, d, dtype, case="one pair", seed=0):
+    """(x, cos, sin, index) of a pack with the segments of a case."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = [torch.tensor(column, dtype=torch.int32) for column in SEGMENTS[case]]
+    t = 23
+    x = torch.randn(t, (a + 2 * g) * d, generator=generator).to(dtype)
+    angles = torch.randn(t, d // 2, generator=generator)
+    return x, angles.cos(), angles.sin(), ops.prefix_index_ref(*columns, t)
+
+
+def qkv_in_one(op):
+    """op with its three outputs flattened into one tensor, as the helpers here want them."""
+    return lambda *inputs: torch.cat([out.flatten() for out in op(*inputs)])
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", SEGMENTS)
+@pytest.mark.parametrize("a,g,d", [(1, 1, 2), (6, 2, 16), (0, 3, 8), (4, 4, 10)])
+def test_qkv_rope(implementation, dtype, case, a, g, d):
+    """Split, rotation and gather by hand, in fp64."""
+    choose(implementation)
+    x, cos, sin, index = fused_projection(a, g, d, dtype, case)
+
+    def by_hand(x, cos, sin):
+        rows, groups = prefix_rows(SEGMENTS[case]), x.view(len(x), g, -1, d)
+        if a:
+            query, key, value = groups[:, :, : a // g], groups[:, :, -2], groups[:, :, -1]
+        else:
+            query, (key, value) = x.new_empty(len(x), 0, 1, d), x.view(len(x), 2, g, d).unbind(1)
+        query, key = (
+            ops.rope_ref(query.reshape(len(x), a, d), cos, sin),
+            ops.rope_ref(key, cos, sin),
+        )
+        return torch.cat([query.flatten(), key[rows].flatten(), value[rows].flatten()])
+
+    def run(x, cos, sin):
+        if x.dtype == torch.float64:
+            return by_hand(x, cos, sin)
+        return qkv_in_one(ops.qkv_rope)(x, cos, sin, index, a, g)
+
+    assert_kernel(run, by_hand, [x, cos, sin], [0], dtype)
+    query, key, value = ops.qkv_rope(x, cos, sin, index, a, g)
+    total = len(prefix_rows(SEGMENTS[case]))
+    assert query.shape == (len(x), a, d) and key.shape == value.shape == (total, g, d)
+
+
+def test_qkv_rope_opcheck_and_refusals():
+    choose("native")
+    if ops._qkv_rope is None:
+        pytest.skip("rmega._C is from older sources")
+    x, cos, sin, index = fused_projection(4, 2, 6, torch.float32)
+    opcheck("qkv_rope", (x.requires_grad_(), cos, sin, index, 4, 2))
+    query, key, value = (y.detach() for y in ops.qkv_rope(x, cos, sin, index, 4, 2))
+    opcheck("qkv_rope_backward", (query, key, value, cos, sin, index))
+    with pytest.raises(RuntimeError, match=r"rows of 48 for 4 \+ 2 \* 4 heads of 6"):
+        ops.qkv_rope(x, cos, sin, index, 4, 4)
+    with pytest.raises(RuntimeError, match=r"int32 \[2 total \+ t \+ 1\]"):
+        ops.qkv_rope(x, cos, sin, index.long(), 4, 2)
+    with pytest.raises(RuntimeError, match="cos and sin"):
+        ops.qkv_rope(x, cos, sin[1:], index, 4, 2)
+
+
 # ---- fused elementwise: every instruction set that this CPU has
 
 
@@ -576,6 +819,22 @@ def test_rms_norm(isa, dtype, shape):
     torch.manual_seed(1)
     x, weight = torch.randn(shape) * 3, torch.rand(shape[-1]) + 0.5
     assert_kernel(ops.rms_norm, ops.rms_norm_ref, [x, weight, 1e-5], [0, 1], dtype)
+
+
+@ELEMENTWISE_DTYPES
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 1, 64), (130, 1, 576), (0, 16)])
+def test_add_rms_norm(isa, dtype, shape):
+    torch.manual_seed(1)
+    x, residual, weight = torch.randn(shape) * 3, torch.randn(shape), torch.rand(shape[-1]) + 0.5
+
+    def both(op):
+        return lambda *inputs: torch.cat([out.flatten() for out in op(*inputs)])
+
+    inputs = [x, residual, weight, 1e-5]
+    assert_kernel(both(ops.add_rms_norm), both(ops.add_rms_norm_ref), inputs, [0, 1, 2], dtype)
+    x, residual, weight = (y.to(dtype) for y in (x, residual, weight))
+    total, y = ops.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(total, residual + x) and torch.equal(y, ops.rms_norm(total, weight, 1e-5))
 
 
 def test_rms_norm_rounds_as_llama_does():
@@ -677,6 +936,10 @@ def test_elementwise_opcheck(dtype):
     table = torch.rand(3, 4)
     opcheck("rms_norm", (x, weight, 1e-5))
     opcheck("rms_norm_backward", (x.detach(), x.detach(), weight.detach(), torch.rand(3)))
+    if ops._add_rms_norm is not None:
+        opcheck("add_rms_norm", (x, torch.rand_like(x), weight, 1e-5))
+        plain = x.detach()
+        opcheck("add_rms_norm_backward", (plain, plain, plain, weight.detach(), torch.rand(3)))
     opcheck("swiglu", (x,))
     opcheck("swiglu_backward", (x.detach()[..., :4], x.detach()))
     opcheck("rope", (x, table, table, False))

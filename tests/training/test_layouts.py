@@ -70,6 +70,7 @@ def families(tmp_path_factory):
 
 LOSSES = {
     "scaled": {"loss": "ranking", "penalty": "center", "scale_by_rating": True},
+    "plackett_luce": {"loss": "plackett_luce", "use_margin": True},
     "length": {"loss": "focal", "penalty": "none", "length_penalty": 0.02, "use_margin": True},
 }
 

@@ -24,6 +24,7 @@ def report(**changed):
         grad_norm=2.0,
         updated=True,
         num_pairs=4,
+        num_terms=4,
         num_samples=4,
         num_tokens=100,
         real_tokens=100,

@@ -7,7 +7,7 @@ import torch
 
 from rmega.config import LossArgs
 from rmega.data.packing import pack
-from rmega.training.train import pair_loss
+from rmega.training.train import REPORTED, pair_loss
 from tests.tiny import random_comparisons
 
 
@@ -63,6 +63,34 @@ def test_the_loss_of_a_pack_is_its_definition(args, share_prefix):
     torch.testing.assert_close(loss, total, rtol=1e-6, atol=0)
     want, got = (torch.autograd.grad(x, rewards)[0] for x in (total, loss))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_plackett_luce_is_the_likelihood_of_each_comparisons_order(share_prefix):
+    """Any number of responses in any stored order; of responses with equal scores each is chosen
+    among the worse ones, and the last have nothing to be chosen from."""
+    comparisons = random_comparisons(12, seed=8)
+    comparisons[4].scores[:] = [1, 3, 2, 0][: len(comparisons[4].scores)]
+    comparisons[8].scores[:] = 0
+    comparisons[8].scores[1] = 1
+    args = LossArgs(loss="plackett_luce", penalty="none")
+    batch = pack(comparisons, share_prefix=share_prefix)
+    rewards = torch.randn(len(batch.pooled), dtype=torch.float64, requires_grad=True)
+    total, choices, first = torch.zeros((), dtype=torch.float64), 0, 0
+    for c in comparisons:
+        own = rewards[first : first + len(c.suffixes)]
+        for reward, score in zip(own, c.scores, strict=True):
+            worse = [r for r, s in zip(own, c.scores, strict=True) if s < score]
+            if worse:
+                total = total - torch.log_softmax(torch.stack([reward, *worse]), 0)[0]
+                choices += 1
+        first += len(c.suffixes)
+    loss, count, sums = pair_loss(args, batch, rewards)
+    assert int(count) == batch.num_choices == choices < len(batch.chosen)
+    assert dict(zip(REPORTED, sums.tolist(), strict=True))["num_terms"] == choices
+    torch.testing.assert_close(loss, total, rtol=1e-12, atol=0)
+    want, got = (torch.autograd.grad(x, rewards)[0] for x in (total, loss))
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
 
 
 def test_a_length_penalty_makes_the_reward_explain_less_of_a_longer_answer():

@@ -8,12 +8,15 @@ import time
 import pytest
 import torch
 
+from rmega.config import LoraArgs
 from tests import runs
 from tests.dist import run_distributed
 from tests.tiny import InMemory, random_comparisons, tiny_llama
 
 
-def measure(rank: int, world_size: int, text: str, folder: str, dtype: str) -> dict:
+def measure(
+    rank: int, world_size: int, text: str, folder: str, dtype: str, lora: LoraArgs | None = None
+) -> dict:
     """(planned, measured) bytes of this rank after one step; activations of one forward pass of one
     micro-batch."""
     from megatron.core import parallel_state
@@ -25,7 +28,13 @@ def measure(rank: int, world_size: int, text: str, folder: str, dtype: str) -> d
 
     layout = Layout.parse(text)
     config = layout_config(
-        layout, hf_model=folder, steps=1, global_batch_size=8, max_tokens=100_000, lr=1e-3
+        layout,
+        hf_model=folder,
+        steps=1,
+        global_batch_size=8,
+        max_tokens=100_000,
+        lr=1e-3,
+        lora=lora,
     )
     wrapped, optimizer, _, geometry, _ = build(config, DTYPES[dtype])
     batcher = make_batcher(config, InMemory(random_comparisons(24, seed=1)), geometry)
@@ -99,6 +108,26 @@ def test_planned_bytes_are_there(text, dtype, folder):
         assert seen["weights"] == plan.weights
         assert seen["gradients"] == pytest.approx(plan.gradients, rel=0.01)
         assert seen["optimizer"] == pytest.approx(plan.optimizer, rel=0.03)
+        assert seen["activations"] == pytest.approx(plan.activations, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    "text,dtype,target",
+    [("1", "fp32", "all-linear"), ("dp2", "bf16", "all-linear"), ("tp2,sp", "bf16", "qkv,fc2")],
+)
+def test_planned_bytes_with_adapters_are_there(text, dtype, target, folder):
+    """Frozen weights have no gradients, fp32 copies or moments."""
+    from rmega.training.parity import Layout
+
+    lora = LoraArgs(lora_rank=4, lora_target=target)
+    world = Layout.parse(text).world_size
+    for seen in run_distributed(measure, world, text, folder, dtype, lora):
+        plan = seen["plan"]
+        assert plan.trained < plan.parameters / 10
+        assert seen["parameters"] == plan.parameters
+        assert seen["weights"] == plan.weights
+        assert seen["gradients"] == pytest.approx(plan.gradients, rel=0.02)
+        assert seen["optimizer"] == pytest.approx(plan.optimizer, rel=0.05)
         assert seen["activations"] == pytest.approx(plan.activations, rel=0.25)
 
 

@@ -1,0 +1,285 @@
+"""LoRA: low-rank adapters beside the linear layers of a frozen backbone (Hu et al. 2021).
+
+A linear layer y = W x becomes y = W x + s B A x with A [r, in], B [out, r] and s = alpha / r, or
+alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023). A starts uniform in +-1 / sqrt(in), B at zero, as
+peft has it. Query, key and value have an A and a B each, and so have gate and up projection.
+
+What tensor ranks exchange is r wide, never h wide. Columns (qkv, fc1): x A^T is computed where x is
+(on this rank's tokens under sequence parallelism) and gathered, and B is cut as the weight is.
+Rows (proj, fc2): A is cut as the weight is, x A^T is summed over the ranks, and B is whole.
+
+Shape letters: t tokens, h hidden, r rank, n parts (3 for qkv, 2 for fc1, else 1), g key/value
+groups of this tensor rank, tp tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    linear_with_grad_accumulation_and_async_allreduce,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from rmega.config import LoraArgs
+from rmega.models import BACKBONES
+from rmega.models.geometry import Geometry
+from rmega.models.hf import REWARD_HEAD, global_parameters
+from rmega.models.layers import PooledLastLayer
+from rmega.models.peft_folder import PeftFolder
+from rmega.models.weights import Part, WeightRule, whole
+
+PLACES = {"qkv": "self_attention", "proj": "self_attention", "fc1": "mlp", "fc2": "mlp"}
+"""Target -> the module of a layer that holds its linear layer, ``linear_TARGET``."""
+COLUMN = ("qkv", "fc1")
+
+
+class Adapter(MegatronModule):
+    """The A and B of one linear layer on this tensor rank, added to its output by a forward hook.
+
+    ``a`` [n r, in] holds the A of all parts, ``b0``, ``b1``, ... [rows of a part, r] the B of each.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        linear: torch.nn.Module,
+        *,
+        target: str,
+        rank: int,
+        scale: float,
+        rows: Sequence[int],
+        groups: int,
+        sequence_parallel: bool,
+    ) -> None:
+        super().__init__(config)
+        self.rank, self.scale, self.groups, self.count = rank, scale, groups, len(rows)
+        self.column = target in COLUMN
+        self.sequence_parallel = sequence_parallel
+        weight = linear.weight
+
+        def zeros(*shape: int) -> torch.nn.Parameter:
+            return torch.nn.Parameter(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
+
+        self.a = zeros(len(rows) * rank, weight.shape[1])
+        for i, size in enumerate(rows):
+            setattr(self, f"b{i}", zeros(size, rank))
+        self.cut = {f"b{i}": 0 for i in range(len(rows))} if self.column else {"a": 1}
+        for name, parameter in self.named_parameters():
+            if name in self.cut:
+                set_tensor_model_parallel_attributes(parameter, True, self.cut[name], 1)
+            else:  # sees this rank's tokens only: Megatron-Core then sums its gradient
+                parameter.sequence_parallel = sequence_parallel
+        self.hook = linear.register_forward_hook(self._add)
+
+    @property
+    def parts(self) -> list[torch.nn.Parameter]:
+        """The B of each part."""
+        return [getattr(self, f"b{i}") for i in range(self.count)]
+
+    def _linear(self, x: torch.Tensor, weight: torch.nn.Parameter) -> torch.Tensor:
+        # The function behind Megatron-Core's linear layers: weight gradients are added to their
+        # fp32 buffer, and half precision on a CPU is computed as theirs (rmega/megatron/fusion.py).
+        return linear_with_grad_accumulation_and_async_allreduce(
+            x,
+            weight,
+            None,
+            gradient_accumulation_fusion=self.config.gradient_accumulation_fusion,
+            allreduce_dgrad=False,
+            sequence_parallel=False,
+        )
+
+    def down(self, x: torch.Tensor) -> torch.Tensor:
+        """s x A^T of all parts: [t(/tp), 1, in(/tp)] -> [t(/tp), 1, n r]. For columns the t of all
+        ranks, for rows those that the linear layer's output has."""
+        u = self._linear(x, self.a) * self.scale
+        if self.column:
+            if self.sequence_parallel:
+                return gather_from_sequence_parallel_region(u, tensor_parallel_output_grad=True)
+            return copy_to_tensor_model_parallel_region(u)
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(u)
+        return reduce_from_tensor_model_parallel_region(u)
+
+    def up(self, u: torch.Tensor, part: int) -> torch.Tensor:
+        """``down``'s [..., n r] -> what is added to this rank's rows of one part, [..., rows]."""
+        one = u[..., part * self.rank : (part + 1) * self.rank]
+        return self._linear(one, self.parts[part])
+
+    def _add(self, linear: torch.nn.Module, args: tuple, output: tuple) -> tuple:
+        out, bias = output  # [t(/tp), 1, out(/tp)]
+        u = self.down(args[0])
+        parts = [self.up(u, part) for part in range(self.count)]
+        return out + interleave(parts, self.groups), bias
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):
+        """As Megatron-Core's linear layers make theirs. What belongs to padded heads may be longer
+        or shorter in a checkpoint of another layout."""
+        state = make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            self.cut,
+            sharded_offsets,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        for name in self.cut:
+            state[prefix + name].allow_shape_mismatch = "self_attention" in prefix
+        return state
+
+
+def interleave(parts: Sequence[torch.Tensor], groups: int, dim: int = -1) -> torch.Tensor:
+    """The parts of an output in the order of the fused layer's rows: for each group its share of
+    every part (q, k, v), or one part after the other (``groups`` 1: gate, up)."""
+    if len(parts) == 1:
+        return parts[0]
+    cut = [part.unflatten(dim, (groups, -1)) for part in parts]
+    inner = dim if dim < 0 else dim + 1
+    return torch.cat(cut, dim=inner).flatten(inner - 1, inner)
+
+
+def adapters(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, Adapter]]:
+    """(linear layer, its adapter) of every adapted layer of a model."""
+    for module in model.modules():
+        for target in PLACES:
+            if isinstance(adapter := getattr(module, f"lora_{target}", None), Adapter):
+                yield getattr(module, f"linear_{target}"), adapter
+
+
+def attach(model: torch.nn.Module, args: LoraArgs) -> None:
+    """Freeze a stage of the model but for its reward head, and give its layers adapters (zeros
+    yet). Call it before the data-parallel wrapper and the optimizer are built, which then have no
+    buffers for what is frozen."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("reward_head."))
+    for layer in model.decoder.layers:
+        for target in args.targets:
+            holder = getattr(layer, PLACES[target])
+            linear = getattr(holder, f"linear_{target}")
+            groups, rows = 1, [linear.weight.shape[0]]
+            if target == "qkv":
+                groups, d = holder.num_query_groups_per_partition, holder.config.kv_channels
+                rows = [holder.num_attention_heads_per_partition * d, groups * d, groups * d]
+            elif target == "fc1":
+                rows = [rows[0] // 2] * 2
+            sequence_parallel = holder.config.sequence_parallel
+            if isinstance(layer, PooledLastLayer) and target == "qkv":
+                sequence_parallel = layer.shards_sequence  # the rest of it sees whole rows
+            adapter = Adapter(
+                holder.config,
+                linear,
+                target=target,
+                rank=args.lora_rank,
+                scale=args.scale,
+                rows=rows,
+                groups=groups,
+                sequence_parallel=sequence_parallel,
+            )
+            setattr(holder, f"lora_{target}", adapter)
+
+
+def adapter_table(geometry: Geometry, args: LoraArgs) -> list[WeightRule]:
+    """Every global tensor of the adapters, made of the tensors that peft has for the family's
+    modules (without peft's ``base_model.model.`` in front)."""
+    h, f, d = geometry.hidden_size, geometry.ffn_hidden_size, geometry.head_dim
+    a, g = geometry.num_attention_heads, geometry.num_query_groups
+    names, rank = BACKBONES[geometry.family].names, args.lora_rank
+    qkv = names.qkv if len(names.qkv) == 3 else [f"{names.qkv[0]}.{x}" for x in "qkv"]
+    modules = {  # target -> [(module, rows)], columns
+        "qkv": (list(zip(qkv, (a * d, g * d, g * d), strict=True)), h),
+        "proj": ([(names.projection.removesuffix(".weight"), h)], a * d),
+        "fc1": ([(name.removesuffix(".weight"), f) for name in (names.gate, names.up)], h),
+        "fc2": ([(names.down.removesuffix(".weight"), h)], f),
+    }
+    rules = []
+    for i in range(geometry.num_layers):
+        for target in args.targets:
+            parts, columns = modules[target]
+            ours = f"decoder.layers.{i}.{PLACES[target]}.lora_{target}."
+            theirs = [names.layer.format(i=i) + module for module, _ in parts]
+            of_a = tuple(Part(f"{name}.lora_A.weight", 0, rank) for name in theirs)
+            shape = (len(parts) * rank, columns)
+            rules.append(WeightRule(ours + "a", shape, of_a, None if target in COLUMN else 1))
+            for part, (_, rows) in enumerate(parts):
+                of_b = whole(f"{theirs[part]}.lora_B.weight", rows)
+                cut = 0 if target in COLUMN else None
+                rules.append(WeightRule(f"{ours}b{part}", (rows, rank), of_b, cut))
+    return rules
+
+
+@torch.no_grad()
+def initialize(
+    model: torch.nn.Module,
+    geometry: Geometry,
+    args: LoraArgs,
+    *,
+    seed: int = 0,
+    start: PeftFolder | None = None,
+) -> None:
+    """Give this stage's adapters their start: A from ``seed`` and B zero, or what ``start`` has,
+    and the reward head of ``start``, if it has one."""
+    rules = {rule.name: rule for rule in adapter_table(geometry, args)}
+    for name, parameter in global_parameters(model):
+        if name == REWARD_HEAD and start is not None and start.has_head:
+            parameter.copy_(start.read(start.head, parameter.shape))
+        if name not in rules:
+            continue
+        rule, at = rules[name], 0
+        values = new_a(rule, seed) if name.endswith(".a") else torch.zeros(rule.shape)
+        for part in rule.parts if start is not None else ():
+            size = part.stop - part.start
+            if part.name in start:
+                values[at : at + size] = start.read(part.name, (size, rule.shape[1]))
+            at += size
+        copy_shard(parameter, rule, values)
+
+
+def copy_shard(parameter: torch.Tensor, rule: WeightRule, values: torch.Tensor) -> None:
+    """Copy this rank's part of a global tensor; what belongs to padded heads becomes zero."""
+    parameter.zero_()
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    ((top, bottom),) = rule.local_rows(tp_rank, parameter.shape[0])
+    left, right = rule.local_columns(tp_rank, parameter.shape[1]) or (0, parameter.shape[1])
+    own = values[top:bottom, left:right]
+    parameter[: own.shape[0], : own.shape[1]].copy_(own)
+
+
+def new_a(rule: WeightRule, seed: int) -> torch.Tensor:
+    """The start of one global A [n r, in], fp32: the same in every layout, for it depends on the
+    tensor's name and ``seed`` alone."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {rule.name}".encode()))
+    bound = rule.shape[1] ** -0.5
+    return torch.empty(rule.shape).uniform_(-bound, bound, generator=generator)
+
+
+def delta(
+    a: torch.Tensor, parts: Sequence[torch.Tensor], *, groups: int, scale: float
+) -> torch.Tensor:
+    """s B A in the rows of the fused weight, fp32 [rows, in]."""
+    each = [b.float() @ one.float() for b, one in zip(parts, a.chunk(len(parts)), strict=True)]
+    return interleave(each, groups, dim=0) * scale
+
+
+@torch.no_grad()
+def merge(model: torch.nn.Module) -> None:
+    """Add the adapters to the weights and take them away: the plain model with the same rewards."""
+    for module in list(model.modules()):
+        for target in PLACES:
+            adapter = getattr(module, f"lora_{target}", None)
+            if adapter is None:
+                continue
+            weight = getattr(module, f"linear_{target}").weight
+            change = delta(adapter.a, adapter.parts, groups=adapter.groups, scale=adapter.scale)
+            weight.copy_(weight.float() + change)
+            adapter.hook.remove()
+            delattr(module, f"lora_{target}")
