@@ -3,7 +3,8 @@
     python tools/convert_to_hf.py --load RUN --output FOLDER
 
 Reads any layout on one process without building the model. Exit code 0: written and verified; 1:
-the verification failed, and the folder holds a file UNVERIFIED; 2: nothing was written.
+the verification failed, and the folder holds a file UNVERIFIED; 2: nothing was written, or a
+verified folder was not uploaded.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ class Args:
     UNVERIFIED: for machines too small to run the model."""
     verify_only: bool = False
     """Write no weights: verify the export that --output already holds."""
+    push_to_hub: str | None = None
+    """Upload the verified folder to the Hugging Face hub as OWNER/NAME; a repository that is not
+    there is made, private. Needs `hf auth login` or HF_TOKEN."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,7 +73,9 @@ def main(argv: list[str] | None = None) -> int:
 
     load, output = Path(args.load), Path(args.output)
     if args.verify_only:
-        return convert.verify_only(run=load, output=output, iteration=args.iteration)
+        return convert.verify_only(
+            run=load, output=output, iteration=args.iteration, hub_name=args.push_to_hub
+        )
     return convert.convert(
         run=load,
         output=output,
@@ -79,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         max_shard_size=args.max_shard_size,
         force=args.force,
         verify=args.verify,
+        hub_name=args.push_to_hub,
     )
 
 

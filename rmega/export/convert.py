@@ -12,14 +12,15 @@ from rmega.checkpointing import run_folder
 from rmega.checkpointing.find import damage, find_checkpoint
 from rmega.config import TrainArgs
 from rmega.export import destination
+from rmega.export import push as hub
 from rmega.export.adapters import base_name, check_peft, tensors_of, write_peft
 from rmega.export.destination import RECIPE, UNVERIFIED, mark_unverified
-from rmega.export.folder import check_pad, make_recipe, write_config, write_json
+from rmega.export.folder import check_pad, make_recipe, write_config, write_recipe
 from rmega.export.model_card import kept_comparisons, write_card
 from rmega.export.tokenizer import write_tokenizer
 from rmega.export.usage import client_duties, usage
 from rmega.export.write_weights import DTYPES, export_weights, parse_size
-from rmega.io import fingerprint
+from rmega.io import fingerprint, one_line
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
 
@@ -56,10 +57,12 @@ def convert(
     max_shard_size: str = "5GB",
     force: bool = False,
     verify: bool = True,
+    hub_name: str | None = None,
 ) -> int:
     """Export one checkpoint of ``run`` to ``output`` and verify it. Returns 0, or 1 if the
     verification failed. Adapters are merged into their base model, unless ``family`` is "adapter":
-    then they and the reward head are written alone, in fp32, as peft reads them.
+    then they and the reward head are written alone, in fp32, as peft reads them. A verified export
+    is uploaded as ``hub_name``, where that is given.
 
     The folder appears complete or not at all, with a file UNVERIFIED if its rewards have not been
     confirmed. An older export is replaced only with ``force``, and removed only after the new one
@@ -67,6 +70,8 @@ def convert(
     in the way.
     """
     shard_bytes = parse_size(max_shard_size)
+    if hub_name is not None:
+        hub.check(hub_name, verify=verify)
     folder = find_checkpoint(run, iteration)
     info = run_folder.read_info(folder)
     base = info["base"]["folder"] if "base" in info else info.get("base_model")
@@ -85,9 +90,9 @@ def convert(
         recipe = _write(folder, info, partial, geometry, dtype, shard_bytes, output, as_adapter)
         passed = verify and _verify(folder, info, partial, geometry, recipe)
         mark_unverified(partial, recipe["verification"]["reason"] if verify else NO_VERIFY)
-        write_card(partial, output.resolve().name, recipe, folder / "hf")
+        write_card(partial, output.resolve().name, recipe, folder / "hf", hub_name)
         recipe["files"] = destination.list_files(partial)
-        write_json(partial / RECIPE, recipe)
+        write_recipe(partial, recipe)
         if passed:
             (partial / UNVERIFIED).unlink()
         published = destination.publish(partial, target)
@@ -99,12 +104,24 @@ def convert(
         return 1
     say("verified" if passed else f"not verified (--no-verify): {shown / UNVERIFIED}")
     _show_usage(recipe, str(output))
+    _push(output, recipe, hub_name)
     return 0
 
 
-def verify_only(*, run: Path, output: Path, iteration: str = "latest") -> int:
+def _push(output: Path, recipe: dict[str, Any], hub_name: str | None) -> None:
+    if hub_name is not None:
+        message = f"rmega: step {recipe['iteration']}, {recipe['dtype']}"
+        say(f"\nuploaded: {hub.push(output, hub_name, message)}")
+
+
+def verify_only(
+    *, run: Path, output: Path, iteration: str = "latest", hub_name: str | None = None
+) -> int:
     """Verify an export that was written before, against the checkpoint that it was made of.
-    Returns 0, or 1 if it failed; the folder's recipe, card and marker follow."""
+    Returns 0, or 1 if it failed; the folder's recipe, card and marker follow. A verified one is
+    uploaded as ``hub_name``, where that is given."""
+    if hub_name is not None:
+        hub.check(hub_name, verify=True)
     recipe = destination.read_recipe(output)
     if recipe is None:
         raise ValueError(f"--output {output}: no export of rmega ({RECIPE} is missing)")
@@ -119,17 +136,25 @@ def verify_only(*, run: Path, output: Path, iteration: str = "latest") -> int:
     geometry = _read_export(output, _read_checkpoint(folder, info), recipe)
     mark_unverified(output, "The verification was interrupted.")
     changed = destination.changed_files(output, recipe["files"])
-    passed = _verify(folder, info, output, geometry, recipe)
-    if others := [name for name in changed if name != "README.md"]:
+    others = [name for name in changed if name != "README.md"]
+    try:
+        passed = _verify(folder, info, output, geometry, recipe)
+    except Exception as error:  # transformers raises what it likes of a damaged file
+        if not others:
+            raise
+        raise ValueError(
+            f"{output / others[0]}: changed since the export, and not readable: {one_line(error)}"
+        ) from None
+    if others:
         passed = recipe["verification"]["passed"] = False
         reason = f"Changed since the export: {', '.join(others)}."
         recipe["verification"]["reason"] = f"{recipe['verification']['reason']} {reason}".strip()
     if "README.md" in changed:
         say(f"{output / 'README.md'} has been edited: it keeps its text")
     else:
-        write_card(output, output.resolve().name, recipe, folder / "hf")
+        write_card(output, output.resolve().name, recipe, folder / "hf", hub_name)
         recipe["files"]["README.md"] = fingerprint(output / "README.md")
-    write_json(output / RECIPE, recipe)
+    write_recipe(output, recipe)
     if not passed:
         mark_unverified(output, recipe["verification"]["reason"])
         _report_failure(output, recipe["verification"]["reason"])
@@ -137,6 +162,7 @@ def verify_only(*, run: Path, output: Path, iteration: str = "latest") -> int:
     (output / UNVERIFIED).unlink()
     say("verified")
     _show_usage(recipe, str(output))
+    _push(output, recipe, hub_name)
     return 0
 
 
