@@ -114,7 +114,7 @@ def main(args: ServeArgs) -> None:
     from rmega.scoring.service import Limits, RewardService
 
     pool = ConnectionPool(allowed_connections(args.max_connections), args.header_seconds)
-    sockets = [listen(args.host, args.port)]  # a port in use is said before the model is read
+    sockets = [listen(args.host, args.port)]  # before the model is read
     where = f"http://{args.host}:{sockets[0].getsockname()[1]}"
     if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
         print(

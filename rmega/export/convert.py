@@ -15,12 +15,12 @@ from rmega.export import destination
 from rmega.export import push as hub
 from rmega.export.adapters import base_name, check_peft, tensors_of, write_peft
 from rmega.export.destination import RECIPE, UNVERIFIED, mark_unverified
-from rmega.export.folder import check_pad, make_recipe, write_config, write_json
+from rmega.export.folder import check_pad, make_recipe, write_config, write_recipe
 from rmega.export.model_card import kept_comparisons, write_card
 from rmega.export.tokenizer import write_tokenizer
 from rmega.export.usage import client_duties, usage
 from rmega.export.write_weights import DTYPES, export_weights, parse_size
-from rmega.io import fingerprint
+from rmega.io import fingerprint, one_line
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
 
@@ -92,7 +92,7 @@ def convert(
         mark_unverified(partial, recipe["verification"]["reason"] if verify else NO_VERIFY)
         write_card(partial, output.resolve().name, recipe, folder / "hf", hub_name)
         recipe["files"] = destination.list_files(partial)
-        write_json(partial / RECIPE, recipe)
+        write_recipe(partial, recipe)
         if passed:
             (partial / UNVERIFIED).unlink()
         published = destination.publish(partial, target)
@@ -136,8 +136,16 @@ def verify_only(
     geometry = _read_export(output, _read_checkpoint(folder, info), recipe)
     mark_unverified(output, "The verification was interrupted.")
     changed = destination.changed_files(output, recipe["files"])
-    passed = _verify(folder, info, output, geometry, recipe)
-    if others := [name for name in changed if name != "README.md"]:
+    others = [name for name in changed if name != "README.md"]
+    try:
+        passed = _verify(folder, info, output, geometry, recipe)
+    except Exception as error:  # transformers raises what it likes of a damaged file
+        if not others:
+            raise
+        raise ValueError(
+            f"{output / others[0]}: changed since the export, and not readable: {one_line(error)}"
+        ) from None
+    if others:
         passed = recipe["verification"]["passed"] = False
         reason = f"Changed since the export: {', '.join(others)}."
         recipe["verification"]["reason"] = f"{recipe['verification']['reason']} {reason}".strip()
@@ -146,7 +154,7 @@ def verify_only(
     else:
         write_card(output, output.resolve().name, recipe, folder / "hf", hub_name)
         recipe["files"]["README.md"] = fingerprint(output / "README.md")
-    write_json(output / RECIPE, recipe)
+    write_recipe(output, recipe)
     if not passed:
         mark_unverified(output, recipe["verification"]["reason"])
         _report_failure(output, recipe["verification"]["reason"])
