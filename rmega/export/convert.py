@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from rmega.checkpointing import run_folder
 from rmega.checkpointing.find import damage, find_checkpoint
 from rmega.config import TrainArgs
 from rmega.export import destination
+from rmega.export.average import check_alike, tensors_of
 from rmega.export.destination import RECIPE, UNVERIFIED, mark_unverified
 from rmega.export.folder import make_recipe, write_config, write_json
 from rmega.export.model_card import kept_comparisons, write_card
 from rmega.export.tokenizer import write_tokenizer
 from rmega.export.usage import client_duties, usage
-from rmega.export.write_weights import DTYPES, CheckpointTensors, export_weights, parse_size
+from rmega.export.write_weights import DTYPES, export_weights, parse_size
 from rmega.io import fingerprint
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
@@ -53,9 +55,11 @@ def convert(
     max_shard_size: str = "5GB",
     force: bool = False,
     verify: bool = True,
+    average_with: Sequence[Path] = (),
 ) -> int:
     """Export one checkpoint of ``run`` to ``output`` and verify it. Returns 0, or 1 if the
-    verification failed.
+    verification failed. ``average_with``: further runs (their newest checkpoints) or
+    checkpoints; the weights written are the mean over all, made in fp32.
 
     The folder appears complete or not at all, with a file UNVERIFIED if its rewards have not been
     confirmed. An older export is replaced only with ``force``, and removed only after the new one
@@ -63,17 +67,29 @@ def convert(
     in the way.
     """
     shard_bytes = parse_size(max_shard_size)
-    folder = find_checkpoint(run, iteration)
+    flag = "" if average_with else "--load "
+    folder = find_checkpoint(run, iteration, flag)
     info = run_folder.read_info(folder)
-    target = destination.check(
-        output, load=run, checkpoint=folder, base=info.get("base_model"), force=force, verify=verify
-    )
+    others = [find_checkpoint(other, "latest", flag) for other in average_with]
+    infos = [info, *(run_folder.read_info(other) for other in others)]
+    check_alike([folder, *others], infos)
+    for load, checkpoint in zip((run, *average_with), (folder, *others), strict=True):
+        target = destination.check(
+            output,
+            load=load,
+            checkpoint=checkpoint,
+            base=info.get("base_model"),
+            force=force,
+            verify=verify,
+        )
     geometry = _read_checkpoint(folder, info)
+    for other, its_info in zip(others, infos[1:], strict=True):
+        _read_checkpoint(other, its_info)
     geometry = dataclasses.replace(geometry, family=geometry.family if family == "auto" else family)
     dtype = info.get("dtype", "float32") if dtype == "auto" else dtype
     with destination.being_written(target) as partial:
-        recipe = _write(folder, info, partial, geometry, dtype, shard_bytes, output)
-        passed = verify and _verify(folder, info, partial, geometry, recipe)
+        recipe = _write(folder, info, partial, geometry, dtype, shard_bytes, output, others)
+        passed = verify and _verify(folder, info, partial, geometry, recipe, others)
         mark_unverified(partial, recipe["verification"]["reason"] if verify else NO_VERIFY)
         write_card(partial, output.resolve().name, recipe, folder / "hf")
         recipe["files"] = destination.list_files(partial)
@@ -98,6 +114,8 @@ def verify_only(*, run: Path, output: Path, iteration: str = "latest") -> int:
     recipe = destination.read_recipe(output)
     if recipe is None:
         raise ValueError(f"--output {output}: no export of rmega ({RECIPE} is missing)")
+    if recipe.get("average_of"):
+        raise ValueError(f"--output {output}: an average, which tools/average.py verifies")
     folder = find_checkpoint(run, iteration)
     if folder.resolve().name != recipe["checkpoint"]:
         number = str(recipe["checkpoint"]).removeprefix("iter_").lstrip("0")
@@ -134,7 +152,7 @@ def _read_checkpoint(folder: Path, info: dict[str, Any]) -> Geometry:
     """The geometry of an undamaged checkpoint; says where the run has not come to its end."""
     if problem := damage(folder):
         raise ValueError(
-            f"--load {folder}: damaged ({problem}); another checkpoint can be named by --iteration"
+            f"{folder}: damaged ({problem}); another checkpoint of the run can be named"
         )
     if (planned := planned_steps(info)) and info["iteration"] < planned:
         say(
@@ -167,6 +185,7 @@ def _write(
     dtype: str,
     shard_bytes: int,
     output: Path,
+    average_with: Sequence[Path],
 ) -> dict[str, Any]:
     """Write all files but card and recipe; returns the recipe as far as it is known."""
     started = time.perf_counter()
@@ -199,10 +218,17 @@ def _write(
     write_config(partial, geometry, info, dtype)
     for file in sorted((folder / "hf").glob("LICENSE*")):
         shutil.copyfile(file, partial / file.name)
+    folders = [folder, *average_with]
     writer = export_weights(
-        CheckpointTensors(folder), geometry, partial, dtype=dtype, max_shard_bytes=shard_bytes
+        tensors_of(folders), geometry, partial, dtype=dtype, max_shard_bytes=shard_bytes
     )
     recipe = make_recipe(info=info, geometry=geometry, dtype=dtype, checkpoint=folder.resolve())
+    if average_with:  # nothing that was measured of the first is true of the mean
+        recipe |= {
+            "average_of": [f"{f.resolve().parent.name}/{f.resolve().name}" for f in folders],
+            "evaluation": [],
+            "comparisons_seen": None,
+        }
     if example:
         recipe |= {
             key: example[key]
@@ -217,13 +243,18 @@ def _write(
     say(
         f"wrote {output}: {recipe['architecture']}, {dtype}, {writer.total_size / 1e9:.2f} GB in"
         f" {len(writer.files)} file{'s' if len(writer.files) > 1 else ''},"
-        f" {time.perf_counter() - started:.1f} s, from {folder}"
+        f" {time.perf_counter() - started:.1f} s, from {', '.join(map(str, folders))}"
     )
     return recipe
 
 
 def _verify(
-    folder: Path, info: dict[str, Any], output: Path, geometry: Geometry, recipe: dict[str, Any]
+    folder: Path,
+    info: dict[str, Any],
+    output: Path,
+    geometry: Geometry,
+    recipe: dict[str, Any],
+    average_with: Sequence[Path] = (),
 ) -> bool:
     """Verify a written folder, put the result into its recipe and report it."""
     from rmega.export.verify import verify_export
@@ -237,6 +268,7 @@ def _verify(
         recipe["dtype"],
         pad_token_id=recipe["pad_token_id"],
         example=example["token_ids"] if example else None,
+        average_with=average_with,
         say=say,
     )
     if example:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from rmega.config import MIN_COMPARISONS
+from rmega.export.average import MeanTensors, tensors_of
 from rmega.export.write_weights import DTYPES, CheckpointTensors
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
@@ -64,7 +65,7 @@ class Verification:
 
 
 def compare_weights(
-    source: CheckpointTensors, folder: Path, geometry: Geometry, dtype: str
+    source: CheckpointTensors | MeanTensors, folder: Path, geometry: Geometry, dtype: str
 ) -> tuple[str, bool]:
     """Read the written files again, one tensor at a time: (a sentence, whether every value is the
     checkpoint's)."""
@@ -90,14 +91,18 @@ def compare_weights(
 
 @torch.no_grad()
 def checkpoint_rewards(
-    checkpoint_folder: Path, items: Sequence[Sequence[Sequence[int]]], dtypes: Sequence[str]
+    checkpoint_folder: Path,
+    items: Sequence[Sequence[Sequence[int]]],
+    dtypes: Sequence[str],
+    *,
+    average_with: Sequence[Path] = (),
 ) -> list[torch.Tensor]:
     """fp32 rewards [n] by the training's own model on one process, with the weights rounded to each
     of ``dtypes``.
 
     An item holds the token ids of the responses to one prompt; items are packed with a shared
     prefix, as in training. ``dtypes`` go from the widest to the narrowest, because weights are
-    rounded in place.
+    rounded in place. ``average_with``: further checkpoints, whose mean with the first is the model.
     """
     import torch.distributed as dist
 
@@ -108,6 +113,12 @@ def checkpoint_rewards(
     try:
         rules = TokenRules(reward_token="0")  # ids are scored, no text
         scorer = load_scorer(checkpoint_folder, dtype="fp32", rules=rules, flag="--load")
+        for folder in average_with:
+            added = load_scorer(folder, dtype="fp32", rules=rules, flag="--load").model
+            for total, value in zip(scorer.model.parameters(), added.parameters(), strict=True):
+                total.add_(value)
+        for parameter in scorer.model.parameters() if average_with else ():
+            parameter.div_(1 + len(average_with))
         results = []
         for dtype in dtypes:
             for parameter in scorer.model.parameters():
@@ -190,12 +201,14 @@ def verify_export(
     *,
     pad_token_id: int,
     example: Sequence[int] | None = None,
+    average_with: Sequence[Path] = (),
     say: Callable[[str], None] = lambda text: None,
 ) -> Verification:
     """Compare a written folder with its checkpoint. ``geometry`` is that of the folder (its family
     may be another), ``info`` the checkpoint's rmega.json.
 
-    ``example``: ids of one more sequence, whose reward is reported.
+    ``example``: ids of one more sequence, whose reward is reported. ``average_with``: further
+    checkpoints, whose mean with the first is the model.
     """
     import transformers
 
@@ -207,9 +220,12 @@ def verify_export(
     items += [[list(example)]] if example else []
     sequences = [sequence for item in items for sequence in item]
     say("comparing every written value with the checkpoint")
-    sentence, equal = compare_weights(CheckpointTensors(checkpoint_folder), folder, geometry, dtype)
+    sources = tensors_of([checkpoint_folder, *average_with])
+    sentence, equal = compare_weights(sources, folder, geometry, dtype)
     say(f"scoring {len(sequences)} responses by the training path")
-    exact, rounded = checkpoint_rewards(checkpoint_folder, items, ("float32", dtype))
+    exact, rounded = checkpoint_rewards(
+        checkpoint_folder, items, ("float32", dtype), average_with=average_with
+    )
     gc.collect()
     say(f"scoring them by transformers {transformers.__version__} from {folder}")
     largest, scale = torch.zeros(()), rounded.abs().amax() if sequences else torch.zeros(())
@@ -218,7 +234,8 @@ def verify_export(
         if sequences:
             largest = torch.maximum(largest, (served - rounded).abs().max())  # keeps nan
     relative = (largest / scale if scale > 0 else largest).item()
-    drift = training_difference(kept, exact)
+    # No training computed the rewards of a mean.
+    drift = None if average_with else training_difference(kept, exact)
     allowed = TRAINING_TOLERANCE.get(_training_dtype(info), 0.0)
     reasons = []
     if not equal:

@@ -283,9 +283,10 @@ class SafetensorsWriter:
 
 
 def export_weights(
-    source: CheckpointTensors, geometry: Geometry, folder: Path, *, dtype: str, max_shard_bytes: int
+    source: Any, geometry: Geometry, folder: Path, *, dtype: str, max_shard_bytes: int
 ) -> SafetensorsWriter:
-    """Write all weights of a checkpoint into ``folder`` under the names of ``geometry.family``.
+    """Write all weights of ``source`` (CheckpointTensors, or what has its ``rows``) into ``folder``
+    under the names of ``geometry.family``.
 
     Holds at most one stored piece, the tensor that it belongs to where columns were cut over ranks,
     and a block of ``CAST_BYTES``.
