@@ -79,6 +79,11 @@ class LoraArgs:
     lora_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
 
+    @classmethod
+    def recorded(cls, config: Mapping[str, Any] | None) -> LoraArgs:
+        """The adapters of a run, by the configuration that its checkpoint holds."""
+        return cls(**((config or {}).get("lora") or {}))
+
     @property
     def targets(self) -> tuple[str, ...]:
         """The layers of ``--lora-target``, in the order of ``LORA_TARGETS``; ValueError on any

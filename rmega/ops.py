@@ -22,7 +22,8 @@ _why_not_built = ""
 try:
     from rmega import _C
 
-    if getattr(_C, "interface", 1) != 4:  # csrc/bindings.cpp
+    # csrc/bindings.cpp; 4 lacks operators that only GPUs use
+    if getattr(_C, "interface", 1) not in (4, 5):
         _C, _why_not_built = None, "it was built from older sources; build it again"
 except ImportError as _error:  # not built, or built for another torch
     _C, _why_not_built = None, str(_error)
@@ -82,6 +83,8 @@ def _why_reference(device: torch.device) -> str:
 def _why_not_cuda(device: torch.device) -> str:
     if not _C.has_cuda:
         return "rmega._C was built without CUDA"
+    if _C.interface < 5:
+        return "rmega._C was built from older sources; build it again"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < (8, 0):  # the oldest that setup.py builds for
         return f"the kernels need compute capability 8.0, this GPU has {major}.{minor}"
@@ -104,9 +107,10 @@ def _native(device: torch.device) -> bool:
 def _operator(name: str, fake):
     """``torch.ops.rmega.<name>``, given its shape-only kernel; csrc/autograd.cpp has the real ones,
     and derivatives."""
-    if _C is None:
+    if _C is None or not hasattr(torch.ops.rmega, name):
         return None
-    torch.library.register_fake(f"rmega::{name}", fake)
+    if fake is not None:
+        torch.library.register_fake(f"rmega::{name}", fake)
     return getattr(
         torch.ops.rmega, name
     ).default  # the overload itself: finding it at each call takes a microsecond
@@ -323,20 +327,25 @@ def gather_prefix_kv(
     own_start: Tensor,
     own_len: Tensor,
     total: int | None = None,
+    index: Tensor | None = None,
 ) -> Tensor:
     """For each of s segments its prefix rows of ``x`` [t, g, d], then its own rows -> [total, g,
     d].
 
     ``prefix_start, prefix_len, own_start, own_len`` [s], int32 or int64. ``total`` = sum of both
     lengths; give it when the index tensors lie on a GPU, else it is read from there (a
-    synchronization). A prefix row's gradient is the sum over the segments that share it, in the
-    order of segments.
+    synchronization). ``index`` is their :func:`prefix_index` on x's device; on a GPU it is made
+    anew without it, after waiting for the tensors. A prefix row's gradient is the sum over the
+    segments that share it, in the order of segments.
     """
     if not _native(x.device):
         return gather_prefix_kv_ref(x, prefix_start, prefix_len, own_start, own_len, total)
     if total is None:
         total = int((prefix_len + own_len).sum())
-    return _gather_prefix_kv(x, prefix_start, prefix_len, own_start, own_len, total)
+    columns = (prefix_start, prefix_len, own_start, own_len)
+    if not x.is_cuda:  # the CPU's kernel reads the columns
+        return _gather_prefix_kv(x, *columns, total)
+    return _gather_prefix_kv(x, *columns, total, index)
 
 
 def gather_prefix_kv_ref(
@@ -357,10 +366,96 @@ def gather_prefix_kv_ref(
 
 
 _gather_prefix_kv = _operator(
-    "gather_prefix_kv", lambda x, ps, pl, os, ol, total: x.new_empty(total, *x.shape[1:])
+    "gather_prefix_kv",
+    lambda x, ps, pl, os, ol, total, index=None: x.new_empty(total, *x.shape[1:]),
 )
 _operator(
-    "gather_prefix_kv_backward", lambda grad, ps, pl, os, ol, t: grad.new_empty(t, *grad.shape[1:])
+    "gather_prefix_kv_backward",
+    lambda grad, ps, pl, os, ol, t, index=None: grad.new_empty(t, *grad.shape[1:]),
+)
+
+
+def prefix_index(
+    prefix_start: Tensor, prefix_len: Tensor, own_start: Tensor, own_len: Tensor, t: int
+) -> Tensor:
+    """What kernels need to know of a pack's segments, made once per pack on the CPU: int32
+    [2 total + t + 1] = ``rows`` [total], the row of ``x`` [t, ...] that each output row of
+    :func:`gather_prefix_kv` is; ``offsets`` [t + 1] and ``sources`` [total]: row i of x is in the
+    output rows ``sources[offsets[i] : offsets[i + 1]]``, in the order of segments.
+    """
+    if not _native(torch.device("cpu")) or _prefix_index is None:
+        return prefix_index_ref(prefix_start, prefix_len, own_start, own_len, t)
+    return _prefix_index(prefix_start, prefix_len, own_start, own_len, t)
+
+
+def prefix_index_ref(
+    prefix_start: Tensor, prefix_len: Tensor, own_start: Tensor, own_len: Tensor, t: int
+) -> Tensor:
+    """Plain torch form of :func:`prefix_index`."""
+    numbers = torch.arange(t)[:, None, None]  # [t, 1, 1]
+    rows = gather_prefix_kv_ref(numbers, prefix_start, prefix_len, own_start, own_len).flatten()
+    offsets = torch.cat([torch.zeros(1).long(), torch.bincount(rows, minlength=t).cumsum(0)])
+    return torch.cat([rows, offsets, rows.argsort(stable=True)]).int()
+
+
+_prefix_index = _operator("prefix_index", None)  # integers of the CPU: no shape to know before
+
+
+# ---- qkv_rope
+
+
+def fuses_qkv(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether :func:`qkv_rope` is one kernel for tensors of this device and dtype."""
+    return device.type == "cuda" and active_elementwise(device, dtype) == "native"
+
+
+def qkv_rope(
+    x: Tensor, cos: Tensor, sin: Tensor, index: Tensor, heads: int, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The fused projection ``x`` [t, (a + 2 g) d] of a pack -> queries [t, a, d] and keys
+    [total, g, d], rotated by :func:`rope` with ``cos``, ``sin`` [t, d/2], and values [total, g, d];
+    keys and values gathered by ``index`` (:func:`prefix_index`).
+
+    Columns of x: [g, a/g + 2, d], for each of g = ``groups`` its queries, key and value; for
+    ``heads`` = a = 0 [2, g, d], all keys before all values. The gradient of a key or value is
+    summed in fp32 over the segments that share it, in their order.
+    """
+    if _qkv_rope is None or not _native_elementwise(x):
+        return qkv_rope_ref(x, cos, sin, index, heads, groups)
+    return _qkv_rope(x, cos, sin, index, heads, groups)
+
+
+def qkv_rope_ref(
+    x: Tensor, cos: Tensor, sin: Tensor, index: Tensor, heads: int, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain torch form of :func:`qkv_rope`."""
+    t, d = x.shape[0], 2 * cos.shape[1]
+    rows = index[: (len(index) - t - 1) // 2].long()  # [total]
+    if heads:
+        r = heads // groups
+        query, key, value = x.view(t, groups, r + 2, d).split([r, 1, 1], dim=2)
+        query = rope_ref(query.reshape(t, heads, d), cos, sin)
+        key, value = key.squeeze(2), value.squeeze(2)
+    else:
+        query = x.new_empty(t, 0, d)
+        key, value = x.view(t, 2, groups, d).unbind(1)
+    key = rope_ref(key, cos, sin)
+    return query, gather_last_token_ref(key, rows), gather_last_token_ref(value, rows)
+
+
+def _qkv_fake(x, cos, sin, index, heads, groups):
+    t, d = x.shape[0], 2 * cos.shape[1]
+    total = (index.shape[0] - t - 1) // 2
+    key = x.new_empty(total, groups, d)
+    return x.new_empty(t, heads, d), key, torch.empty_like(key)
+
+
+_qkv_rope = _operator("qkv_rope", _qkv_fake)
+_operator(
+    "qkv_rope_backward",
+    lambda dq, dk, dv, cos, sin, index: dq.new_empty(
+        dq.shape[0], (dq.shape[1] + 2 * dk.shape[1]) * dk.shape[2]
+    ),
 )
 
 
@@ -410,6 +505,41 @@ _rms_norm = _operator("rms_norm", _norm_fake)
 _operator(
     "rms_norm_backward",
     lambda grad, x, weight, inv: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+)
+
+
+def fuses_add_rms_norm(x: Tensor) -> bool:
+    """Whether :func:`add_rms_norm` is one kernel for tensors such as ``x``."""
+    return x.is_cuda and _native_elementwise(x)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``total = residual + x`` [..., h], rounded to their dtype, and its :func:`rms_norm`:
+    (total, normalized)."""
+    if _add_rms_norm is None or not _native_elementwise(x):
+        total = residual + x
+        return total, rms_norm(total, weight, eps)
+    return _add_rms_norm(x, residual, weight, eps)[:2]
+
+
+def add_rms_norm_ref(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Plain torch form of :func:`add_rms_norm`."""
+    total = residual + x
+    return total, rms_norm_ref(total, weight, eps)
+
+
+_add_rms_norm = _operator(
+    "add_rms_norm",
+    lambda x, residual, weight, eps: (x.new_empty(x.shape), *_norm_fake(x, weight, eps)),
+)
+_operator(
+    "add_rms_norm_backward",
+    lambda grad_total, grad, total, weight, inv: (
+        total.new_empty(total.shape),
+        weight.new_empty(weight.shape),
+    ),
 )
 
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # The core tests on other releases: an environment and a copy of the checkout per combination, a row of a table each.
 #   bash tests/matrix.sh ["PYTHON TORCH MEGATRON_CORE" ...]       * is what pip finds
+#   TESTS="tests/training/test_golden.py" bash tests/matrix.sh ...      others than the core tests
 # Not part of the default run: a CUDA build of torch takes 5 GB, and a combination half an hour. Logs: .cache/matrix.
 set -uo pipefail
 unset PYTHONPATH VIRTUAL_ENV
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-CORE=(tests/megatron tests/models tests/checkpointing tests/ops/test_ops.py tests/export/test_convert.py
-    tests/training/test_golden.py tests/training/test_layouts.py)
+read -ra CORE <<<"${TESTS:-tests/megatron tests/models tests/checkpointing tests/ops/test_ops.py \
+tests/export/test_convert.py tests/training/test_golden.py tests/training/test_layouts.py}"
 (($#)) || set -- "3.11 2.13.0 0.16.1" "3.12 2.14.1 0.19.2" "3.12 2.14.1 0.17.1" "3.13 * *"
 
 python_of() {  # python_of 3.12: an interpreter on the PATH that starts, or one of pyenv's

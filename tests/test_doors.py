@@ -200,7 +200,7 @@ def ask(model: Scorer, path: str, body: dict) -> dict:
     from rmega.scoring.server import make_app
     from rmega.scoring.service import Limits, RewardService
 
-    queue = ScoringQueue(lambda: model, max_tokens=8192, wait=0.0)
+    queue = ScoringQueue([model].pop, max_tokens=8192, wait=0.0)
     service = RewardService(queue, Limits(), model="m")
     answer: dict[str, Any] = {"body": b""}
 
@@ -222,6 +222,7 @@ def ask(model: Scorer, path: str, body: dict) -> dict:
 
     asyncio.run(talk())
     service.close()
+    queue._scorer = None  # fastapi caches the service, and a model keeps the threads of its groups
     return {"status": answer["status"], **json.loads(answer["body"])}
 
 

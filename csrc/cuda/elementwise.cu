@@ -1,5 +1,6 @@
-// rms_norm, swiglu and rope on a GPU: each reads its inputs once from memory, computes in fp32 (fp64 for fp64) and rounds
-// once, as elementwise_kernels.h does. Elements are moved V at a time, 16 bytes where shapes and addresses allow it.
+// rms_norm, swiglu and rope on a GPU: each reads its inputs once from memory, computes in fp32
+// (fp64 for fp64) and rounds once, as elementwise_kernels.h does. Elements are moved V at a time,
+// 16 bytes where shapes and addresses allow it.
 #include <algorithm>
 #include <type_traits>
 
@@ -8,27 +9,6 @@
 namespace rmega {
 namespace {
 
-template <typename T, int V>
-struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Lane {
-  T at[V];
-};
-
-template <int V, typename T>
-__device__ __forceinline__ Lane<T, V> read(const T* p) {
-  return *reinterpret_cast<const Lane<T, V>*>(p);
-}
-
-template <typename T, int V>
-__device__ __forceinline__ void write(T* p, const Lane<T, V>& lane) {
-  if constexpr (sizeof(lane) == 16) {
-    uint4 whole;
-    memcpy(&whole, &lane, sizeof(whole));
-    store_16(p, whole);
-  } else {
-    *reinterpret_cast<Lane<T, V>*>(p) = lane;
-  }
-}
-
 template <typename T, typename Acc>
 __device__ __forceinline__ Acc rounded(Acc x) {
   T narrow;
@@ -36,9 +16,10 @@ __device__ __forceinline__ Acc rounded(Acc x) {
   return load(narrow);
 }
 
-// For elements of T. Half precision keeps 11 bits of the result at most; there the fast instructions
-// are exact enough: __expf errs by 2 + 1.2 |x| units in the last place of fp32, at most 1e-5 of the
-// result, __fdividef by 2. The latter is 0 for a divisor beyond 2^126, as the sigmoid there is.
+// For elements of T. Half precision keeps 11 bits of the result at most; there the fast
+// instructions are exact enough: __expf errs by 2 + 1.2 |x| units in the last place of fp32, at
+// most 1e-5 of the result, __fdividef by 2. The latter is 0 for a divisor beyond 2^126, as the
+// sigmoid there is.
 template <typename T>
 __device__ __forceinline__ typename Accumulate<T>::type sigmoid(typename Accumulate<T>::type x) {
   if constexpr (std::is_same_v<T, double>) {
@@ -52,7 +33,8 @@ __device__ __forceinline__ typename Accumulate<T>::type sigmoid(typename Accumul
 __device__ __forceinline__ float square_root(float x) { return sqrtf(x); }
 __device__ __forceinline__ double square_root(double x) { return sqrt(x); }
 
-// The sum over a block of up to 32 warps, in one order, for every thread. `room` holds 32 and is free again after it.
+// The sum over a block of up to 32 warps, in one order, for every thread. `room` holds 32 and is
+// free again after it.
 template <typename Acc>
 __device__ __forceinline__ Acc block_sum(Acc x, Acc* room) {
   for (int mask = 16; mask > 0; mask /= 2) {
@@ -73,17 +55,31 @@ __device__ __forceinline__ Acc block_sum(Acc x, Acc* room) {
 
 constexpr int kThreads = 256, kMostThreads = 512;
 
-// One row per block.
-template <typename T, int V>
-__global__ void norm_forward(const T* __restrict__ x, const T* __restrict__ weight, T* __restrict__ y,
-                             typename Accumulate<T>::type* __restrict__ inv, int64_t h, double eps) {
+// One row per block. kAdd: the row is round(x + residual), which also goes to `total`.
+template <typename T, int V, bool kAdd>
+__global__ void norm_forward(const T* __restrict__ x, const T* __restrict__ residual,
+                             const T* __restrict__ weight, T* __restrict__ total, T* __restrict__ y,
+                             typename Accumulate<T>::type* __restrict__ inv, int64_t h,
+                             double eps) {
   using Acc = typename Accumulate<T>::type;
   __shared__ Acc room[32];
   x += blockIdx.x * h;
   y += blockIdx.x * h;
+  if constexpr (kAdd) {
+    residual += blockIdx.x * h;
+    total += blockIdx.x * h;
+  }
   Acc sum = 0;
   for (int64_t j = int64_t(threadIdx.x) * V; j < h; j += int64_t(blockDim.x) * V) {
-    const Lane<T, V> in = read<V>(x + j);
+    Lane<T, V> in = read<V>(x + j);
+    if constexpr (kAdd) {
+      const Lane<T, V> more = read<V>(residual + j);
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        store(&in.at[k], load(in.at[k]) + load(more.at[k]));
+      }
+      write(total + j, in);
+    }
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       sum += load(in.at[k]) * load(in.at[k]);
@@ -94,7 +90,8 @@ __global__ void norm_forward(const T* __restrict__ x, const T* __restrict__ weig
     inv[blockIdx.x] = scale;
   }
   for (int64_t j = int64_t(threadIdx.x) * V; j < h; j += int64_t(blockDim.x) * V) {
-    const Lane<T, V> in = read<V>(x + j), w = read<V>(weight + j);  // the row again, from the cache
+    // The row again, from the cache; of `total` what this thread has written.
+    const Lane<T, V> in = read<V>((kAdd ? total : x) + j), w = read<V>(weight + j);
     Lane<T, V> out;
 #pragma unroll
     for (int k = 0; k < V; ++k) {
@@ -104,12 +101,15 @@ __global__ void norm_forward(const T* __restrict__ x, const T* __restrict__ weig
   }
 }
 
-// dx = inv (w dy - x inv^2 mean(w dy x)); partial [gridDim.x, h] = sums over this block's rows of dy round(x inv). A
-// thread has K lanes of a row, whose columns' sums stay in its registers.
-template <typename T, int V, int K>
-__global__ void __launch_bounds__(kMostThreads) norm_backward(const T* __restrict__ dy, const T* __restrict__ x, const T* __restrict__ weight,
-                              const typename Accumulate<T>::type* __restrict__ inv, T* __restrict__ dx,
-                              typename Accumulate<T>::type* __restrict__ partial, int64_t rows, int64_t h) {
+// dx = inv (w dy - x inv^2 mean(w dy x)), kAdd: + dtotal; partial [gridDim.x, h] = sums over this
+// block's rows of dy round(x inv). A thread has K lanes of a row, whose columns' sums stay in its
+// registers.
+template <typename T, int V, int K, bool kAdd>
+__global__ void __launch_bounds__(kMostThreads)
+    norm_backward(const T* __restrict__ dy, const T* __restrict__ dtotal, const T* __restrict__ x,
+                  const T* __restrict__ weight,
+                  const typename Accumulate<T>::type* __restrict__ inv, T* __restrict__ dx,
+                  typename Accumulate<T>::type* __restrict__ partial, int64_t rows, int64_t h) {
   using Acc = typename Accumulate<T>::type;
   __shared__ Acc room[32];
   Acc dweight[K][V] = {};
@@ -138,10 +138,19 @@ __global__ void __launch_bounds__(kMostThreads) norm_backward(const T* __restric
       const int64_t j = (int64_t(threadIdx.x) + int64_t(i) * blockDim.x) * V;
       if (j < h) {
         const Lane<T, V> w = read<V>(weight + j);
-        Lane<T, V> out;
+        Lane<T, V> out, more;
+        if constexpr (kAdd) {
+          more = read<V>(dtotal + row * h + j);
+        }
 #pragma unroll
         for (int k = 0; k < V; ++k) {
-          store(&out.at[k], load(w.at[k]) * load(lane_dy[i].at[k]) * scale - load(lane_x[i].at[k]) * shrink);
+          const Acc own =
+              load(w.at[k]) * load(lane_dy[i].at[k]) * scale - load(lane_x[i].at[k]) * shrink;
+          if constexpr (kAdd) {
+            store(&out.at[k], load(more.at[k]) + own);
+          } else {
+            store(&out.at[k], own);
+          }
         }
         write(dx + row * h + j, out);
       }
@@ -178,8 +187,8 @@ __global__ void glu_forward(const T* __restrict__ x, T* __restrict__ y, int64_t 
 }
 
 template <typename T, int V>
-__global__ void glu_backward(const T* __restrict__ dy, const T* __restrict__ x, T* __restrict__ dx, int64_t f,
-                             unsigned tiles) {
+__global__ void glu_backward(const T* __restrict__ dy, const T* __restrict__ x, T* __restrict__ dx,
+                             int64_t f, unsigned tiles) {
   const int64_t row = blockIdx.x / tiles;  // 32 bits: a division of 64 is a call
   const int64_t j = int64_t(blockIdx.x % tiles * kThreads + threadIdx.x) * V;
   if (j >= f) {
@@ -201,9 +210,9 @@ __global__ void glu_backward(const T* __restrict__ dy, const T* __restrict__ x, 
 // Thread i of the grid turns V channels of both halves of one head. C: element type of the tables.
 // Index: 32 bits where they are enough, because a division of 64 is a call.
 template <typename T, typename C, int V, typename Index>
-__global__ void rotate(const T* __restrict__ x, const C* __restrict__ cos, const C* __restrict__ sin,
-                       T* __restrict__ y, Index t, Index a, Index half, int64_t row_stride,
-                       int64_t head_stride, float sign) {
+__global__ void rotate(const T* __restrict__ x, const C* __restrict__ cos,
+                       const C* __restrict__ sin, T* __restrict__ y, Index t, Index a, Index half,
+                       int64_t row_stride, int64_t head_stride, float sign) {
   const Index lanes = half / V, i = Index(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= t * a * lanes) {
     return;
@@ -225,68 +234,73 @@ __global__ void rotate(const T* __restrict__ x, const C* __restrict__ cos, const
   write(to + half, out2);
 }
 
-template <int n>
-using Number = std::integral_constant<int, n>;
-
-// Calls f(Number<V>()) with the lanes of 16 bytes where `bits` (addresses and byte counts or-ed together) allow, else 1.
-template <typename T, typename F>
-void with_lanes(uint64_t bits, F f) {
-  if (bits % 16 == 0) {
-    f(Number<16 / sizeof(T)>());
-  } else {
-    f(Number<1>());
-  }
-}
-
-template <typename... P>
-uint64_t bits_of(P... p) {
-  return (reinterpret_cast<uint64_t>(p) | ...);
-}
-
 int threads_for(int64_t lanes) {
-  return static_cast<int>(std::min<int64_t>(kMostThreads, (std::max<int64_t>(lanes, 1) + 31) / 32 * 32));
+  return static_cast<int>(
+      std::min<int64_t>(kMostThreads, (std::max<int64_t>(lanes, 1) + 31) / 32 * 32));
 }
 
 }  // namespace
 
-int launch_rms_norm(const void* x, const void* weight, void* y, void* inv, int64_t rows, int64_t h, double eps,
-                    DType dtype, Stream stream) {
+int launch_rms_norm(const void* x, const void* residual, const void* weight, void* total, void* y,
+                    void* inv, int64_t rows, int64_t h, double eps, DType dtype, Stream stream) {
   for_dtype(dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
-    with_lanes<T>(bits_of(x, weight, y) | uint64_t(h) * sizeof(T), [&](auto lanes) {
+    const uint64_t bits = bits_of(x, residual, weight, total, y) | uint64_t(h) * sizeof(T);
+    with_lanes<T>(bits, [&](auto lanes) {
       constexpr int V = decltype(lanes)::value;
       const int threads = threads_for(h / V);
-      norm_forward<T, V><<<static_cast<unsigned>(rows), threads, 0, static_cast<cudaStream_t>(stream)>>>(
-          static_cast<const T*>(x), static_cast<const T*>(weight), static_cast<T*>(y),
-          static_cast<typename Accumulate<T>::type*>(inv), h, eps);
+      const auto run = [&](auto add) {
+        constexpr bool kAdd = decltype(add)::value;
+        const auto blocks = static_cast<unsigned>(rows);
+        norm_forward<T, V, kAdd><<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(
+            static_cast<const T*>(x), static_cast<const T*>(residual),
+            static_cast<const T*>(weight), static_cast<T*>(total), static_cast<T*>(y),
+            static_cast<typename Accumulate<T>::type*>(inv), h, eps);
+      };
+      if (residual != nullptr) {
+        run(std::true_type());
+      } else {
+        run(std::false_type());
+      }
     });
   });
   return cudaGetLastError();
 }
 
-int launch_rms_norm_backward(const void* dy, const void* x, const void* weight, const void* inv, void* dx,
-                             void* partial, int64_t rows, int64_t h, int64_t parts, DType dtype, Stream stream) {
+int launch_rms_norm_backward(const void* dy, const void* dtotal, const void* x, const void* weight,
+                             const void* inv, void* dx, void* partial, int64_t rows, int64_t h,
+                             int64_t parts, DType dtype, Stream stream) {
   for_dtype(dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     using Acc = typename Accumulate<T>::type;
-    with_lanes<T>(bits_of(dy, x, weight, dx) | uint64_t(h) * sizeof(T), [&](auto lanes) {
+    with_lanes<T>(bits_of(dy, dtotal, x, weight, dx) | uint64_t(h) * sizeof(T), [&](auto lanes) {
       constexpr int V = decltype(lanes)::value;
-      const auto run = [&](auto each) {
+      const auto run = [&](auto each, auto add) {
         constexpr int K = decltype(each)::value;
+        constexpr bool kAdd = decltype(add)::value;
         const int threads = threads_for((h / V + K - 1) / K);
-        norm_backward<T, V, K><<<static_cast<unsigned>(parts), threads, 0, static_cast<cudaStream_t>(stream)>>>(
-            static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<const T*>(weight),
-            static_cast<const Acc*>(inv), static_cast<T*>(dx), static_cast<Acc*>(partial), rows, h);
+        const auto blocks = static_cast<unsigned>(parts);
+        norm_backward<T, V, K, kAdd><<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(
+            static_cast<const T*>(dy), static_cast<const T*>(dtotal), static_cast<const T*>(x),
+            static_cast<const T*>(weight), static_cast<const Acc*>(inv), static_cast<T*>(dx),
+            static_cast<Acc*>(partial), rows, h);
       };
-      const int64_t each = (h / V + kMostThreads - 1) / kMostThreads;
-      if (each <= 1) {
-        run(Number<1>());
-      } else if (each <= 2) {
-        run(Number<2>());
-      } else if (each <= 4) {
-        run(Number<4>());
+      const auto with_k = [&](auto add) {
+        const int64_t each = (h / V + kMostThreads - 1) / kMostThreads;
+        if (each <= 1) {
+          run(Number<1>(), add);
+        } else if (each <= 2) {
+          run(Number<2>(), add);
+        } else if (each <= 4) {
+          run(Number<4>(), add);
+        } else {  // what does not fit into registers is spilled
+          run(Number<kMostNormWidth / kMostThreads>(), add);
+        }
+      };
+      if (dtotal != nullptr) {
+        with_k(std::true_type());
       } else {
-        run(Number<kMostNormWidth / kMostThreads>());  // what does not fit into registers is spilled
+        with_k(std::false_type());
       }
     });
   });
@@ -299,34 +313,37 @@ int launch_swiglu(const void* x, void* y, int64_t rows, int64_t f, DType dtype, 
     with_lanes<T>(bits_of(x, y) | uint64_t(f) * sizeof(T), [&](auto lanes) {
       constexpr int V = decltype(lanes)::value;
       const auto tiles = static_cast<unsigned>((f / V + kThreads - 1) / kThreads);
-      glu_forward<T, V><<<static_cast<unsigned>(rows * tiles), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-          static_cast<const T*>(x), static_cast<T*>(y), f, tiles);
+      glu_forward<T, V>
+          <<<static_cast<unsigned>(rows * tiles), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+              static_cast<const T*>(x), static_cast<T*>(y), f, tiles);
     });
   });
   return cudaGetLastError();
 }
 
-int launch_swiglu_backward(const void* dy, const void* x, void* dx, int64_t rows, int64_t f, DType dtype,
-                           Stream stream) {
+int launch_swiglu_backward(const void* dy, const void* x, void* dx, int64_t rows, int64_t f,
+                           DType dtype, Stream stream) {
   for_dtype(dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     with_lanes<T>(bits_of(dy, x, dx) | uint64_t(f) * sizeof(T), [&](auto lanes) {
       constexpr int V = decltype(lanes)::value;
       const auto tiles = static_cast<unsigned>((f / V + kThreads - 1) / kThreads);
-      glu_backward<T, V><<<static_cast<unsigned>(rows * tiles), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-          static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx), f, tiles);
+      glu_backward<T, V>
+          <<<static_cast<unsigned>(rows * tiles), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+              static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx), f, tiles);
     });
   });
   return cudaGetLastError();
 }
 
-int launch_rope(const void* x, const void* cos, const void* sin, void* y, int64_t t, int64_t a, int64_t d,
-                int64_t row_stride, int64_t head_stride, bool backwards, DType dtype, bool float_tables,
-                Stream stream) {
+int launch_rope(const void* x, const void* cos, const void* sin, void* y, int64_t t, int64_t a,
+                int64_t d, int64_t row_stride, int64_t head_stride, bool backwards, DType dtype,
+                bool float_tables, Stream stream) {
   const int64_t half = d / 2;
   for_dtype(dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
-    const uint64_t strides = (uint64_t(row_stride) | uint64_t(head_stride) | uint64_t(half)) * sizeof(T);
+    const uint64_t strides =
+        (uint64_t(row_stride) | uint64_t(head_stride) | uint64_t(half)) * sizeof(T);
     with_lanes<T>(bits_of(x, cos, sin, y) | strides, [&](auto lanes) {
       constexpr int V = decltype(lanes)::value;
       const auto run = [&](auto* angle) {
@@ -340,11 +357,7 @@ int launch_rope(const void* x, const void* cos, const void* sin, void* y, int64_
                   static_cast<T*>(y), Index(t), Index(a), Index(half), row_stride, head_stride,
                   backwards ? -1.0f : 1.0f);
         };
-        if (count <= INT32_MAX) {
-          start(uint32_t(0));
-        } else {
-          start(int64_t(0));
-        }
+        for_index(count, start);
       };
       if (float_tables) {
         run(static_cast<float*>(nullptr));

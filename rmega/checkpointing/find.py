@@ -6,6 +6,7 @@ several GB/s, so every reader checks it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -62,10 +63,16 @@ def damage(folder: Path | str, *, share: tuple[int, int] = (0, 1)) -> str | None
 
 def _damage_together(folder: Path) -> str | None:
     """``damage`` with the files divided among the ranks; every rank gets the first answer."""
+    return first_answer(lambda share: damage(folder, share=share))
+
+
+def first_answer(check: Callable[[tuple[int, int]], str | None]) -> str | None:
+    """The first problem that a check finds whose work the ranks share, on every rank; ``check``
+    gets the share (i, n)."""
     if not dist.is_initialized():
-        return damage(folder)
+        return check((0, 1))
     answers: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, damage(folder, share=(rank(), dist.get_world_size())))
+    dist.all_gather_object(answers, check((rank(), dist.get_world_size())))
     return next((answer for answer in answers if answer), None)
 
 

@@ -1,11 +1,11 @@
 """Asynchronous saves: copies taken between two steps, written by a thread.
 
-The format, the plan and the metadata are Megatron-Core's (``torch_dist``); two things are not. Its
-writers are forked processes and a managing process beside each rank, which a scheduler's SIGTERM
-also reaches, and which leave a rank waiting forever when one dies: here a thread writes. And its
-gathering of a distributed optimizer's state copies everything about six times before training
-continues: here each rank copies its own part once, and the thread gathers it over a process group
-of its own.
+The format, the plan and the metadata are Megatron-Core's (``torch_dist``) and torch's; two things
+are not. Megatron-Core's writers are forked processes and a managing process beside each rank, which
+a scheduler's SIGTERM also reaches, and which leave a rank waiting forever when one dies: here a
+thread writes. And its gathering of a distributed optimizer's state copies everything about six
+times before training continues: here each rank copies its own part once, and the thread gathers it
+over a process group of its own.
 """
 
 from __future__ import annotations
@@ -22,14 +22,18 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemWriter,
+    SerializationFormat,
+    _write_item,
+)
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
 
 from rmega.distributed import new_gloo_group
 from rmega.io import fingerprint
@@ -143,7 +147,7 @@ class Gatherer:
             tensors = part._get_main_param_and_optimizer_states(parameter)
             local = place["gbuf_local"]
             for row, key in enumerate(KEYS):
-                # Waited for at the end of ``SnapshotWriter.prepare_write_data``.
+                # Waited for at the end of ``SnapshotWriter.take``.
                 own[row, local.start : local.end].copy_(
                     tensors[key].detach().view(-1), non_blocking=True
                 )
@@ -179,28 +183,44 @@ class Gatherer:
                             ]
 
 
-class SnapshotWriter(FileSystemWriterAsync):
+class SnapshotWriter(FileSystemWriter):
     """This rank's shard file: items are copied when the plan is made and written by ``write``, from
     any thread."""
 
     def __init__(
         self, folder: Path, buffers: dict[tuple, torch.Tensor], gatherer: Gatherer
     ) -> None:
-        super().__init__(str(folder), thread_count=1)
+        super().__init__(str(folder))
         self.buffers, self.gatherer = buffers, gatherer
         self.folder = folder
         self.items: list[tuple] = []
         self.results: list = []
         self.files: dict[str, list[int]] = {}
+        self.name = f"__{dist.get_rank()}_0.distcp"
 
-    def prepare_local_plan(self, plan):
-        """The folder exists already; Megatron-Core's version would make it."""
-        return plan
+    @property
+    def checkpoint_id(self) -> str:
+        """In the metadata, as text: a path would be one more class that readers have to allow."""
+        return str(self.folder)
 
-    def prepare_write_data(self, plan, planner) -> None:
-        """Called by Megatron-Core's planning, on the training thread: what takes time here is what
-        training waits for."""
-        self.name = f"{plan.storage_data.prefix}0.distcp"
+    def take(self, state_dict: dict[str, Any], planner: MCoreSavePlanner) -> Metadata | None:
+        """Plan the checkpoint with the other ranks and copy what this one writes; the metadata on
+        the first rank, None elsewhere. Training waits for it.
+
+        Every rank writes what it has, because ``state_dict`` holds replicated tensors on one of
+        them alone: only the metadata takes all plans.
+        """
+        first = dist.get_rank() == 0
+        planner.set_up_planner(state_dict, is_coordinator=first)
+        self.set_up_storage_writer(first)
+        plan = planner.create_local_plan()
+        plans: list[Any] | None = [None] * dist.get_world_size() if first else None
+        dist.gather_object(plan, plans)
+        metadata = planner.create_global_plan(plans)[1] if first else None
+        self._copy(planner.finish_plan(plan), planner)
+        return metadata
+
+    def _copy(self, plan: SavePlan, planner: MCoreSavePlanner) -> None:
         keys: dict[tuple, tuple] = {}  # of what is copied -> of its buffer
         tensors: dict[tuple, torch.Tensor] = {}
         resolved = [(item, planner.resolve_data(item)) for item in plan.items]
@@ -285,12 +305,10 @@ class Snapshot:
         sharded, self.common = save_preprocess(content, validate)
         sharded, *_ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
         self.writer = SnapshotWriter(folder, buffers, gatherer)
-        planned, *_ = save_state_dict_async_plan(
+        self.metadata = self.writer.take(
             mcore_to_pyt_state_dict(sharded, False),
-            self.writer,
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
-        self.metadata = planned[1]
         self.error: str | None = None
         self.found: Any = None
         """What ``afterwards`` returned, which the thread calls when this rank's file is written."""

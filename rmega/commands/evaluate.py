@@ -24,6 +24,7 @@ import numpy as np
 from rmega.cli import parse_args, run_tool
 from rmega.config import NONE
 from rmega.evaluation.probes import NUM_PROBED
+from rmega.io import write_durably
 
 NUM_NAMED = 10
 """Rows without a reward that are named one by one."""
@@ -156,7 +157,7 @@ def main(args: EvaluateArgs) -> None:
         path = Path(args.json)
         path.parent.mkdir(parents=True, exist_ok=True)
         numbers = to_json({"format_version": FORMAT_VERSION, "subject": subject, "sets": results})
-        path.write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_durably(path, json.dumps(numbers, indent=1, allow_nan=False) + "\n")
         say(f"\nnumbers: {path}")
     if args.report:
         from rmega.report.evaluation import write_evaluation_report
@@ -248,16 +249,14 @@ def save_scores(folder: Path, sets: list[Any], rewards: list[list[np.ndarray]]) 
     for number, (data, own) in enumerate(zip(sets, rewards, strict=True)):
         same = [d.label for d in sets].count(data.label) > 1
         path, left = folder / f"{data.label}{f'.{number}' if same else ''}.scores.jsonl", iter(own)
-        with open(path, "w", encoding="utf-8") as file:
-            for row in data.rows:
-                values = [] if row.comparison is None else next(left)
-                if row.comparison is not None and row.comparison.positions is not None:
-                    values = values[np.argsort(row.comparison.positions)]
-                line = {"scores": [float(v) for v in values]}
-                file.write(
-                    json.dumps(line if row.id is None else {"id": row.id, **line}, allow_nan=False)
-                    + "\n"
-                )
+        lines = []
+        for row in data.rows:
+            values = [] if row.comparison is None else next(left)
+            if row.comparison is not None and row.comparison.positions is not None:
+                values = values[np.argsort(row.comparison.positions)]
+            line = {} if row.id is None else {"id": row.id}
+            lines.append(json.dumps({**line, "scores": list(map(float, values))}, allow_nan=False))
+        write_durably(path, "".join(f"{line}\n" for line in lines))
         print(f"rewards: {path}")
 
 

@@ -3,7 +3,8 @@
     python tools/convert_to_hf.py --load RUN --output FOLDER
 
 Reads any layout on one process without building the model. Exit code 0: written and verified; 1:
-the verification failed, and the folder holds a file UNVERIFIED; 2: nothing was written.
+the verification failed, and the folder holds a file UNVERIFIED; 2: nothing was written, or a
+verified folder was not uploaded.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ class Args:
     """Of the written weights. auto: that of the training's arithmetic (--precision). Checkpoints
     hold fp32 weights, so bfloat16 and float16 round them once here, as each step of the training
     did; float32 rounds nothing."""
-    format: Literal["auto", "internlm2", "llama"] = "auto"
+    format: Literal["auto", "internlm2", "llama", "adapter"] = "auto"
     """internlm2: InternLM2ForRewardModel with its code. llama: LlamaForSequenceClassification,
     which every serving engine loads without remote code. auto: the family that was trained. The
-    same rewards either way."""
+    same rewards either way. adapter: of a run with --lora-rank, the adapters and the reward head
+    alone, as peft reads them (fp32); other formats merge them into the base model."""
     max_shard_size: str = "5GB"
     """Largest size of one file."""
     force: bool = False
@@ -47,6 +49,9 @@ class Args:
     UNVERIFIED: for machines too small to run the model."""
     verify_only: bool = False
     """Write no weights: verify the export that --output already holds."""
+    push_to_hub: str | None = None
+    """Upload the verified folder to the Hugging Face hub as OWNER/NAME; a repository that is not
+    there is made, private. Needs `hf auth login` or HF_TOKEN."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,11 +62,20 @@ def main(argv: list[str] | None = None) -> int:
         given = [f"--{name.replace('_', '-')}" for name in given]
         if given := [*given, *([] if args.verify else ["--no-verify"])]:
             raise ValueError(f"--verify-only writes no weights: {given[0]} does not go with it")
+    if args.format == "adapter":
+        for name, needed in (("dtype", ("auto", "float32")), ("max_shard_size", ("5GB",))):
+            if (value := getattr(args, name)) not in needed:
+                raise ValueError(
+                    f"--format adapter writes one file in float32: --{name.replace('_', '-')}"
+                    f" {value} does not go with it"
+                )
     from rmega.export import convert
 
     load, output = Path(args.load), Path(args.output)
     if args.verify_only:
-        return convert.verify_only(run=load, output=output, iteration=args.iteration)
+        return convert.verify_only(
+            run=load, output=output, iteration=args.iteration, hub_name=args.push_to_hub
+        )
     return convert.convert(
         run=load,
         output=output,
@@ -71,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         max_shard_size=args.max_shard_size,
         force=args.force,
         verify=args.verify,
+        hub_name=args.push_to_hub,
     )
 
 

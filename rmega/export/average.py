@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from rmega.checkpointing.run_folder import read_info
+from rmega.export.adapters import MergedTensors, tensors_of
 from rmega.export.write_weights import CheckpointTensors
 from rmega.models.weights import WeightRule
 
@@ -47,11 +49,11 @@ def check_alike(folders: Sequence[Path], infos: Sequence[dict[str, Any]]) -> Non
 
 
 class MeanTensors:
-    """The mean of checkpoints, with ``rows`` as :class:`CheckpointTensors` has it. Sums are made in
-    fp32 in the order of ``folders``, one tensor at a time."""
+    """The mean of checkpoints (adapters merged), with ``rows`` as :class:`CheckpointTensors` has
+    it. Sums are made in fp32 in the order of ``folders``, one tensor at a time."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
-        self._sources = [CheckpointTensors(folder) for folder in folders]
+        self._sources = [tensors_of(folder, read_info(folder)) for folder in folders]
 
     def rows(self, rule: WeightRule) -> Iterator[tuple[int, torch.Tensor]]:
         """(0, fp32 mean of the whole tensor). Errors as of ``CheckpointTensors.rows``."""
@@ -62,6 +64,8 @@ class MeanTensors:
         yield 0, total.div_(len(self._sources))
 
 
-def tensors_of(folders: Sequence[Path]) -> CheckpointTensors | MeanTensors:
+def weights_of(folders: Sequence[Path]) -> CheckpointTensors | MergedTensors | MeanTensors:
     """The weights of one checkpoint, or the mean of several."""
-    return CheckpointTensors(folders[0]) if len(folders) == 1 else MeanTensors(folders)
+    if len(folders) > 1:
+        return MeanTensors(folders)
+    return tensors_of(folders[0], read_info(folders[0]))

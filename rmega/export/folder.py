@@ -13,25 +13,27 @@ from typing import Any
 from rmega import __version__
 from rmega.checkpointing.run_folder import INFO, read_info
 from rmega.evaluation.files import eval_rows
-from rmega.hub import RECIPE
+from rmega.hub import RECIPE, read_recipe
+from rmega.io import json_checksum
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
 
 RECIPE_VERSION = 1
 
 
-def write_config(folder: Path, geometry: Geometry, info: dict[str, Any], dtype: str) -> None:
-    """``config.json`` and the files of modeling code that it names, if any. ``info`` is the
-    checkpoint's rmega.json.
-
-    Raises ValueError if padding and reward token are the same: the pooled token could not be found
-    in a batch.
-    """
+def check_pad(info: dict[str, Any]) -> None:
+    """ValueError if padding and reward token are the same: the pooled token could not be found in a
+    batch. ``info`` is the checkpoint's rmega.json."""
     if info["pad_token_id"] == info["reward_token_id"]:
         raise ValueError(
             f"pad_token_id and reward_token_id are both {info['pad_token_id']}: a padded batch"
             " would be read at the wrong token"
         )
+
+
+def write_config(folder: Path, geometry: Geometry, info: dict[str, Any], dtype: str) -> None:
+    """``config.json`` and the files of modeling code that it names, if any. ``info`` is the
+    checkpoint's rmega.json."""
     config = BACKBONES[geometry.family].export_config(
         geometry,
         info.get("hf_config") or {},
@@ -70,8 +72,8 @@ def held_out_rewards(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def rewards_of_model(folder: Path) -> dict[str, Any] | None:
     """`held_out_rewards` of an export, or of a checkpoint in its run."""
-    if (recipe := folder / RECIPE).is_file():
-        return held_out_rewards(json.loads(recipe.read_text(encoding="utf-8"))["evaluation"])
+    if (recipe := read_recipe(folder)) is not None:
+        return held_out_rewards(recipe.get("evaluation") or [])
     if not (folder / INFO).is_file():
         return None
     return held_out_rewards(evaluations(folder.parent, read_info(folder)["iteration"]))
@@ -120,6 +122,12 @@ def make_recipe(
         "example": None,
         "files": {},
     }
+
+
+def write_recipe(folder: Path, recipe: dict[str, Any]) -> None:
+    """``reward_recipe.json`` with a checksum of everything else in it."""
+    rest = {key: value for key, value in recipe.items() if key != "checksum"}
+    write_json(folder / RECIPE, {**rest, "checksum": json_checksum(rest)})
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -59,6 +59,20 @@ while ids[-1] == {recipe["pad_token_id"]}:
 with torch.no_grad():
     print(model(torch.tensor([ids])).logits[0, 0].item())"""
     )
+    if recipe.get("adapter_of"):
+        base = repr(recipe["adapter_of"])
+        on_base = f"""import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+base = AutoModelForSequenceClassification.from_pretrained({base}, num_labels=1,
+                                                          torch_dtype=torch.float32)
+base.config.pad_token_id = {recipe["pad_token_id"]}
+model = PeftModel.from_pretrained(base, {path}).eval()
+tokenizer = AutoTokenizer.from_pretrained({path})
+{chat}
+{score}"""
+        return [("transformers and peft", "", on_base)]
     plain = f"""import torch
 from transformers import {kind}, AutoTokenizer
 

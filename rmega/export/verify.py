@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 
+from rmega.checkpointing import base_model
 from rmega.config import MIN_COMPARISONS
-from rmega.export.average import MeanTensors, tensors_of
+from rmega.export.adapters import MergedTensors, compare_peft, load_with_peft
+from rmega.export.average import MeanTensors, weights_of
 from rmega.export.write_weights import DTYPES, CheckpointTensors
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
@@ -65,7 +67,10 @@ class Verification:
 
 
 def compare_weights(
-    source: CheckpointTensors | MeanTensors, folder: Path, geometry: Geometry, dtype: str
+    source: CheckpointTensors | MergedTensors | MeanTensors,
+    folder: Path,
+    geometry: Geometry,
+    dtype: str,
 ) -> tuple[str, bool]:
     """Read the written files again, one tensor at a time: (a sentence, whether every value is the
     checkpoint's)."""
@@ -154,11 +159,15 @@ def transformers_rewards(
     *,
     batch_size: int = 8,
     left_padding: bool = False,
+    adapter_of: Path | None = None,
 ) -> torch.Tensor:
-    """fp32 rewards [n] by stock transformers from a written folder, in padded batches [B, T]."""
+    """fp32 rewards [n] by stock transformers from a written folder, in padded batches [B, T].
+    ``adapter_of``: the base model of a folder of peft."""
     import transformers
 
-    if BACKBONES[geometry.family].code:
+    if adapter_of:
+        load, options = load_with_peft, {"base": adapter_of, "pad_token_id": pad_token_id}
+    elif BACKBONES[geometry.family].code:
         check_code(folder, BACKBONES[geometry.family].code)
         load = transformers.AutoModel.from_pretrained
         options = {"trust_remote_code": True}  # the two files that an export writes
@@ -168,7 +177,7 @@ def transformers_rewards(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        model = load(str(folder), dtype=torch.float32, **options).eval()
+        model = load(folder, dtype=torch.float32, **options).eval()
     finally:
         transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
@@ -201,11 +210,12 @@ def verify_export(
     *,
     pad_token_id: int,
     example: Sequence[int] | None = None,
+    as_adapter: bool = False,
     average_with: Sequence[Path] = (),
     say: Callable[[str], None] = lambda text: None,
 ) -> Verification:
     """Compare a written folder with its checkpoint. ``geometry`` is that of the folder (its family
-    may be another), ``info`` the checkpoint's rmega.json.
+    may be another), ``info`` the checkpoint's rmega.json. ``as_adapter``: a folder of peft.
 
     ``example``: ids of one more sequence, whose reward is reported. ``average_with``: further
     checkpoints, whose mean with the first is the model.
@@ -220,8 +230,12 @@ def verify_export(
     items += [[list(example)]] if example else []
     sequences = [sequence for item in items for sequence in item]
     say("comparing every written value with the checkpoint")
-    sources = tensors_of([checkpoint_folder, *average_with])
-    sentence, equal = compare_weights(sources, folder, geometry, dtype)
+    base = base_model.find(info, checkpoint_folder, "--load") if as_adapter else None
+    if base:
+        sentence, equal = compare_peft(checkpoint_folder, info, folder, geometry)
+    else:
+        source = weights_of([checkpoint_folder, *average_with])
+        sentence, equal = compare_weights(source, folder, geometry, dtype)
     say(f"scoring {len(sequences)} responses by the training path")
     exact, rounded = checkpoint_rewards(
         checkpoint_folder, items, ("float32", dtype), average_with=average_with
@@ -230,7 +244,9 @@ def verify_export(
     say(f"scoring them by transformers {transformers.__version__} from {folder}")
     largest, scale = torch.zeros(()), rounded.abs().amax() if sequences else torch.zeros(())
     for left in (False, True):
-        served = transformers_rewards(folder, geometry, sequences, pad_token_id, left_padding=left)
+        served = transformers_rewards(
+            folder, geometry, sequences, pad_token_id, left_padding=left, adapter_of=base
+        )
         if sequences:
             largest = torch.maximum(largest, (served - rounded).abs().max())  # keeps nan
     relative = (largest / scale if scale > 0 else largest).item()

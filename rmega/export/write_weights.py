@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from tqdm import tqdm
@@ -21,6 +21,10 @@ from rmega.io import one_line
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
 from rmega.models.weights import WeightRule, hf_shapes
+
+if TYPE_CHECKING:
+    from rmega.export.adapters import MergedTensors
+    from rmega.export.average import MeanTensors
 
 DTYPES = {
     "float32": (torch.float32, "F32"),
@@ -193,7 +197,12 @@ class SafetensorsWriter:
     """
 
     def __init__(
-        self, folder: Path, shapes: dict[str, tuple[int, ...]], dtype: str, max_shard_bytes: int
+        self,
+        folder: Path,
+        shapes: dict[str, tuple[int, ...]],
+        dtype: str,
+        max_shard_bytes: int,
+        stem: str = "model",
     ) -> None:
         self.folder, self.dtype = folder, DTYPES[dtype][0]
         self._place: dict[str, tuple[int, int]] = {}  # name -> (file, byte offset)
@@ -211,7 +220,7 @@ class SafetensorsWriter:
             filled += size[name]
         count = len(shards)
         self.files = [
-            f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
+            f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else f"{stem}.safetensors"
             for i in range(count)
         ]
         self._handles: list[int] = []
@@ -242,7 +251,7 @@ class SafetensorsWriter:
         self.total_size = sum(size.values())
         if count > 1:
             weight_map = {name: self.files[self._place[name][0]] for name in shapes}
-            (folder / "model.safetensors.index.json").write_text(
+            (folder / f"{stem}.safetensors.index.json").write_text(
                 json.dumps(
                     {"metadata": {"total_size": self.total_size}, "weight_map": weight_map},
                     indent=1,
@@ -283,10 +292,14 @@ class SafetensorsWriter:
 
 
 def export_weights(
-    source: Any, geometry: Geometry, folder: Path, *, dtype: str, max_shard_bytes: int
+    source: CheckpointTensors | MergedTensors | MeanTensors,
+    geometry: Geometry,
+    folder: Path,
+    *,
+    dtype: str,
+    max_shard_bytes: int,
 ) -> SafetensorsWriter:
-    """Write all weights of ``source`` (CheckpointTensors, or what has its ``rows``) into ``folder``
-    under the names of ``geometry.family``.
+    """Write all weights of a checkpoint into ``folder`` under the names of ``geometry.family``.
 
     Holds at most one stored piece, the tensor that it belongs to where columns were cut over ranks,
     and a block of ``CAST_BYTES``.

@@ -40,6 +40,37 @@ def packed_attention(
     return run(q, k, v, segments, scale)
 
 
+def projection_attention(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    groups: int,
+    segments: SegmentsLike,
+    scale: float,
+) -> Tensor:
+    """Rotation and attention of a pack from its fused projection x [t, (a + 2 g) d] (columns as
+    ``ops.qkv_rope`` has them), where ``varlen.fuses_projection``: [t, a * d]."""
+    plan = varlen.varlen_plan(segments, x.device, x.shape[0])
+    q, k, v = ops.qkv_rope(x, cos, sin, plan.index, heads, groups)
+    return varlen.attention_over_gathered(q, k, v, plan, scale, varlen.varlen_function()[1])
+
+
+def pooled_attention(
+    q: Tensor, key_value: Tensor, cos: Tensor, sin: Tensor, segments: SegmentsLike, scale: float
+) -> Tensor:
+    """Attention of rotated queries [n, a, d] over keys and values that are still one projection
+    key_value [t, 2 g d], keys first and not rotated: [n, a * d]."""
+    t, d = key_value.shape[0], q.shape[-1]
+    groups = key_value.shape[1] // (2 * d)
+    if varlen.fuses_projection(q.device, q.dtype, d):
+        plan = varlen.varlen_plan(segments, q.device, t)
+        _, k, v = ops.qkv_rope(key_value, cos, sin, plan.index, 0, groups)
+        return varlen.attention_over_gathered(q, k, v, plan, scale, varlen.varlen_function()[1])
+    k, v = key_value.view(t, 2, groups, d).unbind(1)
+    return packed_attention(q, ops.rope(k, cos, sin), v, segments, scale)
+
+
 def choose_backend(q: Tensor, backend: str = "auto") -> str:
     """The backend that runs for a query tensor such as q: "cuda", "cpu" or "reference". Raises as
     packed_attention."""

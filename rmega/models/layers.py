@@ -37,7 +37,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from rmega import ops
 from rmega.data.packing import Segments
-from rmega.models.attention import packed_attention
+from rmega.models import varlen
+from rmega.models.attention import packed_attention, pooled_attention, projection_attention
 
 
 @dataclasses.dataclass
@@ -81,9 +82,21 @@ class RMSNorm(torch.nn.Module):
         )
         self.weight.sequence_parallel = config.sequence_parallel and not replicated
         self.eps = eps
+        self._prepared: tuple[torch.Tensor, torch.Tensor] | None = None  # (x, its norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and prepared[0] is x:
+            return prepared[1]
         return ops.rms_norm(x, self.weight, self.eps)
+
+    def after_residual(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """residual + x, of which the norm is made in the same pass over memory where one kernel
+        does both, and kept for the ``forward`` that follows."""
+        if not ops.fuses_add_rms_norm(x):
+            return residual + x
+        self._prepared = ops.add_rms_norm(x, residual, self.weight, self.eps)
+        return self._prepared[0]
 
 
 class SwiGLU(MegatronModule):
@@ -97,8 +110,8 @@ class SwiGLU(MegatronModule):
 
 
 class PackedCoreAttention(torch.nn.Module):
-    """Rotation and attention over a pack: query [t, a, d], key and value [t, g, d] -> [t, a *
-    d]."""
+    """Rotation and attention over a pack: query [t, a, d], key and value [t, g, d] -> [t, a * d];
+    or query is the fused projection [t, (a + 2 g) d], and key and value are empty."""
 
     def __init__(
         self,
@@ -110,6 +123,8 @@ class PackedCoreAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.scale = config.softmax_scale or config.kv_channels**-0.5
+        self.head_dim = config.kv_channels
+        self.heads_per_group = config.num_attention_heads // config.num_query_groups
 
     def forward(
         self,
@@ -123,11 +138,60 @@ class PackedCoreAttention(torch.nn.Module):
         attention_bias=None,
     ):
         pack = packed_seq_params
+        if query.dim() == 2:  # the fused projection, from PackedSelfAttention
+            slots = query.shape[1] // self.head_dim  # a + 2 g
+            groups = slots // (self.heads_per_group + 2)
+            heads = slots - 2 * groups
+            return projection_attention(
+                query, pack.cos, pack.sin, heads, groups, pack.segments, self.scale
+            )
         query, key = ops.rope(query, pack.cos, pack.sin), ops.rope(key, pack.cos, pack.sin)
         return packed_attention(query, key, value, pack.segments, self.scale)
 
 
-class PooledLastLayer(TransformerLayer):
+class PackedSelfAttention(SelfAttention):
+    """Megatron-Core's. Where one kernel does split, rotation and gather, the core attention gets
+    the fused projection as it is, in place of the query."""
+
+    def get_query_key_value_tensors(self, hidden_states, key_value_states=None, **options):
+        x, d = hidden_states, self.hidden_size_per_attention_head
+        if self.config.qk_layernorm or not varlen.fuses_projection(x.device, x.dtype, d):
+            return super().get_query_key_value_tensors(x, key_value_states, **options)
+        mixed, _ = self.linear_qkv(x)  # [t, 1, (a + 2 g) d]
+        nothing = mixed.new_empty(0, 1)
+        return mixed, nothing, nothing
+
+
+class DecoderLayer(TransformerLayer):
+    """Megatron-Core's, whose residual additions prepare the norm that follows."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.self_attn_bda = _addition_before(self.pre_mlp_layernorm)
+
+
+def _addition_before(norm: RMSNorm):
+    """In place of Megatron-Core's ``get_bias_dropout_add``: there is no bias and no dropout."""
+
+    def add(x_with_bias, residual, prob):
+        return norm.after_residual(x_with_bias[0], residual)
+
+    return lambda training, fused: add
+
+
+def link_norms(block: torch.nn.Module, config: TransformerConfig) -> None:
+    """Let the last addition of each layer prepare the first norm of the next one, or the final
+    norm. Not where whole layers are recomputed, which see copies of their inputs."""
+    if config.recompute_granularity == "full":
+        return
+    norms = [layer.input_layernorm for layer in block.layers]
+    final = getattr(block, "final_layernorm", None)
+    for layer, norm in zip(block.layers, [*norms[1:], final], strict=True):
+        if isinstance(norm, RMSNorm):
+            layer.mlp_bda = _addition_before(norm)
+
+
+class PooledLastLayer(DecoderLayer):
     """A decoder layer whose output is only the pooled rows: hidden [t(/tp), 1, h] -> [n, 1, h], the
     same on all ranks.
 
@@ -175,22 +239,24 @@ class PooledLastLayer(TransformerLayer):
             weight[:, r:].transpose(0, 1).reshape(2 * g * d, -1),
             None if bias is None else bias[:, r:].transpose(0, 1).reshape(-1),
         )
-        key, value = key_value.view(-1, 2, g, d).unbind(1)  # [t, g, d] each
         query = query.view(-1, g * r, d)
+        cos, sin, scale = pack.cos, pack.sin, attention.core_attention.scale
         if lora is not None:
             of_query = lora.up(ops.gather_last_token(u, pack.pooled), 0)  # [n, g r d]
             query = query + of_query.view_as(query)
-            key, value = (x + lora.up(u, i).view_as(x) for i, x in ((1, key), (2, value)))
+            key_value = key_value + torch.cat([lora.up(u, 1), lora.up(u, 2)], dim=-1)
         if self.config.qk_layernorm:  # without it, newer releases have None there
+            key, value = key_value.view(-1, 2, g, d).unbind(1)  # [t, g, d] each
             query, key = attention.q_layernorm(query), attention.k_layernorm(key)
-        query = ops.rope(query, pack.cos[pack.pooled], pack.sin[pack.pooled])
-        key = ops.rope(key, pack.cos, pack.sin)
-        out = packed_attention(  # [n, g r d]
-            query, key, value, pack.pooled_segments, attention.core_attention.scale
-        )
+        query = ops.rope(query, cos[pack.pooled], sin[pack.pooled])
+        if self.config.qk_layernorm:
+            key = ops.rope(key, cos, sin)
+            out = packed_attention(query, key, value, pack.pooled_segments, scale)  # [n, g r d]
+        else:
+            out = pooled_attention(query, key_value, cos, sin, pack.pooled_segments, scale)
         out, _ = attention.linear_proj(out[:, None])
-        hidden = pool_rows(hidden_states, pack.pooled, self.shards_sequence) + out  # [n, 1, h]
-        return self._forward_mlp(hidden), None
+        pooled = pool_rows(hidden_states, pack.pooled, self.shards_sequence)  # [n, 1, h]
+        return self._forward_mlp(self.pre_mlp_layernorm.after_residual(out, pooled)), None
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -231,7 +297,7 @@ def pool_rows(hidden: torch.Tensor, pooled: torch.Tensor, shards_sequence: bool)
 
 
 def layer_spec(
-    module: type = TransformerLayer, *, qk_norm: bool = False, transformer_engine: bool = False
+    module: type = DecoderLayer, *, qk_norm: bool = False, transformer_engine: bool = False
 ) -> ModuleSpec:
     """One decoder layer. ``qk_norm`` normalizes queries and keys over the head dimension.
     ``transformer_engine`` takes its linear layers from Transformer Engine, the rest is ours."""
@@ -248,7 +314,7 @@ def layer_spec(
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=PackedSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=column,

@@ -38,10 +38,12 @@ class VarlenPlan(NamedTuple):
     gather: (
         tuple[Tensor, Tensor, Tensor, Tensor] | None
     )  # None: the keys already lie one segment after the other
+    index: Tensor  # of keys and values: ops.prefix_index
 
 
-def varlen_plan(segments: SegmentsLike, device: torch.device) -> VarlenPlan:
-    """The plan of a pack on ``device``, copied there once and kept in ``segments.cache``."""
+def varlen_plan(segments: SegmentsLike, device: torch.device, num_rows: int) -> VarlenPlan:
+    """The plan of a pack whose keys are ``num_rows`` rows on ``device``, copied there once and kept
+    in ``segments.cache``."""
     key = ("varlen_plan", device)
     if key not in segments.cache:
         rows = segment_list(segments)
@@ -56,7 +58,8 @@ def varlen_plan(segments: SegmentsLike, device: torch.device) -> VarlenPlan:
         )
         names = ("prefix_start", "prefix_len", "k_start", "k_len")
         columns = [torch.tensor(q_ends, dtype=torch.int32), torch.tensor(k_ends, dtype=torch.int32)]
-        columns += [] if in_place else [getattr(segments, name).int() for name in names]
+        own = [getattr(segments, name).int() for name in names]
+        columns += [ops.prefix_index(*own, num_rows), *([] if in_place else own)]
         if device.type == "cuda":
             columns = [column.pin_memory().to(device, non_blocking=True) for column in columns]
         segments.cache[key] = VarlenPlan(
@@ -67,7 +70,8 @@ def varlen_plan(segments: SegmentsLike, device: torch.device) -> VarlenPlan:
             max_k=max([0, *(s.prefix_len + s.k_len for s in rows)]),
             num_queries=q_ends[-1],
             num_keys=k_ends[-1],
-            gather=None if in_place else tuple(columns[2:]),
+            gather=None if in_place else tuple(columns[3:]),
+            index=columns[2],
         )
     return segments.cache[key]
 
@@ -77,11 +81,25 @@ def packed_attention_varlen(
 ) -> Tensor:
     """As packed_attention, by one varlen call over keys that are gathered per segment (prefix, then
     own)."""
-    plan = varlen_plan(segments, q.device)
+    plan = varlen_plan(segments, q.device, k.shape[0])
     if plan.gather is None:
         k, v = _first_rows(k, plan.num_keys), _first_rows(v, plan.num_keys)
     else:
-        k, v = (ops.gather_prefix_kv(x, *plan.gather, plan.num_keys) for x in (k, v))
+        k, v = (ops.gather_prefix_kv(x, *plan.gather, plan.num_keys, plan.index) for x in (k, v))
+    return attention_over_gathered(q, k, v, plan, scale, varlen)
+
+
+def fuses_projection(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether attention may take the fused projection as it is: varlen attention runs, and one
+    kernel splits, rotates and gathers."""
+    return ops.fuses_qkv(device, dtype) and not obstacle(device, dtype, head_dim)
+
+
+def attention_over_gathered(
+    q: Tensor, k: Tensor, v: Tensor, plan: VarlenPlan, scale: float, varlen: Varlen
+) -> Tensor:
+    """[tq, a * d]: queries [tq, a, d] against keys and values [num_keys, g, d] that lie one segment
+    after the other."""
     cu_q, cu_k = plan.cu_seqlens_q, plan.cu_seqlens_k
     out = varlen(
         _first_rows(q, plan.num_queries), k, v, cu_q, cu_k, plan.max_q, plan.max_k, scale

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rmega.io import write_durably
+
 # The page may load nothing and run nothing, whatever text a data set brings along.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -142,17 +144,14 @@ def figures(parts: Sequence[str]) -> str:
 
 
 def write_page(path: Path, title: str, body: str) -> Path:
-    """Write one self-contained page; under a temporary name first, so that a page is whole or not
-    there."""
+    """Write one self-contained page, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    page = (
+    write_durably(
+        path,
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width,'
         f' initial-scale=1">\n<title>{escape(title)}</title>\n'
-        f"<style>{_STYLE}</style></head>\n<body>\n{body}</body></html>\n"
+        f"<style>{_STYLE}</style></head>\n<body>\n{body}</body></html>\n",
     )
-    part = path.with_name(path.name + ".part")
-    part.write_text(page, encoding="utf-8")
-    part.replace(path)
     return path

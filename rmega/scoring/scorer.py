@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,13 +22,23 @@ import numpy as np
 import torch
 
 from rmega import distributed, precision
-from rmega.checkpointing import checkpoint, run_folder
-from rmega.checkpointing.find import find
+from rmega.checkpointing import base_model, checkpoint, run_folder
+from rmega.checkpointing.find import find, first_answer
+from rmega.config import LoraArgs
 from rmega.data.balance import CostModel, balanced_bins
 from rmega.data.packing import pack
-from rmega.hub import RECIPE, has_tokenizer, recorded_reward_token, resolve_model
+from rmega.hub import (
+    RECIPE,
+    export_damage,
+    has_tokenizer,
+    read_recipe,
+    recorded_reward_token,
+    resolve_start,
+)
+from rmega.models import lora
 from rmega.models.geometry import Geometry
 from rmega.models.hf import load_hf, read_geometry
+from rmega.models.peft_folder import PeftFolder
 from rmega.models.reward_model import RewardModel, transformer_config
 from rmega.preferences.comparison import Comparison, Rejected
 from rmega.preferences.overlong import common_prefix_length
@@ -75,8 +84,9 @@ def load_scorer(
     reward_token: str | None = None,
     flag: str = "--model",
 ) -> Scorer:
-    """A scorer of a Hugging Face reward model (folder or hub name), a run folder, or one checkpoint
-    of a run.
+    """A scorer of a Hugging Face reward model or an adapter of peft with a reward head (folder or
+    hub name), of a run folder, or of one checkpoint of a run. Adapters are merged into their base
+    model.
 
     ``dtype`` is fp32, bf16, fp16, auto, or None: bf16 on a GPU (where fp32 would leave attention to
     the plain reference), fp32 on a CPU. ``rules`` stand in for those that the model records;
@@ -94,22 +104,37 @@ def load_scorer(
         info = run_folder.read_info(found)
         geometry = Geometry.from_dict(info["geometry"])
         model = _empty_model(geometry, chosen.dtype, device)
+        if (args := LoraArgs.recorded(info.get("config"))).lora_rank:
+            load_hf(model, base_model.find(info, found, flag), geometry)
+            lora.attach(model, args)
         checkpoint.load(found, wrapped=[model])
+        lora.merge(model)
         rules = rules or TokenRules.from_manifest(info["manifest"])
         tokenizer = _tokenizer(found / "hf", rules, reward_token)
         return Scorer(model, tokenizer, device, folder=found, **options)
-    folder = resolve_model(str(path), flag=flag)
-    geometry, config = read_geometry(folder)
-    if not geometry.has_reward_head:
+    base, folder = resolve_start(str(path), flag=flag)
+    for part in filter(None, (base, folder)):
+        if problem := first_answer(lambda share, part=part: export_damage(part, share=share)):
+            raise ValueError(f"{flag} {problem}")
+    geometry, config = read_geometry(base)
+    adapter = PeftFolder(folder, geometry) if folder else None
+    if not geometry.has_reward_head and not (adapter and adapter.has_head):
         raise ValueError(
             f"{flag} {path}: not a reward model"
             f" ({', '.join(config.get('architectures') or ['?'])}), and not a run with a checkpoint"
         )
     model = _empty_model(geometry, chosen.dtype, device)
-    load_hf(model, folder, geometry)
-    recipe = folder / RECIPE
-    if rules is None and recipe.is_file():
-        rules = TokenRules.from_manifest(json.loads(recipe.read_text(encoding="utf-8")))
+    load_hf(model, base, geometry)
+    if adapter:
+        lora.attach(model, adapter.args)
+        lora.initialize(model, geometry, adapter.args, start=adapter)
+        lora.merge(model)
+    folder = folder if folder and has_tokenizer(folder) else base
+    recipe = read_recipe(folder)
+    if rules is None and recipe is not None:
+        if "reward_token_id" not in recipe:
+            raise ValueError(f"{folder / RECIPE}: has no reward_token_id")
+        rules = TokenRules.from_manifest(recipe)
     tokenizer = _tokenizer(folder, rules, reward_token)
     return Scorer(model, tokenizer, device, folder=folder, **options)
 
@@ -179,7 +204,7 @@ class Scorer:
         there is nothing to score. ``max_length`` stands in for the training's limit of tokens.
         """
         if self.tokenizer is None:
-            raise ValueError("the model's folder has no tokenizer, so only token ids can be scored")
+            raise ValueError(f"{self.name}: no tokenizer in it, so only token ids can be scored")
         if isinstance(conversation, str):
             ids = self.tokenizer.encode_text(conversation, notes=notes, max_length=max_length)
         else:

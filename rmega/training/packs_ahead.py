@@ -9,6 +9,7 @@ import torch
 
 from rmega.data.batching import Batcher
 from rmega.data.packing import PackedBatch
+from rmega.models.varlen import varlen_plan
 
 Packs = tuple[np.ndarray, list[PackedBatch]]
 
@@ -37,7 +38,12 @@ class PacksAhead:
 
     def _prepare(self, consumed: int) -> Packs:
         documents = self.batcher.documents(consumed)
-        return documents, [pack.to(self.device) for pack in self.batcher.packs(documents)]
+        packs = [pack.to(self.device) for pack in self.batcher.packs(documents)]
+        if self.device.type == "cuda":
+            for pack in packs:
+                for segments in (pack.segments, pack.pooled_segments):
+                    varlen_plan(segments, self.device, pack.num_tokens)
+        return documents, packs
 
     def take(self, consumed: int) -> Packs:
         """The step that starts after ``consumed`` comparisons; begins with the one after it."""

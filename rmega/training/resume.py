@@ -7,12 +7,13 @@ difference is an error.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
 import torch
 
-from rmega.config import TrainingConfig
+from rmega.config import LoraArgs, TrainingConfig
 from rmega.precision import dtype_name
 
 BOUND, EFFECT, CONTENT, HARMLESS = "bound", "takes effect", "compared by content", "harmless"
@@ -129,6 +130,8 @@ def changes(info: dict[str, Any], config: TrainingConfig) -> dict[str, list[Any]
     found: dict[str, list[Any]] = {}
     for group, fields in CLASSES.items():
         saved = info["config"].get(group, {})
+        if group == "lora":  # a run of a version without it trained all weights
+            saved = saved or dataclasses.asdict(LoraArgs())
         for field, kind in fields.items():
             if field not in saved or saved[field] == now[group][field]:
                 continue

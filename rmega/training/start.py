@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from rmega import distributed, precision
-from rmega.checkpointing import checkpoint, run_folder
+from rmega.checkpointing import base_model, checkpoint, run_folder
+from rmega.checkpointing.find import first_answer
 from rmega.config import MIN_COMPARISONS, TrainingConfig
 from rmega.data.batching import Batcher, Mixture
 from rmega.data.indexed import PreferenceDataset, open_preferences, split_label
 from rmega.distributed import log
-from rmega.hub import resolve_start
+from rmega.hub import adapter_base, export_damage, resolve_start
 from rmega.io import write_durably
 from rmega.models import lora
 from rmega.models.geometry import Geometry
@@ -35,6 +36,8 @@ def named_prefix(text: str) -> tuple[str, str]:
 class Base:
     """The base model, and this rank's device."""
 
+    name: str
+    """--hf-model, or the base model that an adapter there names."""
     folder: Path
     adapter: PeftFolder | None
     """The adapter that --hf-model names, to start from."""
@@ -59,6 +62,8 @@ class Start(Base):
     valid: dict[str, PreferenceDataset]
     evaluated: set[str]
     """Validation sets whose evaluation at the step of ``found`` is in the run's metrics.jsonl."""
+    base_record: dict[str, Any] | None
+    """With LoRA, what checkpoints record of the frozen weights."""
     steps: int
     batcher: Batcher
 
@@ -80,8 +85,9 @@ def join(config: TrainingConfig) -> Base:
     preflight.check_save(config)
     folder, adapter_folder = resolve_start(config.model.hf_model)
     geometry, hf_config = read_geometry(folder)
-    adapter = None
+    adapter, name = None, config.model.hf_model
     if adapter_folder is not None:
+        name = adapter_base(adapter_folder, "--hf-model")
         adapter = PeftFolder(adapter_folder, geometry)
         adapter.check_flags(config.lora)
     train.transformer_layout(config, geometry, on_cpu=not torch.cuda.is_available())
@@ -93,8 +99,16 @@ def join(config: TrainingConfig) -> Base:
         seed=config.train.seed,
         timeout_minutes=p.distributed_timeout_minutes,
     )
+    for part in filter(None, (folder, adapter_folder)):
+        if problem := first_answer(lambda share, part=part: export_damage(part, share=share)):
+            raise ValueError(f"--hf-model {problem}")
     return Base(
-        folder=folder, adapter=adapter, geometry=geometry, hf_config=hf_config, device=device
+        name=name,
+        folder=folder,
+        adapter=adapter,
+        geometry=geometry,
+        hf_config=hf_config,
+        device=device,
     )
 
 
@@ -121,6 +135,9 @@ def prepare(config: TrainingConfig, base: Base) -> Start:
         if differences := resume.changes(info, c):
             log(resume.describe(differences))
             changes.append({"iteration": info["iteration"], **differences})
+    base_record = base_model.record(folder) if c.lora.lora_rank else None
+    if found and base_record:
+        base_model.check(info, found, base_record, "--hf-model")
     chosen = precision.choose_together(
         resume.precision_to_use(info, c.train.precision), c.train.matmul_precision, base.device
     )
@@ -144,6 +161,7 @@ def prepare(config: TrainingConfig, base: Base) -> Start:
         dataset=dataset,
         valid=valid,
         evaluated=evaluated,
+        base_record=base_record,
         steps=steps,
         batcher=train.make_batcher(c, dataset, geometry, max_consumed=comparisons),
     )

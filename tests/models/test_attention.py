@@ -371,16 +371,58 @@ def test_varlen_arguments_describe_the_pack(name, pruned):
 def test_varlen_plan_is_made_once_and_gathers_only_where_a_prefix_is_shared():
     shared, plain = make_pack(PACKS["pairs"]), make_pack(PACKS["pairs"], share=False)
     cpu = torch.device("cpu")
-    assert varlen_plan(shared, cpu) is varlen_plan(shared, cpu)
-    assert varlen_plan(plain, cpu).gather is None
-    plan = varlen_plan(shared, cpu)
+    t = shared.num_tokens
+    assert varlen_plan(shared, cpu, t) is varlen_plan(shared, cpu, t)
+    assert varlen_plan(plain, cpu, plain.num_tokens).gather is None
+    plan = varlen_plan(shared, cpu, t)
+    assert torch.equal(plan.index, ops.prefix_index_ref(*plan.gather, t))
     assert plan.cu_seqlens_q.tolist() == [0, 17, 22, 31, 101, 131, 172]
     assert plan.cu_seqlens_k.tolist() == [0, 17, 39, 65, 135, 235, 346]
     assert (plan.max_q, plan.max_k, plan.num_keys) == (70, 111, 346)
     shared.q_start[1] += 1
     shared.cache.clear()
     with pytest.raises(ValueError, match="order of their query rows"):
-        varlen_plan(shared, cpu)
+        varlen_plan(shared, cpu, t)
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["prefix", "in_place"])
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("name", ["pairs", "no_prefix", "two_to_five"])
+def test_attention_from_the_fused_projection(name, padding, share, monkeypatch):
+    """Split, rotation and gather in one operator: the values and gradients of each alone."""
+    monkeypatch.setattr(varlen, "varlen_function", lambda: ("stand-in", fake_varlen))
+    monkeypatch.setattr(varlen, "fuses_projection", lambda *a: True)
+    g, r, d = 2, 3, 16
+    torch.manual_seed(0)
+
+    def gradients(out, x):
+        weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+        return out.detach(), torch.autograd.grad(out, x, weight, retain_graph=True)[0]
+
+    def close(found, expected):
+        assert max(errors(found, expected)) < 1e-12
+
+    pack = make_pack(PACKS[name], share=share)
+    t = pack.num_tokens + padding
+    cos, sin = torch.randn(2, t, d // 2, dtype=torch.float64).unbind()
+    x = torch.randn(t, g * (r + 2) * d, dtype=torch.float64, requires_grad=True)
+    query, key, value = x.view(t, g, r + 2, d).split([r, 1, 1], dim=2)
+    query, key = ops.rope(query.reshape(t, g * r, d), cos, sin), ops.rope(key.squeeze(2), cos, sin)
+    expected = packed_attention_ref(query, key, value.squeeze(2), pack, 0.25)
+    found = attention.projection_attention(x, cos, sin, g * r, g, pack, 0.25)
+    close(gradients(found, x), gradients(expected, x))
+
+    pruned = make_pack(PACKS[name], pruned=True, share=share)
+    rows = torch.randn(pruned.num_queries, g * r, d, dtype=torch.float64)
+    x = torch.randn(t, 2 * g * d, dtype=torch.float64, requires_grad=True)
+    key, value = x.view(t, 2, g, d).unbind(1)
+    expected = packed_attention_ref(rows, ops.rope(key, cos, sin), value, pruned, 0.25)
+    found = attention.pooled_attention(rows, x, cos, sin, pruned, 0.25)
+    close(gradients(found, x), gradients(expected, x))
+    monkeypatch.setattr(varlen, "fuses_projection", lambda *a: False)
+    pruned.cache.clear()
+    apart = attention.pooled_attention(rows, x, cos, sin, pruned, 0.25)
+    close(gradients(apart, x), gradients(expected, x))
 
 
 def test_varlen_leaves_uncovered_rows_zero():

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not 
 WRAPPERS = """
 #include "launchers.h"
 #define DT static_cast<rmega::DType>(dtype)
-typedef const int64_t* Rows; typedef const void* In; typedef void* Out; typedef int64_t N;
+typedef const int64_t* Rows; typedef const int32_t* Index;
+typedef const void* In; typedef void* Out; typedef int64_t N;
 extern "C" {
 void gather(In hidden, Rows last, Out out, N t, N n, N row_bytes) {
   rmega::launch_gather_rows(hidden, last, out, t, n, row_bytes, nullptr);
@@ -41,15 +42,38 @@ void pairs(In rewards, Rows c, Rows r, In margin, In weight, Out loss, Out stats
   rmega::launch_pairwise_loss(rewards, c, r, margin, weight, loss, stats, grad, n, m, DT, options,
                               nullptr);
 }
-void prefix(In x, Rows index, Out out, N t, N s, N total, N g, N d, N row, N group, N size) {
-  rmega::launch_gather_prefix(x, index, out, t, s, total, g, d, row, group, int(size), nullptr);
+void prefix(In x, Index rows, Out out, N t, N total, N g, N d, N row, N group, N size) {
+  rmega::launch_gather_prefix(x, rows, out, t, total, g, d, row, group, int(size), nullptr);
+}
+void prefix_backward(In grad, Index offsets, Index sources, Out out, N t, N total, N width,
+                     N dtype) {
+  rmega::launch_gather_prefix_backward(grad, offsets, sources, out, t, total, width, DT, nullptr);
+}
+void qkv(In x, In cos, In sin, Index rows, Out q, Out k, Out v, N t, N total, N a, N g, N d,
+         N row_stride, N dtype, N float_tables) {
+  rmega::launch_qkv_rope(x, cos, sin, rows, q, k, v, {t, total, a, g, d}, row_stride, DT,
+                         float_tables != 0, nullptr);
+}
+void qkv_backward(In dq, In dk, In dv, In cos, In sin, Index offsets, Index sources, Out dx, N t,
+                  N total, N a, N g, N d, N dtype, N float_tables) {
+  rmega::launch_qkv_rope_backward(dq, dk, dv, cos, sin, offsets, sources, dx, {t, total, a, g, d},
+                                  DT, float_tables != 0, nullptr);
 }
 void norm(In x, In weight, Out y, Out inv, N rows, N h, N dtype) {
-  rmega::launch_rms_norm(x, weight, y, inv, rows, h, 1e-5, DT, nullptr);
+  rmega::launch_rms_norm(x, nullptr, weight, nullptr, y, inv, rows, h, 1e-5, DT, nullptr);
 }
 void norm_backward(In dy, In x, In weight, In inv, Out dx, Out partial, N rows, N h, N parts,
                    N dtype) {
-  rmega::launch_rms_norm_backward(dy, x, weight, inv, dx, partial, rows, h, parts, DT, nullptr);
+  rmega::launch_rms_norm_backward(dy, nullptr, x, weight, inv, dx, partial, rows, h, parts, DT,
+                                  nullptr);
+}
+void add_norm(In x, In residual, In weight, Out total, Out y, Out inv, N rows, N h, N dtype) {
+  rmega::launch_rms_norm(x, residual, weight, total, y, inv, rows, h, 1e-5, DT, nullptr);
+}
+void add_norm_backward(In dy, In dtotal, In x, In weight, In inv, Out dx, Out partial, N rows,
+                       N h, N parts, N dtype) {
+  rmega::launch_rms_norm_backward(dy, dtotal, x, weight, inv, dx, partial, rows, h, parts, DT,
+                                  nullptr);
 }
 void glu(In x, Out y, N rows, N f, N dtype) { rmega::launch_swiglu(x, y, rows, f, DT, nullptr); }
 void glu_backward(In dy, In x, Out dx, N rows, N f, N dtype) {
@@ -59,9 +83,6 @@ void rope(In x, In cos, In sin, Out y, N t, N a, N d, N row, N head, N backwards
           N float_tables) {
   rmega::launch_rope(x, cos, sin, y, t, a, d, row, head, backwards != 0, DT, float_tables != 0,
                      nullptr);
-}
-void prefix_backward(In grad, Rows index, Out out, N t, N s, N width, N dtype) {
-  rmega::launch_gather_prefix_backward(grad, index, out, t, s, width, DT, nullptr);
 }
 }
 """
@@ -88,7 +109,13 @@ def kernels(tmp_path_factory):
     for header in ("launchers.h", "pair_math.h", "cuda/device.cuh"):
         (folder / header).write_text(as_cpp((CSRC / header).read_text()))
     (folder / "wrappers.cpp").write_text(WRAPPERS)
-    for kernel in ("gather_last_token", "pairwise_loss", "gather_prefix_kv", "elementwise"):
+    for kernel in (
+        "gather_last_token",
+        "pairwise_loss",
+        "gather_prefix_kv",
+        "qkv_rope",
+        "elementwise",
+    ):
         (folder / f"cuda/{kernel}.cpp").write_text(as_cpp((CSRC / f"cuda/{kernel}.cu").read_text()))
     library = folder / "kernels.so"
     command = [
@@ -199,30 +226,72 @@ def test_pairwise_loss(kernels, dtype, loss, penalty, clamp, n, m):
     )  # sums of 300 terms of either sign
 
 
+# Four responses to one prompt, 150 short segments that share two rows, an empty one, rows that
+# nobody reads: (prefix start, length, own start, length).
+SEGMENTS = [(0, 0, 0, 5), (0, 5, 5, 1), (0, 5, 6, 2), (0, 5, 8, 1), (3, 0, 4, 0)]
+SEGMENTS += [(20, 2, 22 + i % 3, 1) for i in range(150)]
+COLUMNS = [torch.tensor(column) for column in zip(*SEGMENTS, strict=True)]
+T, TOTAL = 30, int((COLUMNS[1] + COLUMNS[3]).sum())
+
+
+def index_of_segments():
+    """rows, offsets, sources"""
+    return ops.prefix_index_ref(*COLUMNS, T).split([TOTAL, T + 1, TOTAL])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("g,d", [(1, 1), (2, 16), (3, 5), (8, 96)])
 def test_gather_prefix_kv(kernels, dtype, g, d):
     torch.manual_seed(0)
-    # Four responses to one prompt, 150 short segments that share two rows, an empty one, rows that
-    # nobody reads.
-    segments = [(0, 0, 0, 5), (0, 5, 5, 1), (0, 5, 6, 2), (0, 5, 8, 1), (3, 0, 4, 0)]
-    segments += [(20, 2, 22 + i % 3, 1) for i in range(150)]
-    columns = [torch.tensor(column) for column in zip(*segments, strict=True)]
-    lens = columns[1] + columns[3]
-    index = torch.stack([*columns, lens.cumsum(0) - lens])
-    t, s, total = 30, len(segments), int(lens.sum())
-    fused = torch.randn(t, g, 3 * d).to(dtype)
+    rows, offsets, sources = index_of_segments()
+    fused = torch.randn(T, g, 3 * d).to(dtype)
     for x in (fused[..., d : 2 * d], fused[..., :d].contiguous()):
-        out = torch.full((total, g, d), 7.0, dtype=dtype)
-        kernels(
-            "prefix", x, index, out, t, s, total, g, d, x.stride(0), x.stride(1), x.element_size()
-        )
-        assert torch.equal(out, ops.gather_prefix_kv_ref(x, *columns))
-    grad, got = torch.randn(total, g, d).to(dtype), torch.full((t, g, d), 7.0, dtype=dtype)
-    kernels("prefix_backward", grad, index, got, t, s, g * d, DTYPES.index(dtype))
-    exact = torch.zeros(t, g, d, dtype=torch.float64, requires_grad=True)
-    (right,) = torch.autograd.grad(ops.gather_prefix_kv_ref(exact, *columns), exact, grad.double())
+        out = torch.full((TOTAL, g, d), 7.0, dtype=dtype)
+        kernels("prefix", x, rows, out, T, TOTAL, g, d, *x.stride()[:2], x.element_size())
+        assert torch.equal(out, ops.gather_prefix_kv_ref(x, *COLUMNS))
+    grad, got = torch.randn(TOTAL, g, d).to(dtype), torch.full((T, g, d), 7.0, dtype=dtype)
+    kernels("prefix_backward", grad, offsets, sources, got, T, TOTAL, g * d, DTYPES.index(dtype))
+    exact = torch.zeros(T, g, d, dtype=torch.float64, requires_grad=True)
+    (right,) = torch.autograd.grad(ops.gather_prefix_kv_ref(exact, *COLUMNS), exact, grad.double())
     assert nearly(got, right, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("float_tables", [True, False])
+@pytest.mark.parametrize(
+    "a,g,d,more",
+    [(1, 1, 2, 0), (6, 2, 16, 0), (6, 2, 6, 0), (3, 3, 128, 0), (0, 2, 16, 0), (4, 2, 32, 8)],
+)
+def test_qkv_rope(kernels, dtype, float_tables, a, g, d, more):
+    """Values and gradients; ``more`` columns between the rows of the projection."""
+    torch.manual_seed(d)
+    rows, offsets, sources = index_of_segments()
+    width = (a + 2 * g) * d
+    x = torch.randn(T, width + more).to(dtype)[:, :width]
+    angles = torch.randn(T, d // 2)
+    cos, sin = (
+        y.to(torch.float32 if float_tables else dtype) for y in (angles.cos(), angles.sin())
+    )
+    outs = [torch.full((n, heads, d), 7.0, dtype=dtype) for n, heads in ((T, a), *[(TOTAL, g)] * 2)]
+    kernels(
+        "qkv", x, cos, sin, rows, *outs, T, TOTAL, a, g, d, x.stride(0), DTYPES.index(dtype),
+        float_tables,
+    )  # fmt: skip
+    exact = x.double().contiguous().requires_grad_()
+    index = torch.cat([rows, offsets, sources])
+    right = ops.qkv_rope_ref(exact, cos.double(), sin.double(), index, a, g)
+    assert all(nearly(out, value.detach(), dtype) for out, value in zip(outs, right, strict=True))
+    assert torch.equal(outs[2], right[2].detach().to(dtype))  # values are copied
+    grads = [torch.randn(out.shape).to(dtype) for out in outs]
+    dx = torch.full((T, width), 7.0, dtype=dtype)
+    kernels(
+        "qkv_backward", *grads, cos, sin, offsets, sources, dx, T, TOTAL, a, g, d,
+        DTYPES.index(dtype), float_tables,
+    )  # fmt: skip
+    first = 0 if a else 1  # no queries, no gradient
+    upstream = [grad.double() for grad in grads[first:]]
+    (right_dx,) = torch.autograd.grad(right[first:], exact, upstream)
+    assert nearly(dx, right_dx, dtype)
 
 
 def at_offset(x: torch.Tensor, offset: int) -> torch.Tensor:
@@ -272,6 +341,37 @@ def test_rms_norm(kernels, dtype, rows, h, parts, offset):
         assert torch.equal(
             y, (weight.float() * (x.float() * inv[:, None]).to(dtype).float()).to(dtype)
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "rows,h,parts,offset",
+    [(1, 1, 1, 0), (7, 64, 3, 0), (6, 64, 4, 1), (3, 577, 2, 0), (2, 4104, 2, 0), (1, 8200, 1, 0)],
+)
+def test_add_rms_norm(kernels, dtype, rows, h, parts, offset):
+    """The sum is rounded first: then the norm is that of the norm kernel, bit for bit."""
+    torch.manual_seed(h)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    x, residual, dy, dtotal = (
+        at_offset((torch.randn(rows, h) * 3).to(dtype), offset) for _ in range(4)
+    )
+    weight = (1 + torch.rand(h)).to(dtype)
+    total, y, alone, dx, dx_alone = (torch.full((rows, h), 7.0, dtype=dtype) for _ in range(5))
+    inv, inv_alone = (torch.full((rows,), 7.0, dtype=compute) for _ in range(2))
+    size, kind = (rows, h), DTYPES.index(dtype)
+    kernels("add_norm", x, residual, weight, total, y, inv, *size, kind)
+    assert torch.equal(total, x + residual)
+    kernels("norm", total, weight, alone, inv_alone, *size, kind)
+    if not offset:  # else the first takes single elements, and adds them up in another order
+        assert torch.equal(y, alone) and torch.equal(inv, inv_alone)
+    partial, partial_alone = (torch.full((parts, h), 7.0, dtype=compute) for _ in range(2))
+    kernels("add_norm_backward", dy, dtotal, total, weight, inv, dx, partial, *size, parts, kind)
+    kernels("norm_backward", dy, total, weight, inv, dx_alone, partial_alone, *size, parts, kind)
+    assert torch.equal(partial, partial_alone)
+    exact, scale = total.double().requires_grad_(), weight.double()
+    right = ops.rms_norm_ref(exact, scale, 1e-5)
+    (right_dx,) = torch.autograd.grad(right, exact, dy.double())
+    assert nearly(y, right.detach(), dtype) and nearly(dx, right_dx + dtotal.double(), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -105,17 +105,20 @@ def test_a_named_request_that_cannot_be_met_raises(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "has_cuda,capability,reason",
+    "has_cuda,interface,capability,reason",
     [
-        (True, (8, 0), ""),
-        (True, (9, 0), ""),
-        (True, (7, 5), "need compute capability 8.0, this GPU has 7.5"),
-        (False, (9, 0), "was built without CUDA"),
+        (True, 5, (8, 0), ""),
+        (True, 5, (9, 0), ""),
+        (True, 5, (7, 5), "need compute capability 8.0, this GPU has 7.5"),
+        (True, 4, (9, 0), "was built from older sources; build it again"),
+        (False, 5, (9, 0), "was built without CUDA"),
     ],
 )
-def test_gpus_that_the_kernels_are_not_built_for(monkeypatch, capsys, has_cuda, capability, reason):
+def test_gpus_that_the_kernels_are_not_built_for(
+    monkeypatch, capsys, has_cuda, interface, capability, reason
+):
     """A launch there ends in "no kernel image is available"; a stand-in for extension and GPU."""
-    monkeypatch.setattr(ops, "_C", SimpleNamespace(has_cuda=has_cuda))
+    monkeypatch.setattr(ops, "_C", SimpleNamespace(has_cuda=has_cuda, interface=interface))
     monkeypatch.setattr(ops, "_said", set())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.delenv("RANK", raising=False)
@@ -692,6 +695,96 @@ def test_gather_prefix_kv_refuses_segments_outside():
         ops.gather_prefix_kv(x[0], one, one, one, one)
 
 
+@pytest.mark.parametrize("case", SEGMENTS)
+def test_prefix_index(case):
+    columns = [torch.tensor(column, dtype=torch.int32) for column in SEGMENTS[case]]
+    t, rows = 23, prefix_rows(SEGMENTS[case])
+    made = [ops.prefix_index_ref(*columns, t)]
+    choose("native")
+    if ops._prefix_index is not None:
+        made.append(ops.prefix_index(*columns, t))
+    for index in made:
+        assert index.dtype == torch.int32
+        found, offsets, sources = index.split([len(rows), t + 1, len(rows)])
+        assert found.tolist() == rows
+        for row in range(t):
+            held_by = sources[offsets[row] : offsets[row + 1]].tolist()
+            assert held_by == [i for i, r in enumerate(rows) if r == row]
+
+
+def test_prefix_index_refuses_segments_outside():
+    choose("native")
+    one = torch.tensor([1])
+    with pytest.raises(IndexError, match=r"segment 0 has prefix 1\+1, own 3\+2 with t = 4"):
+        ops.prefix_index(one, one, one + 2, one + 1, 4)
+
+
+# ---- qkv_rope
+
+
+def fused_projection(a, g, d, dtype, case="one pair", seed=0):
+    """(x, cos, sin, index) of a pack with the segments of a case."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = [torch.tensor(column, dtype=torch.int32) for column in SEGMENTS[case]]
+    t = 23
+    x = torch.randn(t, (a + 2 * g) * d, generator=generator).to(dtype)
+    angles = torch.randn(t, d // 2, generator=generator)
+    return x, angles.cos(), angles.sin(), ops.prefix_index_ref(*columns, t)
+
+
+def qkv_in_one(op):
+    """op with its three outputs flattened into one tensor, as the helpers here want them."""
+    return lambda *inputs: torch.cat([out.flatten() for out in op(*inputs)])
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", SEGMENTS)
+@pytest.mark.parametrize("a,g,d", [(1, 1, 2), (6, 2, 16), (0, 3, 8), (4, 4, 10)])
+def test_qkv_rope(implementation, dtype, case, a, g, d):
+    """Split, rotation and gather by hand, in fp64."""
+    choose(implementation)
+    x, cos, sin, index = fused_projection(a, g, d, dtype, case)
+
+    def by_hand(x, cos, sin):
+        rows, groups = prefix_rows(SEGMENTS[case]), x.view(len(x), g, -1, d)
+        if a:
+            query, key, value = groups[:, :, : a // g], groups[:, :, -2], groups[:, :, -1]
+        else:
+            query, (key, value) = x.new_empty(len(x), 0, 1, d), x.view(len(x), 2, g, d).unbind(1)
+        query, key = (
+            ops.rope_ref(query.reshape(len(x), a, d), cos, sin),
+            ops.rope_ref(key, cos, sin),
+        )
+        return torch.cat([query.flatten(), key[rows].flatten(), value[rows].flatten()])
+
+    def run(x, cos, sin):
+        if x.dtype == torch.float64:
+            return by_hand(x, cos, sin)
+        return qkv_in_one(ops.qkv_rope)(x, cos, sin, index, a, g)
+
+    assert_kernel(run, by_hand, [x, cos, sin], [0], dtype)
+    query, key, value = ops.qkv_rope(x, cos, sin, index, a, g)
+    total = len(prefix_rows(SEGMENTS[case]))
+    assert query.shape == (len(x), a, d) and key.shape == value.shape == (total, g, d)
+
+
+def test_qkv_rope_opcheck_and_refusals():
+    choose("native")
+    if ops._qkv_rope is None:
+        pytest.skip("rmega._C is from older sources")
+    x, cos, sin, index = fused_projection(4, 2, 6, torch.float32)
+    opcheck("qkv_rope", (x.requires_grad_(), cos, sin, index, 4, 2))
+    query, key, value = (y.detach() for y in ops.qkv_rope(x, cos, sin, index, 4, 2))
+    opcheck("qkv_rope_backward", (query, key, value, cos, sin, index))
+    with pytest.raises(RuntimeError, match=r"rows of 48 for 4 \+ 2 \* 4 heads of 6"):
+        ops.qkv_rope(x, cos, sin, index, 4, 4)
+    with pytest.raises(RuntimeError, match=r"int32 \[2 total \+ t \+ 1\]"):
+        ops.qkv_rope(x, cos, sin, index.long(), 4, 2)
+    with pytest.raises(RuntimeError, match="cos and sin"):
+        ops.qkv_rope(x, cos, sin[1:], index, 4, 2)
+
+
 # ---- fused elementwise: every instruction set that this CPU has
 
 
@@ -726,6 +819,22 @@ def test_rms_norm(isa, dtype, shape):
     torch.manual_seed(1)
     x, weight = torch.randn(shape) * 3, torch.rand(shape[-1]) + 0.5
     assert_kernel(ops.rms_norm, ops.rms_norm_ref, [x, weight, 1e-5], [0, 1], dtype)
+
+
+@ELEMENTWISE_DTYPES
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 1, 64), (130, 1, 576), (0, 16)])
+def test_add_rms_norm(isa, dtype, shape):
+    torch.manual_seed(1)
+    x, residual, weight = torch.randn(shape) * 3, torch.randn(shape), torch.rand(shape[-1]) + 0.5
+
+    def both(op):
+        return lambda *inputs: torch.cat([out.flatten() for out in op(*inputs)])
+
+    inputs = [x, residual, weight, 1e-5]
+    assert_kernel(both(ops.add_rms_norm), both(ops.add_rms_norm_ref), inputs, [0, 1, 2], dtype)
+    x, residual, weight = (y.to(dtype) for y in (x, residual, weight))
+    total, y = ops.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(total, residual + x) and torch.equal(y, ops.rms_norm(total, weight, 1e-5))
 
 
 def test_rms_norm_rounds_as_llama_does():
@@ -827,6 +936,10 @@ def test_elementwise_opcheck(dtype):
     table = torch.rand(3, 4)
     opcheck("rms_norm", (x, weight, 1e-5))
     opcheck("rms_norm_backward", (x.detach(), x.detach(), weight.detach(), torch.rand(3)))
+    if ops._add_rms_norm is not None:
+        opcheck("add_rms_norm", (x, torch.rand_like(x), weight, 1e-5))
+        plain = x.detach()
+        opcheck("add_rms_norm_backward", (plain, plain, plain, weight.detach(), torch.rand(3)))
     opcheck("swiglu", (x,))
     opcheck("swiglu_backward", (x.detach()[..., :4], x.detach()))
     opcheck("rope", (x, table, table, False))

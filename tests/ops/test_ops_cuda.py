@@ -113,6 +113,25 @@ def test_gather_prefix_kv(dtype, g, d, index_device):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("a,g,d", [(1, 1, 2), (16, 8, 128), (6, 3, 10), (0, 8, 128)])
+@pytest.mark.parametrize("float_tables", [True, False])
+def test_qkv_rope(dtype, a, g, d, float_tables):
+    torch.manual_seed(0)
+    segments = [(0, 0, 0, 50), (0, 50, 50, 1), (0, 50, 51, 20), (0, 50, 71, 9), (3, 0, 4, 0)]
+    segments += [(200, 20, 220 + i % 30, 1) for i in range(300)]
+    columns = [torch.tensor(column) for column in zip(*segments, strict=True)]
+    t, index = 400, ops.prefix_index(*columns, 400).cuda()
+    angles = torch.randn(t, d // 2, device="cuda")
+    tables = [y.to(torch.float32 if float_tables else dtype) for y in (angles.cos(), angles.sin())]
+
+    def flat(op):
+        return lambda x, *given: torch.cat([out.flatten() for out in op(x, *given)])
+
+    inputs = [torch.randn(t, (a + 2 * g) * d, device="cuda"), *tables, index, a, g]
+    assert_twice_plain(flat(ops.qkv_rope), flat(ops.qkv_rope_ref), inputs, dtype)
+
+
 ELEMENTWISE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 
 
@@ -138,6 +157,25 @@ def test_rms_norm(dtype, rows, h):
         [weight.float(), x.to(dtype)],
         dtype,
     )
+
+
+@ELEMENTWISE
+@pytest.mark.parametrize("rows,h", [(1, 1), (5, 33), (2000, 2048), (3, 16384), (0, 8)])
+def test_add_rms_norm(dtype, rows, h):
+    torch.manual_seed(0)
+    x, residual = (torch.randn(rows, h, device="cuda") * 3 for _ in range(2))
+    weight = (1 + torch.rand(h, device="cuda")).to(dtype)
+
+    def flat(op):
+        return lambda x, *more: torch.cat(
+            [out.flatten() for out in op(x, *(y.to(x.dtype) for y in more), 1e-5)]
+        )
+
+    inputs = [x, residual.to(dtype), weight]
+    assert_twice_plain(flat(ops.add_rms_norm), flat(ops.add_rms_norm_ref), inputs, dtype)
+    x, residual = x.to(dtype), residual.to(dtype)
+    total, y = ops.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(total, residual + x) and torch.equal(y, ops.rms_norm(total, weight, 1e-5))
 
 
 @ELEMENTWISE

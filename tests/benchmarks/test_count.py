@@ -1,0 +1,30 @@
+"""The count of kernels and waits: what the documents say of it, and that no wait has come back."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import count
+from rmega import distributed
+
+
+@pytest.fixture(autouse=True)
+def engine():
+    distributed.initialize()
+    yield
+    distributed.finish()
+
+
+def test_a_step_waits_for_its_sums_and_the_norm_only():
+    """Of a step of two packs: nothing per pack, nothing per parameter."""
+    waits = dict(count.waits())
+    assert sorted(waits.values()) == [1, 1]
+    assert all("train.py: values" in place or "grad_norm.py" in place for place in waits), waits
+
+
+def test_kernels_and_bytes_of_a_layer():
+    separate, fused = (count.per_layer(fused=fused) for fused in (False, True))
+    assert [row["kernels"] for row in fused] == [4, 10]
+    assert [row["kernels"] for row in separate] == [26, 32]
+    for one, other in zip(fused, separate, strict=True):
+        assert one["U"] < 0.85 * other["U"]
