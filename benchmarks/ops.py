@@ -86,19 +86,21 @@ def forward_and_backward(
         for i, x in enumerate(inputs)
     )
     leaves = [inputs[i] for i in wrt]
+
+    def differentiable(out):
+        return [x for x in (out if isinstance(out, tuple) else (out,)) if x.requires_grad]
+
     forward, backward, both = {}, {}, {}
     for form, op in forms.items():
-        out = op(*inputs)
-        out = out[0] if isinstance(out, tuple) else out
-        grad = torch.ones_like(out) if out.dim() == 0 else torch.randn_like(out)
+        out = differentiable(op(*inputs))
+        grad = [torch.ones_like(x) if x.dim() == 0 else torch.randn_like(x) for x in out]
         forward[form] = lambda op=op: op(*inputs)
         backward[form] = lambda out=out, grad=grad: torch.autograd.grad(
             out, leaves, grad, retain_graph=True
         )
 
         def call_and_backward(op=op, grad=grad):
-            out = op(*inputs)
-            torch.autograd.grad(out[0] if isinstance(out, tuple) else out, leaves, grad)
+            torch.autograd.grad(differentiable(op(*inputs)), leaves, grad)
 
         both[form] = call_and_backward
     label = str(dtype).removeprefix("torch.")
@@ -172,17 +174,41 @@ def cases(args: Args):
                 torch.stack([starts, starts + 512, starts + 768], 1),
                 torch.tensor([[512, 256, 256]]).expand(len(starts), 3),
             )
-            segments = tuple(x.reshape(-1).to(torch.int32).to(device) for x in segments)
+            segments = tuple(x.reshape(-1).to(torch.int32) for x in segments)
+            index = ops.prefix_index(*segments, t).to(device)  # once per pack
+            segments = tuple(x.to(device) for x in segments)
             row = g * d * e
+            gathers = forms("gather_prefix_kv")
+            gathers["native"] = lambda *x, index=index: ops.gather_prefix_kv(*x, index=index)
             yield forward_and_backward(
                 "gather_prefix_kv",
                 f"{model} t={t}",
                 dtype,
                 (4 * t * row, 3 * t * row),
-                forms("gather_prefix_kv"),
+                gathers,
                 (random(t, g, d), *segments, 2 * t),
                 (0,),
             )
+            if cuda:  # on a CPU they are the operators beside them
+                fused = (a + 4 * g) * d * t * e  # each gathered row is read and written
+                yield forward_and_backward(
+                    "qkv_rope",
+                    f"{model} t={t}",
+                    dtype,
+                    (2 * fused, fused + (a + 2 * g) * d * t * e),
+                    forms("qkv_rope", index=index, heads=a, groups=g),
+                    (random(t, (a + 2 * g) * d), random(t, d // 2), random(t, d // 2)),
+                    (0,),
+                )
+                yield forward_and_backward(
+                    "add_rms_norm",
+                    f"{model} t={t}",
+                    dtype,
+                    (4 * t * h * e, 4 * t * h * e),
+                    forms("add_rms_norm", eps=1e-5),
+                    (random(t, 1, h), random(t, 1, h), random(h)),
+                    (0, 1, 2),
+                )
             yield forward_and_backward(
                 "rms_norm",
                 f"{model} t={t}",

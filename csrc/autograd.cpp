@@ -1,6 +1,6 @@
-// Schemas of the operators in the namespace rmega, their kernels per device, and their derivatives. In C++ because a
-// derivative registered from Python costs ten times what the smaller of these operators take; rmega/ops.py adds the fake
-// (shape-only) kernels.
+// Schemas of the operators in the namespace rmega, their kernels per device, and their derivatives.
+// In C++ because a derivative registered from Python costs ten times what the smaller of these
+// operators take; rmega/ops.py adds the fake (shape-only) kernels.
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -19,17 +19,19 @@ using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Two = std::tuple<Tensor, Tensor>;
 
 // The operator of that name, through the dispatcher; looked up once per call site.
-#define RMEGA_OP(name, ...)                                                                                     \
-  ([]() -> auto& {                                                                                              \
-    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("rmega::" name, "").typed<__VA_ARGS__>();   \
-    return op;                                                                                                  \
+#define RMEGA_OP(name, ...)                                                                      \
+  ([]() -> auto& {                                                                               \
+    static auto op =                                                                             \
+        c10::Dispatcher::singleton().findSchemaOrThrow("rmega::" name, "").typed<__VA_ARGS__>(); \
+    return op;                                                                                   \
   }())
 
 Tensor pairwise_loss_backward(const Tensor& grad, const Tensor& upstream, at::ScalarType dtype) {
   return grad.mul(upstream).to(dtype);
 }
 
-// A node of its own instead of a Function, whose bookkeeping takes longer than gathering a few rows.
+// A node of its own instead of a Function, whose bookkeeping takes longer than gathering a few
+// rows.
 struct GatherLastTokenNode : torch::autograd::Node {
   torch::autograd::SavedVariable last;
   c10::SymInt t;
@@ -40,8 +42,9 @@ struct GatherLastTokenNode : torch::autograd::Node {
     if (!grads[0].defined()) {
       return {Tensor()};
     }
-    return {RMEGA_OP("gather_last_token_backward", Tensor(const Tensor&, const Tensor&, c10::SymInt))
-                .call(grads[0], last.unpack(), t)};
+    return {
+        RMEGA_OP("gather_last_token_backward", Tensor(const Tensor&, const Tensor&, c10::SymInt))
+            .call(grads[0], last.unpack(), t)};
   }
 
   void release_variables() override { last.reset_data(); }
@@ -81,7 +84,8 @@ Tensor gather_last_token_autograd(const Tensor& hidden, const Tensor& last) {
 }
 
 struct GatherLastTokenBackward : Function<GatherLastTokenBackward> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& grad, const Tensor& last, const c10::SymInt& t) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad, const Tensor& last,
+                        const c10::SymInt& t) {
     ctx->save_for_backward({last});
     at::AutoDispatchBelowADInplaceOrView below;
     return RMEGA_OP("gather_last_token_backward", Tensor(const Tensor&, const Tensor&, c10::SymInt))
@@ -95,23 +99,24 @@ struct GatherLastTokenBackward : Function<GatherLastTokenBackward> {
 
 struct PairwiseLoss : Function<PairwiseLoss> {
   static variable_list forward(AutogradContext* ctx, const Tensor& rewards, const Tensor& chosen,
-                               const Tensor& rejected, const Tensor& margin, const Tensor& weight, std::string loss,
-                               std::string penalty, double penalty_weight, double label_smoothing,
-                               bool barrier_clamp) {
+                               const Tensor& rejected, const Tensor& margin, const Tensor& weight,
+                               std::string loss, std::string penalty, double penalty_weight,
+                               double label_smoothing, bool barrier_clamp) {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [total, stats, grad] =
         RMEGA_OP("pairwise_loss",
-                 Three(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, c10::string_view,
-                       c10::string_view, double, double, bool))
-            .call(rewards, chosen, rejected, margin, weight, loss, penalty, penalty_weight, label_smoothing,
-                  barrier_clamp);
+                 Three(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                       c10::string_view, c10::string_view, double, double, bool))
+            .call(rewards, chosen, rejected, margin, weight, loss, penalty, penalty_weight,
+                  label_smoothing, barrier_clamp);
     ctx->mark_non_differentiable({stats, grad});
     ctx->save_for_backward({grad});
     ctx->saved_data["dtype"] = static_cast<int64_t>(rewards.scalar_type());
     return {total, stats, grad};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    auto& op = RMEGA_OP("pairwise_loss_backward", Tensor(const Tensor&, const Tensor&, at::ScalarType));
+    auto& op =
+        RMEGA_OP("pairwise_loss_backward", Tensor(const Tensor&, const Tensor&, at::ScalarType));
     const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());
     variable_list result(10);
     result[0] = op.call(ctx->get_saved_variables()[0], grads[0], dtype);
@@ -159,17 +164,16 @@ struct QkvRope : Function<QkvRope> {
                                int64_t groups) {
     ctx->save_for_backward({cos, sin, index});
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [query, key, value] = RMEGA_OP("qkv_rope", Three(const Tensor&, const Tensor&,
-                                                          const Tensor&, const Tensor&, int64_t,
-                                                          int64_t))
-                                   .call(x, cos, sin, index, heads, groups);
+    auto [query, key, value] =
+        RMEGA_OP("qkv_rope", Three(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                   int64_t, int64_t))
+            .call(x, cos, sin, index, heads, groups);
     return {query, key, value};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    auto& op = RMEGA_OP("qkv_rope_backward",
-                        Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                               const Tensor&, const Tensor&));
+    auto& op = RMEGA_OP("qkv_rope_backward", Tensor(const Tensor&, const Tensor&, const Tensor&,
+                                                    const Tensor&, const Tensor&, const Tensor&));
     variable_list result(6);
     result[0] = op.call(grads[0], grads[1], grads[2], saved[0], saved[1], saved[2]);
     return result;
@@ -177,18 +181,20 @@ struct QkvRope : Function<QkvRope> {
 };
 
 struct RmsNorm : Function<RmsNorm> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, double eps) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                               double eps) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [y, inv] = RMEGA_OP("rms_norm", Two(const Tensor&, const Tensor&, double)).call(x, weight, eps);
+    auto [y, inv] =
+        RMEGA_OP("rms_norm", Two(const Tensor&, const Tensor&, double)).call(x, weight, eps);
     ctx->mark_non_differentiable({inv});
     ctx->save_for_backward({x, weight, inv});
     return {y, inv};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    auto [dx, dweight] =
-        RMEGA_OP("rms_norm_backward", Two(const Tensor&, const Tensor&, const Tensor&, const Tensor&))
-            .call(grads[0], saved[0], saved[1], saved[2]);
+    auto [dx, dweight] = RMEGA_OP("rms_norm_backward",
+                                  Two(const Tensor&, const Tensor&, const Tensor&, const Tensor&))
+                             .call(grads[0], saved[0], saved[1], saved[2]);
     return {dx, dweight, Tensor()};
   }
 };
@@ -229,7 +235,8 @@ struct SwiGlu : Function<SwiGlu> {
 // The derivative of a rotation is the rotation backwards.
 struct Rope : Function<Rope> {
   using Schema = Tensor(const Tensor&, const Tensor&, const Tensor&, bool);
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& cos, const Tensor& sin, bool backwards) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& cos, const Tensor& sin,
+                        bool backwards) {
     ctx->save_for_backward({cos, sin});
     ctx->saved_data["backwards"] = backwards;
     at::AutoDispatchBelowADInplaceOrView below;
@@ -238,15 +245,18 @@ struct Rope : Function<Rope> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto tables = ctx->get_saved_variables();
     const bool backwards = ctx->saved_data["backwards"].toBool();
-    return {RMEGA_OP("rope", Schema).call(grads[0], tables[0], tables[1], !backwards), Tensor(), Tensor(), Tensor()};
+    return {RMEGA_OP("rope", Schema).call(grads[0], tables[0], tables[1], !backwards), Tensor(),
+            Tensor(), Tensor()};
   }
 };
 
-Three pairwise_loss_autograd(const Tensor& rewards, const Tensor& chosen, const Tensor& rejected, const Tensor& margin,
-                             const Tensor& weight, c10::string_view loss, c10::string_view penalty,
-                             double penalty_weight, double label_smoothing, bool barrier_clamp) {
-  const auto out = PairwiseLoss::apply(rewards, chosen, rejected, margin, weight, std::string(loss),
-                                       std::string(penalty), penalty_weight, label_smoothing, barrier_clamp);
+Three pairwise_loss_autograd(const Tensor& rewards, const Tensor& chosen, const Tensor& rejected,
+                             const Tensor& margin, const Tensor& weight, c10::string_view loss,
+                             c10::string_view penalty, double penalty_weight,
+                             double label_smoothing, bool barrier_clamp) {
+  const auto out =
+      PairwiseLoss::apply(rewards, chosen, rejected, margin, weight, std::string(loss),
+                          std::string(penalty), penalty_weight, label_smoothing, barrier_clamp);
   return {out[0], out[1], out[2]};
 }
 
@@ -270,23 +280,32 @@ Three qkv_rope_autograd(const Tensor& x, const Tensor& cos, const Tensor& sin, c
 TORCH_LIBRARY_FRAGMENT(rmega, m) {
   m.def("gather_last_token(Tensor hidden, Tensor last) -> Tensor");
   m.def("gather_last_token_backward(Tensor grad, Tensor last, SymInt t) -> Tensor");
-  m.def("pairwise_loss(Tensor rewards, Tensor chosen, Tensor rejected, Tensor margin, Tensor weight, str loss, "
-        "str penalty, float penalty_weight, float label_smoothing, bool barrier_clamp) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "pairwise_loss(Tensor rewards, Tensor chosen, Tensor rejected, Tensor margin, "
+      "Tensor weight, str loss, str penalty, float penalty_weight, float label_smoothing, "
+      "bool barrier_clamp) -> (Tensor, Tensor, Tensor)");
   m.def("pairwise_loss_backward(Tensor grad, Tensor upstream, ScalarType dtype) -> Tensor");
-  m.def("prefix_index(Tensor prefix_start, Tensor prefix_len, Tensor own_start, Tensor own_len, "
-        "int t) -> Tensor");
-  m.def("gather_prefix_kv(Tensor x, Tensor prefix_start, Tensor prefix_len, Tensor own_start, "
-        "Tensor own_len, SymInt total, Tensor? index=None) -> Tensor");
-  m.def("gather_prefix_kv_backward(Tensor grad, Tensor prefix_start, Tensor prefix_len, "
-        "Tensor own_start, Tensor own_len, SymInt t, Tensor? index=None) -> Tensor");
-  m.def("qkv_rope(Tensor x, Tensor cos, Tensor sin, Tensor index, int heads, int groups) "
-        "-> (Tensor, Tensor, Tensor)");
-  m.def("qkv_rope_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor cos, "
-        "Tensor sin, Tensor index) -> Tensor");
-  m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) "
-        "-> (Tensor, Tensor, Tensor)");
-  m.def("add_rms_norm_backward(Tensor grad_total, Tensor grad, Tensor total, Tensor weight, "
-        "Tensor inv) -> (Tensor, Tensor)");
+  m.def(
+      "prefix_index(Tensor prefix_start, Tensor prefix_len, Tensor own_start, Tensor own_len, "
+      "int t) -> Tensor");
+  m.def(
+      "gather_prefix_kv(Tensor x, Tensor prefix_start, Tensor prefix_len, Tensor own_start, "
+      "Tensor own_len, SymInt total, Tensor? index=None) -> Tensor");
+  m.def(
+      "gather_prefix_kv_backward(Tensor grad, Tensor prefix_start, Tensor prefix_len, "
+      "Tensor own_start, Tensor own_len, SymInt t, Tensor? index=None) -> Tensor");
+  m.def(
+      "qkv_rope(Tensor x, Tensor cos, Tensor sin, Tensor index, int heads, int groups) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "qkv_rope_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor cos, "
+      "Tensor sin, Tensor index) -> Tensor");
+  m.def(
+      "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "add_rms_norm_backward(Tensor grad_total, Tensor grad, Tensor total, Tensor weight, "
+      "Tensor inv) -> (Tensor, Tensor)");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inv) -> (Tensor, Tensor)");
   m.def("swiglu(Tensor x) -> Tensor");
@@ -325,14 +344,16 @@ TORCH_LIBRARY_IMPL(rmega, Autograd, m) {
     return GatherLastTokenBackward::apply(grad, last, t);
   });
   m.impl("pairwise_loss", pairwise_loss_autograd);
-  m.impl("gather_prefix_kv", [](const Tensor& x, const Tensor& prefix_start, const Tensor& prefix_len,
-                                const Tensor& own_start, const Tensor& own_len,
-                                c10::SymInt total, const std::optional<Tensor>& index) {
+  m.impl("gather_prefix_kv", [](const Tensor& x, const Tensor& prefix_start,
+                                const Tensor& prefix_len, const Tensor& own_start,
+                                const Tensor& own_len, c10::SymInt total,
+                                const std::optional<Tensor>& index) {
     return GatherPrefix::apply(true, x, prefix_start, prefix_len, own_start, own_len, total, index);
   });
-  m.impl("gather_prefix_kv_backward", [](const Tensor& grad, const Tensor& prefix_start, const Tensor& prefix_len,
-                                         const Tensor& own_start, const Tensor& own_len,
-                                         c10::SymInt t, const std::optional<Tensor>& index) {
+  m.impl("gather_prefix_kv_backward", [](const Tensor& grad, const Tensor& prefix_start,
+                                         const Tensor& prefix_len, const Tensor& own_start,
+                                         const Tensor& own_len, c10::SymInt t,
+                                         const std::optional<Tensor>& index) {
     return GatherPrefix::apply(false, grad, prefix_start, prefix_len, own_start, own_len, t, index);
   });
   m.impl("qkv_rope", qkv_rope_autograd);

@@ -1,5 +1,5 @@
-// The module that Python imports. Loading it registers the operators (autograd.cpp, packed_attention.cpp, linear.cpp);
-// what it holds itself is only what is no operator.
+// The module that Python imports. Loading it registers the operators (autograd.cpp,
+// packed_attention.cpp, linear.cpp); what it holds itself is only what is no operator.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -11,7 +11,8 @@ bool linear_has_tiles();
 }  // namespace rmega
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.attr("interface") = 5;  // counted up with every change of an operator; rmega/ops.py knows its number
+  m.attr("interface") =
+      5;  // counted up with every change of an operator; rmega/ops.py knows its number
 #ifdef RMEGA_WITH_CUDA
   m.attr("has_cuda") = true;
 #else

@@ -1,5 +1,6 @@
-// gather_prefix_kv: for each of s segments the rows of its prefix, then its own, of x [t, g, d] -> [total, g, d].
-// Backward: a source row's gradient is the sum over the segments that hold it, in the order of segments.
+// gather_prefix_kv: for each of s segments the rows of its prefix, then its own, of x [t, g, d] ->
+// [total, g, d]. Backward: a source row's gradient is the sum over the segments that hold it, in
+// the order of segments.
 #include <algorithm>
 #include <cstring>
 #include <optional>
@@ -18,8 +19,8 @@ at::Tensor read_index(const at::Tensor& prefix_start, const at::Tensor& prefix_l
   for (const at::Tensor* tensor : {&prefix_start, &prefix_len, &own_start, &own_len}) {
     TORCH_CHECK(tensor->dim() == 1 && tensor->sizes() == prefix_start.sizes() &&
                     (tensor->scalar_type() == at::kInt || tensor->scalar_type() == at::kLong),
-                "gather_prefix_kv: starts and lengths must be int32 or int64 [s], got ", tensor->scalar_type(), " ",
-                tensor->sizes(), " beside ", prefix_start.sizes());
+                "gather_prefix_kv: starts and lengths must be int32 or int64 [s], got ",
+                tensor->scalar_type(), " ", tensor->sizes(), " beside ", prefix_start.sizes());
     columns.push_back(tensor->to(at::kCPU, at::kLong));
   }
   const at::Tensor len = columns[1].add(columns[3]);
@@ -41,14 +42,16 @@ struct Index {
 
 void check_range(const Index& index, int64_t s, int64_t t, int64_t total) {
   for (int64_t i = 0; i < s; ++i) {
-    TORCH_CHECK_INDEX(index.prefix_start[i] >= 0 && index.prefix_len[i] >= 0 && index.own_start[i] >= 0 &&
-                          index.own_len[i] >= 0 && index.prefix_start[i] + index.prefix_len[i] <= t &&
-                          index.own_start[i] + index.own_len[i] <= t,
-                      "gather_prefix_kv: segment ", i, " has prefix ", index.prefix_start[i], "+",
-                      index.prefix_len[i], ", own ", index.own_start[i], "+", index.own_len[i], " with t = ", t);
+    TORCH_CHECK_INDEX(
+        index.prefix_start[i] >= 0 && index.prefix_len[i] >= 0 && index.own_start[i] >= 0 &&
+            index.own_len[i] >= 0 && index.prefix_start[i] + index.prefix_len[i] <= t &&
+            index.own_start[i] + index.own_len[i] <= t,
+        "gather_prefix_kv: segment ", i, " has prefix ", index.prefix_start[i], "+",
+        index.prefix_len[i], ", own ", index.own_start[i], "+", index.own_len[i], " with t = ", t);
   }
   const int64_t last = s - 1;
-  const int64_t sum = s == 0 ? 0 : index.out_start[last] + index.prefix_len[last] + index.own_len[last];
+  const int64_t sum =
+      s == 0 ? 0 : index.out_start[last] + index.prefix_len[last] + index.own_len[last];
   TORCH_CHECK(sum == total, "gather_prefix_kv: total is ", total, ", the lengths sum to ", sum);
 }
 
@@ -77,20 +80,23 @@ void sum_plain(const T* const* sources, int64_t count, int64_t offset, T* out, i
   }
 }
 
-// Source rows between two neighbouring starts or ends of runs are held by the same segments: there the sum of rows is
-// one sum over contiguous memory. sum(sources, count, offset, out, n) adds in the order of sources, that of segments.
+// Source rows between two neighbouring starts or ends of runs are held by the same segments: there
+// the sum of rows is one sum over contiguous memory. sum(sources, count, offset, out, n) adds in
+// the order of sources, that of segments.
 template <typename T, typename F>
-void scatter(const T* grad, const Index& index, T* out, int64_t t, int64_t s, int64_t width, F sum) {
+void scatter(const T* grad, const Index& index, T* out, int64_t t, int64_t s, int64_t width,
+             F sum) {
   std::vector<int64_t> cuts{0, t};
   for (int64_t i = 0; i < s; ++i) {
-    for (const int64_t cut : {index.prefix_start[i], index.prefix_start[i] + index.prefix_len[i], index.own_start[i],
-                              index.own_start[i] + index.own_len[i]}) {
+    for (const int64_t cut : {index.prefix_start[i], index.prefix_start[i] + index.prefix_len[i],
+                              index.own_start[i], index.own_start[i] + index.own_len[i]}) {
       cuts.push_back(cut);
     }
   }
   std::sort(cuts.begin(), cuts.end());
   cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
-  std::vector<std::vector<const T*>> sources(cuts.size() - 1);  // gradient of the first row between two cuts
+  std::vector<std::vector<const T*>> sources(cuts.size() -
+                                             1);  // gradient of the first row between two cuts
   const auto add_run = [&](int64_t start, int64_t len, int64_t first_out) {
     size_t i = std::lower_bound(cuts.begin(), cuts.end(), start) - cuts.begin();
     for (; len > 0 && cuts[i] < start + len; ++i) {
@@ -101,15 +107,17 @@ void scatter(const T* grad, const Index& index, T* out, int64_t t, int64_t s, in
     add_run(index.prefix_start[i], index.prefix_len[i], index.out_start[i]);
     add_run(index.own_start[i], index.own_len[i], index.out_start[i] + index.prefix_len[i]);
   }
-  at::parallel_for(0, t, std::max<int64_t>(1, 32768 / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
-    size_t i = std::upper_bound(cuts.begin(), cuts.end(), begin) - cuts.begin() - 1;
-    for (int64_t row = begin; row < end; ++i) {
-      const int64_t stop = std::min(end, cuts[i + 1]);
-      sum(sources[i].data(), static_cast<int64_t>(sources[i].size()), (row - cuts[i]) * width, out + row * width,
-          (stop - row) * width);
-      row = stop;
-    }
-  });
+  at::parallel_for(0, t, std::max<int64_t>(1, 32768 / std::max<int64_t>(width, 1)),
+                   [&](int64_t begin, int64_t end) {
+                     size_t i =
+                         std::upper_bound(cuts.begin(), cuts.end(), begin) - cuts.begin() - 1;
+                     for (int64_t row = begin; row < end; ++i) {
+                       const int64_t stop = std::min(end, cuts[i + 1]);
+                       sum(sources[i].data(), static_cast<int64_t>(sources[i].size()),
+                           (row - cuts[i]) * width, out + row * width, (stop - row) * width);
+                       row = stop;
+                     }
+                   });
 }
 
 }  // namespace
@@ -157,23 +165,24 @@ void check_prefix_index(const at::Tensor& index, const at::Device& device, int64
               ", total = ", total);
 }
 
-at::Tensor gather_prefix_kv(const at::Tensor& x, const at::Tensor& prefix_start, const at::Tensor& prefix_len,
-                            const at::Tensor& own_start, const at::Tensor& own_len, int64_t total,
+at::Tensor gather_prefix_kv(const at::Tensor& x, const at::Tensor& prefix_start,
+                            const at::Tensor& prefix_len, const at::Tensor& own_start,
+                            const at::Tensor& own_len, int64_t total,
                             const std::optional<at::Tensor>& index_given) {
   TORCH_CHECK(x.dim() == 3, "gather_prefix_kv: x must be [t, g, d], got ", x.sizes());
   const int64_t t = x.size(0), g = x.size(1), d = x.size(2), s = prefix_start.size(0);
   const int64_t size = static_cast<int64_t>(x.element_size());
-  const at::Tensor source = x.stride(2) == 1 ? x : x.contiguous();  // values are views into the fused qkv projection
+  const at::Tensor source =
+      x.stride(2) == 1 ? x : x.contiguous();  // values are views into the fused qkv projection
   at::Tensor out = at::empty({total, g, d}, x.options());
   if (x.is_cuda()) {
-    const at::Tensor rows = index_on(x.device(), index_given, prefix_start, prefix_len, own_start,
-                                     own_len, t, total);
+    const at::Tensor rows =
+        index_on(x.device(), index_given, prefix_start, prefix_len, own_start, own_len, t, total);
     if (out.numel() > 0) {
-      RMEGA_CUDA_CALL(x, launch_gather_prefix(source.const_data_ptr(),
-                                              rows.const_data_ptr<int32_t>(),
-                                              out.mutable_data_ptr(), t, total, g, d,
-                                              source.stride(0), source.stride(1),
-                                              static_cast<int>(size), stream));
+      RMEGA_CUDA_CALL(x,
+                      launch_gather_prefix(source.const_data_ptr(), rows.const_data_ptr<int32_t>(),
+                                           out.mutable_data_ptr(), t, total, g, d, source.stride(0),
+                                           source.stride(1), static_cast<int>(size), stream));
     }
     return out;
   }
@@ -183,7 +192,8 @@ at::Tensor gather_prefix_kv(const at::Tensor& x, const at::Tensor& prefix_start,
   const char* from = static_cast<const char*>(source.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const bool dense_row = g <= 1 || source.stride(1) == d;
-  const int64_t row = source.stride(0) * size, group = source.stride(1) * size, run = dense_row ? g * d : d;
+  const int64_t row = source.stride(0) * size, group = source.stride(1) * size,
+                run = dense_row ? g * d : d;
   const auto copy = [&](int64_t source_row, int64_t out_row, int64_t rows) {
     char* target = to + out_row * g * d * size;
     if (dense_row && row == g * d * size) {
@@ -198,7 +208,8 @@ at::Tensor gather_prefix_kv(const at::Tensor& x, const at::Tensor& prefix_start,
   };
   at::parallel_for(0, total, std::max<int64_t>(1, 131072 / std::max<int64_t>(g * d * size, 1)),
                    [&](int64_t begin, int64_t end) {
-                     int64_t i = std::upper_bound(index.out_start, index.out_start + s, begin) - index.out_start - 1;
+                     int64_t i = std::upper_bound(index.out_start, index.out_start + s, begin) -
+                                 index.out_start - 1;
                      for (int64_t at = begin; at < end; ++i) {
                        const int64_t own_begin = index.out_start[i] + index.prefix_len[i];
                        const int64_t own_end = own_begin + index.own_len[i];
@@ -229,9 +240,9 @@ at::Tensor gather_prefix_kv_backward(const at::Tensor& grad, const at::Tensor& p
                                      own_start, own_len, t, total);
     if (out.numel() > 0) {
       const int32_t* offsets = made.const_data_ptr<int32_t>() + total;
-      RMEGA_CUDA_CALL(grad, launch_gather_prefix_backward(
-                                source.const_data_ptr(), offsets, offsets + t + 1,
-                                out.mutable_data_ptr(), t, total, g * d, dtype_of(grad), stream));
+      RMEGA_CUDA_CALL(grad, launch_gather_prefix_backward(source.const_data_ptr(), offsets,
+                                                          offsets + t + 1, out.mutable_data_ptr(),
+                                                          t, total, g * d, dtype_of(grad), stream));
     }
     return out;
   }
@@ -242,12 +253,13 @@ at::Tensor gather_prefix_kv_backward(const at::Tensor& grad, const at::Tensor& p
     scatter(source.const_data_ptr<float>(), index, out.mutable_data_ptr<float>(), t, s, g * d,
             elementwise_kernels().sum_f32.sum);
   } else if (grad.scalar_type() == at::kBFloat16) {
-    scatter(static_cast<const bf16*>(source.const_data_ptr()), index, static_cast<bf16*>(out.mutable_data_ptr()), t, s,
-            g * d, elementwise_kernels().sum_bf16.sum);
+    scatter(static_cast<const bf16*>(source.const_data_ptr()), index,
+            static_cast<bf16*>(out.mutable_data_ptr()), t, s, g * d,
+            elementwise_kernels().sum_bf16.sum);
   } else {
     AT_DISPATCH_FLOATING_TYPES_AND(at::kHalf, grad.scalar_type(), "gather_prefix_kv_backward", [&] {
-      scatter(source.const_data_ptr<scalar_t>(), index, out.mutable_data_ptr<scalar_t>(), t, s, g * d,
-              sum_plain<scalar_t>);
+      scatter(source.const_data_ptr<scalar_t>(), index, out.mutable_data_ptr<scalar_t>(), t, s,
+              g * d, sum_plain<scalar_t>);
     });
   }
   return out;

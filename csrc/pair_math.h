@@ -1,5 +1,5 @@
-// One pair's loss, penalty and gradient: the same arithmetic on CPU and GPU. Formulas: rmega/ops.py, pairwise_loss.
-// T is float or double, the type that everything is computed in.
+// One pair's loss, penalty and gradient: the same arithmetic on CPU and GPU. Formulas:
+// rmega/ops.py, pairwise_loss. T is float or double, the type that everything is computed in.
 #pragma once
 
 #include <cmath>
@@ -17,11 +17,12 @@ namespace rmega {
 
 template <typename T>
 struct PairTerm {
-  T base, penalty;            // both times the pair's weight, penalty also times penalty_weight
+  T base, penalty;  // both times the pair's weight, penalty also times penalty_weight
   T grad_chosen, grad_rejected;
 };
 
-// B(s) = -ln(5 - s) - ln(5 + s) for |s| <= edge; beyond, its tangent at the edge or (clamped) its value there.
+// B(s) = -ln(5 - s) - ln(5 + s) for |s| <= edge; beyond, its tangent at the edge or (clamped) its
+// value there.
 template <typename T>
 RMEGA_HOST_DEVICE T log_barrier(T s, bool clamped, T* slope) {
   const T edge = T(5.0 - 1e-3);
@@ -30,7 +31,7 @@ RMEGA_HOST_DEVICE T log_barrier(T s, bool clamped, T* slope) {
   if (a > edge) {
     rise = clamped ? T(0) : T(2 * 4.999 / (25.0 - 4.999 * 4.999));
     value = T(4.605270190988424) + rise * (a - edge);  // -ln(0.001) - ln(9.999)
-  } else {  // NaN comes here and stays NaN
+  } else {                                             // NaN comes here and stays NaN
     rise = T(2) * a / ((T(5) - a) * (T(5) + a));
     value = -std::log(T(5) - a) - std::log(T(5) + a);
   }
@@ -38,11 +39,11 @@ RMEGA_HOST_DEVICE T log_barrier(T s, bool clamped, T* slope) {
   return value;
 }
 
-// The term of a pair whose base loss and its derivative by chosen - rejected are known: both times `weight`, the penalty
-// times `penalty_weight`.
+// The term of a pair whose base loss and its derivative by chosen - rejected are known: both times
+// `weight`, the penalty times `penalty_weight`.
 template <typename T>
-RMEGA_HOST_DEVICE PairTerm<T> with_penalty(T chosen, T rejected, T base, T slope, T weight, T penalty_weight,
-                                           const LossOptions& options) {
+RMEGA_HOST_DEVICE PairTerm<T> with_penalty(T chosen, T rejected, T base, T slope, T weight,
+                                           T penalty_weight, const LossOptions& options) {
   T penalty = T(0), slope_c = T(0), slope_r = T(0);
   if (options.penalty == Penalty::log_barrier) {
     penalty = log_barrier(chosen, options.barrier_clamp, &slope_c);
@@ -61,7 +62,8 @@ RMEGA_HOST_DEVICE PairTerm<T> with_penalty(T chosen, T rejected, T base, T slope
 }
 
 template <typename T>
-RMEGA_HOST_DEVICE PairTerm<T> pair_term(T chosen, T rejected, T margin, T weight, const LossOptions& options) {
+RMEGA_HOST_DEVICE PairTerm<T> pair_term(T chosen, T rejected, T margin, T weight,
+                                        const LossOptions& options) {
   const T x = chosen - rejected - margin;
   const T a = x < T(0) ? -x : x;
   const T e = std::exp(-a);
@@ -70,15 +72,18 @@ RMEGA_HOST_DEVICE PairTerm<T> pair_term(T chosen, T rejected, T margin, T weight
   T base = (x < T(0) ? a : T(0)) + std::log1p(e) + smoothing * x;
   T slope = smoothing - q;
   if (options.loss == Loss::focal && x > T(0)) {
-    const T factor = T(4) * q * q;  // (1 - 2 (sigmoid(x) - 1/2))^2, its derivative -8 sigmoid(x) sigmoid(-x)^2
+    const T factor =
+        T(4) * q * q;  // (1 - 2 (sigmoid(x) - 1/2))^2, its derivative -8 sigmoid(x) sigmoid(-x)^2
     slope = factor * (slope - T(2) * (T(1) - q) * base);
     base = factor * base;
   }
-  return with_penalty(chosen, rejected, base, slope, weight, weight * T(options.penalty_weight), options);
+  return with_penalty(chosen, rejected, base, slope, weight, weight * T(options.penalty_weight),
+                      options);
 }
 
-// Plackett-Luce: the pairs first .. last, which share `chosen`, are one choice among chosen and all its rejected ones.
-// Its loss is log(1 + sum of exp(-x)) over them, computed as `shift` + log(1 + `others`) from the largest -x (or 0).
+// Plackett-Luce: the pairs first .. last, which share `chosen`, are one choice among chosen and all
+// its rejected ones. Its loss is log(1 + sum of exp(-x)) over them, computed as `shift` + log(1 +
+// `others`) from the largest -x (or 0).
 template <typename T>
 struct Choice {
   int64_t first, last;
@@ -87,8 +92,8 @@ struct Choice {
 
 // The choice that pair i of m belongs to. reward(row) reads a reward.
 template <typename T, typename Reward>
-RMEGA_HOST_DEVICE Choice<T> choice_of(int64_t i, const int64_t* chosen, const int64_t* rejected, const T* margin,
-                                      const T* weight, int64_t m, Reward reward) {
+RMEGA_HOST_DEVICE Choice<T> choice_of(int64_t i, const int64_t* chosen, const int64_t* rejected,
+                                      const T* margin, const T* weight, int64_t m, Reward reward) {
   Choice<T> choice{i, i + 1, T(0), T(0), T(0)};
   while (choice.first > 0 && chosen[choice.first - 1] == chosen[i]) {
     --choice.first;
@@ -116,12 +121,14 @@ RMEGA_HOST_DEVICE Choice<T> choice_of(int64_t i, const int64_t* chosen, const in
   return choice;
 }
 
-// Pair p of its choice. The loss of the choice counts with its first pair, its penalty is the mean over its pairs.
+// Pair p of its choice. The loss of the choice counts with its first pair, its penalty is the mean
+// over its pairs.
 template <typename T>
-RMEGA_HOST_DEVICE PairTerm<T> choice_term(const Choice<T>& choice, int64_t p, T chosen, T rejected, T margin, T weight,
-                                          const LossOptions& options) {
+RMEGA_HOST_DEVICE PairTerm<T> choice_term(const Choice<T>& choice, int64_t p, T chosen, T rejected,
+                                          T margin, T weight, const LossOptions& options) {
   const T base = p == choice.first ? choice.shift + std::log1p(choice.others) : T(0);
-  const T slope = -std::exp(rejected + margin - chosen - choice.shift) / (T(1) + choice.others);  // -P(rejected wins)
+  const T slope = -std::exp(rejected + margin - chosen - choice.shift) /
+                  (T(1) + choice.others);  // -P(rejected wins)
   const T penalty_weight = weight * T(options.penalty_weight) / T(choice.last - choice.first);
   return with_penalty(chosen, rejected, base, slope, choice.weight, penalty_weight, options);
 }

@@ -1,6 +1,7 @@
-// qkv_rope: the fused projection of a pack -> rotated queries, and keys (rotated) and values gathered
-// for each segment: what split, rope and gather_prefix_kv do one after the other. On a GPU one
-// kernel each way (cuda/qkv_rope.cu); on a CPU, whose attention reads keys in place, those operators.
+// qkv_rope: the fused projection of a pack -> rotated queries, and keys (rotated) and values
+// gathered for each segment: what split, rope and gather_prefix_kv do one after the other. On a GPU
+// one kernel each way (cuda/qkv_rope.cu); on a CPU, whose attention reads keys in place, those
+// operators.
 #include "rmega_ops.h"
 
 namespace rmega {
@@ -19,8 +20,8 @@ Sizes check(const char* op, int64_t width, const at::Tensor& x, const at::Tensor
                   sin.scalar_type() == cos.scalar_type() && cos.device() == x.device() &&
                   sin.device() == x.device() &&
                   (cos.scalar_type() == at::kFloat || cos.scalar_type() == x.scalar_type()),
-              op, ": cos and sin must be [t, d/2] in float32 or x's dtype, got ",
-              cos.scalar_type(), " ", cos.sizes(), " and ", sin.scalar_type(), " ", sin.sizes());
+              op, ": cos and sin must be [t, d/2] in float32 or x's dtype, got ", cos.scalar_type(),
+              " ", cos.sizes(), " and ", sin.scalar_type(), " ", sin.sizes());
   const int64_t t = cos.size(0), d = 2 * cos.size(1);
   const int64_t total = (index.numel() - t - 1) / 2;
   check_prefix_index(index, x.device(), t, total);
@@ -41,9 +42,10 @@ at::Tensor part_of(const at::Tensor& x, int part, int64_t heads, int64_t groups,
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> qkv_rope(
-    const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& index,
-    int64_t heads, int64_t groups) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> qkv_rope(const at::Tensor& x, const at::Tensor& cos,
+                                                        const at::Tensor& sin,
+                                                        const at::Tensor& index, int64_t heads,
+                                                        int64_t groups) {
   TORCH_CHECK(x.dim() == 2, "qkv_rope: x must be [t, (heads + 2 groups) d], got ", x.sizes());
   const Sizes sizes = check("qkv_rope", x.size(1), x, cos, sin, index, heads, groups);
   const int64_t t = sizes.t, total = sizes.total, d = sizes.d;
@@ -62,12 +64,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> qkv_rope(
   at::Tensor key = at::empty({total, groups, d}, x.options());
   at::Tensor value = at::empty({total, groups, d}, x.options());
   if (query.numel() + key.numel() > 0) {
-    RMEGA_CUDA_CALL(x, launch_qkv_rope(source.const_data_ptr(), c.const_data_ptr(),
-                                       s.const_data_ptr(), index.const_data_ptr<int32_t>(),
-                                       query.mutable_data_ptr(), key.mutable_data_ptr(),
-                                       value.mutable_data_ptr(), {t, total, heads, groups, d},
-                                       source.stride(0), dtype_of(x),
-                                       cos.scalar_type() == at::kFloat, stream));
+    RMEGA_CUDA_CALL(x,
+                    launch_qkv_rope(source.const_data_ptr(), c.const_data_ptr(), s.const_data_ptr(),
+                                    index.const_data_ptr<int32_t>(), query.mutable_data_ptr(),
+                                    key.mutable_data_ptr(), value.mutable_data_ptr(),
+                                    {t, total, heads, groups, d}, source.stride(0), dtype_of(x),
+                                    cos.scalar_type() == at::kFloat, stream));
   }
   return {query, key, value};
 }
@@ -75,12 +77,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> qkv_rope(
 at::Tensor qkv_rope_backward(const at::Tensor& grad_query, const at::Tensor& grad_key,
                              const at::Tensor& grad_value, const at::Tensor& cos,
                              const at::Tensor& sin, const at::Tensor& index) {
-  TORCH_CHECK(grad_query.dim() == 3 && grad_key.dim() == 3 &&
-                  grad_value.sizes() == grad_key.sizes() &&
-                  grad_key.scalar_type() == grad_query.scalar_type() &&
-                  grad_value.scalar_type() == grad_query.scalar_type(),
-              "qkv_rope: gradients ", grad_query.sizes(), ", ", grad_key.sizes(), ", ",
-              grad_value.sizes());
+  TORCH_CHECK(
+      grad_query.dim() == 3 && grad_key.dim() == 3 && grad_value.sizes() == grad_key.sizes() &&
+          grad_key.scalar_type() == grad_query.scalar_type() &&
+          grad_value.scalar_type() == grad_query.scalar_type(),
+      "qkv_rope: gradients ", grad_query.sizes(), ", ", grad_key.sizes(), ", ", grad_value.sizes());
   const int64_t heads = grad_query.size(1), groups = grad_key.size(1);
   const int64_t width = (heads + 2 * groups) * grad_key.size(2);
   const Sizes sizes = check("qkv_rope backward", width, grad_query, cos, sin, index, heads, groups);

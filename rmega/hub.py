@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -19,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rmega.io import one_line, refuse_pointer
+from rmega.io import fingerprint, json_checksum, one_line, read_json, refuse_pointer
 
 # Files of a hub repository that a reward model is built from, without weights and code.
 HUB_FILES = ("*.json", "*.jinja", "*.model", "tokenizer*", "merges.txt", "LICENSE*", "README.md")
@@ -33,6 +32,7 @@ _BESIDE_VOCABULARY = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _ABOUT_MODELS = re.compile("model of type|rope_scaling|rope_parameters")
 """What transformers warns of on the way to a tokenizer that concerns only the model's weights."""
 
@@ -114,7 +114,7 @@ def is_adapter(folder: Path) -> bool:
 
 def adapter_base(folder: Path, flag: str) -> str:
     """Folder or hub name of an adapter's base model."""
-    base = _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    base = _json_of(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(
             f"{flag} {folder}: {ADAPTER_CONFIG} names no base model (base_model_name_or_path)"
@@ -145,7 +145,7 @@ def _refuse_look_alikes(folder: Path, flag: str, weights: bool) -> None:
         if not weights or not (folder / ADAPTER_CONFIG).is_file() or _has_weights(folder):
             return
     if (folder / ADAPTER_CONFIG).is_file():
-        base = _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        base = _json_of(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         raise ValueError(
             f"{flag} {folder}: a PEFT adapter (adapter_config.json), not a model of its own; merge"
             f" it into its base model{f' {base}' if base else ''} and name the merged folder"
@@ -171,13 +171,59 @@ def _has_weights(folder: Path) -> bool:
     return any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where the file holds none: whoever needs it checks it."""
+def _json_of(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where there is no file. ValueError where it cannot be read."""
+    return read_json(path) if os.path.lexists(path) else {}
+
+
+def read_recipe(folder: Path) -> dict[str, Any] | None:
+    """``reward_recipe.json`` of an export; None where there is none. ValueError where it is
+    damaged."""
+    path = folder / RECIPE
+    if not os.path.lexists(path):
+        return None
+    recipe = read_json(path)
+    if "checksum" in recipe and recipe["checksum"] != json_checksum(recipe):
+        raise ValueError(
+            f"{path}: its content has changed since the export (checksum; without the field of that"
+            " name it is read as it is)"
+        )
+    return recipe
+
+
+def export_damage(
+    folder: Path, *, weights: bool = True, share: tuple[int, int] = (0, 1)
+) -> str | None:
+    """What has changed in an export since it was written, by the sizes and checksums in its recipe,
+    or None. Looks at what rewards depend on; finds nothing in a folder of another program.
+
+    ``weights``: also at the weights, which takes reading them. ``share`` (i, n) reads each n-th
+    file, for n ranks.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        files = (read_recipe(folder) or {}).get("files") or {}
+    except ValueError as error:
+        return str(error)
+    if not isinstance(files, dict):
+        return f"{folder / RECIPE}: its list of files cannot be read"
+    names = [
+        name
+        for name in files
+        if not name.startswith(("README", "LICENSE"))
+        and not name.endswith(".py")  # not run, and not fetched from a hub
+        and (weights or not name.endswith(".safetensors"))
+    ]
+    for name in names[share[0] :: share[1]]:
+        try:
+            if fingerprint(folder / name) == files[name]:
+                continue
+        except (OSError, ValueError) as error:
+            return f"{folder / name}: {getattr(error, 'strerror', None) or error}"
+        return (
+            f"{folder / name}: its content has changed since the export (checksum; without its line"
+            f" in {RECIPE}, and without the checksum there, it is read as it is)"
+        )
+    return None
 
 
 def model_config_folder(name: str) -> Path:
@@ -205,27 +251,30 @@ def recorded_reward_token(folder: Path) -> str | None:
     ``none``: a reward model of another program, which is read at the last token of the templated
     text (TRL, Skywork, RLHFlow). None: not a reward model.
     """
-    recipe, config = _read_json(folder / RECIPE), _read_json(folder / "config.json")
+    recipe, config = read_recipe(folder) or {}, _json_of(folder / "config.json")
     for record in (recipe, config):
         if record.get("reward_token_id") is not None:
             return str(record["reward_token_id"])
     heads = ("ForSequenceClassification", "ForRewardModel")
-    if not any(str(name).endswith(heads) for name in config.get("architectures") or ()):
+    names, labels = config.get("architectures") or (), config.get("id2label")
+    if not isinstance(names, list | tuple) or not isinstance(labels or {}, dict):
+        raise ValueError(f"{folder / 'config.json'}: architectures or id2label cannot be read")
+    if not any(str(name).endswith(heads) for name in names):
         return None
-    labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 1)
+    labels = len(labels) if labels else config.get("num_labels", 1)
     return "none" if labels == 1 else None
 
 
 def recorded_pad_token(folder: Path) -> int | None:
     """The pad token in the config.json beside a tokenizer; None where it does not say."""
-    token = _read_json(folder / "config.json").get("pad_token_id")
+    token = _json_of(folder / "config.json").get("pad_token_id")
     return token if isinstance(token, int) and token >= 0 else None
 
 
 def recorded_vocab_size(folder: Path) -> int | None:
     """Rows of the embedding, as the config.json beside a tokenizer has it; None where it does not
     say."""
-    size = _read_json(folder / "config.json").get("vocab_size")
+    size = _json_of(folder / "config.json").get("vocab_size")
     return size if isinstance(size, int) and size > 0 else None
 
 
@@ -255,8 +304,16 @@ def load_tokenizer(
     vocabulary = next((n for n in _VOCABULARIES if (folder / n).is_file()), None)
     if vocabulary is None:
         raise ValueError(f"{flag} {name}: no tokenizer in it ({', '.join(_VOCABULARIES)})")
-    for file in (vocabulary, *_BESIDE_VOCABULARY):
-        refuse_pointer(folder / file)
+    if problem := export_damage(folder, weights=False):
+        raise ValueError(problem)
+    for file in (*_VOCABULARIES, *_BESIDE_VOCABULARY):
+        path = folder / file
+        refuse_pointer(path)
+        # transformers would read on without a file that is a broken link.
+        if os.path.lexists(path) and not path.is_file():
+            raise ValueError(f"{flag} {path}: not a file that can be read")
+        if file in _SETTINGS and path.is_file():
+            read_json(path)
     if vocabulary == "tokenizer.model":
         _need_to_read_sentencepiece(f"{flag} {name}")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -266,6 +323,7 @@ def load_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(
                 str(folder), trust_remote_code=trust_remote_code
             )
+            tokenizer.encode("a")  # uses settings of other types than transformers checks
         except Exception as error:  # json, the Rust layer and transformers raise their own kinds
             if trust_remote_code or "custom code" not in str(error):
                 reasons = "; ".join([one_line(error), *lines[:1]])
@@ -277,6 +335,8 @@ def load_tokenizer(
                 ) from None
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
             lines.append("code of its own is not run; tokenizer.json alone is read")
+    if not (folder / "tokenizer_config.json").is_file():
+        lines.append("no tokenizer_config.json: no roles of tokens and no chat template are known")
     if messages is not None:
         messages += [f"tokenizer {name}: {line}" for line in dict.fromkeys(lines)]
     return tokenizer

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def sync_folder(folder: Path | str) -> None:
@@ -83,6 +86,39 @@ def fingerprint(path: Path | str) -> list[int]:
         while block := file.read(1 << 24):
             crc, size = zlib.crc32(block, crc), size + len(block)
     return [size, crc]
+
+
+def json_checksum(content: Mapping[str, Any]) -> int:
+    """crc32 of a JSON object without its field ``checksum``, in which a file can keep it."""
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    # Of the values as a reader of the file gets them: tuples are lists there, keys are text.
+    return zlib.crc32(json.dumps(json.loads(json.dumps(rest)), sort_keys=True).encode())
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """A JSON object from a file. ValueError names the file where it cannot be read, holds something
+    else, or gives a key twice, of which every reader takes another one."""
+
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {max(keys, key=keys.count)!r} is there twice")
+        return found
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=distinct)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not JSON that can be read: nested too deeply") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or one_line(error)}") from None
+    except ValueError as error:  # no UTF-8, a key twice, a number of thousands of digits
+        raise ValueError(f"{path}: {one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a JSON object was expected")
+    return content
 
 
 def checksum(path: Path | str) -> str:

@@ -1,6 +1,7 @@
-// Enough of CUDA to run this project's kernels on a CPU, thread by thread, so that their logic is tested where no GPU is:
-// each CUDA thread is a coroutine; a block's threads run in turn, up to their next barrier or warp exchange.
-// Says nothing of speed, of memory ordering inside a warp, or of what a real compiler does.
+// Enough of CUDA to run this project's kernels on a CPU, thread by thread, so that their logic is
+// tested where no GPU is: each CUDA thread is a coroutine; a block's threads run in turn, up to
+// their next barrier or warp exchange. Says nothing of speed, of memory ordering inside a warp, or
+// of what a real compiler does.
 #pragma once
 
 #include <ucontext.h>
@@ -25,13 +26,21 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3(unsigned x_, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-struct uint2 { uint32_t x, y; };
-struct uint4 { uint32_t x, y, z, w; };
+struct uint2 {
+  uint32_t x, y;
+};
+struct uint4 {
+  uint32_t x, y, z, w;
+};
 using cudaStream_t = void*;
 static dim3 threadIdx(0), blockIdx(0), blockDim(1), gridDim(1);
 
-struct __half { _Float16 value; };
-struct __nv_bfloat16 { uint16_t bits; };
+struct __half {
+  _Float16 value;
+};
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
 inline float __half2float(__half x) { return float(x.value); }
 inline __half __float2half_rn(float x) { return {_Float16(x)}; }
 inline float __bfloat162float(__nv_bfloat16 x) {
@@ -59,8 +68,8 @@ static std::vector<Thread> threads;
 static ucontext_t scheduler;
 static int current;
 static std::function<void()> body;
-static std::vector<int> votes;          // __syncthreads_or
-static std::vector<double> exchanged;   // warp exchanges
+static std::vector<int> votes;         // __syncthreads_or
+static std::vector<double> exchanged;  // warp exchanges
 
 inline void wait(State state) {
   threads[current].state = state;
@@ -166,16 +175,19 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
   exchanged[current] = vote;
   wait(State::at_warp);
   unsigned bits = 0;
-  for (int lane = 0; lane < 32; ++lane) bits |= unsigned(exchanged[current / 32 * 32 + lane] != 0) << lane;
+  for (int lane = 0; lane < 32; ++lane)
+    bits |= unsigned(exchanged[current / 32 * 32 + lane] != 0) << lane;
   wait(State::at_warp);
   return bits;
 }
-#define __expf(x) std::exp(float(x))  // glibc has a function of this name
+#define __expf(x) std::exp(float(x))         // glibc has a function of this name
 inline float __fdividef(float x, float y) {  // 0 for a divisor beyond 2^126
   return std::fabs(y) > 8.507059173023462e37f && !std::isinf(x) ? 0.0f : x / y;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 [[noreturn]] inline void __trap() { std::abort(); }
 inline int cudaGetLastError() { return 0; }
-inline int cudaMemsetAsync(void* p, int value, size_t size, cudaStream_t) { return std::memset(p, value, size), 0; }
+inline int cudaMemsetAsync(void* p, int value, size_t size, cudaStream_t) {
+  return std::memset(p, value, size), 0;
+}
 }  // namespace

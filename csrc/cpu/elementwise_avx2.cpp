@@ -1,4 +1,5 @@
-// The fused elementwise kernels for x86 with AVX2; elementwise.cpp asks the CPU before it calls them.
+// The fused elementwise kernels for x86 with AVX2; elementwise.cpp asks the CPU before it calls
+// them.
 #if defined(__x86_64__)
 #include <immintrin.h>
 

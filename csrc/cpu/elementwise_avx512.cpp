@@ -1,4 +1,5 @@
-// The fused elementwise kernels for x86 with AVX512; elementwise.cpp asks the CPU before it calls them.
+// The fused elementwise kernels for x86 with AVX512; elementwise.cpp asks the CPU before it calls
+// them.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -7,7 +8,8 @@
 #define RMEGA_LANES 16
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says it of its own intrinsics
 #pragma GCC push_options

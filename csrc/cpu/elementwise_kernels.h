@@ -1,5 +1,6 @@
-// The fused elementwise kernels, in vectors of kLanes floats. Included once per instruction set, inside a namespace of
-// its own, by elementwise_<isa>.cpp, which has included every header before it changed the target.
+// The fused elementwise kernels, in vectors of kLanes floats. Included once per instruction set,
+// inside a namespace of its own, by elementwise_<isa>.cpp, which has included every header before
+// it changed the target.
 
 #if RMEGA_LANES == 16
 constexpr int kLanes = 16;
@@ -28,7 +29,8 @@ RMEGA_INLINE void store(float* p, Vec x) { __builtin_memcpy(p, &x, sizeof(x)); }
 
 RMEGA_INLINE Vec load(const bf16* p) {
 #if RMEGA_LANES == 16
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  const __m512i wide =
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return reinterpret_cast<Vec>(_mm512_slli_epi32(wide, 16));
 #elif RMEGA_LANES == 8
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -40,8 +42,9 @@ RMEGA_INLINE Vec load(const bf16* p) {
 #endif
 }
 
-// The nearest bfloat16, ties to even, in the upper half of each lane; the lower half is arbitrary. A NaN stays one: the
-// NaNs that come here are those of arithmetic or of bfloat16 inputs, whose low bits are zero, so nothing overflows.
+// The nearest bfloat16, ties to even, in the upper half of each lane; the lower half is arbitrary.
+// A NaN stays one: the NaNs that come here are those of arithmetic or of bfloat16 inputs, whose low
+// bits are zero, so nothing overflows.
 RMEGA_INLINE UintVec round_bits(Vec x) {
   const UintVec u = reinterpret_cast<UintVec>(x);
   return u + 0x7fffu + ((u >> 16) & 1u);
@@ -50,10 +53,13 @@ RMEGA_INLINE UintVec round_bits(Vec x) {
 RMEGA_INLINE void store(bf16* p, Vec x) {
   const UintVec u = round_bits(x) >> 16;
 #if RMEGA_LANES == 16
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(u)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(u)));
 #elif RMEGA_LANES == 8
-  const __m256i packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(u), reinterpret_cast<__m256i>(u));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+  const __m256i packed =
+      _mm256_packus_epi32(reinterpret_cast<__m256i>(u), reinterpret_cast<__m256i>(u));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 #else
   const HalfVec half = __builtin_convertvector(u, HalfVec);
   __builtin_memcpy(p, &half, sizeof(half));
@@ -61,7 +67,9 @@ RMEGA_INLINE void store(bf16* p, Vec x) {
 }
 
 RMEGA_INLINE Vec round_to(const float*, Vec x) { return x; }
-RMEGA_INLINE Vec round_to(const bf16*, Vec x) { return reinterpret_cast<Vec>(round_bits(x) & 0xffff0000u); }
+RMEGA_INLINE Vec round_to(const bf16*, Vec x) {
+  return reinterpret_cast<Vec>(round_bits(x) & 0xffff0000u);
+}
 
 // The first n < kLanes elements, zeros behind them; and the same for a store.
 template <typename T>
@@ -113,8 +121,8 @@ RMEGA_INLINE Vec at_least(Vec x, float bound) {
 #endif
 }
 
-// 1 / x for 1 <= x < 2^126. A division of 16 lanes takes longer than all the rest of a sigmoid; 14 bits and one Newton
-// step are good to 1 ulp.
+// 1 / x for 1 <= x < 2^126. A division of 16 lanes takes longer than all the rest of a sigmoid; 14
+// bits and one Newton step are good to 1 ulp.
 RMEGA_INLINE Vec reciprocal(Vec x) {
 #if RMEGA_LANES == 16
   const Vec r = reinterpret_cast<Vec>(_mm512_rcp14_ps(reinterpret_cast<__m512>(x)));
@@ -127,7 +135,8 @@ RMEGA_INLINE Vec reciprocal(Vec x) {
 // e^x, to about 1 ulp; x is held to +-86. NaN stays NaN.
 RMEGA_INLINE Vec exp_of(Vec x) {
   x = at_least(at_most(x, 86.0f), -86.0f);
-  const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+  const Vec shift =
+      splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
   const Vec shifted = x * splat(1.44269504f) + shift;
   const Vec n = shifted - shift;
   Vec r = x - n * splat(0.693359375f);  // ln 2 in two parts, the first exact in few bits
@@ -140,15 +149,18 @@ RMEGA_INLINE Vec exp_of(Vec x) {
   y = y * r + splat(5.0000001201e-1f);
   y = y * (r * r) + r + splat(1.0f);
   // y is in [0.7, 1.5): adding n to its exponent bits cannot leave the range.
-  return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(y) + (reinterpret_cast<IntVec>(shifted) << 23));
+  return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(y) +
+                               (reinterpret_cast<IntVec>(shifted) << 23));
 }
 
 RMEGA_INLINE Vec sigmoid(Vec x) { return reciprocal(splat(1.0f) + exp_of(-x)); }
 
-// ---- rms_norm ---------------------------------------------------------------------------------------------------
+// ---- rms_norm
+// -------------------------------------------------------------------------------------------------
 
 template <typename T>
-static void norm_forward(const T* x, const T* weight, T* y, float* inv, int64_t rows, int64_t h, float eps) {
+static void norm_forward(const T* x, const T* weight, T* y, float* inv, int64_t rows, int64_t h,
+                         float eps) {
   const int64_t whole = h / kLanes * kLanes, rest = h - whole;
   for (int64_t row = 0; row < rows; ++row, x += h, y += h) {
     Vec sum0 = {}, sum1 = {}, sum2 = {}, sum3 = {};
@@ -169,21 +181,23 @@ static void norm_forward(const T* x, const T* weight, T* y, float* inv, int64_t 
       const Vec x0 = load_some(x + whole, rest);
       sum1 += x0 * x0;
     }
-    const float scale = 1.0f / __builtin_sqrtf(sum_lanes((sum0 + sum1) + (sum2 + sum3)) / float(h) + eps);
+    const float scale =
+        1.0f / __builtin_sqrtf(sum_lanes((sum0 + sum1) + (sum2 + sum3)) / float(h) + eps);
     inv[row] = scale;
     for (j = 0; j < whole; j += kLanes) {
       store(y + j, load(weight + j) * round_to(x, load(x + j) * scale));
     }
     if (rest > 0) {
-      store_some(y + j, load_some(weight + j, rest) * round_to(x, load_some(x + j, rest) * scale), rest);
+      store_some(y + j, load_some(weight + j, rest) * round_to(x, load_some(x + j, rest) * scale),
+                 rest);
     }
   }
 }
 
 // dx = inv (w dy - x inv^2 mean(w dy x)), dweight = sum over rows of dy round(x inv)
 template <typename T>
-static void norm_backward(const T* dy, const T* x, const T* weight, const float* inv, T* dx, float* dweight,
-                          int64_t rows, int64_t h) {
+static void norm_backward(const T* dy, const T* x, const T* weight, const float* inv, T* dx,
+                          float* dweight, int64_t rows, int64_t h) {
   const int64_t whole = h / kLanes * kLanes, rest = h - whole;
   for (int64_t row = 0; row < rows; ++row, x += h, dy += h, dx += h) {
     const float scale = inv[row];
@@ -212,13 +226,16 @@ static void norm_backward(const T* dy, const T* x, const T* weight, const float*
       store(dx + j, load(weight + j) * load(dy + j) * scale - load(x + j) * shrink);
     }
     if (rest > 0) {
-      store_some(dx + j, load_some(weight + j, rest) * load_some(dy + j, rest) * scale -
-                 load_some(x + j, rest) * shrink, rest);
+      store_some(dx + j,
+                 load_some(weight + j, rest) * load_some(dy + j, rest) * scale -
+                     load_some(x + j, rest) * shrink,
+                 rest);
     }
   }
 }
 
-// ---- swiglu -----------------------------------------------------------------------------------------------------
+// ---- swiglu
+// -------------------------------------------------------------------------------------------------
 
 template <bool whole, typename T>
 RMEGA_INLINE void glu_forward_at(const T* gate, const T* up, T* y, int64_t n) {
@@ -241,9 +258,11 @@ static void glu_forward(const T* x, T* y, int64_t rows, int64_t f) {
 
 // silu'(g) = s (1 + g (1 - s)) with s = sigmoid(g)
 template <bool whole, typename T>
-RMEGA_INLINE void glu_backward_at(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t n) {
+RMEGA_INLINE void glu_backward_at(const T* dy, const T* gate, const T* up, T* dgate, T* dup,
+                                  int64_t n) {
   const Vec g = load_up_to<whole>(gate, n), grad = load_up_to<whole>(dy, n), s = sigmoid(g);
-  store_up_to<whole>(dgate, grad * load_up_to<whole>(up, n) * s * (splat(1.0f) + g * (splat(1.0f) - s)), n);
+  store_up_to<whole>(
+      dgate, grad * load_up_to<whole>(up, n) * s * (splat(1.0f) + g * (splat(1.0f) - s)), n);
   store_up_to<whole>(dup, grad * (g * s), n);
 }
 
@@ -255,15 +274,18 @@ static void glu_backward(const T* dy, const T* x, T* dx, int64_t rows, int64_t f
       glu_backward_at<true>(dy + j, x + j, x + f + j, dx + j, dx + f + j, kLanes);
     }
     if (whole < f) {
-      glu_backward_at<false>(dy + whole, x + whole, x + f + whole, dx + whole, dx + f + whole, f - whole);
+      glu_backward_at<false>(dy + whole, x + whole, x + f + whole, dx + whole, dx + f + whole,
+                             f - whole);
     }
   }
 }
 
-// ---- rope -------------------------------------------------------------------------------------------------------
+// ---- rope
+// -------------------------------------------------------------------------------------------------
 
 template <bool whole, typename T, typename C>
-RMEGA_INLINE void rotate_at(const T* x, const C* cos, const C* sin, T* y, int64_t half, float sign, int64_t n) {
+RMEGA_INLINE void rotate_at(const T* x, const C* cos, const C* sin, T* y, int64_t half, float sign,
+                            int64_t n) {
   const Vec c = load_up_to<whole>(cos, n), s = load_up_to<whole>(sin, n) * sign;
   const Vec x1 = load_up_to<whole>(x, n), x2 = load_up_to<whole>(x + half, n);
   store_up_to<whole>(y, x1 * c - x2 * s, n);
@@ -281,13 +303,15 @@ static void rotate(const T* x, const C* cos, const C* sin, T* y, int64_t rows, i
         rotate_at<true>(from + j, cos + j, sin + j, y + j, half, sign, kLanes);
       }
       if (whole < half) {
-        rotate_at<false>(from + whole, cos + whole, sin + whole, y + whole, half, sign, half - whole);
+        rotate_at<false>(from + whole, cos + whole, sin + whole, y + whole, half, sign,
+                         half - whole);
       }
     }
   }
 }
 
-// ---- sums of rows -----------------------------------------------------------------------------------------------
+// ---- sums of rows
+// -----------------------------------------------------------------------------------------------
 
 template <typename T>
 static void sum_rows(const T* const* sources, int64_t count, int64_t offset, T* out, int64_t n) {
@@ -313,7 +337,8 @@ static void sum_rows(const T* const* sources, int64_t count, int64_t offset, T* 
   }
 }
 
-// ---- pairs ------------------------------------------------------------------------------------------------------
+// ---- pairs
+// -------------------------------------------------------------------------------------------------
 
 // ln x for normal positive x (Cephes logf), to about 1 ulp. NaN stays NaN.
 RMEGA_INLINE Vec log_of(Vec x) {
@@ -343,7 +368,9 @@ RMEGA_INLINE Vec log1p_of(Vec e) {
   return log_of(u) + (e - (u - splat(1.0f))) * reciprocal(u);
 }
 
-RMEGA_INLINE Vec absolute(Vec x) { return reinterpret_cast<Vec>(reinterpret_cast<UintVec>(x) & 0x7fffffffu); }
+RMEGA_INLINE Vec absolute(Vec x) {
+  return reinterpret_cast<Vec>(reinterpret_cast<UintVec>(x) & 0x7fffffffu);
+}
 
 // As log_barrier of pair_math.h.
 RMEGA_INLINE Vec barrier_of(Vec s, bool clamped, Vec* slope) {
@@ -386,7 +413,8 @@ static void pair_terms(PairBlock& block, int64_t m, const LossOptions& options) 
   const int64_t padded = (m + 15) / 16 * 16;
   Vec wins = {}, ties = {};
   for (int64_t i = 0; i < padded; i += kLanes) {
-    const Vec c = load(block.chosen + i), r = load(block.rejected + i), weight = load(block.weight + i), d = c - r;
+    const Vec c = load(block.chosen + i), r = load(block.rejected + i),
+              weight = load(block.weight + i), d = c - r;
     const Vec x = d - load(block.margin + i), a = absolute(x);
     wins += d > zero ? one : zero;
     ties += d == zero ? one : zero;
@@ -426,10 +454,14 @@ static void pair_terms(PairBlock& block, int64_t m, const LossOptions& options) 
   block.ties = lanes_of(ties) - static_cast<double>(padded - m);
 }
 
-#define RMEGA_ELEMENTWISE_TABLE                                                                              \
-  {                                                                                                          \
-    {norm_forward<float>, norm_backward<float>}, {norm_forward<bf16>, norm_backward<bf16>},                  \
-    {glu_forward<float>, glu_backward<float>}, {glu_forward<bf16>, glu_backward<bf16>},                      \
-    {rotate<float, float>}, {rotate<bf16, bf16>}, {rotate<bf16, float>},                                     \
-    {sum_rows<float>}, {sum_rows<bf16>}, pair_terms                                                          \
-  }
+#define RMEGA_ELEMENTWISE_TABLE                 \
+  {{norm_forward<float>, norm_backward<float>}, \
+   {norm_forward<bf16>, norm_backward<bf16>},   \
+   {glu_forward<float>, glu_backward<float>},   \
+   {glu_forward<bf16>, glu_backward<bf16>},     \
+   {rotate<float, float>},                      \
+   {rotate<bf16, bf16>},                        \
+   {rotate<bf16, float>},                       \
+   {sum_rows<float>},                           \
+   {sum_rows<bf16>},                            \
+   pair_terms}

@@ -1,10 +1,12 @@
-// The three products of a linear layer in bfloat16 on a CPU with AMX: y = x w^T, dx = dy w, and dw += dy^T x into fp32.
+// The three GEMMs of a linear layer in bfloat16 on a CPU with AMX: y = x w^T, dx = dy w, and dw
+// += dy^T x into fp32.
 //
-// ATen's products make a new kernel for every number of rows (a pack has another one each step), reach half of what the
-// tiles can do, and round a weight gradient to bfloat16 before it is added. Here operands are laid out in tiles, in blocks
-// that stay in the second-level cache.
+// ATen's GEMMs make a new kernel for every number of rows (a pack has another one each step),
+// reach half of what the tiles can do, and round a weight gradient to bfloat16 before it is added.
+// Here operands are laid out in tiles, in blocks that stay in the second-level cache.
 //
-// Letters: t rows, k and n the layer's inputs and outputs; m, w the smaller and the larger of n and k.
+// Letters: t rows, k and n the layer's inputs and outputs; m, w the smaller and the larger of n and
+// k.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -14,7 +16,8 @@
 
 #include "../rmega_ops.h"
 
-#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#if defined(__x86_64__) && defined(__linux__) && \
+    (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define RMEGA_AMX 1  // a compiler that knows the tiles
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -31,19 +34,21 @@ namespace {
 
 #ifdef RMEGA_AMX
 
-constexpr int64_t kStrip = 32;      // rows or columns of two tiles side by side
-constexpr int64_t kTile = 512;      // 16-bit elements of a tile: 16 rows of 64 bytes
-constexpr int64_t kBlock = 1024;    // fp32 sums of a strip of rows times a strip of columns
-// Measured on Sapphire Rapids (48 KB first-level, 2 MB second-level cache). A strip of kTerms terms stays in the first,
-// with it go kCached elements of a right operand and the sums of a few hundred rows in the second.
+constexpr int64_t kStrip = 32;    // rows or columns of two tiles side by side
+constexpr int64_t kTile = 512;    // 16-bit elements of a tile: 16 rows of 64 bytes
+constexpr int64_t kBlock = 1024;  // fp32 sums of a strip of rows times a strip of columns
+// Measured on Sapphire Rapids (48 KB first-level, 2 MB second-level cache). A strip of kTerms terms
+// stays in the first, with it go kCached elements of a right operand and the sums of a few hundred
+// rows in the second.
 constexpr int64_t kTerms = 320;
 constexpr int64_t kCached = 1 << 18;
-constexpr int64_t kDeep = 2048;     // terms of a right operand that stay there together
-constexpr int64_t kTall = 1024;     // rows of sums that stay there
+constexpr int64_t kDeep = 2048;  // terms of a right operand that stay there together
+constexpr int64_t kTall = 1024;  // rows of sums that stay there
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// n cut evenly into pieces of at most `most`, their number a multiple of `multiple`: a piece, in whole strips.
+// n cut evenly into pieces of at most `most`, their number a multiple of `multiple`: a piece, in
+// whole strips.
 int64_t even(int64_t n, int64_t most, int64_t multiple = 1) {
   const int64_t pieces = round_up((n + most - 1) / most, multiple);
   return std::max(kStrip, round_up((n + pieces - 1) / pieces, kStrip));
@@ -56,10 +61,11 @@ T* in(at::Tensor& memory) {
   return reinterpret_cast<T*>(memory.mutable_data_ptr<uint8_t>());
 }
 
-// ---- tiles ------------------------------------------------------------------------------------------------------
-// An operand is laid out in strips of 32 rows (left) or columns (right); a strip is, for each 32 terms, two tiles of
-// 16 rows or columns, each a kilobyte of its own. A left tile holds 16 rows of 32 terms, a right one 16 pairs of terms
-// of 16 columns.
+// ---- tiles
+// -------------------------------------------------------------------------------------------------
+// An operand is laid out in strips of 32 rows (left) or columns (right); a strip is, for each 32
+// terms, two tiles of 16 rows or columns, each a kilobyte of its own. A left tile holds 16 rows of
+// 32 terms, a right one 16 pairs of terms of 16 columns.
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -76,10 +82,11 @@ struct Tiles {
   AMX ~Tiles() { _tile_release(); }
 };
 
-// sums [32][32] (+)= left strip times right strip, over 32 * steps terms. Meanwhile `lines` cache lines a step are
-// fetched from `ahead`, where the left strip after this one lies: it comes from memory, the right ones are in cache.
-AMX inline void multiply(const uint16_t* left, const uint16_t* right, int64_t steps, float* sums, bool add,
-                         const char* ahead, int64_t lines) {
+// sums [32][32] (+)= left strip times right strip, over 32 * steps terms. Meanwhile `lines` cache
+// lines a step are fetched from `ahead`, where the next left strip is: it comes from
+// memory, the right ones are in cache.
+AMX inline void multiply(const uint16_t* left, const uint16_t* right, int64_t steps, float* sums,
+                         bool add, const char* ahead, int64_t lines) {
   constexpr int64_t row = 4 * kStrip;
   asm volatile("" ::: "memory");  // gcc does not know that loading a tile reads memory
   if (add) {
@@ -128,7 +135,8 @@ AVX512 inline void transpose16(__m512i (&x)[16]) {
   // x[4 a + j], lane b: column 4 b + j of rows 4 a .. 4 a + 3
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    const __m512i p = _mm512_shuffle_i32x4(x[j], x[4 + j], 0x88), q = _mm512_shuffle_i32x4(x[j], x[4 + j], 0xdd);
+    const __m512i p = _mm512_shuffle_i32x4(x[j], x[4 + j], 0x88),
+                  q = _mm512_shuffle_i32x4(x[j], x[4 + j], 0xdd);
     const __m512i r = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88);
     const __m512i s = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xdd);
     y[j] = _mm512_shuffle_i32x4(p, r, 0x88);
@@ -142,13 +150,16 @@ AVX512 inline void transpose16(__m512i (&x)[16]) {
 
 // Two rows of 16, interleaved.
 AVX512 inline __m512i pair(const uint16_t* a, const uint16_t* b) {
-  const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)));
-  const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
+  const __m512i low =
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)));
+  const __m512i high =
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
   return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-// A strip of `terms` terms (a multiple of 32) from a matrix with rows ld apart. Where its rows are the strip's own:
-// left = true for a left operand (row i = in + i * ld; rows from `rows` on are zero), false for a right one (column i).
+// A strip of `terms` terms (a multiple of 32) from a matrix with rows ld apart. Where its rows are
+// the strip's own: left = true for a left operand (row i = in + i * ld; rows from `rows` on are
+// zero), false for a right one (column i).
 template <bool left>
 AVX512 void pack_own(const uint16_t* in, int64_t ld, int64_t rows, int64_t terms, uint16_t* out) {
   for (int64_t d = 0; d < terms; d += 32) {
@@ -156,7 +167,8 @@ AVX512 void pack_own(const uint16_t* in, int64_t ld, int64_t rows, int64_t terms
       __m512i x[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
-        x[i] = half + i < rows ? _mm512_loadu_si512(in + (half + i) * ld + d) : _mm512_setzero_si512();
+        x[i] =
+            half + i < rows ? _mm512_loadu_si512(in + (half + i) * ld + d) : _mm512_setzero_si512();
       }
       if (!left) transpose16(x);
 #pragma GCC unroll 16
@@ -165,8 +177,8 @@ AVX512 void pack_own(const uint16_t* in, int64_t ld, int64_t rows, int64_t terms
   }
 }
 
-// The same where the rows of the matrix are the terms: term j of row or column i = in[j * ld + i]. Terms from `rows` to
-// `terms` are zero.
+// The same where the rows of the matrix are the terms: term j of row or column i = in[j * ld + i].
+// Terms from `rows` to `terms` are zero.
 template <bool left>
 AVX512 void pack_terms(const uint16_t* in, int64_t ld, int64_t rows, int64_t terms, uint16_t* out) {
   alignas(64) static const uint16_t zeros[kStrip] = {};
@@ -176,7 +188,8 @@ AVX512 void pack_terms(const uint16_t* in, int64_t ld, int64_t rows, int64_t ter
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
         const int64_t j = d + 2 * i;
-        x[i] = pair(j < rows ? in + j * ld + half : zeros, j + 1 < rows ? in + (j + 1) * ld + half : zeros);
+        x[i] = pair(j < rows ? in + j * ld + half : zeros,
+                    j + 1 < rows ? in + (j + 1) * ld + half : zeros);
       }
       if (left) transpose16(x);
 #pragma GCC unroll 16
@@ -191,7 +204,8 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))) void st
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < kStrip; c += 16) {
       const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_load_ps(sums + r * kStrip + c));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + r * ldy + c), reinterpret_cast<__m256i>(rounded));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + r * ldy + c),
+                          reinterpret_cast<__m256i>(rounded));
     }
   }
 }
@@ -201,7 +215,8 @@ AVX512 void add_rows(const float* sums, float* out, int64_t ldo) {
   for (int64_t r = 0; r < kStrip; ++r) {
     for (int64_t c = 0; c < kStrip; c += 16) {
       float* to = out + r * ldo + c;
-      _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_load_ps(sums + r * kStrip + c)));
+      _mm512_storeu_ps(to,
+                       _mm512_add_ps(_mm512_loadu_ps(to), _mm512_load_ps(sums + r * kStrip + c)));
     }
   }
 }
@@ -223,12 +238,14 @@ AVX512 void add_transposed(const float* sums, float* out, int64_t ldo) {
   }
 }
 
-// ---- products ---------------------------------------------------------------------------------------------------
+// ---- GEMMs
+// -------------------------------------------------------------------------------------------------
 
-// y [rows, columns] = x [rows, depth] times a right operand, of which pack(column, term, terms, to) lays out a strip.
+// y [rows, columns] = x [rows, depth] times a right operand, of which pack(column, term, terms, to)
+// lays out a strip.
 template <typename Pack>
-void product(const uint16_t* x, int64_t ldx, int64_t rows, int64_t depth, int64_t columns, uint16_t* y,
-             const Pack& pack) {
+void product(const uint16_t* x, int64_t ldx, int64_t rows, int64_t depth, int64_t columns,
+             uint16_t* y, const Pack& pack) {
   const int64_t chunk = even(depth, kTerms), strips = columns / kStrip;
   const auto terms_of = [&](int64_t term) { return std::min(chunk, depth - term); };
   at::Tensor packed = bytes(2 * depth * columns);
@@ -238,12 +255,14 @@ void product(const uint16_t* x, int64_t ldx, int64_t rows, int64_t depth, int64_
   };
   at::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
     for (int64_t term = 0; term < depth; term += chunk) {
-      for (int64_t s = begin; s < end; ++s) pack(s * kStrip, term, terms_of(term), strip_at(term, s));
+      for (int64_t s = begin; s < end; ++s)
+        pack(s * kStrip, term, terms_of(term), strip_at(term, s));
     }
   });
   const int64_t deep = std::min(depth, kDeep / chunk * chunk);
-  const int64_t group = std::max<int64_t>(1, kCached / (deep * kStrip));  // strips of the right operand at once
-  const bool once = deep >= depth;                                       // else sums wait for the next terms
+  const int64_t group =
+      std::max<int64_t>(1, kCached / (deep * kStrip));  // strips of the right operand at once
+  const bool once = deep >= depth;                      // else sums wait for the next terms
   const int64_t block = even(rows, once ? kTall : kTall / 2, at::get_num_threads());
   at::parallel_for(0, (rows + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
     const Tiles tiles;
@@ -268,8 +287,10 @@ void product(const uint16_t* x, int64_t ldx, int64_t rows, int64_t depth, int64_
             for (int64_t term = from; term < until; term += chunk) {
               const int64_t terms = terms_of(term);
               const uint16_t* const strip = left + term * block + r * terms;
-              const int64_t lines = (kStrip + s1 - s0 - 1) / (s1 - s0), stride = 64 * lines * (terms / 32);
-              const int64_t next = term + chunk;  // the same rows' next terms, or the next rows' first ones
+              const int64_t lines = (kStrip + s1 - s0 - 1) / (s1 - s0),
+                            stride = 64 * lines * (terms / 32);
+              const int64_t next =
+                  term + chunk;  // the same rows' next terms, or the next rows' first ones
               const char* const ahead = reinterpret_cast<const char*>(
                   next < until ? left + next * block + r * terms_of(next)
                                : left + from * block + (r + kStrip) * terms_of(from));
@@ -290,8 +311,8 @@ void product(const uint16_t* x, int64_t ldx, int64_t rows, int64_t depth, int64_
 }
 
 // total [w, m] (transposed) or [m, w] += large [t, w] ^T small [t, m] or its transpose.
-void weight_gradient(const uint16_t* small, int64_t lds, int64_t m, const uint16_t* large, int64_t ldl, int64_t w,
-                     int64_t t, bool transposed, float* total) {
+void weight_gradient(const uint16_t* small, int64_t lds, int64_t m, const uint16_t* large,
+                     int64_t ldl, int64_t w, int64_t t, bool transposed, float* total) {
   const int64_t chunk = even(t, kTerms), chunks = (t + chunk - 1) / chunk;
   const auto rows_of = [&](int64_t row) { return std::min(chunk, t - row); };
   const auto terms_of = [&](int64_t row) { return round_up(rows_of(row), 32); };
@@ -301,12 +322,14 @@ void weight_gradient(const uint16_t* small, int64_t lds, int64_t m, const uint16
   at::parallel_for(0, chunks * strips, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / strips * chunk, at = i % strips * kStrip;
-      pack_terms<true>(small + row * lds + at, lds, rows_of(row), terms_of(row), left + m * row + at * terms_of(row));
+      pack_terms<true>(small + row * lds + at, lds, rows_of(row), terms_of(row),
+                       left + m * row + at * terms_of(row));
     }
   });
   const int64_t deep = std::min(chunks, kDeep / 2 / chunk) * chunk;
   const int64_t tall = even(m, kTall), down = (m + tall - 1) / tall;
-  const int64_t wide = even(w, std::max(kStrip, kCached / deep), down > 1 ? 1 : at::get_num_threads());
+  const int64_t wide =
+      even(w, std::max(kStrip, kCached / deep), down > 1 ? 1 : at::get_num_threads());
   const int64_t across = (w + wide - 1) / wide;
   at::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
     const Tiles tiles;
@@ -328,13 +351,15 @@ void weight_gradient(const uint16_t* small, int64_t lds, int64_t m, const uint16
           for (int64_t row = from; row < until; row += chunk) {
             const int64_t terms = terms_of(row);
             const uint16_t* const strip = left + m * row + (m0 + r) * terms;
-            const int64_t lines = (kStrip + width / kStrip - 1) / (width / kStrip), next = row + chunk;
+            const int64_t lines = (kStrip + width / kStrip - 1) / (width / kStrip),
+                          next = row + chunk;
             const char* const ahead = reinterpret_cast<const char*>(
                 next < until ? left + m * next + (m0 + r) * terms_of(next)
                              : left + m * from + (m0 + r + kStrip) * terms_of(from));
             for (int64_t c = 0; c < width; c += kStrip) {
-              multiply(strip, right + (row - from) * width + c * terms, terms / 32, sums + r * wide + c * kStrip,
-                       row > 0, ahead + c / kStrip * 64 * lines * (terms / 32), lines);
+              multiply(strip, right + (row - from) * width + c * terms, terms / 32,
+                       sums + r * wide + c * kStrip, row > 0,
+                       ahead + c / kStrip * 64 * lines * (terms / 32), lines);
             }
           }
         }
@@ -353,7 +378,9 @@ void weight_gradient(const uint16_t* small, int64_t lds, int64_t m, const uint16
   });
 }
 
-const uint16_t* data(const at::Tensor& x) { return static_cast<const uint16_t*>(x.const_data_ptr()); }
+const uint16_t* data(const at::Tensor& x) {
+  return static_cast<const uint16_t*>(x.const_data_ptr());
+}
 
 // Whether the CPU has tiles, and Linux lets this process use them.
 bool has_tiles() {
@@ -363,8 +390,7 @@ bool has_tiles() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-           __builtin_cpu_supports("avx512bf16") &&
-           syscall(SYS_arch_prctl, request, tile_data) == 0;
+           __builtin_cpu_supports("avx512bf16") && syscall(SYS_arch_prctl, request, tile_data) == 0;
   }();
   return has && elementwise_isa() == "avx512";
 }
@@ -380,12 +406,15 @@ at::Tensor rows_of(const at::Tensor& x) {
 }
 
 bool fits(const at::Tensor& x, int64_t n, int64_t k) {
-  return has_tiles() && x.scalar_type() == at::kBFloat16 && n % 32 == 0 && k % 32 == 0 && x.numel() > 0;
+  return has_tiles() && x.scalar_type() == at::kBFloat16 && n % 32 == 0 && k % 32 == 0 &&
+         x.numel() > 0;
 }
 
 void check(const at::Tensor& x, const at::Tensor& w, int64_t inner, const char* op) {
-  TORCH_CHECK(x.dim() >= 1 && w.dim() == 2 && x.size(-1) == inner && x.scalar_type() == w.scalar_type(), op, ": ",
-              x.scalar_type(), " ", x.sizes(), " does not go with weight ", w.scalar_type(), " ", w.sizes());
+  TORCH_CHECK(
+      x.dim() >= 1 && w.dim() == 2 && x.size(-1) == inner && x.scalar_type() == w.scalar_type(), op,
+      ": ", x.scalar_type(), " ", x.sizes(), " does not go with weight ", w.scalar_type(), " ",
+      w.sizes());
 }
 
 at::Tensor like(const at::Tensor& x, int64_t columns) {
@@ -405,7 +434,8 @@ at::Tensor forward(const at::Tensor& x, const at::Tensor& weight) {
     at::Tensor y = like(x, n);
     product(data(a), a.stride(0), a.size(0), k, n, static_cast<uint16_t*>(y.mutable_data_ptr()),
             [&](int64_t column, int64_t term, int64_t terms, uint16_t* to) {
-              pack_own<false>(data(w) + column * w.stride(0) + term, w.stride(0), kStrip, terms, to);
+              pack_own<false>(data(w) + column * w.stride(0) + term, w.stride(0), kStrip, terms,
+                              to);
             });
     return y;
   }
@@ -422,7 +452,8 @@ at::Tensor grad_input(const at::Tensor& grad, const at::Tensor& weight) {
     at::Tensor y = like(grad, k);
     product(data(a), a.stride(0), a.size(0), n, k, static_cast<uint16_t*>(y.mutable_data_ptr()),
             [&](int64_t column, int64_t term, int64_t terms, uint16_t* to) {
-              pack_terms<false>(data(w) + term * w.stride(0) + column, w.stride(0), terms, terms, to);
+              pack_terms<false>(data(w) + term * w.stride(0) + column, w.stride(0), terms, terms,
+                                to);
             });
     return y;
   }
@@ -432,16 +463,18 @@ at::Tensor grad_input(const at::Tensor& grad, const at::Tensor& weight) {
 
 void grad_weight(const at::Tensor& grad, const at::Tensor& x, at::Tensor total) {
   TORCH_CHECK(total.dim() == 2 && grad.size(-1) == total.size(0) && x.size(-1) == total.size(1) &&
-                  grad.numel() / std::max<int64_t>(total.size(0), 1) == x.numel() / std::max<int64_t>(total.size(1), 1) &&
+                  grad.numel() / std::max<int64_t>(total.size(0), 1) ==
+                      x.numel() / std::max<int64_t>(total.size(1), 1) &&
                   grad.scalar_type() == x.scalar_type(),
-              "linear_grad_weight: ", grad.scalar_type(), " ", grad.sizes(), " and ", x.scalar_type(), " ", x.sizes(),
-              " do not go with total ", total.sizes());
+              "linear_grad_weight: ", grad.scalar_type(), " ", grad.sizes(), " and ",
+              x.scalar_type(), " ", x.sizes(), " do not go with total ", total.sizes());
   const at::Tensor g = rows_of(grad), a = rows_of(x);
 #ifdef RMEGA_AMX
   const int64_t n = g.size(1), k = a.size(1), t = g.size(0);
   if (fits(grad, n, k) && total.scalar_type() == at::kFloat && total.is_contiguous()) {
     float* const sum = static_cast<float*>(total.mutable_data_ptr());
-    // The smaller operand is the one to transpose; sums of the other way round are turned when they are added.
+    // The smaller operand is the one to transpose; sums of the other way round are turned when they
+    // are added.
     if (k <= n) {
       weight_gradient(data(a), a.stride(0), k, data(g), g.stride(0), n, t, true, sum);
     } else {

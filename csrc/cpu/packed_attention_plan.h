@@ -1,4 +1,5 @@
-// What a pack means for packed attention on the CPU: comparisons that share no key, and their blocks of keys.
+// What a pack means for packed attention on the CPU: comparisons that share no key, and their
+// blocks of keys.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -16,13 +17,15 @@ constexpr int64_t kKeys = 128;    // most rows of a key block
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Rows of a block when n rows are cut evenly into blocks of at most `most`: no short block is left at the end.
+// Rows of a block when n rows are cut evenly into blocks of at most `most`: no short block is left
+// at the end.
 inline int64_t even_block(int64_t n, int64_t most) {
   const int64_t count = (n + most - 1) / most;
   return std::min(most, round_up((n + count - 1) / count, 32));
 }
 
-// A run of key rows: a prefix or a segment's own keys. Its blocks of `width` rows are numbered on within the unit.
+// A run of key rows: a prefix or a segment's own keys. Its blocks of `width` rows are numbered on
+// within the unit.
 struct Run {
   int64_t start, len, width, first_block;
 };
@@ -46,15 +49,16 @@ struct Plan {
   Ranges queries, keys;     // rows that some segment covers
 };
 
-// From int32 [6, s]: q_start, q_len, k_start, k_len, prefix_start, prefix_len; checked against tq and t.
+// From int32 [6, s]: q_start, q_len, k_start, k_len, prefix_start, prefix_len; checked against tq
+// and t.
 inline Plan make_plan(const at::Tensor& segments, int64_t tq, int64_t t) {
   TORCH_CHECK(segments.dim() == 2 && segments.size(0) == 6 && segments.scalar_type() == at::kInt &&
                   segments.is_contiguous(),
-              "packed_attention: segments must be int32 [6, s], got ", segments.scalar_type(), " ", segments.sizes());
+              "packed_attention: segments must be int32 [6, s], got ", segments.scalar_type(), " ",
+              segments.sizes());
   const int64_t s = segments.size(1);
-  const auto at = [&, data = segments.const_data_ptr<int32_t>()](int64_t row, int64_t i) -> int64_t {
-    return data[row * s + i];
-  };
+  const auto at = [&, data = segments.const_data_ptr<int32_t>()](
+                      int64_t row, int64_t i) -> int64_t { return data[row * s + i]; };
   std::map<int64_t, size_t> unit_of;  // first key row of a run that others may share -> unit
   Plan plan;
   auto& [units, query_runs, key_runs] = plan;
@@ -71,11 +75,14 @@ inline Plan make_plan(const at::Tensor& segments, int64_t tq, int64_t t) {
   for (int64_t i = 0; i < s; ++i) {
     const int64_t q_start = at(0, i), q_len = at(1, i), k_start = at(2, i), k_len = at(3, i);
     const int64_t prefix_start = at(4, i), prefix_len = at(5, i);
-    TORCH_CHECK(q_start >= 0 && q_len > 0 && q_start + q_len <= tq && k_start >= 0 && k_len >= q_len &&
-                    k_start + k_len <= t && prefix_start >= 0 && prefix_len >= 0 && prefix_start + prefix_len <= t,
-                "packed_attention: segment ", i, " has queries ", q_start, "+", q_len, " of ", tq, ", keys ", k_start,
-                "+", k_len, ", prefix ", prefix_start, "+", prefix_len, " of ", t);
-    const auto [place, fresh] = unit_of.try_emplace(prefix_len > 0 ? prefix_start : k_start, units.size());
+    TORCH_CHECK(q_start >= 0 && q_len > 0 && q_start + q_len <= tq && k_start >= 0 &&
+                    k_len >= q_len && k_start + k_len <= t && prefix_start >= 0 &&
+                    prefix_len >= 0 && prefix_start + prefix_len <= t,
+                "packed_attention: segment ", i, " has queries ", q_start, "+", q_len, " of ", tq,
+                ", keys ", k_start, "+", k_len, ", prefix ", prefix_start, "+", prefix_len, " of ",
+                t);
+    const auto [place, fresh] =
+        unit_of.try_emplace(prefix_len > 0 ? prefix_start : k_start, units.size());
     if (fresh) units.emplace_back();
     Unit& unit = units[place->second];
     const int64_t prefix = prefix_len > 0 ? run_of(unit, prefix_start, prefix_len) : -1;
@@ -83,14 +90,18 @@ inline Plan make_plan(const at::Tensor& segments, int64_t tq, int64_t t) {
     unit.cost += static_cast<double>(q_len + 16) * (prefix_len + k_len - q_len / 2.0) + k_len;
     query_runs.emplace_back(q_start, q_start + q_len);
   }
-  for (auto* runs : {&key_runs, &query_runs}) {  // each row has one owner, or threads would write over one another
+  for (auto* runs :
+       {&key_runs,
+        &query_runs}) {  // each row has one owner, or threads would write over one another
     std::sort(runs->begin(), runs->end());
     for (size_t i = 1; i < runs->size(); ++i) {
-      TORCH_CHECK((*runs)[i].first >= (*runs)[i - 1].second, "packed_attention: segments overlap at ",
-                  runs == &key_runs ? "key" : "query", " row ", (*runs)[i].first);
+      TORCH_CHECK((*runs)[i].first >= (*runs)[i - 1].second,
+                  "packed_attention: segments overlap at ", runs == &key_runs ? "key" : "query",
+                  " row ", (*runs)[i].first);
     }
   }
-  std::sort(units.begin(), units.end(), [](const Unit& x, const Unit& y) { return x.cost > y.cost; });
+  std::sort(units.begin(), units.end(),
+            [](const Unit& x, const Unit& y) { return x.cost > y.cost; });
   return plan;
 }
 

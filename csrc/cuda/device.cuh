@@ -1,4 +1,5 @@
-// What every .cu shares: conversion to the accumulation type, a trap that says why, a run over dtypes.
+// What every .cu shares: conversion to the accumulation type, a trap that says why, a run over
+// dtypes.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -24,8 +25,8 @@ __device__ __forceinline__ void store(double* p, double x) { *p = x; }
 __device__ __forceinline__ void store(__half* p, float x) { *p = __float2half_rn(x); }
 __device__ __forceinline__ void store(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
 
-// 16 bytes as one store. From an assignment of a struct that was filled in a loop the compiler makes
-// a store per element, or per two.
+// 16 bytes as one store. From an assignment of a struct that was filled in a loop the compiler
+// makes a store per element, or per two.
 __device__ __forceinline__ void store_16(void* p, uint4 x) {
 #ifdef __CUDA_ARCH__
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
@@ -49,7 +50,8 @@ struct Accumulate<double> {
 // An index outside its tensor ends the program with the numbers, as an assert would.
 __device__ __forceinline__ void require_row(int64_t row, int64_t rows, const char* what) {
   if (row < 0 || row >= rows) {
-    printf("rmega: %s: row %lld of %lld\n", what, static_cast<long long>(row), static_cast<long long>(rows));
+    printf("rmega: %s: row %lld of %lld\n", what, static_cast<long long>(row),
+           static_cast<long long>(rows));
     __trap();
   }
 }
@@ -58,14 +60,23 @@ __device__ __forceinline__ void require_row(int64_t row, int64_t rows, const cha
 template <typename F>
 void for_dtype(DType dtype, F f) {
   switch (dtype) {
-    case DType::f32: f(static_cast<float*>(nullptr)); break;
-    case DType::f64: f(static_cast<double*>(nullptr)); break;
-    case DType::f16: f(static_cast<__half*>(nullptr)); break;
-    case DType::bf16: f(static_cast<__nv_bfloat16*>(nullptr)); break;
+    case DType::f32:
+      f(static_cast<float*>(nullptr));
+      break;
+    case DType::f64:
+      f(static_cast<double*>(nullptr));
+      break;
+    case DType::f16:
+      f(static_cast<__half*>(nullptr));
+      break;
+    case DType::bf16:
+      f(static_cast<__nv_bfloat16*>(nullptr));
+      break;
   }
 }
 
-// The widest of 16, 8, 4, 2, 1 bytes that divides the given bits (addresses and sizes or-ed together).
+// The widest of 16, 8, 4, 2, 1 bytes that divides the given bits (addresses and sizes or-ed
+// together).
 inline int copy_width(uint64_t bits) {
   int width = 16;
   while (bits % width != 0) {
@@ -78,11 +89,21 @@ inline int copy_width(uint64_t bits) {
 template <typename F>
 void for_copy_width(int width, F f) {
   switch (width) {
-    case 16: f(static_cast<uint4*>(nullptr)); break;
-    case 8: f(static_cast<uint2*>(nullptr)); break;
-    case 4: f(static_cast<uint32_t*>(nullptr)); break;
-    case 2: f(static_cast<uint16_t*>(nullptr)); break;
-    default: f(static_cast<uint8_t*>(nullptr)); break;
+    case 16:
+      f(static_cast<uint4*>(nullptr));
+      break;
+    case 8:
+      f(static_cast<uint2*>(nullptr));
+      break;
+    case 4:
+      f(static_cast<uint32_t*>(nullptr));
+      break;
+    case 2:
+      f(static_cast<uint16_t*>(nullptr));
+      break;
+    default:
+      f(static_cast<uint8_t*>(nullptr));
+      break;
   }
 }
 

@@ -1,5 +1,6 @@
-// rms_norm, swiglu and rope on a GPU: each reads its inputs once from memory, computes in fp32 (fp64 for fp64) and rounds
-// once, as elementwise_kernels.h does. Elements are moved V at a time, 16 bytes where shapes and addresses allow it.
+// rms_norm, swiglu and rope on a GPU: each reads its inputs once from memory, computes in fp32
+// (fp64 for fp64) and rounds once, as elementwise_kernels.h does. Elements are moved V at a time,
+// 16 bytes where shapes and addresses allow it.
 #include <algorithm>
 #include <type_traits>
 
@@ -15,9 +16,10 @@ __device__ __forceinline__ Acc rounded(Acc x) {
   return load(narrow);
 }
 
-// For elements of T. Half precision keeps 11 bits of the result at most; there the fast instructions
-// are exact enough: __expf errs by 2 + 1.2 |x| units in the last place of fp32, at most 1e-5 of the
-// result, __fdividef by 2. The latter is 0 for a divisor beyond 2^126, as the sigmoid there is.
+// For elements of T. Half precision keeps 11 bits of the result at most; there the fast
+// instructions are exact enough: __expf errs by 2 + 1.2 |x| units in the last place of fp32, at
+// most 1e-5 of the result, __fdividef by 2. The latter is 0 for a divisor beyond 2^126, as the
+// sigmoid there is.
 template <typename T>
 __device__ __forceinline__ typename Accumulate<T>::type sigmoid(typename Accumulate<T>::type x) {
   if constexpr (std::is_same_v<T, double>) {
@@ -31,7 +33,8 @@ __device__ __forceinline__ typename Accumulate<T>::type sigmoid(typename Accumul
 __device__ __forceinline__ float square_root(float x) { return sqrtf(x); }
 __device__ __forceinline__ double square_root(double x) { return sqrt(x); }
 
-// The sum over a block of up to 32 warps, in one order, for every thread. `room` holds 32 and is free again after it.
+// The sum over a block of up to 32 warps, in one order, for every thread. `room` holds 32 and is
+// free again after it.
 template <typename Acc>
 __device__ __forceinline__ Acc block_sum(Acc x, Acc* room) {
   for (int mask = 16; mask > 0; mask /= 2) {
@@ -55,8 +58,7 @@ constexpr int kThreads = 256, kMostThreads = 512;
 // One row per block. kAdd: the row is round(x + residual), which also goes to `total`.
 template <typename T, int V, bool kAdd>
 __global__ void norm_forward(const T* __restrict__ x, const T* __restrict__ residual,
-                             const T* __restrict__ weight, T* __restrict__ total,
-                             T* __restrict__ y,
+                             const T* __restrict__ weight, T* __restrict__ total, T* __restrict__ y,
                              typename Accumulate<T>::type* __restrict__ inv, int64_t h,
                              double eps) {
   using Acc = typename Accumulate<T>::type;
@@ -142,7 +144,8 @@ __global__ void __launch_bounds__(kMostThreads)
         }
 #pragma unroll
         for (int k = 0; k < V; ++k) {
-          const Acc own = load(w.at[k]) * load(lane_dy[i].at[k]) * scale - load(lane_x[i].at[k]) * shrink;
+          const Acc own =
+              load(w.at[k]) * load(lane_dy[i].at[k]) * scale - load(lane_x[i].at[k]) * shrink;
           if constexpr (kAdd) {
             store(&out.at[k], load(more.at[k]) + own);
           } else {
@@ -184,8 +187,8 @@ __global__ void glu_forward(const T* __restrict__ x, T* __restrict__ y, int64_t 
 }
 
 template <typename T, int V>
-__global__ void glu_backward(const T* __restrict__ dy, const T* __restrict__ x, T* __restrict__ dx, int64_t f,
-                             unsigned tiles) {
+__global__ void glu_backward(const T* __restrict__ dy, const T* __restrict__ x, T* __restrict__ dx,
+                             int64_t f, unsigned tiles) {
   const int64_t row = blockIdx.x / tiles;  // 32 bits: a division of 64 is a call
   const int64_t j = int64_t(blockIdx.x % tiles * kThreads + threadIdx.x) * V;
   if (j >= f) {
@@ -207,9 +210,9 @@ __global__ void glu_backward(const T* __restrict__ dy, const T* __restrict__ x, 
 // Thread i of the grid turns V channels of both halves of one head. C: element type of the tables.
 // Index: 32 bits where they are enough, because a division of 64 is a call.
 template <typename T, typename C, int V, typename Index>
-__global__ void rotate(const T* __restrict__ x, const C* __restrict__ cos, const C* __restrict__ sin,
-                       T* __restrict__ y, Index t, Index a, Index half, int64_t row_stride,
-                       int64_t head_stride, float sign) {
+__global__ void rotate(const T* __restrict__ x, const C* __restrict__ cos,
+                       const C* __restrict__ sin, T* __restrict__ y, Index t, Index a, Index half,
+                       int64_t row_stride, int64_t head_stride, float sign) {
   const Index lanes = half / V, i = Index(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= t * a * lanes) {
     return;
@@ -232,7 +235,8 @@ __global__ void rotate(const T* __restrict__ x, const C* __restrict__ cos, const
 }
 
 int threads_for(int64_t lanes) {
-  return static_cast<int>(std::min<int64_t>(kMostThreads, (std::max<int64_t>(lanes, 1) + 31) / 32 * 32));
+  return static_cast<int>(
+      std::min<int64_t>(kMostThreads, (std::max<int64_t>(lanes, 1) + 31) / 32 * 32));
 }
 
 }  // namespace
@@ -309,34 +313,37 @@ int launch_swiglu(const void* x, void* y, int64_t rows, int64_t f, DType dtype, 
     with_lanes<T>(bits_of(x, y) | uint64_t(f) * sizeof(T), [&](auto lanes) {
       constexpr int V = decltype(lanes)::value;
       const auto tiles = static_cast<unsigned>((f / V + kThreads - 1) / kThreads);
-      glu_forward<T, V><<<static_cast<unsigned>(rows * tiles), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-          static_cast<const T*>(x), static_cast<T*>(y), f, tiles);
+      glu_forward<T, V>
+          <<<static_cast<unsigned>(rows * tiles), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+              static_cast<const T*>(x), static_cast<T*>(y), f, tiles);
     });
   });
   return cudaGetLastError();
 }
 
-int launch_swiglu_backward(const void* dy, const void* x, void* dx, int64_t rows, int64_t f, DType dtype,
-                           Stream stream) {
+int launch_swiglu_backward(const void* dy, const void* x, void* dx, int64_t rows, int64_t f,
+                           DType dtype, Stream stream) {
   for_dtype(dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     with_lanes<T>(bits_of(dy, x, dx) | uint64_t(f) * sizeof(T), [&](auto lanes) {
       constexpr int V = decltype(lanes)::value;
       const auto tiles = static_cast<unsigned>((f / V + kThreads - 1) / kThreads);
-      glu_backward<T, V><<<static_cast<unsigned>(rows * tiles), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-          static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx), f, tiles);
+      glu_backward<T, V>
+          <<<static_cast<unsigned>(rows * tiles), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+              static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx), f, tiles);
     });
   });
   return cudaGetLastError();
 }
 
-int launch_rope(const void* x, const void* cos, const void* sin, void* y, int64_t t, int64_t a, int64_t d,
-                int64_t row_stride, int64_t head_stride, bool backwards, DType dtype, bool float_tables,
-                Stream stream) {
+int launch_rope(const void* x, const void* cos, const void* sin, void* y, int64_t t, int64_t a,
+                int64_t d, int64_t row_stride, int64_t head_stride, bool backwards, DType dtype,
+                bool float_tables, Stream stream) {
   const int64_t half = d / 2;
   for_dtype(dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
-    const uint64_t strides = (uint64_t(row_stride) | uint64_t(head_stride) | uint64_t(half)) * sizeof(T);
+    const uint64_t strides =
+        (uint64_t(row_stride) | uint64_t(head_stride) | uint64_t(half)) * sizeof(T);
     with_lanes<T>(bits_of(x, cos, sin, y) | strides, [&](auto lanes) {
       constexpr int V = decltype(lanes)::value;
       const auto run = [&](auto* angle) {

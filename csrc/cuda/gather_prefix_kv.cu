@@ -12,8 +12,8 @@ constexpr int kThreads = 256;
 // groups of x lie side by side, else one per group.
 template <typename Unit, typename Index>
 __global__ void gather_prefix(const Unit* __restrict__ x, const int32_t* __restrict__ rows,
-                              Unit* __restrict__ out, int64_t t, Index total, Index runs,
-                              Index run, int64_t row_stride, int64_t run_stride) {
+                              Unit* __restrict__ out, int64_t t, Index total, Index runs, Index run,
+                              int64_t row_stride, int64_t run_stride) {
   const Index width = runs * run, i = Index(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= total * width) {
     return;
@@ -28,8 +28,8 @@ __global__ void gather_prefix(const Unit* __restrict__ x, const int32_t* __restr
 // A thread adds up V columns of one source row.
 template <typename T, int V, typename Index>
 __global__ void scatter_prefix(const T* __restrict__ grad, const int32_t* __restrict__ offsets,
-                               const int32_t* __restrict__ sources, T* __restrict__ grad_x,
-                               Index t, int64_t total, Index width) {
+                               const int32_t* __restrict__ sources, T* __restrict__ grad_x, Index t,
+                               int64_t total, Index width) {
   const Index lanes = width / V, i = Index(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= t * lanes) {
     return;
@@ -78,8 +78,8 @@ int launch_gather_prefix(const void* x, const int32_t* rows, void* out, int64_t 
       using Index = decltype(index);
       const unsigned blocks = blocks_for(count);
       gather_prefix<Unit, Index><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-          static_cast<const Unit*>(x), rows, static_cast<Unit*>(out), t, Index(total),
-          Index(runs), Index(run / size), row_stride / size, run_stride / size);
+          static_cast<const Unit*>(x), rows, static_cast<Unit*>(out), t, Index(total), Index(runs),
+          Index(run / size), row_stride / size, run_stride / size);
     });
   });
   return cudaGetLastError();
@@ -97,8 +97,8 @@ int launch_gather_prefix_backward(const void* grad, const int32_t* offsets, cons
         using Index = decltype(index);
         const unsigned blocks = blocks_for(count);
         scatter_prefix<T, V, Index><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-            static_cast<const T*>(grad), offsets, sources, static_cast<T*>(grad_x), Index(t),
-            total, Index(width));
+            static_cast<const T*>(grad), offsets, sources, static_cast<T*>(grad_x), Index(t), total,
+            Index(width));
       });
     });
   });

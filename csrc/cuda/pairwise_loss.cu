@@ -1,6 +1,6 @@
-// pairwise_loss on a GPU: values, reported sums and gradients in one launch, every sum in a fixed order.
-// Block 0 adds up the pairs; in the other blocks each warp owns one reward and adds the gradients of the pairs that
-// hold it, so that nothing needs zeroing, an atomic or a second launch.
+// pairwise_loss on a GPU: values, reported sums and gradients in one launch, every sum in a fixed
+// order. Block 0 adds up the pairs; in the other blocks each warp owns one reward and adds the
+// gradients of the pairs that hold it, so that nothing needs zeroing, an atomic or a second launch.
 #include <type_traits>
 
 #include "device.cuh"
@@ -19,7 +19,8 @@ __device__ __forceinline__ double warp_sum(double x) {
   return x;
 }
 
-// Sum over the block, valid in thread 0; `shared` holds kWarps values and may be used again at once.
+// Sum over the block, valid in thread 0; `shared` holds kWarps values and may be used again at
+// once.
 __device__ __forceinline__ double block_sum(double x, double* shared) {
   x = warp_sum(x);
   if (threadIdx.x % 32 == 0) {
@@ -38,14 +39,17 @@ __device__ __forceinline__ double block_sum(double x, double* shared) {
 
 // The term of pair i, whose rows c and r are in range.
 template <typename R, typename T>
-__device__ __forceinline__ PairTerm<T> term_of(int64_t i, T c, T r, const R* rewards, const int64_t* chosen,
-                                               const int64_t* rejected, const T* margin, const T* weight, int64_t n,
+__device__ __forceinline__ PairTerm<T> term_of(int64_t i, T c, T r, const R* rewards,
+                                               const int64_t* chosen, const int64_t* rejected,
+                                               const T* margin, const T* weight, int64_t n,
                                                int64_t m, const LossOptions& options) {
   if (options.loss != Loss::plackett_luce) {
     return pair_term<T>(c, r, margin[i], weight[i], options);
   }
   // The other pairs of the choice may be out of range, which is reported where they are pair i.
-  const auto reward = [=](int64_t row) { return row >= 0 && row < n ? T(load(rewards[row])) : T(0); };
+  const auto reward = [=](int64_t row) {
+    return row >= 0 && row < n ? T(load(rewards[row])) : T(0);
+  };
   const Choice<T> choice = choice_of<T>(i, chosen, rejected, margin, weight, m, reward);
   return choice_term<T>(choice, i, c, r, margin[i], weight[i], options);
 }
@@ -62,7 +66,8 @@ __global__ void pairwise(const R* __restrict__ rewards, const int64_t* __restric
       require_row(chosen[i], n, "pairwise_loss chosen");
       require_row(rejected[i], n, "pairwise_loss rejected");
       const T c = load(rewards[chosen[i]]), r = load(rewards[rejected[i]]);
-      sums.add(term_of<R, T>(i, c, r, rewards, chosen, rejected, margin, weight, n, m, options), c, r);
+      sums.add(term_of<R, T>(i, c, r, rewards, chosen, rejected, margin, weight, n, m, options), c,
+               r);
     }
     PairSums total;
     total.base = block_sum(sums.base, shared);
@@ -86,9 +91,10 @@ __global__ void pairwise(const R* __restrict__ rewards, const int64_t* __restric
     const int64_t c = chosen[i], r = rejected[i];
     // Out-of-range partners are block 0's to report; here they are only not read.
     if ((c == row || r == row) && c >= 0 && c < n && r >= 0 && r < n) {
-      const PairTerm<T> term = term_of<R, T>(i, load(rewards[c]), load(rewards[r]), rewards, chosen, rejected, margin,
-                                             weight, n, m, options);
-      sum += (c == row ? double(term.grad_chosen) : 0.0) + (r == row ? double(term.grad_rejected) : 0.0);
+      const PairTerm<T> term = term_of<R, T>(i, load(rewards[c]), load(rewards[r]), rewards, chosen,
+                                             rejected, margin, weight, n, m, options);
+      sum += (c == row ? double(term.grad_chosen) : 0.0) +
+             (r == row ? double(term.grad_rejected) : 0.0);
     }
   }
   sum = warp_sum(sum);
@@ -99,17 +105,18 @@ __global__ void pairwise(const R* __restrict__ rewards, const int64_t* __restric
 
 }  // namespace
 
-int launch_pairwise_loss(const void* rewards, const int64_t* chosen, const int64_t* rejected, const void* margin,
-                         const void* weight, void* loss, void* stats, void* grad, int64_t n, int64_t m, DType dtype,
-                         LossOptions options, Stream stream) {
+int launch_pairwise_loss(const void* rewards, const int64_t* chosen, const int64_t* rejected,
+                         const void* margin, const void* weight, void* loss, void* stats,
+                         void* grad, int64_t n, int64_t m, DType dtype, LossOptions options,
+                         Stream stream) {
   for_dtype(dtype, [&](auto* element) {
     using R = std::remove_pointer_t<decltype(element)>;
     using T = typename Accumulate<R>::type;
     const unsigned blocks = static_cast<unsigned>(1 + (n + kWarps - 1) / kWarps);
     pairwise<R, T><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
         static_cast<const R*>(rewards), chosen, rejected, static_cast<const T*>(margin),
-        static_cast<const T*>(weight), static_cast<T*>(loss), static_cast<T*>(stats), static_cast<T*>(grad), n, m,
-        options);
+        static_cast<const T*>(weight), static_cast<T*>(loss), static_cast<T*>(stats),
+        static_cast<T*>(grad), n, m, options);
   });
   return cudaGetLastError();
 }

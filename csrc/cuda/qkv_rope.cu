@@ -149,11 +149,13 @@ void with_types(DType dtype, bool float_tables, uint64_t bits, int64_t half, F f
 }  // namespace
 
 int launch_qkv_rope(const void* x, const void* cos, const void* sin, const int32_t* rows,
-                    void* query, void* key, void* value, const QkvShape& shape,
-                    int64_t row_stride, DType dtype, bool float_tables, Stream stream) {
+                    void* query, void* key, void* value, const QkvShape& shape, int64_t row_stride,
+                    DType dtype, bool float_tables, Stream stream) {
   const int64_t half = shape.d / 2;
-  const uint64_t bits = bits_of(x, cos, sin, query, key, value) |
-                        uint64_t(row_stride) * (dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2);
+  const uint64_t bits =
+      bits_of(x, cos, sin, query, key, value) | uint64_t(row_stride) * (dtype == DType::f64   ? 8
+                                                                        : dtype == DType::f32 ? 4
+                                                                                              : 2);
   with_types(dtype, float_tables, bits, half, [&](auto lanes, auto* element, auto* angle) {
     using T = std::remove_pointer_t<decltype(element)>;
     using C = std::remove_pointer_t<decltype(angle)>;
@@ -186,10 +188,10 @@ int launch_qkv_rope_backward(const void* dquery, const void* dkey, const void* d
       using Index = decltype(index);
       const unsigned blocks = blocks_for(count);
       qkv_backward<T, C, V, Index><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-          static_cast<const T*>(dquery), static_cast<const T*>(dkey),
-          static_cast<const T*>(dvalue), static_cast<const C*>(cos), static_cast<const C*>(sin),
-          offsets, sources, static_cast<T*>(dx), Index(shape.t), shape.total, Index(shape.a),
-          Index(shape.g), Index(half));
+          static_cast<const T*>(dquery), static_cast<const T*>(dkey), static_cast<const T*>(dvalue),
+          static_cast<const C*>(cos), static_cast<const C*>(sin), offsets, sources,
+          static_cast<T*>(dx), Index(shape.t), shape.total, Index(shape.a), Index(shape.g),
+          Index(half));
     });
   });
   return cudaGetLastError();

@@ -6,6 +6,7 @@ several GB/s, so every reader checks it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -62,10 +63,16 @@ def damage(folder: Path | str, *, share: tuple[int, int] = (0, 1)) -> str | None
 
 def _damage_together(folder: Path) -> str | None:
     """``damage`` with the files divided among the ranks; every rank gets the first answer."""
+    return first_answer(lambda share: damage(folder, share=share))
+
+
+def first_answer(check: Callable[[tuple[int, int]], str | None]) -> str | None:
+    """The first problem that a check finds whose work the ranks share, on every rank; ``check``
+    gets the share (i, n)."""
     if not dist.is_initialized():
-        return damage(folder)
+        return check((0, 1))
     answers: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, damage(folder, share=(rank(), dist.get_world_size())))
+    dist.all_gather_object(answers, check((rank(), dist.get_world_size())))
     return next((answer for answer in answers if answer), None)
 
 
@@ -169,9 +176,9 @@ def _newest_healthy(run: Path, but: int | None) -> Path | None:
     return None
 
 
-def find_checkpoint(run: Path, iteration: str) -> Path:
+def find_checkpoint(run: Path, iteration: str, flag: str = "--load ") -> Path:
     """The folder of one checkpoint of a run: ``latest``, ``best`` or a number; ``run`` may be that
-    folder itself."""
+    folder itself. Errors name it after ``flag``."""
     if (run / INFO).is_file():
         if iteration != "latest":
             raise ValueError(
@@ -179,13 +186,13 @@ def find_checkpoint(run: Path, iteration: str) -> Path:
             )
         return run
     if not run.is_dir():
-        raise ValueError(f"--load {run}: no such folder")
+        raise ValueError(f"{flag}{run}: no such folder")
     iterations, latest = list_iterations(run), latest_iteration(run)
     if not iterations:
-        raise ValueError(f"--load {run}: no checkpoint in it (folders iter_NNNNNNN with {INFO})")
+        raise ValueError(f"{flag}{run}: no checkpoint in it (folders iter_NNNNNNN with {INFO})")
     if latest is None and not iteration.isdigit():
         raise ValueError(
-            f"--load {run}: {TRACKER} names iteration {tracked_iteration(run)}, which is gone, and"
+            f"{flag}{run}: {TRACKER} names iteration {tracked_iteration(run)}, which is gone, and"
             f" only newer checkpoints are there, which the run has left; name one with --iteration"
             f" ({', '.join(map(str, iterations))})"
         )

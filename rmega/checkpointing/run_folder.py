@@ -20,7 +20,6 @@ import shutil
 import socket
 import time
 import uuid
-import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from typing import Any
 import torch.distributed as dist
 
 from rmega.distributed import rank, spans_machines, world_size
-from rmega.io import one_line, publish, remove_folder, sync_folder, write_durably
+from rmega.io import json_checksum, one_line, publish, remove_folder, sync_folder, write_durably
 
 FORMAT_VERSION = 1
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -66,12 +65,7 @@ def list_iterations(run: Path | str) -> list[int]:
 def info_text(info: Mapping[str, Any]) -> str:
     """The text of ``rmega.json``, with a checksum of everything else in it."""
     rest = {key: value for key, value in info.items() if key != "checksum"}
-    return json.dumps({**rest, "checksum": _checksum(rest)}, ensure_ascii=False, indent=1)
-
-
-def _checksum(info: Mapping[str, Any]) -> int:
-    # Of the values as a reader of the file gets them: tuples are lists there, keys are text.
-    return zlib.crc32(json.dumps(json.loads(json.dumps(info)), sort_keys=True).encode())
+    return json.dumps({**rest, "checksum": json_checksum(rest)}, ensure_ascii=False, indent=1)
 
 
 def read_info(folder: Path | str) -> dict[str, Any]:
@@ -92,7 +86,7 @@ def read_info(folder: Path | str) -> dict[str, Any]:
         )
     recorded = info.pop("checksum", None)
     # Checkpoints of earlier versions have neither.
-    if (recorded is not None or "rmega" in info) and recorded != _checksum(info):
+    if (recorded is not None or "rmega" in info) and recorded != json_checksum(info):
         raise ValueError(f"{path}: its content has changed (checksum)")
     return info
 

@@ -123,7 +123,10 @@ class Batcher:
         token_multiple: int = 1,
         microbatch_multiple: int = 1,
         max_consumed: int | None = None,
+        same_length: bool = False,
     ) -> None:
+        """``same_length``: the packs of a step are padded to as many tokens as the longest of this
+        rank's has."""
         self.dataset = dataset
         self.global_batch_size = global_batch_size
         self.max_tokens = max_tokens
@@ -135,6 +138,7 @@ class Batcher:
         self.token_multiple = token_multiple
         self.microbatch_multiple = microbatch_multiple
         self.max_consumed = max_consumed
+        self.same_length = same_length
         self._epoch: tuple[int, np.ndarray] | None = None
 
     @classmethod
@@ -147,6 +151,7 @@ class Batcher:
         num_ranks: int,
         rank: int = 0,
         max_consumed: int | None = None,
+        same_length: bool = False,
     ) -> Batcher:
         """The batcher of a run on ``num_ranks`` data-parallel ranks. geometry: of the backbone
         (``rmega.models.geometry.Geometry``)."""
@@ -162,6 +167,7 @@ class Batcher:
             token_multiple=config.token_multiple,
             microbatch_multiple=config.microbatch_multiple,
             max_consumed=max_consumed,
+            same_length=same_length,
         )
 
     def over(self, dataset) -> Batcher:
@@ -177,6 +183,7 @@ class Batcher:
             share_prefix=self.share_prefix,
             token_multiple=self.token_multiple,
             microbatch_multiple=self.microbatch_multiple,
+            same_length=self.same_length,
         )
 
     def documents(self, consumed: int) -> np.ndarray:
@@ -231,10 +238,12 @@ class Batcher:
 
     def packs(self, documents: np.ndarray) -> list[PackedBatch]:
         """This rank's micro-batches for the given comparisons."""
-        return [self.pack(b) for b in self.plan(documents)[self.rank]]
+        bins = self.plan(documents)[self.rank]
+        sizes = [sum(self.size(d)[0] for d in b) for b in bins]
+        return [self.pack(b, max(sizes, default=0) if self.same_length else 0) for b in bins]
 
-    def pack(self, documents: Sequence[int]) -> PackedBatch:
-        """The comparisons with these numbers as one pack."""
+    def pack(self, documents: Sequence[int], length: int = 0) -> PackedBatch:
+        """The comparisons with these numbers as one pack of at least ``length`` tokens."""
         # Each document is one prefix and its responses, so responses before document d = sequences
         # before it - d.
         firsts = [int(self.dataset.document_indices[d]) - d for d in documents]
@@ -244,6 +253,7 @@ class Batcher:
             responses=firsts,
             share_prefix=self.share_prefix,
             multiple=self.token_multiple,
+            length=length,
         )
 
     def sweep(self) -> Iterator[list[PackedBatch]]:

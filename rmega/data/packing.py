@@ -153,15 +153,17 @@ def pack(
     responses: Sequence[int] | None = None,
     share_prefix: bool = True,
     multiple: int = 1,
+    length: int = 0,
     pad_id: int = 0,
 ) -> PackedBatch:
     """Build one ``PackedBatch`` from objects with ``prefix``, ``suffixes``, ``scores`` and
     ``graded``.
 
     ``responses`` holds the number of each comparison's first response in the dataset's list of all
-    responses. The tokens are rounded up to a ``multiple`` (sequence parallelism asks for the
-    tensor-parallel size) by tokens that attend only to themselves. Without comparisons the pack is
-    one padding token and no pairs, so that a rank with nothing to do still takes part in the step.
+    responses. The tokens are filled up to ``length`` and rounded up to a ``multiple`` (sequence
+    parallelism asks for the tensor-parallel size) by tokens that attend only to themselves. Without
+    comparisons the pack is padding and no pairs, so that a rank with nothing to do still takes part
+    in the step.
     """
     build = _Builder()
     chosen: list[int] = []
@@ -186,7 +188,8 @@ def pack(
             length_gap.append(len(suffixes[better]) - len(suffixes[worse]))
         base = responses[c] if responses is not None else first
         numbers.extend(range(base, base + len(comparison.suffixes)))
-    padding = -build.num_tokens % multiple if build.num_tokens else multiple
+    wanted = max(build.num_tokens, length, 1)
+    padding = wanted + -wanted % multiple - build.num_tokens
     if padding:
         start = build.rows(np.full(padding, pad_id), 0)
         build.segment(start, padding)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rmega import hub
 from rmega.checkpointing import run_folder
 from rmega.hub import RECIPE
 from rmega.io import fingerprint, sync_folder, sync_tree
@@ -47,10 +47,10 @@ def is_marked(folder: Path) -> bool:
 
 
 def read_recipe(folder: Path) -> dict[str, Any] | None:
-    """``reward_recipe.json``; None where there is none, or another program's."""
+    """``reward_recipe.json``; None where there is none, a damaged one, or another program's."""
     try:
-        recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        recipe = hub.read_recipe(folder)
+    except ValueError:
         return None
     ours = isinstance(recipe, dict) and str(recipe.get("written_by")).startswith("rmega ")
     return recipe if ours and isinstance(recipe.get("files"), dict) else None

@@ -13,7 +13,8 @@ from typing import Any
 from rmega import __version__
 from rmega.checkpointing.run_folder import INFO, read_info
 from rmega.evaluation.files import eval_rows
-from rmega.hub import RECIPE
+from rmega.hub import RECIPE, read_recipe
+from rmega.io import json_checksum
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
 
@@ -59,7 +60,7 @@ def evaluations(run: Path, iteration: int) -> list[dict[str, Any]]:
 
 def held_out_rewards(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Mean and standard deviation of all rewards of the first held-out set at its last evaluation:
-    {"mean", "std", "set", "step"}; None where no evaluation says so. ``rows`` are `evaluations`."""
+    {"mean", "std", "set", "step"}; None where none recorded them. ``rows`` are `evaluations`."""
     first = [row for row in rows if row.get("name") == rows[0].get("name")]
     known = [row for row in first if row.get("reward_std") is not None]
     if not known:
@@ -71,8 +72,8 @@ def held_out_rewards(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def rewards_of_model(folder: Path) -> dict[str, Any] | None:
     """`held_out_rewards` of an export, or of a checkpoint in its run."""
-    if (recipe := folder / RECIPE).is_file():
-        return held_out_rewards(json.loads(recipe.read_text(encoding="utf-8"))["evaluation"])
+    if (recipe := read_recipe(folder)) is not None:
+        return held_out_rewards(recipe.get("evaluation") or [])
     if not (folder / INFO).is_file():
         return None
     return held_out_rewards(evaluations(folder.parent, read_info(folder)["iteration"]))
@@ -121,6 +122,12 @@ def make_recipe(
         "example": None,
         "files": {},
     }
+
+
+def write_recipe(folder: Path, recipe: dict[str, Any]) -> None:
+    """``reward_recipe.json`` with a checksum of everything else in it."""
+    rest = {key: value for key, value in recipe.items() if key != "checksum"}
+    write_json(folder / RECIPE, {**rest, "checksum": json_checksum(rest)})
 
 
 def write_json(path: Path, content: Any) -> None:

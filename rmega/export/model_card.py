@@ -22,17 +22,21 @@ def kept_comparisons(count: int, held_out: int) -> str:
     return f"{count} comparisons ({held_out} held out, {count - held_out} of the training set)"
 
 
-def write_card(folder: Path, name: str, recipe: dict[str, Any], base: Path) -> None:
+def write_card(
+    folder: Path, name: str, recipe: dict[str, Any], base: Path, hub_name: str | None = None
+) -> None:
     """``README.md`` of the export ``name``. ``base`` is the folder with the base model's own files
-    (for its license)."""
-    license_fields = base_license(base)
+    (for license and base model of its card), ``hub_name`` the repository that it is written for."""
+    stated = base_card(base)
+    license_fields = {field: stated[field] for field in LICENSE_FIELDS if field in stated}
     results = {row.get("name"): row for row in recipe["evaluation"]}  # the last of each set
     base_model = recipe.get("base_model")
+    hub_base = base_model if _is_hub_name(base_model) else stated.get("base_model")
     data = ModelCardData(
         library_name="peft" if recipe.get("adapter_of") else "transformers",
         pipeline_tag="text-classification",
         tags=["reward-model"],
-        base_model=base_model if _is_hub_name(base_model) else None,
+        base_model=hub_base,
         model_name=name,
         eval_results=[
             EvalResult(
@@ -49,7 +53,7 @@ def write_card(folder: Path, name: str, recipe: dict[str, Any], base: Path) -> N
         or None,
         **license_fields,
     )
-    stated = license_fields.get("license_name") or license_fields.get("license")
+    license_name = stated.get("license_name") or stated.get("license")
     what = recipe["architecture"]
     if adapter_of := recipe.get("adapter_of"):
         what = f"LoRA adapter and reward head for {what} on {adapter_of}"
@@ -62,8 +66,8 @@ the number by itself has no unit.
 | | |
 |---|---|
 | base model | {base_model} |
-| license of the base model | {stated or license_text(base) or "not stated in its folder"} |
-| trained for | {recipe["iteration"]} steps, {_count(recipe.get("comparisons_seen"))} comparisons |
+| license of the base model | {license_name or license_text(base) or "not stated in its folder"} |
+{_training_of(recipe)}
 | reward token | {recipe["reward_token_id"]} {_code(recipe.get("reward_token"))} |
 | pad token | {recipe["pad_token_id"]} {_code(recipe.get("pad_token"))} |
 | rewards of held-out responses | {_spread(recipe.get("held_out_rewards"))} |
@@ -76,7 +80,7 @@ the number by itself has no unit.
 
 {_numbered(client_duties(recipe))}
 
-{_examples(recipe, f"./{name}")}## Training
+{_examples(recipe, hub_name or f"./{name}")}## Training
 
 {_data_list(recipe["data"])}
 
@@ -87,6 +91,13 @@ the number by itself has no unit.
 All of it, with the data's manifest, is in `reward_recipe.json`.
 """
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(folder / "README.md")
+
+
+def _training_of(recipe: dict[str, Any]) -> str:
+    if parts := recipe.get("average_of"):
+        return f"| mean of the weights of | {', '.join(f'`{part}`' for part in parts)} |"
+    comparisons = _count(recipe.get("comparisons_seen"))
+    return f"| trained for | {recipe['iteration']} steps, {comparisons} comparisons |"
 
 
 def _verification(result: dict[str, Any] | None) -> str:
@@ -135,8 +146,9 @@ def _examples(recipe: dict[str, Any], folder: str) -> str:
     return "\n".join([*lines, ""])
 
 
-def base_license(base: Path) -> dict[str, str]:
-    """The license fields that the base model's own card states in its metadata; {} for none."""
+def base_card(base: Path) -> dict[str, str]:
+    """The license fields and the base model that the base model's own card states in its metadata;
+    {} for none."""
     readme = base / "README.md"
     try:
         data = (
@@ -144,7 +156,7 @@ def base_license(base: Path) -> dict[str, str]:
         )
     except Exception:  # a card that is no text, or whose metadata is no YAML
         return {}
-    fields = {field: getattr(data, field, None) for field in LICENSE_FIELDS}
+    fields = {field: getattr(data, field, None) for field in (*LICENSE_FIELDS, "base_model")}
     return {field: value for field, value in fields.items() if isinstance(value, str) and value}
 
 

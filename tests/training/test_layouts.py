@@ -106,6 +106,32 @@ def test_parity(text, folder, single):
     assert max(differences.values()) <= TOLERANCE, differences
 
 
+def run_padded(rank: int, world_size: int, text: str, folder: str, switches: dict) -> object:
+    """``run`` as GPUs do it: packs of one length, and no stage tells another a shape."""
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    from rmega.training import train
+
+    def never(*_):
+        raise AssertionError("a shape was exchanged")
+
+    before = train.pads_packs, P2PCommunicator._communicate_shapes
+    train.pads_packs, P2PCommunicator._communicate_shapes = (lambda *a, **k: True), never
+    try:
+        return run(rank, world_size, text, folder, switches)
+    finally:
+        train.pads_packs, P2PCommunicator._communicate_shapes = before
+
+
+@pytest.mark.parametrize("text", ["pp2", "tp2,sp,pp2", "pp2,vpp2"])
+def test_parity_with_packs_of_one_length(text, folder, single):
+    from rmega.training.parity import Layout, compare
+
+    result = run_distributed(run_padded, Layout.parse(text).world_size, text, str(folder), {})[0]
+    differences = compare(result, single)
+    assert max(differences.values()) <= TOLERANCE, differences
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("text", LAYOUTS)
 def test_parity_of_families(text, family, families):
