@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(items) -> None:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """The table of faults, where any were tried: docs/training.md shows it."""
+    """The table of faults, where any were tried: docs/faults.md shows it."""
     runs = sys.modules.get("tests.runs")
     if runs and runs.FAULTS:
         terminalreporter.write_line(runs.fault_table())

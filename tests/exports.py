@@ -19,13 +19,16 @@ KINDS = {
 def make_base(folder: Path, family: str) -> Path:
     """A causal model with a chat template; its heads have 64 dimensions, as vLLM's kernels for
     processors ask for."""
-    if family == "qwen3":
-        from tests.export.test_families import make_qwen_tokenizer
+    from tests.made_tokenizers import (
+        INTERNLM2_ADDED,
+        INTERNLM2_PIECES,
+        make_internlm2_tokenizer,
+        make_qwen_tokenizer,
+    )
 
+    if family == "qwen3":
         vocab = make_qwen_tokenizer(folder)
     else:
-        from tests.made_models import INTERNLM2_ADDED, INTERNLM2_PIECES, make_internlm2_tokenizer
-
         make_internlm2_tokenizer(folder)
         vocab = INTERNLM2_PIECES + len(INTERNLM2_ADDED)
     return tiny_llama(

@@ -263,3 +263,30 @@ def test_a_head_in_a_file_of_its_own_is_named(name: str, tmp_path: Path) -> None
     (folder / name).write_bytes(b"")
     with pytest.raises(ValueError, match=f"{name}: a head in a file of its own"):
         read_geometry(folder)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda file: (file.unlink(), file.symlink_to(file.name)), "not a file that can be read"),
+        (lambda file: (file.unlink(), file.mkdir()), "not a file that can be read"),
+        (lambda file: file.write_text('{"pad_token": "a", "pad_token": "b"}'), "is there twice"),
+        (lambda file: file.write_text('{"model_max_length": {"a": 1}}'), "cannot be loaded"),
+        (lambda file: file.write_text("[]"), "a JSON object was expected"),
+    ],
+)
+def test_a_damaged_file_beside_the_vocabulary(damage, message, small_llama, tmp_path) -> None:
+    """transformers reads on without some of them, so that roles of tokens are lost."""
+    folder = Path(shutil.copytree(small_llama, tmp_path / "model"))
+    damage(folder / "tokenizer_config.json")
+    with pytest.raises(ValueError, match=message) as error:
+        hub.load_tokenizer(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_without_tokenizer_config_is_noted(small_llama, tmp_path) -> None:
+    folder = Path(shutil.copytree(small_llama, tmp_path / "model"))
+    (folder / "tokenizer_config.json").unlink()
+    messages: list[str] = []
+    hub.load_tokenizer(folder, messages=messages)
+    assert any("no tokenizer_config.json" in line for line in messages)

@@ -81,7 +81,11 @@ def replay(file: str | Path) -> list[Row]:
         terms = max(sums["num_terms"], 1.0)
         norm = (
             math.sqrt(
-                sum(p.main_grad.double().square().sum().item() for p in wrapped[0].parameters())
+                sum(
+                    p.main_grad.double().square().sum().item()
+                    for p in wrapped[0].parameters()
+                    if p.requires_grad
+                )
             )
             / terms
         )

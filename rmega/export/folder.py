@@ -60,7 +60,7 @@ def evaluations(run: Path, iteration: int) -> list[dict[str, Any]]:
 
 def held_out_rewards(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Mean and standard deviation of all rewards of the first held-out set at its last evaluation:
-    {"mean", "std", "set", "step"}; None where no evaluation says so. ``rows`` are `evaluations`."""
+    {"mean", "std", "set", "step"}; None where none recorded them. ``rows`` are `evaluations`."""
     first = [row for row in rows if row.get("name") == rows[0].get("name")]
     known = [row for row in first if row.get("reward_std") is not None]
     if not known:

@@ -41,5 +41,5 @@ def push(folder: Path, name: str, message: str) -> str:
 
 
 def _line(error: Exception) -> str:
-    """The first line that says something; errors of the hub are paragraphs."""
+    """The first line that is not empty; errors of the hub are paragraphs."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

@@ -426,6 +426,11 @@ class PairTokenizer:
             for i in ids
         ]
 
+    def complete(self, ids: Sequence[int]) -> list[int]:
+        """Ids that another program made, up to the token at which the reward is read."""
+        reward = [] if self.reward_token_id in (None, ids[-1]) else [self.reward_token_id]
+        return self._end(np.array([*ids, *reward], np.int32)).tolist()
+
     def _end(self, ids: np.ndarray) -> np.ndarray:
         """``ids`` [t] up to the token at which transformers reads the reward."""
         return ids if self.reward_token_id is not None else without_end(ids, self.pad_token_id)

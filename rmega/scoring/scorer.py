@@ -219,12 +219,11 @@ class Scorer:
         return ids
 
     def complete(self, ids: Sequence[int]) -> list[int]:
-        """Ids that a client made, with the reward token at their end. ValueError for an id that the
-        model does not know."""
+        """Ids that a client made, up to the token at which the reward is read: the reward token,
+        which is appended unless it ends them. ValueError for an id that the model does not know."""
         if (largest := max(ids)) >= self.model.geometry.vocab_size:
             raise ValueError(f"id {largest} of {self.model.geometry.vocab_size}")
-        reward = self.tokenizer.reward_token_id if self.tokenizer else None
-        return list(ids) if reward in (None, ids[-1]) else [*ids, reward]
+        return self.tokenizer.complete(ids) if self.tokenizer else list(ids)
 
     # ---- tokens to rewards
 

@@ -94,7 +94,7 @@ class RewardService:
         """Mean and standard deviation of rewards: (r - mean) / std is answered; None: r."""
         self.metrics = Metrics(queue)
         self.stopping = False
-        """Said at /health; requests that are here already are still answered."""
+        """Reported by /health; requests that were accepted before are still answered."""
         self.in_flight = self.buffered = 0
         self.num_requests = self.num_refused = 0
         self._encoder = ThreadPoolExecutor(1, "tokens")

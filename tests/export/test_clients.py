@@ -57,7 +57,7 @@ def scored(export: Path, chats: list[list[dict]], folder: Path) -> list[float]:
     """By tools/score.py."""
     write_lines(folder / "chats.jsonl", [{"messages": chat} for chat in chats])
     words = [sys.executable, ROOT / "tools" / "score.py", "--model", export, "--dtype", "fp32"]
-    words += ["--input", folder / "chats.jsonl", "--output", folder / "rewards.jsonl"]
+    words += ["--input", folder / "chats.jsonl", "--output", folder / "rewards.jsonl", "--force"]
     subprocess.run(words, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     lines = (folder / "rewards.jsonl").read_text().splitlines()
     return [json.loads(line)["reward"] for line in lines]

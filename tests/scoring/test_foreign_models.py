@@ -112,6 +112,8 @@ def test_what_was_published_comes_out(name: str, foreign, tmp_path: Path) -> Non
         ]
         for variant in (texts, [text.rstrip() for text in texts]):
             close(s.score_conversations(variant), expected)
+        ids = tokenizer.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        close(s.score_sequences([s.complete(i) for i in ids]), expected)
     other = [[*c[:-1], {**c[-1], "content": "No."}] for c in CONVERSATIONS]
     rows = [{"chosen": a, "rejected": b} for a, b in zip(CONVERSATIONS, other, strict=True)]
     source = tmp_path / "pairs.jsonl"
