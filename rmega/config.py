@@ -42,20 +42,18 @@ class ModelArgs:
 
     hf_model: str
     """Backbone or reward model to start from: a Hugging Face folder, a hub name, or
-    modelscope:NAME. Geometry and weights come from there. Also an adapter of peft, with the
-    --lora-rank that it has."""
+    modelscope:NAME. Also a peft adapter folder, whose rank --lora-rank must match."""
     head_init: Literal["zero", "normal"] = "zero"
-    """Start of a new reward head; a folder that already is a reward model keeps its own."""
+    """Initialization of a new reward head. An existing reward head is kept."""
     prune_last_layer: bool = True
-    """Compute the last layer for pooled tokens only. Without it for every token: same rewards,
-    slower."""
+    """Compute the last layer only for the tokens that are read. --no-prune-last-layer computes it
+    for all tokens: same rewards, slower."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Linear layers: megatron-core's own, or Transformer Engine's. auto takes the latter where it
-    is installed on a CUDA machine."""
+    """Linear layers: Megatron-Core's own, or Transformer Engine's. auto: Transformer Engine on CUDA
+    machines where it is installed."""
     fp8_format: Literal["none", "hybrid", "e4m3"] = "none"
-    """Products of linear layers in fp8, with Transformer Engine on Hopper and later: hybrid takes
-    e4m3 forward and e5m2 for gradients. A pruned last layer, head, norms and attention stay in
-    bf16."""
+    """Run linear layers in fp8 (Transformer Engine, Hopper or newer). hybrid: e4m3 forward, e5m2
+    for gradients. The pruned last layer, head, norms and attention stay in bf16."""
     fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = "tensorwise"
     """How fp8 tensors are scaled: one factor each, per block, or in blocks of 32 (Blackwell)."""
 
@@ -68,14 +66,13 @@ class LoraArgs:
     """LoRA"""
 
     lora_rank: int = 0
-    """Train low-rank adapters of this rank and the reward head, and keep the backbone frozen. 0:
-    train all weights."""
+    """Train LoRA adapters of this rank, plus the reward head, with the backbone frozen. 0: train
+    all weights."""
     lora_alpha: float | None = None
-    """What adapters add is scaled by alpha / rank. Default: twice the rank."""
+    """The adapter output is multiplied by alpha / rank. Default: 2 x rank."""
     lora_target: str = "all-linear"
-    """Linear layers that get adapters: of qkv, proj, fc1 and fc2, joined by commas; all-linear is
-    all four. qkv stands for peft's q_proj, k_proj and v_proj, proj for o_proj, fc1 for gate_proj
-    and up_proj, fc2 for down_proj."""
+    """Linear layers that get adapters, comma-separated: qkv (peft's q_proj, k_proj, v_proj), proj
+    (o_proj), fc1 (gate_proj, up_proj), fc2 (down_proj), or all-linear."""
     lora_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
 
@@ -132,17 +129,16 @@ class DataArgs:
     """Data"""
 
     data_path: tuple[str, ...]
-    """Prefixes written by tools/preprocess_pref.py. Each may be WEIGHT=PREFIX: the set is visited
-    WEIGHT times per epoch (2 = twice, 0.5 = half of it)."""
+    """Prefixes written by tools/preprocess_pref.py. Write WEIGHT=PREFIX to visit a dataset WEIGHT
+    times per epoch (2: twice, 0.5: a different half each epoch)."""
     valid_data_path: Annotated[tuple[str, ...], NONE] = ()
     """Prefixes to evaluate on, each reported under its own name (NAME=PREFIX, or the prefix's last
     part)."""
     share_prefix: bool = True
-    """Compute the prompt once per comparison. Without it once per response: same rewards,
-    slower."""
+    """Compute the prompt once for all responses of a comparison. --no-share-prefix recomputes it
+    for each response: same rewards, slower."""
     max_tokens_per_microbatch: int = 8192
-    """Most computed tokens in one forward pass; a comparison that is longer has a pass to
-    itself."""
+    """Maximum tokens per forward pass. A longer comparison gets a pass of its own."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -150,24 +146,26 @@ class LossArgs:
     """Loss"""
 
     loss: Literal["ranking", "focal", "plackett_luce"] = "focal"
-    """ranking: -logsigmoid(d - margin). focal: the same times (1 - 2 relu(sigmoid(d - margin) -
-    1/2))^2 (InternLM2). plackett_luce: the likelihood of the whole order of K answers, a choice of
-    each answer among all worse ones; the mean is over choices. For two answers it is ranking."""
+    """ranking: -logsigmoid(d - margin), where d is the chosen minus the rejected reward. focal:
+    ranking times (1 - 2 relu(sigmoid(d - margin) - 1/2))^2 (InternLM2). plackett_luce: likelihood
+    of the full ranking of K answers, averaged over its choices; for two answers it equals
+    ranking."""
     penalty: Literal["none", "log_barrier", "l2", "center"] = "log_barrier"
-    """Keeps scores in reach: log barrier at +-5 (InternLM2), squared scores, squared sum of a
-    pair's scores (TRL)."""
+    """Keeps scores in range. log_barrier: rises steeply near +-5 (InternLM2). l2: squared scores.
+    center: squared sum of a pair's scores (TRL)."""
     penalty_weight: float = 0.01
     """Weight of the penalty."""
     label_smoothing: float = 0.0
-    """Probability that a label is wrong."""
+    """Assumed probability that a label is wrong (0 to below 0.5)."""
     use_margin: bool = False
-    """Subtract the difference of the ratings, where the data has ratings, inside the loss."""
+    """Use the difference of the ratings as the margin of the loss (0 for comparisons without
+    ratings)."""
     scale_by_rating: bool = False
-    """Multiply a pair's loss by the difference of its ratings, 1 where the data has no ratings
-    (scaled Bradley-Terry of HelpSteer2-Preference). May go with --use-margin."""
+    """Multiply the loss of a pair by the difference of its ratings (1 for comparisons without
+    ratings; scaled Bradley-Terry of HelpSteer2-Preference). Can be combined with --use-margin."""
     length_penalty: float = 0.0
-    """Add this times (length of chosen - length of rejected), in tokens, to the pair's logit: the
-    longer answer is taken to be preferred for its length, and the reward learns the rest."""
+    """Add this times (length of chosen - length of rejected), in tokens, to the logit of a pair, so
+    that the reward does not absorb a preference for length."""
     barrier_clamp: bool = False
     """XTuner's form of the log barrier: no gradient beyond +-4.999. By default the barrier
     continues linearly."""
@@ -178,30 +176,30 @@ class TrainArgs:
     """Training"""
 
     train_steps: int | None = None
-    """Optimizer steps to run. This or --train-epochs."""
+    """Number of optimizer steps. Give either this or --train-epochs."""
     train_epochs: float | None = None
     """Passes over the data; the last step may be smaller than a global batch."""
     global_batch_size: int = 64
     """Comparisons per optimizer step, over all ranks."""
     seed: int = 42
-    """Decides the order of the data and the start of a normal head."""
+    """Seed of the data order and of --head-init normal."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on CUDA and on processors whose measured bf16 matmul is the faster one, else fp32.
-    Head, loss, gradients and optimizer state are fp32 in every case."""
+    """auto: bf16 on GPUs from compute capability 8.0, and on CPUs whose bf16 matmul measures at
+    least 1.5 times as fast as fp32; else fp32. Head, loss, gradient accumulation and optimizer
+    state are always fp32."""
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
-    """torch.set_float32_matmul_precision. auto: the fastest setting that measures as exact as fp32
-    on this machine."""
+    """torch.set_float32_matmul_precision. auto: the fastest setting that is as accurate as fp32 on
+    this machine, by measurement."""
     deterministic: bool = False
-    """The same bits in every run on the same GPUs and layout, at some cost in speed: deterministic
-    algorithms of torch, cuBLAS and NCCL. On CPUs runs repeat bit for bit without it."""
+    """Bitwise reproducible runs on the same GPUs and layout, at some cost in speed: deterministic
+    algorithms of torch, cuBLAS and NCCL. CPU runs are reproducible without it."""
     log_interval: int | None = None
-    """Steps between log lines. Default: a fiftieth of the run's steps, at least 1 and at most
-    10."""
+    """Steps between log lines. Default: a fiftieth of the run's steps, between 1 and 10."""
     eval_interval: int = 0
     """Steps between evaluations; 0: before and after training only."""
     eval_probes: Literal["off", "last", "every"] = "last"
-    """Score 16 comparisons of each validation set again in other forms (responses reversed,
-    blanked, under the wrong prompt): never, at the last evaluation of the run, or at each."""
+    """Score 16 comparisons of each validation set again with responses reversed, blanked, and under
+    a wrong prompt: never, at the last evaluation of the run, or at each."""
     tensorboard: Literal["auto", "on", "off"] = "auto"
     """Also write the metrics for TensorBoard, under --save. auto: where it is installed."""
     wandb_project: str | None = None
@@ -221,30 +219,30 @@ class OptimizerArgs:
     """Optimizer"""
 
     lr: float = 2e-5
-    """Highest learning rate."""
+    """Peak learning rate."""
     head_lr: float | None = None
-    """Highest learning rate of the reward head, on the same schedule; its lowest is in the same
-    ratio. Default: --lr."""
+    """Peak learning rate of the reward head, on the same schedule; --min-lr is scaled by the same
+    factor. Default: --lr."""
     min_lr: float = 0.0
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the decay."""
     lr_warmup_fraction: float = 0.03
-    """Share of the steps with a linear warm-up from 0."""
+    """Fraction of the steps used for the linear warm-up from 0."""
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay after the warm-up."""
     weight_decay: float = 0.0
     """Decoupled weight decay (never on norms)."""
     adam_beta1: float = 0.9
-    """First moment."""
+    """Adam's beta1."""
     adam_beta2: float = 0.999
-    """Second moment."""
+    """Adam's beta2."""
     adam_eps: float = 1e-8
-    """Added to the denominator."""
+    """Adam's epsilon."""
     clip_grad: float = 1.0
-    """Largest global gradient norm; 0: no clipping."""
+    """Maximum global gradient norm; 0 disables clipping."""
     initial_loss_scale: float = 65536.0
     """First loss scale of --precision fp16."""
     max_skipped_steps: int = 10
-    """Stop after this many updates in a row were skipped for a gradient that is not finite."""
+    """Stop after this many consecutive updates were skipped because of a non-finite gradient."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -252,39 +250,41 @@ class ParallelArgs:
     """Layout"""
 
     tensor_model_parallel_size: Annotated[int, _alias("tp")] = 1
-    """Ranks over which each layer is cut."""
+    """Tensor-parallel ranks: each layer is split over them."""
     pipeline_model_parallel_size: Annotated[int, _alias("pp")] = 1
-    """Stages of layers."""
+    """Pipeline stages."""
     virtual_pipeline_model_parallel_size: Annotated[int | None, _alias("vpp")] = None
-    """Chunks of layers per stage (interleaved schedule)."""
+    """Model chunks per pipeline stage (interleaved schedule)."""
     sequence_parallel: Annotated[bool, _alias("sp")] = False
-    """Cut norms and residuals along the tokens over the tensor ranks; saves memory. Needs --tp >
-    1."""
+    """Split norms and residuals along the tokens over the tensor-parallel ranks. Saves memory;
+    needs --tp > 1."""
     context_parallel_size: Annotated[int, _alias("cp")] = 1
-    """Only 1: a comparison's tokens are not cut over ranks."""
+    """Context parallelism is not supported: only 1 is accepted."""
     data_parallel_size: Annotated[int | None, _alias("dp")] = None
-    """Replicas. Follows from the number of processes; given, it is checked."""
+    """Number of replicas. Follows from the number of processes; if given, it is checked against
+    it."""
     num_layers_in_first_pipeline_stage: int | None = None
     """Layers of the first stage, when stages are uneven."""
     num_layers_in_last_pipeline_stage: int | None = None
     """Layers of the last stage, when stages are uneven."""
     pad_attention_heads: bool = False
-    """Add groups of zero heads until --tp divides the key/value heads. Exact: zero heads stay
+    """Add groups of zero heads so that --tp divides the key/value heads. Exact: zero heads stay
     zero."""
     use_distributed_optimizer: bool = True
-    """Cut optimizer state and update over the data-parallel ranks. Checkpoints go from any layout
-    to any other with it; without it only between runs that also do without."""
+    """Shard optimizer state and update over the replicas. Checkpoints made with it can be resumed
+    in any layout, those without it only by runs that also do without."""
     overlap_grad_reduce: Annotated[bool | None, SWITCH] = None
-    """Reduce gradients during the backward pass. Left out: on where GPUs have several replicas."""
+    """Overlap gradient reduction with the backward pass. Default: on for GPUs with more than one
+    replica."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Recompute activations in the backward pass: nothing, attention, or whole layers."""
     distributed_timeout_minutes: float = 10.0
-    """A collective that takes longer ends the run with an error."""
+    """A collective that takes longer than this ends the run with an error."""
     dry_run: bool = False
-    """Print what each rank of this layout needs (with --tp, --pp and --dp, without starting ranks),
-    and stop."""
+    """Print memory and parameters per rank of this layout, and exit. Needs --tp, --pp and --dp
+    only, and starts no ranks."""
     device_memory_gb: float | None = None
-    """Memory of a device: a layout that needs more is refused before weights are read."""
+    """Memory per device in GB. A layout that needs more is refused before weights are read."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -297,26 +297,27 @@ class CheckpointArgs:
     """Run folder to resume from (its newest healthy checkpoint), or one of its checkpoints. May be
     the same as --save, also when it is still empty."""
     save_interval: int = 0
-    """Steps between checkpoints; 0: none on the way but those of --save-best. There is always one
-    at the end."""
+    """Steps between checkpoints; 0: only those of --save-best. The last step is always saved."""
     async_save: bool = True
-    """Write checkpoints while training continues; costs memory for one copy. Off: wait for each."""
+    """Write checkpoints in the background; needs memory for one copy. --no-async-save waits for
+    each."""
     keep_last: int = 0
-    """Remove all but this many newest checkpoints (the best one stays too); 0: keep all."""
+    """Keep this many of the newest checkpoints, and the best; 0: keep all."""
     save_best: bool = True
-    """Also save after an evaluation on the way (--eval-interval) that is the best so far, on the
-    first of --valid-data-path."""
+    """Also save after an evaluation (--eval-interval) that is the best so far on the first --valid-
+    data-path."""
     exit_duration_min: float | None = None
-    """Save and leave with exit code 75 after so many minutes, for a queue that starts the job
-    again."""
+    """After this many minutes save and exit with code 75, so that a job queue can restart the
+    run."""
     num_verification_comparisons: int = 16
-    """Comparisons kept with each checkpoint, with their rewards at that step, which verify its
-    exports: held-out ones, filled up with ones of the training set where these are too few."""
+    """Comparisons stored with each checkpoint, with their rewards, to verify its exports: held-out
+    ones first, then ones of the training set."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class TrainingConfig:
-    """Train a reward model on preference data. Start it with torchrun."""
+    """Train a reward model on preference data: one process, or several under torchrun or
+    tools/launch.py."""
 
     model: ModelArgs
     data: DataArgs

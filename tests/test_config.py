@@ -206,7 +206,7 @@ def test_help_explains_every_flag(capsys) -> None:
     for group in dataclasses.fields(TrainingConfig):
         for field in dataclasses.fields(__import__("rmega.config").config.__dict__[group.type]):
             assert "--" + field.name.replace("_", "-") in text, field.name
-    assert "Optimizer steps to run. This or --train-epochs." in text
+    assert "Number of optimizer steps. Give either this or --train-epochs." in text
 
 
 def test_run_tool(capsys) -> None:

@@ -30,7 +30,12 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
             ["--eval-interval", "1", "--save-interval", "1"],
         ),
         ("llama3_8b", "messages.jsonl.gz", {"NPROC": "2", "TP": "2"}, []),
-        ("llama3.1_8b", "messages.jsonl.gz", {"NPROC": "2", "TP": "2"}, []),
+        (
+            "llama3.1_8b_rewardbench2",
+            "messages.jsonl.gz",
+            {"NPROC": "2", "TP": "2", "SEEDS": "1", "EVAL_DATA": "examples/data/demo.valid.jsonl"},
+            [],
+        ),
         ("qwen3_8b", "messages.jsonl.gz", {"TP": "1"}, []),
         (
             "long_context",
@@ -139,6 +144,51 @@ def test_what_is_given_replaces_a_recipes_own(flags, present, absent, tmp_path):
         and absent not in printed
         and "--save-interval 100 --keep-last 2" in printed
     ), done.stderr
+
+
+def printed_by(recipe: str, tmp_path: Path, *flags: str, **variables: str) -> list[str]:
+    """The command lines of a recipe, with an echo in place of Python."""
+    echo = tmp_path / "python"
+    echo.write_text('#!/bin/sh\necho "$*"\n')
+    echo.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(ROOT / f"examples/recipes/{recipe}.sh"), *flags],
+        env={
+            "PATH": os.environ["PATH"],
+            "PYTHON": str(echo),
+            "OUT": str(tmp_path / "o"),
+            "DATA": "d",
+            **variables,
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_seeds_are_trained_one_by_one_and_joined(tmp_path):
+    lines = printed_by("llama3.1_8b_rewardbench2", tmp_path, "--lr", "1e-5", SEEDS="4 5")
+    out = tmp_path / "o"
+    trainings = [line for line in lines if "pretrain_reward.py" in line]
+    for seed, line in zip((4, 5), trainings, strict=True):
+        assert f"--seed {seed} --lr 1e-5" in line and f"--save {out}/seed{seed}/run" in line
+        assert (out / f"seed{seed}/data").resolve() == out / "data"
+    assert sum("preprocess_pref.py" in line for line in lines) == 1
+    assert lines[-1].endswith(f"--join {out}/seed4/evaluation.json {out}/seed5/evaluation.json")
+    (line,) = [
+        line
+        for line in printed_by("llama3.1_8b_rewardbench2", tmp_path, "--seed=7", SEEDS="4 5")
+        if "pretrain_reward.py" in line
+    ]
+    assert line.endswith("--seed 7 --seed=7 --train-epochs 1") and f"--save {out}/run" in line
+
+
+@pytest.mark.parametrize("flags,dp", [([], 2), (["--tp", "2"], 4), (["--tp=2", "--pp=2"], 2)])
+def test_a_dry_run_of_a_recipe_starts_nothing(flags, dp, tmp_path):
+    lines = printed_by("llama3_8b", tmp_path, "--dry-run", *flags)
+    assert "preprocess_pref.py" in lines[0] and len(lines) == 2
+    assert "launch.py" not in lines[1] and f"--dp {dp} " in lines[1] and "--dry-run" in lines[1]
 
 
 SCRIPTS = [ROOT / "examples" / "quickstart.sh", *sorted((ROOT / "examples").glob("*/*.sh"))]

@@ -3,6 +3,7 @@
     python tools/evaluate.py --model MODEL --data eval.jsonl --report report/
     python tools/evaluate.py --scores scores.jsonl --data eval.jsonl --json result.json
     torchrun --nproc-per-node 8 tools/evaluate.py --model MODEL --data eval.jsonl
+    python tools/evaluate.py --join seed1.json seed2.json seed3.json
 
 With --scores neither torch nor a model is needed. Formats of scores files:
 rmega/evaluation/scores.py.
@@ -14,13 +15,14 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from rmega.cli import parse_args, run_tool
+from rmega.config import NONE
 from rmega.evaluation.probes import NUM_PROBED
 from rmega.io import write_durably
 
@@ -32,36 +34,41 @@ NUM_NAMED = 10
 class EvaluateArgs:
     """Evaluate a reward model (--model) or scores from files (--scores) on preference data."""
 
-    data: list[str]
-    """Files of any known schema (.jsonl .json .csv .parquet, also .gz), globs, folders or hub data
-    sets."""
+    data: Annotated[list[str], NONE] = field(default_factory=list)
+    """Files of any known schema (.jsonl .json .csv .tsv .parquet .arrow, also .gz .zst), globs,
+    folders or hub datasets."""
     model: str | None = None
-    """Hugging Face folder of a reward model, or the folder of a run."""
+    """A reward model: Hugging Face folder or hub name, a run folder, or one of its checkpoints."""
     scores: list[str] | None = None
     """Files of scores instead of a model, one per --data file, in the same order."""
     format: str = "auto"
-    """Name of the schema, if it is not recognized rightly (an unknown name prints all names)."""
+    """Name of the schema, if auto-detection picks the wrong one (an unknown name prints all
+    names)."""
     split: str | None = None
-    """Split of hub data sets and of folders with several."""
+    """Split to read, of hub datasets and of folders with several splits."""
     limit: int | None = None
-    """Only the first rows of each file."""
+    """Evaluate only the first N rows of each file."""
     tokenizer: str | None = None
     """Folder of a tokenizer: response lengths in its tokens instead of characters."""
     dtype: Literal["fp32", "bf16", "fp16", "auto"] | None = None
-    """Arithmetic of --model. Default: bf16 on a GPU, fp32 on a CPU. auto: bf16 where it is faster
-    here."""
+    """Compute dtype of --model. Default: auto on a GPU (bf16 from compute capability 8.0), fp32 on
+    a CPU. auto on a CPU: bf16 where it measures faster."""
     reward_token: str | None = None
-    """Token (or id) that --model is read at, appended to each text, where it records none.
-    Default: as the model records, else none (read at the last token of the text)."""
+    """Token (text or id) to append and read the reward at, for models that record none. Default:
+    the recorded token; without one, the last token of the text."""
     probes: int = NUM_PROBED
-    """With --model: score so many comparisons again in other forms (responses reversed, blanked,
-    under the wrong prompt). 0: none."""
+    """With --model: score this many comparisons again with responses reversed, blanked, and under a
+    wrong prompt. 0: none."""
     json: str | None = None
-    """File for all numbers."""
+    """Write all numbers to this file."""
     report: str | None = None
-    """Folder for report.html, one page with plots that needs no network (needs the extra plots)."""
+    """Write report.html, one self-contained page, into this folder (needs the extra plots)."""
+    join: Annotated[list[str], NONE] = field(default_factory=list)
+    """Instead of evaluating: two or more files that --json wrote of the same data (seeds of a
+    recipe, an average and its parts), as one table with mean and standard deviation."""
     save_scores: str | None = None
-    """Folder for the rewards, one file per --data file, as --scores reads them."""
+    """Write rewards into this folder, one file per --data file, in the format that --scores
+    reads."""
 
 
 def main(args: EvaluateArgs) -> None:
@@ -72,6 +79,21 @@ def main(args: EvaluateArgs) -> None:
     from rmega.evaluation.table import table_of
     from rmega.preferences.sources import resolve
 
+    if args.join:
+        from rmega.evaluation.joined import join
+
+        for option in fields(args):
+            if option.name != "join" and getattr(args, option.name) != getattr(
+                EvaluateArgs(), option.name
+            ):
+                raise ValueError(
+                    f"--{option.name.replace('_', '-')} does not go with --join, which reads"
+                    " evaluations"
+                )
+        print(join(args.join))
+        return
+    if not args.data:
+        raise ValueError("--data: files to evaluate on were expected")
     if (args.model is None) == (args.scores is None):
         raise ValueError("give either --model or --scores")
     if args.limit is not None and args.limit < 1:

@@ -26,29 +26,29 @@ class Args:
     load: str
     """Run folder (--save of the training), or one of its iter_ folders."""
     output: str
-    """Folder to write: not a run, the base model, or in one of them."""
+    """Folder to write. A run, a checkpoint, the base model, and folders inside them are refused."""
     iteration: str = "latest"
     """Which checkpoint of the run: a number, latest, or best (by accuracy on the first held-out
     set)."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Of the written weights. auto: that of the training's arithmetic (--precision). Checkpoints
-    hold fp32 weights, so bfloat16 and float16 round them once here, as each step of the training
-    did; float32 rounds nothing."""
+    """dtype of the written weights. auto: the dtype that training computed in. Checkpoints hold
+    fp32 weights: bfloat16 and float16 round them once, as each training step did; float32 rounds
+    nothing."""
     format: Literal["auto", "internlm2", "llama", "adapter"] = "auto"
     """internlm2: InternLM2ForRewardModel with its code. llama: LlamaForSequenceClassification,
     which every serving engine loads without remote code. auto: the family that was trained. The
     same rewards either way. adapter: of a run with --lora-rank, the adapters and the reward head
     alone, as peft reads them (fp32); other formats merge them into the base model."""
     max_shard_size: str = "5GB"
-    """Largest size of one file."""
+    """Maximum size of one file."""
     force: bool = False
-    """Replace an older export. It is removed once the new one is verified; other folders, and
-    exports with files that were added or edited, are refused."""
+    """Replace an older export, which is removed once the new one is verified. Folders that are not
+    exports, and exports with added or edited files, are refused."""
     verify: bool = True
-    """Compare the folder's rewards with those of the training. --no-verify leaves it marked as
-    UNVERIFIED: for machines too small to run the model."""
+    """Compare the folder's rewards with those of the training. --no-verify skips this, on machines
+    too small to run the model, and marks the folder UNVERIFIED."""
     verify_only: bool = False
-    """Write no weights: verify the export that --output already holds."""
+    """Write no weights: verify the export already in --output."""
     push_to_hub: str | None = None
     """Upload the verified folder to the Hugging Face hub as OWNER/NAME; a repository that is not
     there is made, private. Needs `hf auth login` or HF_TOKEN."""

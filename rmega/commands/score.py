@@ -33,34 +33,35 @@ class ScoreArgs:
     """Score conversations with a reward model, one line of JSON per row."""
 
     model: str
-    """Hugging Face folder or hub name of a reward model, folder of a run, or one of its
-    checkpoints."""
+    """A reward model: Hugging Face folder or hub name, a run folder, or one of its checkpoints."""
     input: tuple[str, ...] = ("-",)
-    """Files (.jsonl .json .csv .parquet, also .gz), globs, folders; - is standard input (JSONL)."""
+    """Files (.jsonl .json .csv .tsv .parquet .arrow, also .gz .zst), globs, folders; - is standard
+    input (JSONL)."""
     output: str | None = None
-    """File to write; standard output without it. It has this name only when it is whole (until then
-    .partial)."""
+    """File to write (default: standard output). Until it is complete it is called
+    OUTPUT.partial."""
     best_of: bool = False
-    """Rank the responses of each row: adds their "order", best first. Without --output the ranking
-    is text to read."""
+    """Add "order" to each row: response numbers, best first. Without --output, print a readable
+    ranking instead of JSON."""
     skip_bad: bool = False
-    """A row that cannot be scored gives a line with an "error" instead of ending the program."""
+    """For a row that cannot be scored, write a line with "error" and continue. Default: stop."""
     resume: bool = False
-    """Go on with an interrupted --output: rows that it holds are not scored again."""
+    """Continue an interrupted --output; rows already in it are not scored again."""
     force: bool = False
     """Replace --output if it exists."""
     dtype: Literal["fp32", "bf16", "fp16", "auto"] | None = None
-    """Arithmetic. Default: bf16 on a GPU, fp32 on a CPU. auto: bf16 where it is faster here."""
+    """Compute dtype. Default: auto on a GPU (bf16 from compute capability 8.0), fp32 on a CPU. auto
+    on a CPU: bf16 where it measures faster."""
     reward_token: str | None = None
-    """Token (or id) that rewards are read at, appended to each text, for a model that records none.
-    Default: as the model records, else none (read at the last token of the text)."""
+    """Token (text or id) to append and read the reward at, for models that record none. Default:
+    the recorded token; without one, the last token of the text."""
     max_tokens: int = 8192
-    """Most tokens of a pack; a longer conversation has a pack to itself."""
+    """Maximum tokens per pack; a longer conversation gets a pack of its own."""
     format: str = "auto"
-    """Schema of preference rows, if it is not recognized rightly (an unknown name prints all
+    """Schema of preference rows, if auto-detection picks the wrong one (an unknown name prints all
     names)."""
     limit: int | None = None
-    """Only the first rows of each input."""
+    """Score only the first N rows of each input."""
 
 
 def main(args: ScoreArgs) -> int:

@@ -30,44 +30,45 @@ class ServeArgs:
     (vLLM); GET /health, /info, /metrics (Prometheus), /docs."""
 
     model: str
-    """Hugging Face folder or hub name of a reward model, folder of a run, or one of its
-    checkpoints."""
+    """A reward model: Hugging Face folder or hub name, a run folder, or one of its checkpoints."""
     host: str = "127.0.0.1"
-    """Address to listen on. Other machines reach the server only if you name another one, such as
-    0.0.0.0."""
+    """Address to listen on. The default accepts local connections only; 0.0.0.0 listens on all
+    interfaces."""
     port: int = 5000
-    """Port; 0: any free one (it is printed)."""
+    """Port to listen on; 0 picks a free one, which is printed."""
     api_key_file: str | None = None
-    """File with a key that requests must carry (Authorization: Bearer KEY). The environment
-    variable RMEGA_API_KEY does the same."""
+    """File with the key that clients must send (Authorization: Bearer KEY); RMEGA_API_KEY does the
+    same."""
     dtype: Literal["fp32", "bf16", "fp16", "auto"] | None = None
-    """Arithmetic. Default: bf16 on a GPU, fp32 on a CPU. auto: bf16 where it is faster here."""
+    """Compute dtype. Default: auto on a GPU (bf16 from compute capability 8.0), fp32 on a CPU. auto
+    on a CPU: bf16 where it measures faster."""
     reward_token: str | None = None
-    """Token (or id) that rewards are read at, appended to each text, for a model that records none.
-    Default: as the model records, else none (read at the last token of the text)."""
+    """Token (text or id) to append and read the reward at, for models that record none. Default:
+    the recorded token; without one, the last token of the text."""
     max_tokens: int = 8192
-    """Most tokens of a batch; a longer conversation has one to itself."""
+    """Maximum tokens per batch; a longer conversation gets a batch of its own."""
     wait_ms: float = 5.0
-    """How long the first request of a batch waits for others."""
+    """How long the first request of a batch waits for others, in milliseconds."""
     max_length: int | None = None
-    """Most tokens of a conversation. Default: as in training, else the model's positions."""
+    """Maximum tokens per conversation. Default: the limit of training, else the model's
+    positions."""
     overlong: Literal["cut", "refuse"] = "cut"
-    """What happens to longer ones: cut as in training (left-prompt where the training dropped
-    them), which the answer reports, or 422."""
+    """Conversations over --max-length. cut: truncate as in training (left-prompt where training
+    dropped them) and report it in the answer; refuse: answer 422."""
     normalize: bool = False
-    """Answer (r - mean) / std, by mean and standard deviation of the rewards of the training's
-    first held-out set."""
+    """Return (r - mean) / std, with mean and std of the rewards on the first held-out set of
+    training."""
     max_conversations: int = 1024
-    """Most conversations in a request (422)."""
+    """Maximum conversations per request (else 422)."""
     max_body_mb: float = 32.0
-    """Largest body of a request (413)."""
+    """Maximum size of a request body in MB (else 413)."""
     max_queue: int = 8192
-    """Most conversations waiting; more are refused with 429 and Retry-After."""
+    """Maximum conversations waiting; beyond that requests get 429 with Retry-After."""
     max_connections: int | None = None
-    """Most open connections; one without a request makes room for a new one. Default: 4096, or
-    fewer where the limit on open files (ulimit -n) asks for it."""
+    """Maximum open connections; an idle one is closed to make room for a new one. Default: 4096, or
+    fewer where ulimit -n requires it."""
     header_seconds: float = 10.0
-    """Longest time that a connection may take to send the headers of a request."""
+    """Maximum time that a client may take to send request headers, in seconds."""
     stop_seconds: float = 8.0
     """Longest time after SIGTERM for the requests that were accepted; then they get 503."""
     access_log: bool = False

@@ -40,40 +40,42 @@ class PreprocessArgs:
     """Turn preference data of any common schema into a dataset that rmega trains on."""
 
     input: list[str]
-    """Files (.jsonl .json .csv .tsv .parquet .arrow, also .gz .zst), globs, folders, or hub data
-    sets (org/name[:config][@revision], modelscope:org/name)."""
+    """Files (.jsonl .json .csv .tsv .parquet .arrow, also .gz .zst), globs, folders, or hub
+    datasets (org/name[:config][@revision], modelscope:org/name)."""
     tokenizer: str
     """Folder or hub name of the tokenizer (usually the model's folder)."""
     output_prefix: str
     """Where to write: PREFIX.bin, .idx, .scores.npy, .sources.npy, .json."""
     max_length: int = 2048
-    """Longest conversation in tokens, with the reward token."""
+    """Maximum length of a conversation in tokens, including the reward token."""
     reward_token: str = "auto"
-    """The token whose hidden state gives the reward: auto, its text, or its id."""
+    """Token whose hidden state gives the reward: auto, its text, its id, or none (read at the last
+    token)."""
     chat_template: str | None = None
     """File or text of a chat template, in place of the tokenizer's own."""
     overlong: str = "left-prompt"
-    """For conversations over --max-length. left-prompt: leave out the oldest turns of the prompt
-    (the system prompt stays), then the beginning of the last question, then the end of the
-    response (the prompt keeps half of the room); right: cut the end; drop: leave the row out;
-    error: stop."""
+    """What to do with conversations over --max-length. left-prompt: drop the oldest prompt turns
+    (never the system prompt), then the start of the last question, then the end of the response,
+    leaving the prompt half of the room; right: cut the end; drop: skip the row; error: stop."""
     format: str = "auto"
-    """Name of the schema, if it is not recognized rightly (an unknown name prints all names)."""
+    """Name of the schema, if auto-detection picks the wrong one (an unknown name prints all
+    names)."""
     map: str | None = None
-    """FILE.py:FUNCTION, called with each row: gives a row of a known schema, a Comparison, or None
-    to leave it out."""
+    """FILE.py:FUNCTION, called with each row; returns a row of a known schema, a Comparison, or
+    None to skip it."""
     split: str | None = None
-    """Split of hub data sets and of folders with several (default of hubs: train)."""
+    """Split to read, of hub datasets (default: train) and of folders with several splits."""
     duplicates: str = "drop"
-    """drop leaves out repeated and contradictory comparisons, keep keeps them."""
+    """drop: leave out repeated and contradictory comparisons; keep: keep them."""
     holdout: Annotated[list[str], NONE] = field(default_factory=list)
     """Held-out data (as --input): comparisons whose prompt also occurs there are left out."""
     valid_fraction: float = 0.0
-    """Fraction of the comparisons for PREFIX.valid, split by prompt."""
+    """Fraction of the comparisons to write to PREFIX.valid as a held-out set, split by prompt."""
     max_rejected: float = 0.05
-    """Stop if more than this fraction of the rows is faulty."""
+    """Stop if more than this fraction of the rows is rejected. Rejected rows are listed in
+    PREFIX.rejected.jsonl."""
     workers: int = 0
-    """Processes; 0: one per core."""
+    """Worker processes; 0: one per core."""
     force: bool = False
     """Replace an existing output."""
 
