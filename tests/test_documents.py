@@ -369,6 +369,7 @@ class Workspace:
 
     def serve(self, words: list[str]) -> str:
         pytest.importorskip("fastapi", reason="the extra serve is not installed")
+        pytest.importorskip("prometheus_client", reason="the extra serve is not installed")
         pytest.importorskip("uvicorn", reason="the extra serve is not installed")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
