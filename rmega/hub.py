@@ -58,8 +58,8 @@ def resolve_model(name: str, *, flag: str = "--hf-model", weights: bool = True) 
     """The local folder of a model: a folder, a Hugging Face hub name, or ``modelscope:NAME``.
 
     Of a hub repository everything but its code is fetched, into the hub's own cache; without
-    ``weights`` only configuration and tokenizer. Raises ValueError that names ``flag`` if there is no
-    such model.
+    ``weights`` only configuration and tokenizer. Raises ValueError that names ``flag`` if there is
+    no such model.
     """
     path = Path(name).expanduser()
     if path.is_dir():
