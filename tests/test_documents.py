@@ -369,6 +369,7 @@ class Workspace:
 
     def serve(self, words: list[str]) -> str:
         pytest.importorskip("fastapi", reason="the extra serve is not installed")
+        pytest.importorskip("prometheus_client", reason="the extra serve is not installed")
         pytest.importorskip("uvicorn", reason="the extra serve is not installed")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -510,9 +511,13 @@ def test_shown_output_is_what_the_commands_print(workspace):
 
 
 @pytest.mark.slow
-def test_quick_start(tmp_path, small_llama):
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_quick_start(family, tmp_path, small_llama):
     """The README's first command, with a model that is there and three steps: everything but the
     set-up."""
+    from tests.made_models import make_family
+
+    model = small_llama if family == "llama" else make_family(family, tmp_path / "models" / family)
     place = Workspace(tmp_path, small_llama)
     env = {**place.environment(), "VIRTUAL_ENV": sys.prefix}
     if not (Path(sys.prefix) / "bin" / "python").exists():
@@ -532,7 +537,7 @@ def test_quick_start(tmp_path, small_llama):
             "bash",
             "examples/quickstart.sh",
             "--model",
-            str(small_llama),
+            str(model),
             "--data",
             "examples/data/demo.train.jsonl",
             "--steps",

@@ -196,6 +196,7 @@ def escaped(tokenizer: PairTokenizer, messages: list[dict]) -> list[dict]:
 def ask(model: Scorer, path: str, body: dict) -> dict:
     """The server's answer, without a network."""
     pytest.importorskip("fastapi", reason="the extra serve is not installed")
+    pytest.importorskip("prometheus_client", reason="the extra serve is not installed")
     from rmega.scoring.queue import ScoringQueue
     from rmega.scoring.server import make_app
     from rmega.scoring.service import Limits, RewardService

@@ -30,7 +30,12 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
             ["--eval-interval", "1", "--save-interval", "1"],
         ),
         ("llama3_8b", "messages.jsonl.gz", {"NPROC": "2", "TP": "2"}, []),
-        ("llama3.1_8b", "messages.jsonl.gz", {"NPROC": "2", "TP": "2"}, []),
+        (
+            "llama3.1_8b_rewardbench2",
+            "messages.jsonl.gz",
+            {"NPROC": "2", "TP": "2", "SEEDS": "1", "EVAL_DATA": "examples/data/demo.valid.jsonl"},
+            [],
+        ),
         ("qwen3_8b", "messages.jsonl.gz", {"TP": "1"}, []),
         (
             "long_context",
@@ -139,6 +144,71 @@ def test_what_is_given_replaces_a_recipes_own(flags, present, absent, tmp_path):
         and absent not in printed
         and "--save-interval 100 --keep-last 2" in printed
     ), done.stderr
+
+
+def printed_by(script: str, tmp_path: Path, *flags: str, **variables: str) -> list[str]:
+    """The command lines of a script in examples/, with an echo in place of Python."""
+    echo = tmp_path / "python"
+    echo.write_text('#!/bin/sh\necho "$*"\n')
+    echo.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(ROOT / f"examples/{script}.sh"), *flags],
+        env={
+            "PATH": os.environ["PATH"],
+            "PYTHON": str(echo),
+            "OUT": str(tmp_path / "o"),
+            "DATA": "d",
+            **variables,
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_seeds_are_trained_one_by_one_and_joined(tmp_path):
+    recipe = "recipes/llama3.1_8b_rewardbench2"
+    lines = printed_by(recipe, tmp_path, "--lr", "1e-5", SEEDS="4 5")
+    out = tmp_path / "o"
+    trainings = [line for line in lines if "pretrain_reward.py" in line]
+    for seed, line in zip((4, 5), trainings, strict=True):
+        assert f"--seed {seed} --lr 1e-5" in line and f"--save {out}/seed{seed}/run" in line
+        assert (out / f"seed{seed}/data").resolve() == out / "data"
+    assert sum("preprocess_pref.py" in line for line in lines) == 1
+    assert lines[-1].endswith(f"--join {out}/seed4/evaluation.json {out}/seed5/evaluation.json")
+    (line,) = [
+        line
+        for line in printed_by(recipe, tmp_path, "--seed=7", SEEDS="4 5")
+        if "pretrain_reward.py" in line
+    ]
+    assert line.endswith("--seed 7 --seed=7 --train-epochs 1") and f"--save {out}/run" in line
+
+
+@pytest.mark.parametrize("flags,dp", [([], 2), (["--tp", "2"], 4), (["--tp=2", "--pp=2"], 2)])
+def test_a_dry_run_of_a_recipe_starts_nothing(flags, dp, tmp_path):
+    lines = printed_by("recipes/llama3_8b", tmp_path, "--dry-run", *flags)
+    assert "preprocess_pref.py" in lines[0] and len(lines) == 2
+    assert "launch.py" not in lines[1] and f"--dp {dp} " in lines[1] and "--dry-run" in lines[1]
+
+
+def test_the_study_of_losses_differs_in_the_loss_alone(tmp_path):
+    for loss in ("ranking", "scaled"):
+        for seed in (1, 2):
+            folder = tmp_path / f"o/{loss}/seed{seed}/run/evaluations/valid"
+            folder.mkdir(parents=True)
+            for step in (0, 20, 100):
+                (folder / f"step_{step:07d}.json").touch()
+    variables = {"SEEDS": "1 2", "LOSSES": "ranking scaled"}
+    lines = printed_by("studies/losses", tmp_path, "--train-steps", "3", **variables)
+    trainings = [line.split() for line in lines if "pretrain_reward.py" in line]
+    assert len(trainings) == 4 and all(t[-2:] == ["--train-steps", "3"] for t in trainings)
+    ranking, scaled = ([w for w in t if "seed1" not in w] for t in (trainings[0], trainings[2]))
+    assert [w for w in scaled if w not in ranking] == ["--scale-by-rating"]
+    (joined,) = [line for line in lines if "--join" in line and "/scaled/" in line]
+    assert joined.split()[-2:] == [
+        f"{tmp_path}/o/scaled/seed{seed}/run/evaluations/valid/step_0000100.json" for seed in (1, 2)
+    ]
 
 
 SCRIPTS = [ROOT / "examples" / "quickstart.sh", *sorted((ROOT / "examples").glob("*/*.sh"))]

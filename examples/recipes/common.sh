@@ -12,18 +12,35 @@ prepare() {
             --output-prefix "$OUT/data/train" --max-length "$1" \
             --valid-fraction "${VALID_FRACTION:-0.02}"
 }
-tp_of() {  # tp_of DEFAULT FLAGS...: the --tp that counts, the last one
-    local tp="$1"
+# last_of DEFAULT "NAME OTHER_NAME" FLAGS...: the value of a flag that counts, the last one
+last_of() {
+    local value="$1" names=" $2 "
+    shift
     while shift && (($#)); do
-        case "$1" in
-            --tp | --tensor-model-parallel-size) tp="${2-}" ;;
-            --tp=* | --tensor-model-parallel-size=*) tp="${1#*=}" ;;
-        esac
+        if [[ "$names" == *" $1 "* ]]; then
+            value="${2-}"
+        elif [[ "$1" == *=* && "$names" == *" ${1%%=*} "* ]]; then
+            value="${1#*=}"
+        fi
     done
-    echo "$tp"
+    echo "$value"
 }
-train() {  # train FLAGS...: starts a run, or resumes one that was interrupted
-    local flags
+tp_of() {  # tp_of DEFAULT FLAGS...: the --tp that counts
+    local default="$1"
+    shift
+    last_of "$default" "--tp --tensor-model-parallel-size" "$@"
+}
+# train FLAGS...: starts a run, or resumes one that was interrupted. With --dry-run: prints what the
+# run needs, and ends the recipe.
+train() {
+    local flags dp
+    if [[ " $* " == *" --dry-run "* ]]; then
+        length_flags "$@"
+        dp=$((NPROC / $(tp_of 1 "$@") / $(last_of 1 "--pp --pipeline-model-parallel-size" "$@")))
+        "$PYTHON" examples/pretrain_reward.py --hf-model "$MODEL" \
+            --data-path "$OUT/data/train" --dp "$dp" "${flags[@]}"
+        exit
+    fi
     length_flags "$@"
     set -- ${flags[@]+"${flags[@]}"}
     "$PYTHON" tools/launch.py --standalone --nproc-per-node "$NPROC" examples/pretrain_reward.py \

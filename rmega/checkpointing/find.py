@@ -176,9 +176,9 @@ def _newest_healthy(run: Path, but: int | None) -> Path | None:
     return None
 
 
-def find_checkpoint(run: Path, iteration: str) -> Path:
+def find_checkpoint(run: Path, iteration: str, flag: str = "--load ") -> Path:
     """The folder of one checkpoint of a run: ``latest``, ``best`` or a number; ``run`` may be that
-    folder itself."""
+    folder itself. Errors name it after ``flag``."""
     if (run / INFO).is_file():
         if iteration != "latest":
             raise ValueError(
@@ -186,13 +186,13 @@ def find_checkpoint(run: Path, iteration: str) -> Path:
             )
         return run
     if not run.is_dir():
-        raise ValueError(f"--load {run}: no such folder")
+        raise ValueError(f"{flag}{run}: no such folder")
     iterations, latest = list_iterations(run), latest_iteration(run)
     if not iterations:
-        raise ValueError(f"--load {run}: no checkpoint in it (folders iter_NNNNNNN with {INFO})")
+        raise ValueError(f"{flag}{run}: no checkpoint in it (folders iter_NNNNNNN with {INFO})")
     if latest is None and not iteration.isdigit():
         raise ValueError(
-            f"--load {run}: {TRACKER} names iteration {tracked_iteration(run)}, which is gone, and"
+            f"{flag}{run}: {TRACKER} names iteration {tracked_iteration(run)}, which is gone, and"
             f" only newer checkpoints are there, which the run has left; name one with --iteration"
             f" ({', '.join(map(str, iterations))})"
         )

@@ -3,6 +3,7 @@
     python tools/evaluate.py --model MODEL --data eval.jsonl --report report/
     python tools/evaluate.py --scores scores.jsonl --data eval.jsonl --json result.json
     torchrun --nproc-per-node 8 tools/evaluate.py --model MODEL --data eval.jsonl
+    python tools/evaluate.py --join seed1.json seed2.json seed3.json
 
 With --scores neither torch nor a model is needed. Formats of scores files:
 rmega/evaluation/scores.py.
@@ -14,13 +15,14 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from rmega.cli import parse_args, run_tool
+from rmega.config import NONE
 from rmega.evaluation.probes import NUM_PROBED
 from rmega.io import write_durably
 
@@ -32,7 +34,7 @@ NUM_NAMED = 10
 class EvaluateArgs:
     """Evaluate a reward model (--model) or scores from files (--scores) on preference data."""
 
-    data: list[str]
+    data: Annotated[list[str], NONE] = field(default_factory=list)
     """Files of any known schema (.jsonl .json .csv .tsv .parquet .arrow, also .gz .zst), globs,
     folders or hub datasets."""
     model: str | None = None
@@ -61,6 +63,9 @@ class EvaluateArgs:
     """Write all numbers to this file."""
     report: str | None = None
     """Write report.html, one self-contained page, into this folder (needs the extra plots)."""
+    join: Annotated[list[str], NONE] = field(default_factory=list)
+    """Instead of evaluating: two or more files that --json wrote of the same data (seeds of a
+    recipe, an average and its parts), as one table with mean and standard deviation."""
     save_scores: str | None = None
     """Write rewards into this folder, one file per --data file, in the format that --scores
     reads."""
@@ -74,6 +79,21 @@ def main(args: EvaluateArgs) -> None:
     from rmega.evaluation.table import table_of
     from rmega.preferences.sources import resolve
 
+    if args.join:
+        from rmega.evaluation.joined import join
+
+        for option in fields(args):
+            if option.name != "join" and getattr(args, option.name) != getattr(
+                EvaluateArgs(), option.name
+            ):
+                raise ValueError(
+                    f"--{option.name.replace('_', '-')} does not go with --join, which reads"
+                    " evaluations"
+                )
+        print(join(args.join))
+        return
+    if not args.data:
+        raise ValueError("--data: files to evaluate on were expected")
     if (args.model is None) == (args.scores is None):
         raise ValueError("give either --model or --scores")
     if args.limit is not None and args.limit < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from rmega.checkpointing.find import damage, find_checkpoint
 from rmega.config import TrainArgs
 from rmega.export import destination
 from rmega.export import push as hub
-from rmega.export.adapters import base_name, check_peft, tensors_of, write_peft
+from rmega.export.adapters import base_name, check_peft, write_peft
+from rmega.export.average import check_alike, weights_of
 from rmega.export.destination import RECIPE, UNVERIFIED, mark_unverified
 from rmega.export.folder import check_pad, make_recipe, write_config, write_recipe
 from rmega.export.model_card import kept_comparisons, write_card
@@ -58,11 +60,13 @@ def convert(
     force: bool = False,
     verify: bool = True,
     hub_name: str | None = None,
+    average_with: Sequence[Path] = (),
 ) -> int:
     """Export one checkpoint of ``run`` to ``output`` and verify it. Returns 0, or 1 if the
     verification failed. Adapters are merged into their base model, unless ``family`` is "adapter":
     then they and the reward head are written alone, in fp32, as peft reads them. A verified export
-    is uploaded as ``hub_name``, where that is given.
+    is uploaded as ``hub_name``, where that is given. ``average_with``: further runs (their newest
+    checkpoints) or checkpoints; the weights written are the mean over all, made in fp32.
 
     The folder appears complete or not at all, with a file UNVERIFIED if its rewards have not been
     confirmed. An older export is replaced only with ``force``, and removed only after the new one
@@ -72,14 +76,22 @@ def convert(
     shard_bytes = parse_size(max_shard_size)
     if hub_name is not None:
         hub.check(hub_name, verify=verify)
-    folder = find_checkpoint(run, iteration)
+    flag = "" if average_with else "--load "
+    folder = find_checkpoint(run, iteration, flag)
     info = run_folder.read_info(folder)
+    others = [find_checkpoint(other, "latest", flag) for other in average_with]
+    infos = [info, *(run_folder.read_info(other) for other in others)]
+    check_alike([folder, *others], infos)
     base = info["base"]["folder"] if "base" in info else info.get("base_model")
-    target = destination.check(
-        output, load=run, checkpoint=folder, base=base, force=force, verify=verify
-    )
+    for load, checkpoint in zip((run, *average_with), (folder, *others), strict=True):
+        target = destination.check(
+            output, load=load, checkpoint=checkpoint, base=base, force=force, verify=verify
+        )
     geometry = _read_checkpoint(folder, info)
+    for other, its_info in zip(others, infos[1:], strict=True):
+        _read_checkpoint(other, its_info)
     as_adapter = family == ADAPTER
+    assert not (as_adapter and others)
     if as_adapter:
         check_peft(info, geometry)
         dtype = "float32"
@@ -87,8 +99,10 @@ def convert(
         geometry = dataclasses.replace(geometry, family=family)
     dtype = info.get("dtype", "float32") if dtype == "auto" else dtype
     with destination.being_written(target) as partial:
-        recipe = _write(folder, info, partial, geometry, dtype, shard_bytes, output, as_adapter)
-        passed = verify and _verify(folder, info, partial, geometry, recipe)
+        recipe = _write(
+            folder, info, partial, geometry, dtype, shard_bytes, output, as_adapter, others
+        )
+        passed = verify and _verify(folder, info, partial, geometry, recipe, others)
         mark_unverified(partial, recipe["verification"]["reason"] if verify else NO_VERIFY)
         write_card(partial, output.resolve().name, recipe, folder / "hf", hub_name)
         recipe["files"] = destination.list_files(partial)
@@ -125,6 +139,8 @@ def verify_only(
     recipe = destination.read_recipe(output)
     if recipe is None:
         raise ValueError(f"--output {output}: no export of rmega ({RECIPE} is missing)")
+    if recipe.get("average_of"):
+        raise ValueError(f"--output {output}: an average, which tools/average.py verifies")
     folder = find_checkpoint(run, iteration)
     if folder.resolve().name != recipe["checkpoint"]:
         number = str(recipe["checkpoint"]).removeprefix("iter_").lstrip("0")
@@ -170,7 +186,7 @@ def _read_checkpoint(folder: Path, info: dict[str, Any]) -> Geometry:
     """The geometry of an undamaged checkpoint; says where the run has not come to its end."""
     if problem := damage(folder):
         raise ValueError(
-            f"--load {folder}: damaged ({problem}); another checkpoint can be named by --iteration"
+            f"{folder}: damaged ({problem}); another checkpoint of the run can be named"
         )
     if (planned := planned_steps(info)) and info["iteration"] < planned:
         say(
@@ -206,9 +222,10 @@ def _write(
     shard_bytes: int,
     output: Path,
     as_adapter: bool,
+    average_with: Sequence[Path],
 ) -> dict[str, Any]:
     """Write all files but card and recipe; returns the recipe as far as it is known."""
-    started = time.perf_counter()
+    started, folders = time.perf_counter(), [folder, *average_with]
     render_only = not BACKBONES[geometry.family].code
     example = write_tokenizer(folder / "hf", partial, info, render_only=render_only)
     if example is None:
@@ -241,13 +258,19 @@ def _write(
     else:
         write_config(partial, geometry, info, dtype)
         writer = export_weights(
-            tensors_of(folder, info), geometry, partial, dtype=dtype, max_shard_bytes=shard_bytes
+            weights_of(folders), geometry, partial, dtype=dtype, max_shard_bytes=shard_bytes
         )
     for file in sorted((folder / "hf").glob("LICENSE*")):
         shutil.copyfile(file, partial / file.name)
     recipe = make_recipe(info=info, geometry=geometry, dtype=dtype, checkpoint=folder.resolve())
     if as_adapter:
         recipe["adapter_of"] = base_name(info)
+    if average_with:  # nothing that was measured of the first is true of the mean
+        recipe |= {
+            "average_of": [f"{f.resolve().parent.name}/{f.resolve().name}" for f in folders],
+            "evaluation": [],
+            "comparisons_seen": None,
+        }
     if example:
         recipe |= {
             key: example[key]
@@ -263,13 +286,18 @@ def _write(
         f"wrote {output}: {'adapter of ' * as_adapter}{recipe['architecture']}, {dtype},"
         f" {writer.total_size / 1e9:.2f} GB in"
         f" {len(writer.files)} file{'s' if len(writer.files) > 1 else ''},"
-        f" {time.perf_counter() - started:.1f} s, from {folder}"
+        f" {time.perf_counter() - started:.1f} s, from {', '.join(map(str, folders))}"
     )
     return recipe
 
 
 def _verify(
-    folder: Path, info: dict[str, Any], output: Path, geometry: Geometry, recipe: dict[str, Any]
+    folder: Path,
+    info: dict[str, Any],
+    output: Path,
+    geometry: Geometry,
+    recipe: dict[str, Any],
+    average_with: Sequence[Path] = (),
 ) -> bool:
     """Verify a written folder, put the result into its recipe and report it."""
     from rmega.export.verify import verify_export
@@ -284,6 +312,7 @@ def _verify(
         pad_token_id=recipe["pad_token_id"],
         as_adapter=bool(recipe.get("adapter_of")),
         example=example["token_ids"] if example else None,
+        average_with=average_with,
         say=say,
     )
     if example:

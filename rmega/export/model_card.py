@@ -67,7 +67,7 @@ the number by itself has no unit.
 |---|---|
 | base model | {base_model} |
 | license of the base model | {license_name or license_text(base) or "not stated in its folder"} |
-| trained for | {recipe["iteration"]} steps, {_count(recipe.get("comparisons_seen"))} comparisons |
+{_training_of(recipe)}
 | reward token | {recipe["reward_token_id"]} {_code(recipe.get("reward_token"))} |
 | pad token | {recipe["pad_token_id"]} {_code(recipe.get("pad_token"))} |
 | rewards of held-out responses | {_spread(recipe.get("held_out_rewards"))} |
@@ -91,6 +91,13 @@ the number by itself has no unit.
 All of it, with the data's manifest, is in `reward_recipe.json`.
 """
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(folder / "README.md")
+
+
+def _training_of(recipe: dict[str, Any]) -> str:
+    if parts := recipe.get("average_of"):
+        return f"| mean of the weights of | {', '.join(f'`{part}`' for part in parts)} |"
+    comparisons = _count(recipe.get("comparisons_seen"))
+    return f"| trained for | {recipe['iteration']} steps, {comparisons} comparisons |"
 
 
 def _verification(result: dict[str, Any] | None) -> str:

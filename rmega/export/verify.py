@@ -20,7 +20,8 @@ import torch
 
 from rmega.checkpointing import base_model
 from rmega.config import MIN_COMPARISONS
-from rmega.export.adapters import MergedTensors, compare_peft, load_with_peft, tensors_of
+from rmega.export.adapters import MergedTensors, compare_peft, load_with_peft
+from rmega.export.average import MeanTensors, weights_of
 from rmega.export.write_weights import DTYPES, CheckpointTensors
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
@@ -66,7 +67,10 @@ class Verification:
 
 
 def compare_weights(
-    source: CheckpointTensors | MergedTensors, folder: Path, geometry: Geometry, dtype: str
+    source: CheckpointTensors | MergedTensors | MeanTensors,
+    folder: Path,
+    geometry: Geometry,
+    dtype: str,
 ) -> tuple[str, bool]:
     """Read the written files again, one tensor at a time: (a sentence, whether every value is the
     checkpoint's)."""
@@ -92,14 +96,18 @@ def compare_weights(
 
 @torch.no_grad()
 def checkpoint_rewards(
-    checkpoint_folder: Path, items: Sequence[Sequence[Sequence[int]]], dtypes: Sequence[str]
+    checkpoint_folder: Path,
+    items: Sequence[Sequence[Sequence[int]]],
+    dtypes: Sequence[str],
+    *,
+    average_with: Sequence[Path] = (),
 ) -> list[torch.Tensor]:
     """fp32 rewards [n] by the training's own model on one process, with the weights rounded to each
     of ``dtypes``.
 
     An item holds the token ids of the responses to one prompt; items are packed with a shared
     prefix, as in training. ``dtypes`` go from the widest to the narrowest, because weights are
-    rounded in place.
+    rounded in place. ``average_with``: further checkpoints, whose mean with the first is the model.
     """
     import torch.distributed as dist
 
@@ -110,6 +118,12 @@ def checkpoint_rewards(
     try:
         rules = TokenRules(reward_token="0")  # ids are scored, no text
         scorer = load_scorer(checkpoint_folder, dtype="fp32", rules=rules, flag="--load")
+        for folder in average_with:
+            added = load_scorer(folder, dtype="fp32", rules=rules, flag="--load").model
+            for total, value in zip(scorer.model.parameters(), added.parameters(), strict=True):
+                total.add_(value)
+        for parameter in scorer.model.parameters() if average_with else ():
+            parameter.div_(1 + len(average_with))
         results = []
         for dtype in dtypes:
             for parameter in scorer.model.parameters():
@@ -197,12 +211,14 @@ def verify_export(
     pad_token_id: int,
     example: Sequence[int] | None = None,
     as_adapter: bool = False,
+    average_with: Sequence[Path] = (),
     say: Callable[[str], None] = lambda text: None,
 ) -> Verification:
     """Compare a written folder with its checkpoint. ``geometry`` is that of the folder (its family
     may be another), ``info`` the checkpoint's rmega.json. ``as_adapter``: a folder of peft.
 
-    ``example``: ids of one more sequence, whose reward is reported.
+    ``example``: ids of one more sequence, whose reward is reported. ``average_with``: further
+    checkpoints, whose mean with the first is the model.
     """
     import transformers
 
@@ -218,10 +234,12 @@ def verify_export(
     if base:
         sentence, equal = compare_peft(checkpoint_folder, info, folder, geometry)
     else:
-        source = tensors_of(checkpoint_folder, info)
+        source = weights_of([checkpoint_folder, *average_with])
         sentence, equal = compare_weights(source, folder, geometry, dtype)
     say(f"scoring {len(sequences)} responses by the training path")
-    exact, rounded = checkpoint_rewards(checkpoint_folder, items, ("float32", dtype))
+    exact, rounded = checkpoint_rewards(
+        checkpoint_folder, items, ("float32", dtype), average_with=average_with
+    )
     gc.collect()
     say(f"scoring them by transformers {transformers.__version__} from {folder}")
     largest, scale = torch.zeros(()), rounded.abs().amax() if sequences else torch.zeros(())
@@ -232,7 +250,8 @@ def verify_export(
         if sequences:
             largest = torch.maximum(largest, (served - rounded).abs().max())  # keeps nan
     relative = (largest / scale if scale > 0 else largest).item()
-    drift = training_difference(kept, exact)
+    # No training computed the rewards of a mean.
+    drift = None if average_with else training_difference(kept, exact)
     allowed = TRAINING_TOLERANCE.get(_training_dtype(info), 0.0)
     reasons = []
     if not equal:

@@ -24,6 +24,7 @@ from rmega.models.weights import WeightRule, hf_shapes
 
 if TYPE_CHECKING:
     from rmega.export.adapters import MergedTensors
+    from rmega.export.average import MeanTensors
 
 DTYPES = {
     "float32": (torch.float32, "F32"),
@@ -291,7 +292,7 @@ class SafetensorsWriter:
 
 
 def export_weights(
-    source: CheckpointTensors | MergedTensors,
+    source: CheckpointTensors | MergedTensors | MeanTensors,
     geometry: Geometry,
     folder: Path,
     *,

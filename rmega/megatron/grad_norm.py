@@ -19,17 +19,18 @@ def grad_norm(optimizer) -> float:
     """Euclidean norm of the gradients that the steps of ``optimizer`` (a ``ChainedOptimizer``) use,
     over all ranks; called by every rank. Megatron-Core says which tensors count: shards of this
     rank, copies of tensor parallelism once."""
-    grads = [
-        grad
-        for part in optimizer.chained_optimizers
-        for grad in part.get_main_grads_for_grad_norm()
-    ]
+    grads = [grad for part in optimizer.chained_optimizers for grad in _grads(part)]
     if grads:
         total = torch.norm(torch.stack(norms(grads)))[None] ** 2  # [1] fp32
     else:  # of a small model some ranks have no share
         total = torch.zeros_like(optimizer.get_loss_scale())
     dist.all_reduce(total, group=optimizer.get_grad_stats_parallel_group())
     return total.item() ** 0.5
+
+
+def _grads(part) -> list[torch.Tensor]:
+    get = getattr(part, "get_grads_for_grad_norm", None)  # its name from Megatron-Core 0.19 on
+    return (get or part.get_main_grads_for_grad_norm)()
 
 
 def norms(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -186,7 +186,7 @@ def link_norms(block: torch.nn.Module, config: TransformerConfig) -> None:
         return
     norms = [layer.input_layernorm for layer in block.layers]
     final = getattr(block, "final_layernorm", None)
-    for layer, norm in zip(block.layers, [*norms[1:], final], strict=True):
+    for layer, norm in zip(block.layers, [*norms[1:], final], strict=False):
         if isinstance(norm, RMSNorm):
             layer.mlp_bda = _addition_before(norm)
 

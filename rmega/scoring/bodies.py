@@ -40,8 +40,9 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+# fail_fast: one error is reported, so no hundred thousand of them are collected.
 Text = Annotated[str, Field(min_length=1)]
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 
 
 # ---- requests
@@ -57,7 +58,7 @@ class RewardRequest(BaseModel):
         strict=True, json_schema_extra={"example": {"query": ["<s>user: Hi\nassistant: Hello!\n"]}}
     )
 
-    query: Annotated[list[Text], BeforeValidator(_listed)]
+    query: Annotated[list[Text], Field(fail_fast=True), BeforeValidator(_listed)]
     prompts: Any = None
     labels: Any = None
 
@@ -85,8 +86,10 @@ class ClassifyRequest(BaseModel):
         ]}},
     )  # fmt: skip
 
-    input: Annotated[list[Text | Ids] | None, BeforeValidator(_listed)] = None
-    messages: list[dict[str, Any]] | None = None
+    input: Annotated[list[Text | Ids] | None, Field(fail_fast=True), BeforeValidator(_listed)] = (
+        None
+    )
+    messages: Annotated[list[dict[str, Any]] | None, Field(fail_fast=True)] = None
     use_activation: Literal[False] | None = None
     """Rewards are never put through a sigmoid."""
     model: str | None = None
@@ -156,7 +159,7 @@ def _problem(errors: list[Any]) -> Problem:
     if kind.endswith("_type"):
         message += f", not {type(error['input']).__name__}"
     field, *places = error["loc"] or ["the body"]  # behind the numbers in a list: names of forms
-    where = str(field) + "".join(f"[{i}]" for i in places if isinstance(i, int))
+    where = str(field)[:80] + "".join(f"[{i}]" for i in places if isinstance(i, int))
     return Problem(422, f"{where}: {message}")
 
 

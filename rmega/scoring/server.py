@@ -18,6 +18,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 import rmega
 from rmega.scoring.bodies import (
@@ -111,7 +112,12 @@ def run(
 
 def make_app(service: RewardService) -> Any:
     """The ASGI application: routes, OpenAPI page, the form of errors, metrics."""
-    app = FastAPI(title="rmega", version=rmega.__version__, redoc_url=None)
+    app = FastAPI(
+        title="rmega",
+        version=rmega.__version__,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+    )
     errors: dict[int | str, Any] = {
         status: {"model": ErrorAnswer, "description": description}
         for status, description in (
@@ -147,10 +153,9 @@ def make_app(service: RewardService) -> Any:
     ):
         app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
     known = ", ".join(
-        f"{' '.join(methods)} {path}"
+        f"{' '.join(sorted(route.methods - {'HEAD'}))} {route.path}"
         for route in app.routes
-        if (methods := sorted((getattr(route, "methods", None) or set()) - {"HEAD"}))
-        and not (path := route.path).startswith("/docs/")
+        if isinstance(route, Route)
     )
 
     @app.exception_handler(Problem)
@@ -169,4 +174,5 @@ def make_app(service: RewardService) -> Any:
             error.headers,
         )
 
-    return service.metrics.wrap(app, {getattr(route, "path", "") for route in app.routes})
+    paths = {route.path for route in app.routes if isinstance(route, Route)}
+    return service.metrics.wrap(app, paths)

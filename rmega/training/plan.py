@@ -27,6 +27,10 @@ from rmega.hub import model_config_folder
 from rmega.models.geometry import Geometry
 
 GB = 1e9
+H100_FLOPS = 989e12
+"""Dense bf16 peak of an H100 SXM (NVIDIA's data sheet)."""
+USUAL_MFU = 0.4
+"""Share of the peak that well-tuned trainings of this size reach (Megatron-LM: 41 % at 1.7B)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,9 @@ class StepPlan:
     at)."""
 
     comparisons: int
+    comparisons_per_epoch: int
+    flops: float
+    """Of all ranks, without recomputation: what the model needs."""
     tokens: float
     microbatches: float
     largest_microbatch: int
@@ -178,6 +185,23 @@ def plan_stages(
     return stages
 
 
+def flops_of(config: TrainingConfig, geometry: Geometry, batcher, document: int) -> float:
+    """FLOP of forward and backward pass of one comparison: two per multiply-add of the matrix
+    products (``CostModel``); the backward pass is twice the forward one, or once where weights are
+    frozen (LoRA). A pruned last layer makes keys and values of every token, the rest of it for
+    pooled tokens."""
+    g, cost = geometry, batcher.cost
+    tokens, layer = batcher.size(document)
+    forward = g.num_layers * layer
+    if config.model.prune_last_layer:
+        prefix, suffixes = batcher.lengths(document)
+        key_value = 2.0 * g.hidden_size * g.num_query_groups * g.head_dim
+        pooled = len(suffixes) * (cost.linear - key_value)
+        attended = cost.quadratic * sum(prefix + suffix for suffix in suffixes)
+        forward += key_value * tokens + pooled + attended - layer
+    return 2.0 * forward * (2 if config.lora.lora_rank else 3)
+
+
 def plan_step(
     config: TrainingConfig, geometry: Geometry, *, replicas: int, steps: int = 8
 ) -> StepPlan:
@@ -190,7 +214,7 @@ def plan_step(
     vpp = p.virtual_pipeline_model_parallel_size
     batcher = Batcher.of(c, dataset, geometry, num_ranks=replicas)
     tokens = microbatches = largest = 0
-    imbalance = 0.0
+    imbalance = flops = 0.0
     for step in range(steps):
         loads = []
         for bins in batcher.plan(batcher.documents(step * c.train.global_batch_size)):
@@ -201,6 +225,7 @@ def plan_step(
                 own += -own % batcher.token_multiple
                 tokens, largest = tokens + own, max(largest, own)
                 load += sum(cost for _, cost in sizes)
+                flops += sum(flops_of(c, geometry, batcher, number) for number in documents)
             loads.append(load)
             microbatches += len(bins)
         imbalance += max(loads) * len(loads) / max(sum(loads), 1e-9)
@@ -208,6 +233,8 @@ def plan_step(
     pp = p.pipeline_model_parallel_size
     return StepPlan(
         comparisons=c.train.global_batch_size,
+        comparisons_per_epoch=len(dataset),
+        flops=flops / steps,
         tokens=tokens / steps,
         microbatches=each,
         largest_microbatch=largest,
@@ -317,8 +344,20 @@ def describe(
             f"pipeline bubble: {100 * step.bubble:.1f} % of a step; max/mean load across DP ranks:"
             f" {step.imbalance:.3f}"
         ),
+        _hours(config, step, tp * pp * replicas),
     ]
     return "\n".join(lines)
+
+
+def _hours(config: TrainingConfig, step: StepPlan, gpus: int) -> str:
+    steps, comparisons = config.train.total_steps(step.comparisons_per_epoch)
+    whole = step.flops * comparisons / step.comparisons
+    seconds = whole / (USUAL_MFU * H100_FLOPS * gpus)
+    return (
+        f"computing: {step.flops:.3g} FLOP per step, {whole:.3g} in {steps:,} steps; H100s at"
+        f" {100 * USUAL_MFU:.0f} % MFU (assumed, not measured) would take"
+        f" {seconds / 3600:.3g} hours on {gpus}, {gpus * seconds / 3600:.3g} GPU hours"
+    )
 
 
 def dry_run(config: TrainingConfig) -> int:

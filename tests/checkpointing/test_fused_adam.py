@@ -16,8 +16,8 @@ from tests.tiny import tiny_llama
 class LazyAdam(torch.optim.Optimizer):
     """AdamW as FusedAdam computes it: state from the first step on, the count in the group."""
 
-    def __init__(self, params, lr, weight_decay, betas, eps, adam_w_mode):
-        assert adam_w_mode
+    def __init__(self, params, lr, weight_decay, betas, eps, adam_w_mode, capturable=False):
+        assert adam_w_mode and not capturable  # the second is for CUDA graphs, from 0.17 on
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
 
     @torch.no_grad()

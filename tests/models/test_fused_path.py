@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rmega import ops
-from rmega.config import LossArgs
+from rmega.config import LoraArgs, LossArgs
 from rmega.data.packing import pack
-from rmega.models import layers, varlen
+from rmega.models import layers, lora, varlen
 from rmega.models.hf import load_hf, read_geometry
 from rmega.models.reward_model import RewardModel, transformer_config
 from rmega.training.train import pair_loss
@@ -60,7 +60,8 @@ def run(model, batch):
     rewards = model(batch)
     total, count, _ = pair_loss(LossArgs(), batch, rewards)
     (total / count).backward()
-    return rewards.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return rewards.detach(), {n: p.grad.clone() for n, p in trained}
 
 
 def close(found, expected):
@@ -115,3 +116,26 @@ def test_recomputation(recompute, calls, tmp_path):
     assert all(
         module._prepared is None for module in model.modules() if hasattr(module, "_prepared")
     )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_adapters(family, calls, tmp_path):
+    """What LoRA adds to the projection is rotated and gathered with it; frozen norms take no
+    gradient."""
+    folder = tiny_llama(tmp_path, family=family, layers=3)
+    geometry, _ = read_geometry(folder)
+    model = RewardModel(transformer_config(geometry), geometry)
+    load_hf(model, folder, geometry)
+    lora.attach(model, LoraArgs(lora_rank=4))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    comparisons = random_comparisons(6, seed=2)
+    expected, gradients = run(model, pack(comparisons))
+    calls()
+    found, found_gradients = run(model, pack(comparisons))
+    close(found, expected)
+    assert gradients.keys() == found_gradients.keys() and any("lora" in n for n in gradients)
+    for name, gradient in gradients.items():
+        close(found_gradients[name], gradient)

@@ -21,7 +21,7 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
 
 def test_each_op_has_its_kernel():
-    ops = {"gather_last_token", "pairwise_loss", "gather_prefix_kv", "elementwise"}
+    ops = {"gather_last_token", "pairwise_loss", "gather_prefix_kv", "qkv_rope", "elementwise"}
     assert {f"{op}.cu" for op in ops} <= set(KERNELS)
 
 
@@ -50,18 +50,39 @@ def test_compiles(kernel, standard, archs, tmp_path):
     assert (tmp_path / "out.o").stat().st_size > 0
 
 
+def kernels_of(source: str, folder: Path) -> dict[str, str]:
+    """Mangled name -> PTX of each kernel of a file."""
+    ptx = folder / "out.ptx"
+    path = str(CSRC / "cuda" / source)
+    command = [NVCC, "-std=c++17", "-O3", "-arch=sm_90", "-ptx", path, "-o", str(ptx)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    texts = re.split(r"(?=\.entry )", ptx.read_text())[1:]
+    return {re.search(r"\.entry (\w+)", text)[1]: text for text in texts}
+
+
+@needs_nvcc
+def test_projection_moves_whole_lanes_and_divides_in_32_bits(tmp_path):
+    """Half precision, heads of a multiple of 16: 16 bytes at a time, of elements and of tables;
+    divisions of 64 bits are calls."""
+    found = 0
+    for kernel, text in kernels_of("qkv_rope.cu", tmp_path).items():
+        if not re.search(r"qkv_(for|back)wardI\d*(__nv_bfloat16|__half)\S*Li8Ej", kernel):
+            continue
+        found += 1
+        assert set(re.findall(r"st\.global\S*", text)) == {"st.global.v4.u32"}, kernel
+        loads = set(re.findall(r"ld\.global\S*", text))
+        # lanes, and single numbers of the index
+        assert all(".v4." in load or load.endswith(("u32", "s32", "b32")) for load in loads), loads
+        assert not re.findall(r"(?:div|rem)\.[us]64", text), kernel
+    assert found == 2 * 2 * 2  # directions, dtypes, dtypes of the tables
+
+
 @needs_nvcc
 def test_swiglu_stores_whole_lanes_and_divides_fast_in_half_precision(tmp_path):
     """Half precision: one store of 16 bytes per lane and no exact division, which is a call. fp32
     keeps the exact one."""
-    ptx = tmp_path / "elementwise.ptx"
-    source = str(CSRC / "cuda/elementwise.cu")
-    command = [NVCC, "-std=c++17", "-O3", "-arch=sm_90", "-ptx", source, "-o", str(ptx)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    kernels = {}
-    for text in re.split(r"(?=\.entry )", ptx.read_text())[1:]:
-        kernels[re.search(r"\.entry (\w+)", text)[1]] = text
+    kernels = kernels_of("elementwise.cu", tmp_path)
     for direction, lanes in (("glu_forward", 1), ("glu_backward", 2)):
         for dtype, width in (("__nv_bfloat16", 8), ("__half", 8), ("f", 4)):
             name = re.compile(rf"{direction}I(\d+)?{dtype}Li{width}E")

@@ -17,6 +17,7 @@ import time
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
+pytest.importorskip("prometheus_client", reason="the extra serve is not installed")
 pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
 from rmega.scoring.connections import VALUES_PER_CONVERSATION, ValueCounter, allowed_connections  # noqa: E402

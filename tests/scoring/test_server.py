@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
+pytest.importorskip("prometheus_client", reason="the extra serve is not installed")
 pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
 from rmega import distributed  # noqa: E402
@@ -292,6 +293,28 @@ def test_bad_requests(client, path, body, status, says):
     assert one.service.in_flight == one.service.buffered == 0
 
 
+def test_a_body_of_errors_costs_no_more_than_one():
+    """One error is reported, so no list of a hundred thousand is made."""
+    import tracemalloc
+
+    from rmega.scoring.bodies import ClassifyRequest, Problem, RewardRequest, parse
+
+    for model, body in (
+        (RewardRequest, {"query": [None] * 100_000}),
+        (ClassifyRequest, {"input": [None] * 100_000}),
+        (ClassifyRequest, {"input": [["a"] * 100_000]}),
+        (ClassifyRequest, {"messages": [1] * 100_000}),
+        (ClassifyRequest, {"x" * 100_000: 1, "input": "a"}),
+    ):
+        data = json.dumps(body).encode()
+        tracemalloc.start()
+        with pytest.raises(Problem) as error:
+            parse(model, data)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 8 * 2**20 and len(error.value.message) < 200
+
+
 def test_too_large_by_its_header_is_refused_unread(client):
     status, answer, _ = client(max_body_bytes=100).ask(
         "/score", {}, headers=[("Content-Length", "101")]
@@ -475,6 +498,8 @@ class Server:
         line = self.process.stdout.readline()
         assert " at http://127.0.0.1:" in line, line + self.process.communicate()[1]
         self.port = int(line.rsplit(":", 1)[1])
+        while asyncio.run(self.post("/health", None))[0] != 200:  # an instant after the line
+            time.sleep(0.01)
 
     async def post(self, path: str, body: dict | None, timeout: float = 240.0) -> tuple[int, dict]:
         async def talk():
@@ -623,7 +648,7 @@ def test_texts_over_the_limit_and_normalized_rewards(model, tmp_path):
     reward_token = json.loads((folder / "config.json").read_text())["reward_token_id"]
     recipe = {"reward_token_id": reward_token, "max_length": 40, "overlong": "drop"}
     (folder / "reward_recipe.json").write_text(json.dumps({**recipe, "evaluation": rows}))
-    one = Server("--model", str(folder), "--normalize")
+    one = Server("--model", str(folder), "--normalize", "--stop-seconds", "300")
     conversation = chat("word " * 60, "A cat.")
     try:
         texts = ["<s>user: " + "a b " * 99, "<s>user: a"]
@@ -635,7 +660,7 @@ def test_texts_over_the_limit_and_normalized_rewards(model, tmp_path):
         status, short = asyncio.run(one.post("/score", {"messages": chat("Who?", "A cat.")}))
     finally:
         code, _, err = one.stop()
-    assert code == 0 and "trained with --overlong drop" in err and "normalized" in err
+    assert code == 0 and "trained with --overlong drop" in err and "normalized" in err, err
     plain = Reference(model).reward(chat("Who?", "A cat."))
     assert short["rewards"] == pytest.approx([(plain - 0.5) / 2.0], rel=1e-4, abs=1e-5)
 

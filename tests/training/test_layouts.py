@@ -208,6 +208,26 @@ def deep(tmp_path_factory):
     return of
 
 
+EVERY = [
+    *("tp2", "tp2,sp", "pp2", "pp2,vpp2", "dp2", "tp2,pp2"),
+    *("tp2,recompute", "tp2,sp,selective", "tp8,sp,pad"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "text,prune", [*((text, True) for text in EVERY), ("tp2,sp", False), ("pp2", False)]
+)
+def test_parity_of_every_family(text, family, prune, deep):
+    """Four key/value groups on eight ranks are padded to eight."""
+    from rmega.training.parity import compare
+
+    folder, alone = deep(family)
+    differences = compare(result_of(text, folder, prune_last_layer=prune), alone)
+    assert max(differences.values()) <= TOLERANCE, differences
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("text", LONG)

@@ -197,6 +197,43 @@ def big_models(tmp_path_factory):
     return found
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"prune_last_layer": False}, {"share_prefix": False}], ids=str
+)
+def test_the_flop_of_a_step_are_those_of_its_packs(changes, tmp_path):
+    """Counted from lengths alone, against a count over the segments of the packs."""
+    from benchmarks.common import step_flops
+    from rmega.data.batching import Batcher
+    from rmega.models.hf import read_geometry
+    from rmega.training.parity import Layout, layout_config
+    from rmega.training.plan import flops_of
+    from tests.tiny import InMemory, random_comparisons, tiny_llama
+
+    geometry, _ = read_geometry(tiny_llama(tmp_path))
+    config = layout_config(
+        Layout.parse("1"),
+        hf_model=str(tmp_path),
+        steps=1,
+        global_batch_size=12,
+        max_tokens=300,
+        lr=1e-3,
+        **changes,
+    )
+    data = InMemory(random_comparisons(12, seed=1))
+    batcher = Batcher.of(config, data, geometry, num_ranks=1)
+    expected = sum(
+        step_flops(
+            geometry,
+            pack.segments,
+            pack.pooled_segments,
+            prune_last_layer=config.model.prune_last_layer,
+        )
+        for pack in batcher.packs(batcher.documents(0))
+    )
+    counted = sum(flops_of(config, geometry, batcher, number) for number in range(12))
+    assert counted == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.fixture(scope="module")
 def big_model(big_models):
     return big_models["internlm2-20b"][0]
@@ -243,6 +280,7 @@ def test_a_layout_larger_than_the_machine(name, big_models, data, capsys):
         "= 512 ranks" in out
         and out.count("\nstage ") == 4
         and "pipeline bubble" in out
+        and " FLOP per step, " in out
         and "fits" in out
     )
     rows = [
