@@ -3,7 +3,7 @@
 #
 #   docker build -t rmega .
 #   docker run --gpus all --ipc=host --rm -it -v "$PWD/runs:/workspace/rmega/runs" rmega
-ARG BASE=nvcr.io/nvidia/pytorch:25.10-py3
+ARG BASE=nvcr.io/nvidia/pytorch:25.12-py3
 FROM ${BASE}
 
 WORKDIR /workspace/rmega

@@ -147,8 +147,8 @@ def run_tool(main: Callable[..., Any], *args: Any) -> int:
     """Call ``main``; an error that the user can fix becomes one line on stderr and exit code 2,
     not a traceback.
 
-    ``ValueError`` and ``OSError`` are the user's (law 7: they name flag, file and line); everything
-    else is ours and keeps its traceback.
+    ``ValueError`` and ``OSError`` are the user's (design rule 7 of CONTRIBUTING.md: they name flag,
+    file and line); everything else is ours and keeps its traceback.
     """
     try:
         code = int(main(*args) or 0)

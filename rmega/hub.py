@@ -1,8 +1,8 @@
 """A folder, a Hugging Face hub name or ``modelscope:NAME`` -> a local folder; loading its
 tokenizer without running its code.
 
-The only loader of tokenizers in rmega. No code of a folder runs unless the caller passes on
-``--trust-remote-code``, and nothing asks on the terminal.
+The only loader of tokenizers in rmega. Code that comes with a folder is never run, and nothing
+asks on the terminal.
 """
 
 from __future__ import annotations
@@ -54,14 +54,12 @@ def check_folder_or_hub_name(name: str, flag: str) -> None:
         )
 
 
-def resolve_model(
-    name: str, *, flag: str = "--hf-model", weights: bool = True, code: bool = False
-) -> Path:
+def resolve_model(name: str, *, flag: str = "--hf-model", weights: bool = True) -> Path:
     """The local folder of a model: a folder, a Hugging Face hub name, or ``modelscope:NAME``.
 
     Of a hub repository everything but its code is fetched, into the hub's own cache; without
-    ``weights`` only configuration and tokenizer, with ``code`` its Python files too. Raises
-    ValueError that names ``flag`` if there is no such model.
+    ``weights`` only configuration and tokenizer. Raises ValueError that names ``flag`` if there is
+    no such model.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -71,21 +69,20 @@ def resolve_model(
         raise ValueError(f"{flag} {name}: a file; name the folder that holds it")
     hub, colon, repository = name.partition(":")
     if colon and hub == "modelscope":
-        return _from_modelscope(name, repository, flag, weights, code)
+        return _from_modelscope(name, repository, flag, weights)
     check_folder_or_hub_name(name, flag)
     from huggingface_hub import snapshot_download
 
-    files = [*HUB_FILES, *(["*.py"] if code else [])]
     try:
         with one_line_for_retries():
             folder = Path(
                 snapshot_download(
-                    name, allow_patterns=[*files, *(["*.safetensors"] if weights else [])]
+                    name, allow_patterns=[*HUB_FILES, *(["*.safetensors"] if weights else [])]
                 )
             )
             if weights and not any(folder.glob("*.safetensors")):
                 folder = Path(
-                    snapshot_download(name, allow_patterns=[*files, "pytorch_model*.bin"])
+                    snapshot_download(name, allow_patterns=[*HUB_FILES, "pytorch_model*.bin"])
                 )
     except Exception as error:  # offline, not found, gated, disk full: the hub's message says which
         raise ValueError(
@@ -123,13 +120,12 @@ def adapter_base(folder: Path, flag: str) -> str:
     return str(beside) if not Path(base).is_dir() and beside.is_dir() else base
 
 
-def _from_modelscope(name: str, repository: str, flag: str, weights: bool, code: bool) -> Path:
+def _from_modelscope(name: str, repository: str, flag: str, weights: bool) -> Path:
     try:
         from modelscope import snapshot_download
     except ImportError:
         raise ValueError(f"{flag} {name}: pip install modelscope to read from ModelScope") from None
-    unwanted = ["pth", "pt", "gguf", "onnx", "h5", "msgpack"]
-    unwanted += [] if code else ["py"]
+    unwanted = ["pth", "pt", "gguf", "onnx", "h5", "msgpack", "py"]
     unwanted += [] if weights else ["safetensors", "bin"]
     try:
         return Path(
@@ -287,11 +283,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(
-    name: str | Path,
-    *,
-    flag: str = "--tokenizer",
-    trust_remote_code: bool = False,
-    messages: list[str] | None = None,
+    name: str | Path, *, flag: str = "--tokenizer", messages: list[str] | None = None
 ) -> Any:
     """The transformers tokenizer of a folder or hub name (as `resolve_model`).
 
@@ -300,7 +292,7 @@ def load_tokenizer(
     """
     # one process per core is the parallelism
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    folder = resolve_model(str(name), flag=flag, weights=False, code=trust_remote_code)
+    folder = resolve_model(str(name), flag=flag, weights=False)
     vocabulary = next((n for n in _VOCABULARIES if (folder / n).is_file()), None)
     if vocabulary is None:
         raise ValueError(f"{flag} {name}: no tokenizer in it ({', '.join(_VOCABULARIES)})")
@@ -320,18 +312,16 @@ def load_tokenizer(
 
     with _transformers_warnings() as lines:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(folder), trust_remote_code=trust_remote_code
-            )
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
             tokenizer.encode("a")  # uses settings of other types than transformers checks
         except Exception as error:  # json, the Rust layer and transformers raise their own kinds
-            if trust_remote_code or "custom code" not in str(error):
+            if "custom code" not in str(error):
                 reasons = "; ".join([one_line(error), *lines[:1]])
                 raise ValueError(f"{flag} {name}: cannot be loaded ({reasons})") from None
             if vocabulary != "tokenizer.json":
                 raise ValueError(
-                    f"{flag} {name}: its tokenizer is code of its own, which is not run"
-                    " (tools/preprocess_pref.py --trust-remote-code runs it)"
+                    f"{flag} {name}: its tokenizer is code of its own, which is never run;"
+                    " a folder with a tokenizer.json is read without it"
                 ) from None
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
             lines.append("code of its own is not run; tokenizer.json alone is read")

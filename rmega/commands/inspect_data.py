@@ -1,9 +1,12 @@
 """Look into a preference dataset.
 
-python tools/inspect_data.py PREFIX                     counts, lengths, savings, heuristics
-python tools/inspect_data.py PREFIX show 0 17           comparisons as text
-python tools/inspect_data.py PREFIX verify              checksums, bounds, fingerprint
-python tools/inspect_data.py PREFIX report --output page.html
+python tools/inspect_data.py PREFIX: counts, lengths, savings, heuristics.
+
+python tools/inspect_data.py PREFIX show 0 17: comparisons as text.
+
+python tools/inspect_data.py PREFIX verify: checksums, bounds, fingerprint.
+
+python tools/inspect_data.py PREFIX report --output page.html: one page with plots.
 """
 
 from __future__ import annotations

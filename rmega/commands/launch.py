@@ -4,8 +4,9 @@
 
 torchrun ends its ranks 30 seconds after a SIGTERM, ends itself on SIGUSR1, and exits with 1
 whatever its ranks said. Here SIGTERM, SIGUSR1 and SIGINT only reach the ranks, which save and leave
-in their own time; the exit code is that of the rank that ended first: 0, 2 for an error that the
-user can fix, 75 for "saved, start me again".
+in their own time (on Linux; elsewhere signals are not passed on). The exit code is that of the rank
+that ended first: 0, 2 for an error that the user can fix, 75 for "saved, start me again", 1 for any
+other error, 130 after a second SIGINT.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ class ReportArgs:
 
     run: Annotated[str, tyro.conf.Positional]
     """Folder of the run (its --save)."""
-    out: str | None = None
-    """Where to write the page; default RUN/report.html."""
+    output: Annotated[str | None, tyro.conf.arg(aliases=["--out"])] = None
+    """File to write the page to. Default: RUN/report.html."""
 
 
 def main(args: ReportArgs) -> None:
@@ -29,7 +29,7 @@ def main(args: ReportArgs) -> None:
         raise ValueError(f"{args.run}: no such folder")
     from rmega.report.training import write_run_report
 
-    print(f"report: {write_run_report(args.run, args.out)}")
+    print(f"report: {write_run_report(args.run, args.output)}")
 
 
 def cli() -> int:

@@ -1,7 +1,7 @@
 """Epoch order, global batches, and this rank's packs.
 
-Which comparisons a step sees is a function of (seed, epoch, step) alone (law 5); how they are cut
-into micro-batches and over data-parallel ranks is decided afterwards, by cost.
+Which comparisons a step sees is a function of (seed, epoch, step) alone (design rule 5); how they
+are cut into micro-batches and over data-parallel ranks is decided afterwards, by cost.
 """
 
 from __future__ import annotations

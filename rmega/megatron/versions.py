@@ -11,7 +11,7 @@ import importlib.metadata
 import re
 import sys
 
-NEWEST_TESTED = {"torch": (2, 14), "megatron-core": (0, 19)}
+NEWEST_TESTED = {"torch": (2, 15), "megatron-core": (0, 19)}
 # From 0.17 on Megatron-Core looks for this package and fails at import where it is older.
 RESILIENCY = "nvidia-resiliency-ext"
 RESILIENCY_NEEDED = (0, 6)

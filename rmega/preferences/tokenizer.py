@@ -114,7 +114,6 @@ class PairTokenizer:
             "overlong": overlong,
             "pad_token_id": pad_token_id,
         }
-        self._trust_remote_code = False
         self.messages: list[str] = []
         """What the user should know, a line each."""
         source = chat_template or given_template(tokenizer)
@@ -166,7 +165,6 @@ class PairTokenizer:
         max_length: int | None = None,
         overlong: str = "left-prompt",
         pad_token_id: int | None = None,
-        trust_remote_code: bool = False,
     ) -> PairTokenizer:
         """From a tokenizer's folder or hub name; ``chat_template`` may also name a file.
 
@@ -176,8 +174,8 @@ class PairTokenizer:
         if chat_template is not None and os.path.exists(chat_template):
             chat_template = Path(chat_template).read_text(encoding="utf-8")
         messages: list[str] = []
-        path = resolve_model(str(folder), flag="--tokenizer", weights=False, code=trust_remote_code)
-        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code, messages=messages)
+        path = resolve_model(str(folder), flag="--tokenizer", weights=False)
+        tokenizer = load_tokenizer(path, messages=messages)
         recorded = recorded_reward_token(path) if reward_token == "auto" else None
         made = cls(
             tokenizer,
@@ -195,17 +193,13 @@ class PairTokenizer:
                 f" are read at {made.last_token} (--reward-token names one)"
             )
         made.messages = messages + made.messages
-        made._trust_remote_code = trust_remote_code
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A process that was spawned, not forked, loads it again."""
         if not self.name:
             raise TypeError("a PairTokenizer without a name cannot be sent to another process")
-        return _load_again, (
-            self.name,
-            {**self._settings, "trust_remote_code": self._trust_remote_code},
-        )
+        return _load_again, (self.name, self._settings)
 
     @property
     def reading(self) -> str:

@@ -1,8 +1,8 @@
 """Model, optimizer and scheduler from Megatron-Core; one training step; one evaluation.
 
 Shape letters: t tokens of a pack, n responses, m pairs. The loss is a sum over pairs with a count
-(law 5): the summed gradient is divided by the count of the whole global batch, so no layout changes
-what a step means.
+(design rule 5): the summed gradient is divided by the count of the whole global batch, so no layout
+changes what a step means.
 """
 
 from __future__ import annotations

@@ -102,6 +102,19 @@ def test_code_in_metadata_is_refused(call, where, run, folder, tmp_path) -> None
     assert not (tmp_path / "hacked").exists()
 
 
+def test_code_in_the_common_state_is_refused(run, folder, tmp_path) -> None:
+    """Megatron-Core reads common.pt by ``torch.load``, whose default refuses functions."""
+    target = tmp_path / "run"
+    shutil.copytree(run, target)
+    torch.save(
+        {"x": Calls(os.system, f"touch {tmp_path}/hacked")}, target / "iter_0000001/common.pt"
+    )
+    record(target / "iter_0000001")
+    with pytest.raises(RuntimeError, match="WeightsUnpickler|weights_only"):
+        run_distributed(steps, 1, "1", folder, str(target), None, 2)
+    assert not (tmp_path / "hacked").exists()
+
+
 def test_code_in_a_shard_is_refused(run, folder, tmp_path) -> None:
     """What .metadata calls bytes, torch's loader unpickles without restriction: here a tensor of
     the model, and the extra state of a layer, which is not read at all."""

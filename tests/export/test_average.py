@@ -121,3 +121,23 @@ def test_what_is_no_set_of_checkpoints(parts, tmp_path) -> None:
     inside = f"{parts[1][1]}/mean"
     with pytest.raises(ValueError, match="lies in the run folder"):
         average.main([run, str(parts[1][1]), "--output", inside])
+
+
+def test_adapters_are_averaged_merged(small_llama, tmp_path) -> None:
+    """The mean of B A is not the product of means."""
+    from tests.dist import run_distributed
+    from tests.runs import flags, make_data, train
+
+    run, data = tmp_path / "run", make_data(small_llama, tmp_path)
+    options = {"lora_rank": 4, "lr": 3e-2, "adam_eps": 0.1, "save_interval": 2}
+    run_distributed(train, 1, flags(small_llama, data, run, steps=4, **options))
+    folders = [run / "iter_0000002", run / "iter_0000004"]
+    for folder in folders:
+        assert convert(run=folder, output=tmp_path / folder.name) == 0
+    output = tmp_path / "mean"
+    assert convert(run=folders[0], output=output, average_with=folders[1:]) == 0
+    a, b = (weights(tmp_path / folder.name) for folder in folders)
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert not torch.equal(a[name], b[name])
+    for name, value in weights(output).items():
+        torch.testing.assert_close(value, (a[name] + b[name]) / 2, rtol=1e-6, atol=1e-7)

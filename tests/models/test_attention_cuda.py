@@ -10,7 +10,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rmega.models.attention import packed_attention, packed_attention_ref
+from rmega import ops
+from rmega.models import varlen
+from rmega.models.attention import (
+    packed_attention,
+    packed_attention_ref,
+    pooled_attention,
+    projection_attention,
+)
 from rmega.models.varlen import obstacle, packed_attention_varlen
 from tests.gpu import ON_CPU, ON_GPU
 from tests.models.test_attention import PACKS, attend, errors, fake_varlen, make_pack
@@ -102,3 +109,53 @@ def test_views_into_the_fused_projection(name, dtype, device):
     plain = errors(run(packed_attention_ref, dtype), truth)
     found = errors(run(attention_on(device), dtype), truth)
     assert all(x <= 2 * y for x, y in zip(found, plain, strict=True)), (found, plain)
+
+
+@DEVICES
+@DTYPES
+@pytest.mark.parametrize("name", ["pairs", "two_to_five"])
+def test_the_fused_projection_as_it_is(name, dtype, device, monkeypatch):
+    """Split, rotation and gather in one kernel before varlen attention, all queries and pruned."""
+    if device == "cpu":
+        monkeypatch.setattr(varlen, "varlen_function", lambda: ("stand-in", fake_varlen))
+        monkeypatch.setattr(varlen, "fuses_projection", lambda *_: True)
+    elif reason := obstacle(torch.device("cuda", 0), dtype, 64):
+        pytest.skip(reason)
+    pack, pruned = (make_pack(PACKS[name], pruned=pruned) for pruned in (False, True))
+    g, r, d, t, n = 2, 3, 64, pack.num_tokens, pruned.num_queries
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    fused, pair, rows = draw(t, g * (r + 2) * d), draw(t, 2 * g * d), draw(n, g * r, d)
+    angles = torch.randn(t, d // 2, generator=generator)
+    weights = draw(t, g * r * d), draw(n, g * r * d)
+
+    def run(form, kind):
+        inputs = [x.to(device, kind).requires_grad_() for x in (fused, pair)]
+        tables = [x.to(device, kind) for x in (angles.cos(), angles.sin())]
+        outs = form(*inputs, rows.to(device, kind), *tables)
+        grads = torch.autograd.grad(outs, inputs, [x.to(device, kind) for x in weights])
+        return [x.detach().cpu().double() for x in (*outs, *grads)]
+
+    def in_one(x, pair, rows, cos, sin):
+        return (
+            projection_attention(x, cos, sin, g * r, g, pack, d**-0.5),
+            pooled_attention(rows, pair, cos, sin, pruned, d**-0.5),
+        )
+
+    def apart(x, pair, rows, cos, sin):
+        query, key, value = x.view(t, g, r + 2, d).split([r, 1, 1], dim=2)
+        query = ops.rope_ref(query.reshape(t, g * r, d), cos, sin)
+        key = ops.rope_ref(key.squeeze(2), cos, sin)
+        keys, values = pair.view(t, 2, g, d).unbind(1)
+        keys = ops.rope_ref(keys, cos, sin)
+        return (
+            packed_attention_ref(query, key, value.squeeze(2), pack, d**-0.5),
+            packed_attention_ref(rows, keys, values, pruned, d**-0.5),
+        )
+
+    truth, plain, found = run(apart, torch.float64), run(apart, dtype), run(in_one, dtype)
+    allowed, got = errors(plain, truth), errors(found, truth)
+    assert all(x <= 2 * y for x, y in zip(got, allowed, strict=True)), (got, allowed)

@@ -231,10 +231,15 @@ def test_sums_have_one_order():
     last = torch.randint(50, (4000,), device="cuda")
     rows = torch.randn(4000, 256, device="cuda")
 
+    plan = ops.prefix_index(*(column.cpu() for column in index), 500).cuda()
+    queries = torch.randn(500, 8, 64, device="cuda", dtype=torch.bfloat16)
+    table = torch.randn(500, 32, device="cuda")
+
     def once():
         return (
             *torch.ops.rmega.rms_norm_backward(rows, rows, rows[0], rows[:, 0].abs()),
             torch.ops.rmega.gather_prefix_kv_backward(grad, *index, 500),
+            torch.ops.rmega.qkv_rope_backward(queries, grad, grad, table, table, plan),
             torch.ops.rmega.gather_last_token_backward(rows, last, 50),
             *torch.ops.rmega.pairwise_loss(
                 rewards, chosen, rejected, weight, weight, "focal", "log_barrier", 0.01, 0.0, False
