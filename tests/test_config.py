@@ -126,6 +126,15 @@ def test_as_dict_is_json_and_complete() -> None:
             "--tp 2 x --pp 2 = 4 does not divide the 6 processes",
         ),
         ([*STEPS, "--tp", "2", "--dp", "2"], 2, "--dp 2: 2 processes leave 1 replicas"),
+        ([*STEPS, "--lora-rank", "-1"], 1, "--lora-rank -1"),
+        ([*STEPS, "--lora-alpha", "8"], 1, "--lora-alpha 8.0 needs --lora-rank"),
+        ([*STEPS, "--lora-rslora"], 1, "--lora-rslora True needs --lora-rank"),
+        ([*STEPS, "--lora-target", "qkv"], 1, "--lora-target qkv needs --lora-rank"),
+        ([*STEPS, "--lora-rank", "4", "--lora-alpha", "0"], 1, "--lora-alpha 0.0"),
+        ([*STEPS, "--lora-rank", "4", "--lora-target", "q_proj"], 1, "'q_proj' is not one of qkv"),
+        ([*STEPS, "--lora-rank", "4", "--lora-target", ""], 1, "'' is not one of qkv"),
+        ([*STEPS, "--lora-rank", "4", "--fp8-format", "hybrid"], 1, "--fp8-format hybrid does not"),
+        ([*STEPS, "--head-lr", "0"], 1, "--head-lr 0"),
         ([*STEPS, "--sp"], 1, "--sp needs --tp greater than 1"),
         ([*STEPS, "--vpp", "2"], 1, "--vpp needs --pp greater than 1"),
         ([*STEPS, "--save-interval", "5"], 1, "--save-interval needs --save"),
@@ -312,3 +321,18 @@ def test_no_number_is_taken_without_a_check() -> None:
                     setattr(getattr(config, group), name, value)
                     with pytest.raises(ValueError):
                         config.check(1)
+
+
+def test_adapters_of_the_flags() -> None:
+    def of(*argv: str) -> tuple:
+        lora = parse(*STEPS, *argv).lora
+        lora.check()
+        return lora.targets, lora.scale
+
+    every = ("qkv", "proj", "fc1", "fc2")
+    assert of("--lora-rank", "16") == (every, 2.0)
+    assert of("--lora-rank", "16", "--lora-alpha", "8", "--lora-rslora") == (every, 2.0)
+    assert of("--lora-rank", "4", "--lora-alpha", "8", "--lora-target", "fc2,qkv") == (
+        ("qkv", "fc2"),
+        2.0,
+    )

@@ -290,3 +290,24 @@ def test_a_folder_without_tokenizer_config_is_noted(small_llama, tmp_path) -> No
     messages: list[str] = []
     hub.load_tokenizer(folder, messages=messages)
     assert any("no tokenizer_config.json" in line for line in messages)
+
+
+def test_an_adapter_is_a_start(small_llama, tmp_path):
+    """Its base model by a path, also one beside it; errors name the flag and what is missing."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    file = adapter / "adapter_config.json"
+
+    def start(base):
+        file.write_text(json.dumps({"base_model_name_or_path": base}))
+        return hub.resolve_start(str(adapter), flag="--hf-model")
+
+    assert hub.resolve_start(str(small_llama)) == (small_llama, None)
+    assert start(str(small_llama)) == (small_llama, adapter)
+    shutil.copytree(small_llama, adapter / "base")
+    assert start("base") == (adapter / "base", adapter)
+    with pytest.raises(ValueError, match="--hf-model .*names no base model"):
+        start(None)
+    with pytest.raises(ValueError, match=f"--hf-model {adapter}: base model /no/where: no such"):
+        start("/no/where")
