@@ -42,9 +42,17 @@ def test_the_recipe_lists_every_file(folder, run) -> None:
     names = {path.name for path in folder.iterdir()}
     assert set(recipe_of(folder)["files"]) == names - {RECIPE}
     assert changed_files(folder, recipe_of(folder)["files"]) == []
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before, recipe = {path.name: path.read_bytes() for path in folder.iterdir()}, recipe_of(folder)
     assert verify_only(run=run, output=folder) == 0
-    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    # Matrix products of a CPU library may round differently by where in memory their operands lie:
+    # what was measured may change in its last digits, and with it the card that cites it.
+    for part in (recipe, again := recipe_of(folder)):
+        for name in ("relative_difference", "largest_difference", "training_difference"):
+            assert (part["verification"].pop(name) or 0) < 1e-5
+        assert set(part.pop("files")) == names - {RECIPE} and part.pop("checksum")
+    assert json.dumps(again, indent=1) == json.dumps(recipe, indent=1)
+    unchanged = names - {RECIPE, "README.md"}
+    assert all((folder / name).read_bytes() == before[name] for name in unchanged)
 
 
 def test_without_verification_the_folder_is_marked_until_it_is_made_up_for(run, tmp_path) -> None:
