@@ -13,6 +13,7 @@ from rmega.hub import ADAPTER_CONFIG
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
 from rmega.models.hf import HfFolder
+from rmega.models.weights import Names
 
 PREFIX = "base_model.model."
 HARMLESS = {
@@ -45,12 +46,7 @@ class PeftFolder:
         self.head = family.names.head
         self._source = HfFolder(self.folder, ("adapter_model", "adapter_model"))
         self._names = {name.removeprefix(PREFIX): name for name in self._source.files}
-        modules = {
-            "qkv": family.names.qkv,
-            "proj": (family.names.projection,),
-            "fc1": (family.names.gate, family.names.up),
-            "fc2": (family.names.down,),
-        }
+        modules = modules_of(family.names)
         layers = [family.names.layer.format(i=i) for i in range(geometry.num_layers)]
         found = {}  # target -> names that its modules can have
         for target, names in modules.items():
@@ -118,6 +114,16 @@ class PeftFolder:
             )
 
 
+def modules_of(names: Names) -> dict[str, tuple[str, ...]]:
+    """Target of ``--lora-target`` -> the family's modules, some with ``.weight`` behind."""
+    return {
+        "qkv": names.qkv,
+        "proj": (names.projection,),
+        "fc1": (names.gate, names.up),
+        "fc2": (names.down,),
+    }
+
+
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """``adapter_config.json``; ValueError on any setting that rmega's adapters do not have."""
     path = folder / ADAPTER_CONFIG
@@ -140,12 +146,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 def write_adapter_config(folder: Path, args: LoraArgs, geometry: Geometry, base: str) -> None:
     """``adapter_config.json`` of an adapter and a reward head for the base model ``base``."""
     names = BACKBONES[geometry.family].names
-    modules = {
-        "qkv": names.qkv,
-        "proj": (names.projection,),
-        "fc1": (names.gate, names.up),
-        "fc2": (names.down,),
-    }
+    modules = modules_of(names)
     content = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS",
