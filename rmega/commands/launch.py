@@ -17,6 +17,8 @@ import signal
 import sys
 from pathlib import Path
 
+from rmega.cli import run_tool
+
 
 def children(process: int) -> list[int]:
     """Processes that ``process`` started."""
@@ -28,8 +30,8 @@ def children(process: int) -> list[int]:
 
 def cli() -> int:
     if sys.argv[1:2] in ([], ["-h"], ["--help"]):
-        print(f"{__doc__}\nFlags before the program are those of torchrun: torchrun --help")
-        return 0
+        text = f"{__doc__}\nFlags before the program are those of torchrun: torchrun --help"
+        return run_tool(print, text)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run

@@ -8,6 +8,7 @@ dataset is put in place. Nothing of the output depends on the number of workers.
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -254,6 +255,9 @@ def _start_worker(converter: Converter) -> None:
     # others with SIGTERM when one dies, and would wait forever for one that only takes note of it.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
+    # Garbage of the parent is not freed here: a process group of gloo ends a process that has none
+    # of its threads with a segmentation fault.
+    gc.freeze()
 
 
 def _work(chunk: sources.Chunk) -> ChunkResult:

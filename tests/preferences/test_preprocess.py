@@ -4,6 +4,7 @@ inputs."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import gzip
 import json
 import os
@@ -445,6 +446,39 @@ def test_a_dead_worker_is_reported(
     )
     with pytest.raises(OSError, match="a worker process died"):
         run(write(tmp_path / "d.jsonl", rows(5)), workers=2)
+
+
+class Noted:
+    """Garbage for the collector alone; notes the process that frees it."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.itself = file, self
+
+    def __del__(self) -> None:
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+def test_workers_free_nothing_of_their_parent(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process group of gloo that waits for the collector: freeing it in a fork, where it has no
+    threads, ends the worker."""
+    convert = worker.Converter.convert
+
+    def collecting(self: Any, chunk: Any) -> Any:
+        gc.collect()
+        return convert(self, chunk)
+
+    monkeypatch.setattr(worker.Converter, "convert", collecting)
+    gc.disable()
+    try:
+        Noted(tmp_path / "freed")
+        run(write(tmp_path / "d.jsonl", rows(50)), workers=2)
+    finally:
+        gc.enable()
+    gc.collect()
+    assert set((tmp_path / "freed").read_text().split()) == {str(os.getpid())}
 
 
 def test_workers_can_be_spawned(run: Any, tmp_path: Path, small_llama: Path) -> None:
