@@ -5,8 +5,9 @@
 Both servers are started on the same folder in the same dtype and get the same requests: /classify
 with the messages of one conversation each, --concurrent of them open at a time. Template and
 tokenizer are the server's work. The two responses of a row share their prompt and follow each
-other. Servers take turns within each repeat, the idle one stays up; the rewards are compared. A
-folder that is no reward model gets a random head.
+other. Servers take turns within each repeat, the idle one stays up; the rewards are compared. Every
+repeat has conversations of its own, so that vLLM's cache of prefixes, which stays on, helps where
+it would in use. A folder that is no reward model gets a random head.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Args:
     vllm_flags: str = "--enforce-eager"
     """More flags of vLLM."""
     rows: int = 64
-    """Rows of the file, drawn at random."""
+    """Rows of the file in a repeat, drawn at random."""
     repeats: int = 3
     """Turns of both servers."""
     concurrent: int = 32
@@ -131,8 +132,9 @@ def ask(port: int, path: str, bodies: Sequence[dict], *, concurrent: int = 1024)
     return asyncio.run(all_of_them())
 
 
-def conversations(args: Args, folder: str) -> list[list[dict]]:
-    """The conversations of the rows drawn, those of a row behind each other."""
+def conversations(args: Args, folder: str) -> list[list[list[dict]]]:
+    """The conversations of each repeat, and of one before them that warms up; those of a row follow
+    each other."""
     from rmega.hub import load_tokenizer
     from rmega.preferences.scorable import read_rows
     from rmega.preferences.sources import resolve
@@ -140,13 +142,18 @@ def conversations(args: Args, folder: str) -> list[list[dict]]:
     tokenizer = load_tokenizer(folder, flag="--model")
     rows = [row for row, _ in read_rows(resolve([args.data], flag="--data")) if row.error is None]
     random.Random(0).shuffle(rows)
-    out: list[list[dict]] = []
+    turns: list[list[list[dict]]] = [[]]
     for row in rows:
         texts = [tokenizer.apply_chat_template(c, tokenize=False) for c in row.conversations]
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        if max(map(len, ids)) < args.max_length and len(out) < args.rows * len(texts):
-            out += row.conversations
-    return out
+        if max(map(len, ids)) >= args.max_length:
+            continue
+        if len(turns[-1]) >= args.rows * len(texts):
+            if len(turns) > args.repeats:
+                return turns
+            turns.append([])
+        turns[-1] += row.conversations
+    raise ValueError(f"--data {args.data}: not enough rows for {args.repeats} repeats")
 
 
 def main(args: Args) -> int:
@@ -158,7 +165,7 @@ def main(args: Args) -> int:
     with contextlib.ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder = with_head(args.model, str(temporary / "model"))
-        chats = conversations(args, folder)
+        turns = conversations(args, folder)
         ours = [sys.executable, str(ROOT / "tools" / "serve.py"), "--model", folder]
         ours += ["--dtype", precision, "--max-length", str(args.max_length)]
         theirs = [args.vllm, "serve", folder, "--served-model-name", "model"]
@@ -173,16 +180,16 @@ def main(args: Args) -> int:
                 started(ours, temporary / "rmega.log", {"PYTHONPATH": str(ROOT), **threads})
             ),
         }
-        bodies = [{"model": "model", "messages": chat} for chat in chats]
         times: dict[str, list[float]] = {side: [] for side in ports}
-        rewards: dict[str, list[float]] = {}
-        for repeat in range(args.repeats + 1):
+        rewards: dict[str, list[float]] = {side: [] for side in ports}
+        for repeat, chats in enumerate(turns):
+            bodies = [{"model": "model", "messages": chat} for chat in chats]
             for side, port in ports.items():
                 start = time.perf_counter()
                 answers = ask(port, "/classify", bodies, concurrent=args.concurrent)
                 if repeat:  # the first turn warms up
                     times[side].append(time.perf_counter() - start)
-                rewards[side] = [a["data"][0]["probs"][0] for a in answers]
+                rewards[side] += [a["data"][0]["probs"][0] for a in answers]
     first = "vLLM"
     lines: list[dict[str, Any]] = []
     for side in ports:
@@ -191,14 +198,16 @@ def main(args: Args) -> int:
         lines.append(
             {
                 "server": side,
-                "conversations/s": len(chats) / statistics.median(times[side]),
+                "conversations/s": len(turns[0]) / statistics.median(times[side]),
                 "ratio": statistics.median(ratios),
                 "ratio min": min(ratios),
                 "ratio max": max(ratios),
                 "max difference": max(abs(a - b) for a, b in pairs),
             }
         )
-    print(f"\n{len(chats)} conversations, {args.concurrent} open requests\n{table(lines)}")
+    print(
+        f"\n{len(turns[0])} conversations a turn, {args.concurrent} open requests\n{table(lines)}"
+    )
     result = {"environment": environment(), "arguments": dataclasses.asdict(args)}
     save(args.name, {**result, "servers": lines, "seconds": times})
     return 0
