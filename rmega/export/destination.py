@@ -26,7 +26,8 @@ UNVERIFIED = "UNVERIFIED"
 MARK = "Written by rmega and not verified."  # first line of UNVERIFIED
 # Every name that an export can have: what a killed one has left is removed by it.
 NAMES = re.compile(
-    r"adapter_config\.json|adapter_model\.safetensors|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|config\.json|README\.md"
+    r"adapter_config\.json|adapter_model\.safetensors|"
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|config\.json|README\.md"
     r"|(configuration|modeling)_internlm2\.py|LICENSE.*|tokenizer.*|special_tokens_map\.json"
     r"|added_tokens\.json|chat_template\.jinja|vocab\.json|merges\.txt|" + f"{UNVERIFIED}|{RECIPE}"
 )
