@@ -25,6 +25,7 @@ from rmega.checkpointing.run_folder import (
     tracked_iteration,
 )
 from rmega.distributed import log, rank
+from rmega.hub import export_damage
 from rmega.io import fingerprint
 
 
@@ -63,10 +64,10 @@ def damage(folder: Path | str, *, share: tuple[int, int] = (0, 1)) -> str | None
 
 def _damage_together(folder: Path) -> str | None:
     """``damage`` with the files divided among the ranks; every rank gets the first answer."""
-    return first_answer(lambda share: damage(folder, share=share))
+    return _first_answer(lambda share: damage(folder, share=share))
 
 
-def first_answer(check: Callable[[tuple[int, int]], str | None]) -> str | None:
+def _first_answer(check: Callable[[tuple[int, int]], str | None]) -> str | None:
     """The first problem that a check finds whose work the ranks share, on every rank; ``check``
     gets the share (i, n)."""
     if not dist.is_initialized():
@@ -74,6 +75,14 @@ def first_answer(check: Callable[[tuple[int, int]], str | None]) -> str | None:
     answers: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(answers, check((rank(), dist.get_world_size())))
     return next((answer for answer in answers if answer), None)
+
+
+def check_exports(flag: str, *folders: Path | None) -> None:
+    """ValueError where a model folder is an export that has changed since it was written. The ranks
+    of a process group, all of which call it, share the reading."""
+    for folder in filter(None, folders):
+        if problem := _first_answer(lambda share, f=folder: export_damage(f, share=share)):
+            raise ValueError(f"{flag} {problem}")
 
 
 def _on_rank_0(compute) -> Any:

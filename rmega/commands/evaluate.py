@@ -82,10 +82,9 @@ def main(args: EvaluateArgs) -> None:
     if args.join:
         from rmega.evaluation.joined import join
 
+        default = EvaluateArgs(join=args.join)
         for option in fields(args):
-            if option.name != "join" and getattr(args, option.name) != getattr(
-                EvaluateArgs(), option.name
-            ):
+            if getattr(args, option.name) != getattr(default, option.name):
                 raise ValueError(
                     f"--{option.name.replace('_', '-')} does not go with --join, which reads"
                     " evaluations"

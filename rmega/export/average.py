@@ -50,7 +50,7 @@ def check_alike(folders: Sequence[Path], infos: Sequence[dict[str, Any]]) -> Non
 
 class MeanTensors:
     """The mean of checkpoints (adapters merged), with ``rows`` as :class:`CheckpointTensors` has
-    it. Sums are made in fp32 in the order of ``folders``, one tensor at a time."""
+    it. Sums are computed in fp32 in the order of ``folders``, one tensor at a time."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self._sources = [tensors_of(folder, read_info(folder)) for folder in folders]

@@ -91,7 +91,7 @@ class RMSNorm(torch.nn.Module):
         return ops.rms_norm(x, self.weight, self.eps)
 
     def after_residual(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """residual + x, of which the norm is made in the same pass over memory where one kernel
+        """residual + x, of which the norm is computed in the same pass over memory where one kernel
         does both, and kept for the ``forward`` that follows."""
         if not ops.fuses_add_rms_norm(x):
             return residual + x

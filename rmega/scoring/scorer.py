@@ -23,18 +23,11 @@ import torch
 
 from rmega import distributed, precision
 from rmega.checkpointing import base_model, checkpoint, run_folder
-from rmega.checkpointing.find import find, first_answer
+from rmega.checkpointing.find import check_exports, find
 from rmega.config import LoraArgs
 from rmega.data.balance import CostModel, balanced_bins
 from rmega.data.packing import pack
-from rmega.hub import (
-    RECIPE,
-    export_damage,
-    has_tokenizer,
-    read_recipe,
-    recorded_reward_token,
-    resolve_start,
-)
+from rmega.hub import RECIPE, has_tokenizer, read_recipe, recorded_reward_token, resolve_start
 from rmega.models import lora
 from rmega.models.geometry import Geometry
 from rmega.models.hf import load_hf, read_geometry
@@ -113,9 +106,7 @@ def load_scorer(
         tokenizer = _tokenizer(found / "hf", rules, reward_token)
         return Scorer(model, tokenizer, device, folder=found, **options)
     base, folder = resolve_start(str(path), flag=flag)
-    for part in filter(None, (base, folder)):
-        if problem := first_answer(lambda share, part=part: export_damage(part, share=share)):
-            raise ValueError(f"{flag} {problem}")
+    check_exports(flag, base, folder)
     geometry, config = read_geometry(base)
     adapter = PeftFolder(folder, geometry) if folder else None
     if not geometry.has_reward_head and not (adapter and adapter.has_head):

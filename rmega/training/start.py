@@ -11,12 +11,12 @@ import torch
 
 from rmega import distributed, precision
 from rmega.checkpointing import base_model, checkpoint, run_folder
-from rmega.checkpointing.find import first_answer
+from rmega.checkpointing.find import check_exports
 from rmega.config import MIN_COMPARISONS, TrainingConfig
 from rmega.data.batching import Batcher, Mixture
 from rmega.data.indexed import PreferenceDataset, open_preferences, split_label
 from rmega.distributed import log
-from rmega.hub import adapter_base, export_damage, resolve_start
+from rmega.hub import adapter_base, resolve_start
 from rmega.io import write_durably
 from rmega.models import lora
 from rmega.models.geometry import Geometry
@@ -99,9 +99,7 @@ def join(config: TrainingConfig) -> Base:
         seed=config.train.seed,
         timeout_minutes=p.distributed_timeout_minutes,
     )
-    for part in filter(None, (folder, adapter_folder)):
-        if problem := first_answer(lambda share, part=part: export_damage(part, share=share)):
-            raise ValueError(f"--hf-model {problem}")
+    check_exports("--hf-model", folder, adapter_folder)
     return Base(
         name=name,
         folder=folder,

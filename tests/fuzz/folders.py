@@ -493,7 +493,7 @@ def outcome(subject: Subject, path: Path, file: Path, kind: str) -> str:
         return "warned"
     if not subject.has_checksums and (kind in ANOTHER_MODEL or file.suffix in WITHOUT_FORM):
         return "another model"
-    raise Breach(f"another result without a word: {result.warnings}")
+    raise Breach(f"another result without a warning: {result.warnings}")
 
 
 def fuzz(count: int, seed: int, folder: Path) -> Counter[tuple[str, str, str]]:

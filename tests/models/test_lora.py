@@ -13,6 +13,7 @@ import torch
 from tests.dist import run_distributed
 from tests.hf_fixtures import hf_config, hf_tensors, tiny, write_folder
 from tests.tiny import VOCAB, InMemory, random_comparisons, tiny_llama
+from tests.training import test_layouts
 
 RANK, ALPHA = 4, 6.0
 
@@ -121,22 +122,8 @@ def test_values_and_gradients_are_those_of_peft(family, b_scale, tmp_path):
             assert not grad.any()
 
 
-LAYOUTS = [
-    "tp2",
-    "tp2,sp",
-    "pp2",
-    "pp2,vpp2",
-    "dp2",
-    "dp2,plainopt",
-    "tp2,pp2",
-    "tp2,recompute",
-    "tp2,sp,recompute",
-    "tp2,sp,selective",
-    "pp2,first1,last3",
-    "pp2,recompute",
-    "dp2,overlap",
-]
-"""Those of tests/training/test_layouts.py, and full recomputation where a frozen embedding is."""
+# Also full recomputation where a frozen embedding is.
+LAYOUTS = [*test_layouts.LAYOUTS, "tp2,sp,recompute", "pp2,recompute"]
 
 
 def run(rank: int, world_size: int, text: str, folder: str, target: str, switches: dict) -> object:
