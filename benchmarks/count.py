@@ -133,7 +133,7 @@ def build(layers: int):
     from rmega.config import DataArgs, ModelArgs, TrainArgs, TrainingConfig
     from rmega.data.packing import pack
     from rmega.models.geometry import Geometry
-    from rmega.training import train
+    from rmega.training import components
 
     device = distributed.initialize()
     geometry = Geometry(
@@ -149,11 +149,11 @@ def build(layers: int):
     config = TrainingConfig(
         model=ModelArgs(hf_model=""), data=DataArgs(data_path=()), train=TrainArgs(train_steps=9)
     )
-    chunks = train.build_model(config, geometry, dtype=torch.float32, device=device)
+    chunks = components.build_model(config, geometry, dtype=torch.float32, device=device)
     for parameter in chunks[0].parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.02)
-    wrapped = train.wrap_model(chunks, config)
-    optimizer, _ = train.build_optimizer(wrapped, config, 9)
+    wrapped = components.wrap_model(chunks, config)
+    optimizer, _ = components.build_optimizer(wrapped, config, 9)
     comparisons = draw("ultrafeedback", 4, 512)
     return config, wrapped, optimizer, lambda: [pack(comparisons[:2]), pack(comparisons[2:])]
 

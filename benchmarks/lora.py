@@ -62,7 +62,7 @@ def measure(args: Args) -> dict[str, float]:
     from rmega.data.packing import pack
     from rmega.models import lora
     from rmega.models.hf import load_hf, read_geometry
-    from rmega.training import train
+    from rmega.training import components, train
 
     device = distributed.initialize()
     torch.set_float32_matmul_precision("highest")
@@ -74,7 +74,7 @@ def measure(args: Args) -> dict[str, float]:
         train=TrainArgs(train_steps=10**6),
     )
     dtype = precision.DTYPES[args.precision]
-    (model,) = train.build_model(config, geometry, dtype=dtype, device=device)
+    (model,) = components.build_model(config, geometry, dtype=dtype, device=device)
     if args.dummy_weights:
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter.data, std=0.02)
@@ -82,8 +82,8 @@ def measure(args: Args) -> dict[str, float]:
         load_hf(model, args.hf_model, geometry)
     if config.lora.lora_rank:
         lora.initialize(model, geometry, config.lora)
-    wrapped = train.wrap_model([model], config)
-    optimizer, _ = train.build_optimizer(wrapped, config, 10**6)
+    wrapped = components.wrap_model([model], config)
+    optimizer, _ = components.build_optimizer(wrapped, config, 10**6)
     rng = np.random.default_rng(0)
 
     def ids(count: int) -> np.ndarray:

@@ -153,7 +153,7 @@ class Mode:
         from rmega.data.balance import CostModel, balanced_bins
         from rmega.data.packing import pack
         from rmega.models.hf import load_hf
-        from rmega.training import train
+        from rmega.training import components
 
         self.name, (share, prune, self.implementation) = name, SWITCHES[name]
         self.prune = prune
@@ -164,7 +164,7 @@ class Mode:
             optimizer=OptimizerArgs(lr=1e-6),
             parallel=ParallelArgs(recompute=args.recompute),
         )
-        chunks = train.build_model(self.config, geometry, dtype=dtype, device=device)
+        chunks = components.build_model(self.config, geometry, dtype=dtype, device=device)
         if args.hf_model:
             load_hf(chunks[0], args.hf_model, geometry)
         else:
@@ -174,8 +174,8 @@ class Mode:
                     if parameter.ndim > 1
                     else torch.nn.init.ones_(parameter)
                 )
-        self.wrapped = train.wrap_model(chunks, self.config)
-        self.optimizer, _ = train.build_optimizer(self.wrapped, self.config, 10**6)
+        self.wrapped = components.wrap_model(chunks, self.config)
+        self.optimizer, _ = components.build_optimizer(self.wrapped, self.config, 10**6)
         cost = CostModel.of(geometry)
         self.packs = []
         for batch in batches:

@@ -191,7 +191,7 @@ def run_rmega(args: Args) -> list[float]:
     from rmega.data.indexed import StoredComparison
     from rmega.data.packing import pack
     from rmega.models.hf import load_hf, read_geometry
-    from rmega.training import train
+    from rmega.training import components, train
 
     device = distributed.initialize()
     torch.set_float32_matmul_precision(args.matmul_precision)
@@ -204,10 +204,10 @@ def run_rmega(args: Args) -> list[float]:
         train=TrainArgs(train_steps=10**6),
         optimizer=OptimizerArgs(lr=1e-6),
     )
-    chunks = train.build_model(config, geometry, dtype=dtype, device=device)
+    chunks = components.build_model(config, geometry, dtype=dtype, device=device)
     load_hf(chunks[0], args.hf_model, geometry)
-    wrapped = train.wrap_model(chunks, config)
-    optimizer, _ = train.build_optimizer(wrapped, config, 10**6)
+    wrapped = components.wrap_model(chunks, config)
+    optimizer, _ = components.build_optimizer(wrapped, config, 10**6)
     stored = [
         StoredComparison(e.prefix, e.suffixes, np.array([1, 0], np.float32), False, "")
         for e in encode(read_rows(args.sample), args)

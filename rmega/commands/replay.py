@@ -51,7 +51,7 @@ def replay(file: str | Path) -> list[Row]:
     from rmega import precision
     from rmega.checkpointing import checkpoint, run_folder
     from rmega.data.batching import Mixture
-    from rmega.training import parity, resume, train
+    from rmega.training import components, parity, resume, train
 
     config = TrainingConfig.from_dict(kept["config"])
     layout = parity.Layout.parse("1")
@@ -70,7 +70,7 @@ def replay(file: str | Path) -> list[Row]:
     config.train.train_steps, config.train.train_epochs = 1, None
     wrapped, optimizer, _, geometry, device = parity.build(config, dtype)
     checkpoint.load(folder, wrapped=wrapped)
-    batcher = train.make_batcher(
+    batcher = components.make_batcher(
         config, Mixture.open(config.data.data_path, seed=config.train.seed), geometry
     )
     rows = []

@@ -28,7 +28,7 @@ from rmega.models.hf import global_parameters, load_hf, read_geometry
 from rmega.models.lora import adapter_table, initialize
 from rmega.models.peft_folder import PeftFolder
 from rmega.models.weights import WeightRule
-from rmega.training import train
+from rmega.training import components, train
 
 REWARD_BATCHES = 8  # of the dataset, which may be of any size
 
@@ -149,13 +149,13 @@ def build(config: TrainingConfig, dtype: torch.dtype = torch.float32):
     folder, adapter = resolve_start(config.model.hf_model)
     geometry, _ = read_geometry(folder)
     start = PeftFolder(adapter, geometry) if adapter else None
-    chunks = train.build_model(config, geometry, dtype=dtype, device=device)
+    chunks = components.build_model(config, geometry, dtype=dtype, device=device)
     for chunk in chunks:
         load_hf(chunk, folder, geometry, head_init=config.model.head_init, head_seed=3)
         if config.lora.lora_rank:
             initialize(chunk, geometry, config.lora, seed=config.train.seed, start=start)
-    wrapped = train.wrap_model(chunks, config)
-    optimizer, scheduler = train.build_optimizer(wrapped, config, config.train.train_steps)
+    wrapped = components.wrap_model(chunks, config)
+    optimizer, scheduler = components.build_optimizer(wrapped, config, config.train.train_steps)
     return wrapped, optimizer, scheduler, geometry, device
 
 
@@ -230,7 +230,7 @@ def run_layout(
     """Run ``--train-steps`` steps on ``dataset``; called by every rank, the result is on rank 0
     (None elsewhere)."""
     wrapped, optimizer, scheduler, geometry, device = build(config, dtype)
-    batcher = train.make_batcher(config, dataset, geometry)
+    batcher = components.make_batcher(config, dataset, geometry)
     losses, norms, grads = [], [], {}
     consumed = 0
     for step in range(config.train.train_steps):

@@ -366,14 +366,14 @@ def dry_run(config: TrainingConfig) -> int:
     from rmega import distributed
     from rmega.data.batching import Mixture
     from rmega.models.hf import read_geometry
-    from rmega.training import preflight, train
+    from rmega.training import components, preflight
 
     distributed.quiet_engine()
     p = config.parallel
     replicas = p.data_parallel_size or 1
     config.check(p.tensor_model_parallel_size * p.pipeline_model_parallel_size * replicas)
     geometry, _ = read_geometry(model_config_folder(config.model.hf_model))
-    train.transformer_layout(config, geometry, on_cpu=True)
+    components.transformer_layout(config, geometry, on_cpu=True)
     preflight.check_save(config)
     for dataset in Mixture.open(config.data.data_path, seed=config.train.seed).datasets:
         preflight.check_positions("--data-path", dataset, geometry)

@@ -22,7 +22,7 @@ from rmega.models import lora
 from rmega.models.geometry import Geometry
 from rmega.models.hf import load_hf, read_geometry
 from rmega.models.peft_folder import PeftFolder
-from rmega.training import plan, preflight, resume, train
+from rmega.training import components, plan, preflight, resume
 
 
 def named_prefix(text: str) -> tuple[str, str]:
@@ -90,7 +90,7 @@ def join(config: TrainingConfig) -> Base:
         name = adapter_base(adapter_folder, "--hf-model")
         adapter = PeftFolder(adapter_folder, geometry)
         adapter.check_flags(config.lora)
-    train.transformer_layout(config, geometry, on_cpu=not torch.cuda.is_available())
+    components.transformer_layout(config, geometry, on_cpu=not torch.cuda.is_available())
     plan.check_memory(config, geometry)
     device = distributed.initialize(
         tp=p.tensor_model_parallel_size,
@@ -161,7 +161,7 @@ def prepare(config: TrainingConfig, base: Base) -> Start:
         evaluated=evaluated,
         base_record=base_record,
         steps=steps,
-        batcher=train.make_batcher(c, dataset, geometry, max_consumed=comparisons),
+        batcher=components.make_batcher(c, dataset, geometry, max_consumed=comparisons),
     )
 
 
@@ -232,7 +232,9 @@ def build(start: Start) -> Model:
     """Model, gradient buffers, optimizer and schedule; weights from the Hugging Face folder, and
     everything from the checkpoint where the run resumes from one."""
     c = start.config
-    chunks = train.build_model(c, start.geometry, dtype=start.precision.dtype, device=start.device)
+    chunks = components.build_model(
+        c, start.geometry, dtype=start.precision.dtype, device=start.device
+    )
     heads = [
         load_hf(
             chunk, start.folder, start.geometry, head_init=c.model.head_init, head_seed=c.train.seed
@@ -247,8 +249,8 @@ def build(start: Start) -> Model:
             head = f"head from {adapter.folder}"
         origin = "new" if adapter is None else adapter.describe()
         log(f"adapters: {c.lora.describe()}; {'from the checkpoint' if start.found else origin}")
-    wrapped = train.wrap_model(chunks, c)
-    optimizer, scheduler = train.build_optimizer(wrapped, c, start.steps)
+    wrapped = components.wrap_model(chunks, c)
+    optimizer, scheduler = components.build_optimizer(wrapped, c, start.steps)
     log(
         f"model: {start.folder} ({start.geometry.family}, {start.geometry.num_layers} layers of"
         f" {start.geometry.hidden_size}), {'head from the checkpoint' if start.found else head}"
@@ -256,7 +258,7 @@ def build(start: Start) -> Model:
     log(f"layout: {layout(start)}")
     log(
         f"compute: {start.precision.description}; "
-        f"{train.implementations(c, wrapped, optimizer, start.device)}"
+        f"{components.implementations(c, wrapped, optimizer, start.device)}"
     )
     state = checkpoint.RunState()
     if start.found:

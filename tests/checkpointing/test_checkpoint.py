@@ -44,7 +44,7 @@ def steps(
     from rmega.checkpointing import checkpoint
     from rmega.checkpointing.find import find
     from rmega.precision import DTYPES
-    from rmega.training import train
+    from rmega.training import components, train
     from rmega.training.parity import Layout, build, gather_global, layout_config
 
     config = layout_config(
@@ -66,7 +66,7 @@ def steps(
         state = checkpoint.load(
             find(load), wrapped=wrapped, optimizer=optimizer, scheduler=scheduler
         )
-    batcher = train.make_batcher(config, dataset, geometry)
+    batcher = components.make_batcher(config, dataset, geometry)
     seen, losses, scales = [], [], []
     while state.iteration < count:
         documents = batcher.documents(state.consumed)

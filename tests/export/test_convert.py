@@ -41,8 +41,8 @@ def save_run(
     """Load a folder in a layout and save it as a run whose weights are exactly the folder's."""
     from rmega.models.hf import read_geometry
     from rmega.training import train
+    from rmega.training.components import make_batcher
     from rmega.training.parity import Layout, build, layout_config
-    from rmega.training.train import make_batcher
 
     config = layout_config(
         Layout.parse(text), hf_model=folder, steps=3, global_batch_size=8, max_tokens=260, lr=1e-3

@@ -22,7 +22,7 @@ def gradients(rank: int, world_size: int, folder: str) -> tuple:
     """Of a step from an adapter folder: rewards, gradients in peft's names, loss."""
     from rmega.config import LoraArgs, LossArgs
     from rmega.models.lora import adapter_table
-    from rmega.training import train
+    from rmega.training import components, train
     from rmega.training.parity import Layout, build, gather_global, layout_config
 
     lora = LoraArgs(lora_rank=RANK, lora_alpha=ALPHA)
@@ -38,7 +38,7 @@ def gradients(rank: int, world_size: int, folder: str) -> tuple:
     )
     wrapped, _, _, geometry, device = build(config)
     data = InMemory(random_comparisons(10, seed=1))
-    batcher = train.make_batcher(config, data, geometry)
+    batcher = components.make_batcher(config, data, geometry)
     rewards = train.compute_rewards(wrapped, batcher, device)
     sums, _ = train.forward_backward(wrapped, batcher.packs(batcher.documents(0)), config.loss)
     rules = {rule.name: rule for rule in adapter_table(geometry, lora)}
@@ -214,7 +214,7 @@ def test_padded_heads_are_exact(tmp_path):
 def heads_after(rank: int, world_size: int, folder: str) -> tuple:
     """Three steps in which adapters hardly move: (documents of each, the head before, after)."""
     from rmega.config import LoraArgs, LossArgs
-    from rmega.training import train
+    from rmega.training import components, train
     from rmega.training.parity import Layout, build, layout_config
 
     config = layout_config(
@@ -229,7 +229,7 @@ def heads_after(rank: int, world_size: int, folder: str) -> tuple:
     )
     config.optimizer.head_lr, config.optimizer.clip_grad = 1e-2, 0.0
     wrapped, optimizer, scheduler, geometry, _ = build(config)
-    batcher = train.make_batcher(config, InMemory(random_comparisons(24, seed=1)), geometry)
+    batcher = components.make_batcher(config, InMemory(random_comparisons(24, seed=1)), geometry)
     head = wrapped[0].module.reward_head.weight
     before, steps = head.detach().clone(), []
     for step in range(3):
@@ -330,7 +330,7 @@ def test_parity(text, folder, single):
 def losses(rank: int, world_size: int, folder: str, steps: int) -> list[float]:
     """The loss of each of some steps on all of eight comparisons."""
     from rmega.config import LoraArgs, LossArgs
-    from rmega.training import train
+    from rmega.training import components, train
     from rmega.training.parity import Layout, build, layout_config
 
     config = layout_config(
@@ -345,7 +345,7 @@ def losses(rank: int, world_size: int, folder: str, steps: int) -> list[float]:
     )
     config.optimizer.adam_eps, config.optimizer.weight_decay = 1e-8, 0.0
     wrapped, optimizer, scheduler, geometry, _ = build(config)
-    batcher = train.make_batcher(config, InMemory(two_responses()), geometry)
+    batcher = components.make_batcher(config, InMemory(two_responses()), geometry)
     out = []
     for step in range(steps):
         packs = batcher.packs(batcher.documents(8 * step))

@@ -598,7 +598,7 @@ def test_fp8_covers_every_layer_but_a_pruned_one(tmp_path, monkeypatch, prune):
     from rmega.data.packing import pack
     from rmega.models.hf import load_hf, read_geometry
     from rmega.models.reward_model import RewardModel
-    from rmega.training.train import build_model, transformer_layout
+    from rmega.training.components import build_model, transformer_layout
 
     folder = tiny_llama(tmp_path, layers=3)
     geometry, _ = read_geometry(folder)

@@ -11,7 +11,7 @@ import torch
 from megatron.core.extensions import transformer_engine as core_te
 
 from rmega.config import DataArgs, ModelArgs, TrainArgs, TrainingConfig
-from rmega.training import train
+from rmega.training import components
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -53,49 +53,49 @@ def parts_of(dtype=torch.bfloat16, fused_weight_gradients=True):
 
 
 def line(settings=None, device=CPU, **parts) -> str:
-    return train.implementations(settings or config(), *parts_of(**parts), device)
+    return components.implementations(settings or config(), *parts_of(**parts), device)
 
 
 @pytest.fixture
 def no_te(monkeypatch):
     monkeypatch.setattr(core_te, "HAVE_TE", False)
-    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    monkeypatch.setattr(components, "find_spec", lambda name: None)
 
 
 def test_without_transformer_engine(no_te):
-    assert not train.use_transformer_engine(config(), GPU)
+    assert not components.use_transformer_engine(config(), GPU)
     for asked in (dict(transformer_impl="transformer_engine"), dict(fp8_format="hybrid")):
         with pytest.raises(ValueError, match=r"--\S+ \S+: Transformer Engine is not installed"):
-            train.use_transformer_engine(config(**asked), GPU)
+            components.use_transformer_engine(config(**asked), GPU)
     assert "; not installed: transformer_engine, apex" in line()
 
 
 def test_with_transformer_engine(package):
     package("transformer_engine", usable=True)
-    assert train.use_transformer_engine(config(), GPU)
-    assert not train.use_transformer_engine(config(), torch.device("cpu"))
-    assert not train.use_transformer_engine(config(transformer_impl="local"), GPU)
+    assert components.use_transformer_engine(config(), GPU)
+    assert not components.use_transformer_engine(config(), torch.device("cpu"))
+    assert not components.use_transformer_engine(config(transformer_impl="local"), GPU)
     with pytest.raises(ValueError, match="needs a CUDA device"):
-        train.use_transformer_engine(config(fp8_format="hybrid"), torch.device("cpu"))
+        components.use_transformer_engine(config(fp8_format="hybrid"), torch.device("cpu"))
 
 
 def test_a_package_that_megatron_core_cannot_use(package, monkeypatch):
     """The meta package without its PyTorch part, or a release that moved what is imported: layers
     would stand on Megatron-Core's placeholders."""
     package("transformer_engine", usable=False)
-    assert not train.use_transformer_engine(config(), GPU)
+    assert not components.use_transformer_engine(config(), GPU)
     why = "Transformer Engine is installed, but Megatron-Core cannot use it (ModuleNotFoundError"
-    assert train.transformer_engine_obstacle().startswith(why)
+    assert components.transformer_engine_obstacle().startswith(why)
     with pytest.raises(ValueError, match="--fp8-format hybrid: Transformer Engine is installed, b"):
-        train.use_transformer_engine(config(fp8_format="hybrid"), GPU)
+        components.use_transformer_engine(config(fp8_format="hybrid"), GPU)
     assert f"; {why}" in line() and "not installed: transformer_engine" not in line()
 
 
 def test_the_line_names_the_release(package, monkeypatch):
     package("transformer_engine", usable=True)
-    monkeypatch.setattr(train, "active_kernel", lambda *given: f"kernel{given}")
-    monkeypatch.setattr(train.ops, "active_implementation", lambda device: "native")
-    monkeypatch.setattr(train.ops, "active_elementwise", lambda device, dtype: "native")
+    monkeypatch.setattr(components, "active_kernel", lambda *given: f"kernel{given}")
+    monkeypatch.setattr(components.ops, "active_implementation", lambda device: "native")
+    monkeypatch.setattr(components.ops, "active_elementwise", lambda device, dtype: "native")
     text = line(config(fp8_format="hybrid"), GPU)
     assert "linear transformer_engine 2.7.0 in fp8 (hybrid, tensorwise)" in text
     assert f"attention kernel{(GPU, torch.bfloat16, 64)}" in text
@@ -110,7 +110,7 @@ def test_the_line_names_how_weight_gradients_are_added(no_te, fused, words):
 
 @pytest.mark.parametrize("found", [None, ("torch", None)])
 def test_flash_attn_is_missed_only_where_torch_has_no_varlen_attention(no_te, monkeypatch, found):
-    monkeypatch.setattr(train, "varlen_function", lambda: found)
+    monkeypatch.setattr(components, "varlen_function", lambda: found)
     assert ("flash_attn" in line()) == (found is None)
 
 
@@ -133,10 +133,10 @@ def test_gradients_are_reduced_during_the_backward_pass(
         ddp.append(settings)
         return SimpleNamespace(no_sync=None)
 
-    monkeypatch.setattr(train, "DistributedDataParallel", wrapper)
-    monkeypatch.setattr(train, "skip_single_rank_collectives", lambda wrapped: None)
+    monkeypatch.setattr(components, "DistributedDataParallel", wrapper)
+    monkeypatch.setattr(components, "skip_single_rank_collectives", lambda wrapped: None)
     monkeypatch.setattr(
-        train.parallel_state, "get_data_parallel_world_size", lambda *a, **k: replicas
+        components.parallel_state, "get_data_parallel_world_size", lambda *a, **k: replicas
     )
     parameter = SimpleNamespace(is_cuda=device == "cuda")
     chunk = SimpleNamespace(
@@ -144,7 +144,7 @@ def test_gradients_are_reduced_during_the_backward_pass(
     )
     settings = config()
     settings.parallel.overlap_grad_reduce = asked
-    train.wrap_model([chunk], settings)
+    components.wrap_model([chunk], settings)
     if asked is None:
         expected = (device, replicas) == ("cuda", 2)
     assert ddp[0].overlap_grad_reduce is expected

@@ -110,17 +110,17 @@ def run_padded(rank: int, world_size: int, text: str, folder: str, switches: dic
     """``run`` as GPUs do it: packs of one length, and no stage tells another a shape."""
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-    from rmega.training import train
+    from rmega.training import components
 
     def never(*_):
         raise AssertionError("a shape was exchanged")
 
-    before = train.pads_packs, P2PCommunicator._communicate_shapes
-    train.pads_packs, P2PCommunicator._communicate_shapes = (lambda *a, **k: True), never
+    before = components.pads_packs, P2PCommunicator._communicate_shapes
+    components.pads_packs, P2PCommunicator._communicate_shapes = (lambda *a, **k: True), never
     try:
         return run(rank, world_size, text, folder, switches)
     finally:
-        train.pads_packs, P2PCommunicator._communicate_shapes = before
+        components.pads_packs, P2PCommunicator._communicate_shapes = before
 
 
 @pytest.mark.parametrize("text", ["pp2", "tp2,sp,pp2", "pp2,vpp2"])
@@ -362,8 +362,8 @@ def half(rank: int, world_size: int, text: str, folder: str, dtype: str, scale: 
     """Three steps in half precision: (losses, which updated, loss scales)."""
     from rmega.precision import DTYPES
     from rmega.training import train
+    from rmega.training.components import make_batcher
     from rmega.training.parity import Layout, build, layout_config
-    from rmega.training.train import make_batcher
 
     config = layout_config(
         Layout.parse(text), hf_model=folder, steps=6, global_batch_size=6, max_tokens=260, lr=1e-3

@@ -23,8 +23,8 @@ def measure(
 
     from rmega.precision import DTYPES
     from rmega.training import plan, train
+    from rmega.training.components import make_batcher
     from rmega.training.parity import Layout, build, layout_config
-    from rmega.training.train import make_batcher
 
     layout = Layout.parse(text)
     config = layout_config(

@@ -86,7 +86,7 @@ def test_every_script_fits_its_nodes(script):
     from rmega.cli import parse_args
     from rmega.config import TrainingConfig
     from rmega.models.geometry import Geometry
-    from rmega.training import plan, train
+    from rmega.training import components, plan
 
     text = script.read_text()
     gpus = int(re.search(r"--nodes=(\d+)", text)[1]) * int(
@@ -114,7 +114,7 @@ def test_every_script_fits_its_nodes(script):
         norm_eps=1e-5,
         rope_theta=1e4,
     )
-    train.transformer_layout(config, geometry, on_cpu=True)
+    components.transformer_layout(config, geometry, on_cpu=True)
     stages = plan.plan_stages(
         config,
         geometry,
