@@ -276,15 +276,15 @@ def evaluate(
     device: torch.device,
     progress: Callable[[int], None] | None = None,
     num_probed: int = 0,
-) -> dict[str, Any]:
-    """``rmega.evaluation.results.evaluate`` of a held-out set, with "reward_mean" and "reward_std"
-    over all its responses; the same on every rank. ``num_probed`` comparisons are
-    scored again in other forms. Where rewards are not finite, only {"not_finite": how many,
-    "num_rewards": of how many}.
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Rewards of a held-out set's responses, and its ``rmega.evaluation.results.evaluate`` with
+    "reward_mean" and "reward_std" over all of them; the same on every rank. ``num_probed``
+    comparisons are scored again in other forms. Where rewards are not finite, the result is only
+    {"not_finite": how many, "num_rewards": of how many}.
     """
     rewards = compute_rewards(wrapped, batcher, device, progress)
     if not_finite := int((~np.isfinite(rewards)).sum()):
-        return {"not_finite": not_finite, "num_rewards": len(rewards)}
+        return rewards, {"not_finite": not_finite, "num_rewards": len(rewards)}
     items = results.stored_items(batcher.dataset, rewards)
 
     def score(view: View) -> np.ndarray:
@@ -302,7 +302,7 @@ def evaluate(
         if num_probed
         else None
     )
-    return {
+    return rewards, {
         **results.evaluate(items, length_unit="tokens", probes=probes),
         "reward_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()),
