@@ -16,7 +16,7 @@ def engine():
 
 
 def test_a_step_waits_once():
-    """Of a step of two packs: nothing per pack, nothing per parameter, nothing before the update."""
+    """Of a step of two packs: nothing per pack or parameter, nothing before the update."""
     ((place, times),) = count.waits().items()
     assert times == 1 and "train.py: mean_loss, norm, updated, *values" in place
 

@@ -1,4 +1,4 @@
-"""The norm of all gradients: exact on a CPU, and no synchronization whatever the number of tensors."""
+"""The norm of all gradients: exact on a CPU, and no synchronization for any number of tensors."""
 
 from __future__ import annotations
 
