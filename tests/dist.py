@@ -1,8 +1,9 @@
 """Run a function on several gloo ranks from a test: ``run_distributed(fn, world_size, *args)``.
 
-The worker processes stay alive between calls, because importing torch and megatron-core costs
-seconds; a call that fails or takes too long ends them, and the next call starts fresh ones. They
-see no GPU, whatever the machine has, unless a call asks for it (``gpus=True``).
+The worker processes stay alive between calls; a call that fails or takes too long ends them, and
+the next call starts fresh ones. They are forked from a process that has imported torch and
+Megatron-Core, which costs seconds, and done nothing else. They see no GPU, whatever the machine
+has, unless a call asks for it (``gpus=True``).
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ import socket
 import time
 import traceback
 
-_context = multiprocessing.get_context("spawn")
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
+    ["rmega.training.run", "rmega.training.plan", "rmega.scoring.scorer"]
+)
 _workers: dict[bool, list[tuple]] = {False: [], True: []}  # without and with GPUs
 
 
-def _serve(pipe, gpus: bool) -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+def _serve(pipe, gpus: bool, environment: dict[str, str]) -> None:
+    os.environ.clear()  # it was that of the test which started the fork server
+    os.environ.update(environment)
     if not gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything starts CUDA, which reads it once
     import torch
@@ -83,10 +88,12 @@ def _run_once(fn, world_size: int, *args, timeout: float, gpus: bool) -> list:
     Raises RuntimeError with the first failing rank's traceback, or after ``timeout`` seconds.
     """
     workers = _workers[gpus]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
     while len(workers) < world_size:
-        pipe, far_end = _context.Pipe()
-        process = _context.Process(target=_serve, args=(far_end, gpus))
+        pipe, far_end = context.Pipe()
+        process = context.Process(target=_serve, args=(far_end, gpus, environment))
         process.start()
+        far_end.close()
         workers.append((process, pipe))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

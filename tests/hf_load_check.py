@@ -3,8 +3,8 @@ nothing of rmega.
 
 python hf_load_check.py JOB.json
 
-JOB.json: {"folder", "sequences", "pad", "conversation"}; prints {"version", "rewards": {"1right":
-[...], ...}, "ids", "chat"}.
+JOB.json: a list of {"folder", "sequences", "pad", "conversation"}; prints a list of {"version",
+"rewards": {"1right": [...], ...}, "ids", "chat"}.
 """
 
 import json
@@ -16,11 +16,14 @@ import transformers
 
 def main(path):
     with open(path, encoding="utf-8") as file:
-        job = json.load(file)
+        jobs = json.load(file)
     transformers.logging.set_verbosity_error()
-    if "texts" in job:
-        print(json.dumps(check_tokenizer(job)))
-        return
+    answers = [check_tokenizer(job) if "texts" in job else check_model(job) for job in jobs]
+    print(json.dumps(answers))
+
+
+def check_model(job):
+    """The rewards of a folder's model, and what its tokenizer and its methods give."""
     config = json.load(open(job["folder"] + "/config.json", encoding="utf-8"))
     remote = "auto_map" in config
     kind = transformers.AutoModel if remote else transformers.AutoModelForSequenceClassification
@@ -68,7 +71,7 @@ def main(path):
             )
             assert model.compare(tokenizer, job["conversation"], other) == (scores[0] > scores[1])
             result["chat"] = [model.get_score(tokenizer, job["conversation"]), *scores]
-    print(json.dumps(result))
+    return result
 
 
 def check_tokenizer(job):

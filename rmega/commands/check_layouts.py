@@ -58,9 +58,11 @@ def work(
     args: CheckArgs,
     folder: str,
     share_prefix: bool,
+    environment: dict[str, str],
 ) -> None:
     """One rank of one layout; rank 0 leaves the result, a rank that fails leaves its reason."""
     os.environ.update(
+        environment,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
@@ -75,7 +77,8 @@ def work(
         from rmega.hub import resolve_model
         from rmega.training import parity
 
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
         torch.set_float32_matmul_precision("highest")
         distributed.quiet_engine()
         config = parity.layout_config(
@@ -112,11 +115,23 @@ def run(text: str, args: CheckArgs, *, share_prefix: bool = True):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    # Forked from a process that has imported torch and Megatron-Core (seconds) and done nothing.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rmega.training.parity", "rmega.data.batching"])
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             context.Process(
-                target=work, args=(r, layout.world_size, port, text, args, folder, share_prefix)
+                target=work,
+                args=(
+                    r,
+                    layout.world_size,
+                    port,
+                    text,
+                    args,
+                    folder,
+                    share_prefix,
+                    dict(os.environ),
+                ),
             )
             for r in range(layout.world_size)
         ]

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rmega import distributed, ops
 from rmega.checkpointing import checkpoint, run_folder
-from rmega.data.indexed import StoredComparison
+from rmega.data.indexed import PreferenceDataset, StoredComparison
 from rmega.distributed import log
 from rmega.evaluation.token_probes import View
 from rmega.io import write_durably
@@ -72,6 +74,17 @@ class Checkpointer:
         if self.best is None or accuracy > self.best[0]:
             self.best = (accuracy, step)
 
+    def note_rewards(self, dataset: PreferenceDataset, rewards: np.ndarray, step: int) -> None:
+        """An evaluation's ``rewards`` [responses] of a whole validation set: a checkpoint of the
+        same step takes those of its verification comparisons from them, and computes none again."""
+        if self._saver is None:
+            return
+        at = 0
+        for kept in self._kept:  # the first comparisons of a set, in its order
+            if kept.source is dataset:
+                end = at + len(kept.stored.suffixes)
+                kept.rewards, kept.step, at = rewards[at:end].tolist(), step, end
+
     def is_best(self, step: int) -> bool:
         """Whether a step's evaluation is the best so far, and such steps are to be saved."""
         wanted = self.start.config.checkpoint.save_best
@@ -122,10 +135,16 @@ class Checkpointer:
         if last or not self.start.config.checkpoint.async_save:
             self._report(self._saver.wait, raises=last)
 
-    def poll(self) -> None:
-        """Report a checkpoint that is done."""
-        if self._saver:
-            self._report(self._saver.poll)
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank is still writing a checkpoint."""
+        return self._saver is not None and self._saver.is_writing
+
+    def poll(self, *, some_rank_writes: bool) -> None:
+        """Report a checkpoint that is done. Called by every rank, with the sum of ``is_writing``
+        over them, which travels with the sums of a step."""
+        if self._saver and not some_rank_writes:
+            self._report(self._saver.wait)
 
     def _report(self, finish: Callable[[], Path | None], raises: bool = False) -> None:
         try:
@@ -217,34 +236,45 @@ class Checkpointer:
 
     def _verification(self, with_rewards: bool) -> list[dict[str, Any]]:
         """The comparisons for verifying an export, with the rewards that this layout computes for
-        them now. Called by every rank."""
+        them now, or computed in an evaluation at this step. Called by every rank."""
         # In fp8 a forward pass would update the scaling factors of the next step.
         with_rewards &= self.start.config.model.fp8_format == "none"
-        rewards: list[float] = []
-        if with_rewards:
-            batcher = self.start.batcher.over(View([stored for stored, _ in self._kept]))
+        step = self.model.state.iteration
+        missing = [kept for kept in self._kept if kept.step != step]
+        if with_rewards and missing:
+            batcher = self.start.batcher.over(View([kept.stored for kept in missing]))
             rewards = compute_rewards(self.model.wrapped, batcher, self.start.device).tolist()
-        entries: list[dict[str, Any]] = []
-        for stored, held_out in self._kept:
-            count = len(stored.suffixes)
-            own, rewards = rewards[:count], rewards[count:]
-            entries.append(
-                {
-                    "prefix": stored.prefix.tolist(),
-                    "suffixes": [s.tolist() for s in stored.suffixes],
-                    "held_out": held_out,
-                    **({"rewards": own} if with_rewards else {}),
-                }
-            )
-        return entries
+            for kept in missing:
+                count = len(kept.stored.suffixes)
+                kept.rewards, kept.step, rewards = rewards[:count], step, rewards[count:]
+        return [
+            {
+                "prefix": kept.stored.prefix.tolist(),
+                "suffixes": [s.tolist() for s in kept.stored.suffixes],
+                "held_out": kept.held_out,
+                **({"rewards": kept.rewards} if with_rewards else {}),
+            }
+            for kept in self._kept
+        ]
 
 
-def _verification_comparisons(start: Start) -> list[tuple[StoredComparison, bool]]:
-    """Comparisons for verifying an export, and whether they are held out: held-out ones first;
-    where they are too few, the training set's do for comparing two computations."""
+@dataclasses.dataclass
+class _Kept:
+    """A comparison for verifying an export, and the rewards of its responses at ``step``."""
+
+    source: PreferenceDataset
+    stored: StoredComparison
+    held_out: bool
+    rewards: list[float] = dataclasses.field(default_factory=list)
+    step: int = -1
+
+
+def _verification_comparisons(start: Start) -> list[_Kept]:
+    """The first comparisons of the held-out sets; where they are too few, the training set's do for
+    comparing two computations."""
     wanted = start.config.checkpoint.num_verification_comparisons
-    kept: list[tuple[StoredComparison, bool]] = []
+    kept: list[_Kept] = []
     for source in (*start.valid.values(), start.dataset):
         count = min(wanted - len(kept), len(source))
-        kept += [(source.get(i), source is not start.dataset) for i in range(count)]
+        kept += [_Kept(source, source.get(i), source is not start.dataset) for i in range(count)]
     return kept

@@ -73,7 +73,9 @@ class Evaluator:
                     raise Interrupted(reason)
 
             batcher = self.start.batcher.over(dataset)
-            evaluation = train.evaluate(self.model.wrapped, batcher, device, advance, probed)
+            rewards, evaluation = train.evaluate(
+                self.model.wrapped, batcher, device, advance, probed
+            )
         if bad := evaluation.get("not_finite"):
             log(
                 f"warning: step {step}: {name}: {bad} of {evaluation['num_rewards']} rewards are"
@@ -81,6 +83,7 @@ class Evaluator:
             )
             self.metrics.row("eval_failed", step, {"name": name, **evaluation})
             return
+        self.checkpoints.note_rewards(dataset, rewards, step)
         result = flat_summary(evaluation)
         log(
             f"Iter(val) [{step}/{steps}]  {name}: accuracy {result['accuracy']:.4f} (95 % interval"

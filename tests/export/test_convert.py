@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rmega.checkpointing import checkpoint, run_folder
-from rmega.export.convert import convert, find_checkpoint, verify_only
+from rmega.checkpointing.find import find_checkpoint
+from rmega.export.average import read_part
+from rmega.export.convert import convert, verify_only
 from rmega.export.destination import RECIPE, UNVERIFIED
-from rmega.export.verify import checkpoint_rewards, transformers_rewards
+from rmega.export.verify import rewards_of_parts, transformers_rewards
 from rmega.export.write_weights import CheckpointTensors, parse_size
 from rmega.models import BACKBONES
 from rmega.models.hf import load_hf
@@ -217,23 +219,16 @@ def version_of(python: str) -> tuple[int, ...]:
 
 def check_load(
     python: str,
-    folder: Path,
+    folders: list[Path],
     sequences: list[list[int]],
     pad: int,
     tmp_path: Path,
     conversation: list | None = None,
-) -> dict:
+) -> list[dict]:
+    """What a Python without rmega answers for each folder, in one process."""
     job = tmp_path / "job.json"
-    job.write_text(
-        json.dumps(
-            {
-                "folder": str(folder),
-                "sequences": sequences,
-                "pad": pad,
-                "conversation": conversation,
-            }
-        )
-    )
+    shared = {"sequences": sequences, "pad": pad, "conversation": conversation}
+    job.write_text(json.dumps([{"folder": str(folder), **shared} for folder in folders]))
     environment = {
         key: value
         for key, value in os.environ.items()
@@ -276,14 +271,20 @@ def test_plain_transformers_gives_the_training_rewards(python, runs, outputs, tm
     comparisons = random_comparisons(12, seed=5)
     items = [[[*c.prefix.tolist(), *s.tolist()] for s in c.suffixes] for c in comparisons]
     sequences = [ids for item in items for ids in item]
-    for family, run in runs.items():
-        expected = checkpoint_rewards(run / "iter_0000010", items, ["float32"])[0].tolist()
-        for form in FORMATS.get(family, (family,)):
-            if form == "qwen3" and version_of(python) < (4, 51):
-                continue  # unknown to it
-            answer = check_load(python, outputs[family, form], sequences, PAD, tmp_path)
-            for rewards in answer["rewards"].values():
-                close(expected, rewards)
+    known = {
+        (family, form): outputs[family, form]
+        for family in runs
+        for form in FORMATS.get(family, (family,))
+        if form != "qwen3" or version_of(python) >= (4, 51)
+    }
+    expected = {
+        family: rewards_of_parts([read_part(run)], items, ["float32"])[0].tolist()
+        for family, run in runs.items()
+    }
+    answers = check_load(python, list(known.values()), sequences, PAD, tmp_path)
+    for (family, _), answer in zip(known, answers, strict=True):
+        for rewards in answer["rewards"].values():
+            close(expected[family], rewards)
 
 
 @pytest.mark.parametrize("scaling", SCALED, ids=lambda s: s.rope_type)
@@ -299,10 +300,8 @@ def test_rope_scaling_survives(scaling, tmp_path) -> None:
     ]
     answers = in_process(tmp_path, sequences)
     for python in interpreters()[1:]:
-        for form in BOTH:
-            answers += check_load(python, tmp_path / form, sequences, PAD, tmp_path)[
-                "rewards"
-            ].values()
+        for answer in check_load(python, [tmp_path / f for f in BOTH], sequences, PAD, tmp_path):
+            answers += answer["rewards"].values()
     for answer in answers:
         close(answers[0], answer)
 
@@ -345,7 +344,9 @@ def test_tokenizer_template_and_pad_token(source, request, tmp_path) -> None:
         ) and ids[-1] == reward_token_id
     assert recipe["pad_token_id"] != recipe["reward_token_id"]
     for python in interpreters():
-        answer = check_load(python, tmp_path / "out", [ids], recipe["pad_token_id"], tmp_path, chat)
+        (answer,) = check_load(
+            python, [tmp_path / "out"], [ids], recipe["pad_token_id"], tmp_path, chat
+        )
         appended = [] if recipe["template_writes_reward_token"] else [recipe["reward_token_id"]]
         assert recipe["template_writes_reward_token"] == (family == "llama")
         assert [*answer["ids"], *appended] == ids and answer["pad"] == recipe["pad_token_id"]
@@ -385,9 +386,9 @@ def test_a_pad_token_that_ends_every_turn_is_replaced(
     ids = recipe["example"]["token_ids"]
     assert end in ids and recipe["pad_token_id"] not in ids
     for python in interpreters():
-        answer = check_load(
+        (answer,) = check_load(
             python,
-            tmp_path / "out",
+            [tmp_path / "out"],
             [ids, ids[:5] + ids[-1:]],
             recipe["pad_token_id"],
             tmp_path,

@@ -172,7 +172,7 @@ def test_every_release_reads_the_same(python: str, base: Path, tmp_path: Path) -
     tokenizer, example = export(base, tmp_path / "out")
     texts = [*PROBES, "<s>text</s>", "<|im_start|>user\n"]
     job = {"folder": str(tmp_path / "out"), "texts": texts, "conversation": EXAMPLE}
-    (tmp_path / "job.json").write_text(json.dumps(job))
+    (tmp_path / "job.json").write_text(json.dumps([job]))
     script = Path(__file__).parents[1] / "hf_load_check.py"
     answer = subprocess.run(
         [python, str(script), str(tmp_path / "job.json")],
@@ -184,7 +184,7 @@ def test_every_release_reads_the_same(python: str, base: Path, tmp_path: Path) -
         check=False,
     )
     assert answer.returncode == 0, answer.stderr
-    result = json.loads(answer.stdout.splitlines()[-1])
+    (result,) = json.loads(answer.stdout.splitlines()[-1])
     assert result["text"] == example["text"] and result["pad"] == example["pad_token"]
     ours = [tokenizer.tokenizer.encode(text, add_special_tokens=False) for text in texts]
     assert result["ids"] == ours

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.runs import flags, make_data
+from tests.dist import run_distributed
+from tests.runs import flags, make_data, train_and_say
 
 ADDRESS = "10.77.{}.{}"
 
@@ -174,25 +175,10 @@ def test_two_machines_are_two_processes(machines, data, small_llama, tmp_path, l
     both = run_on_both(machines, flags(small_llama, data, run, steps=4, tp=2), launch)
     assert [code for code, _ in both] == [0, 0], both[0][1] + both[1][1]
     assert "network: gloo goes over rm" in both[0][1]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "examples/pretrain_reward.py",
-            *flags(small_llama, data, alone, steps=4, tp=2),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
+    (code, said), _ = run_distributed(
+        train_and_say, 2, flags(small_llama, data, alone, steps=4, tp=2)
     )
-    assert done.returncode == 0, done.stderr
-    assert "network:" not in done.stdout
+    assert code == 0 and "network:" not in said
     assert len(rows(run)) == 4 and rows(run) == rows(alone)
     assert (run / "iter_0000004" / "rmega.json").is_file()
 

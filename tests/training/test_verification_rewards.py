@@ -68,7 +68,8 @@ def test_rewards_are_written_and_training_does_not_notice(
 ) -> None:
     """Every checkpoint holds the rewards of its own weights, and the run is bit for bit the one
     that computes none."""
-    from rmega.export.verify import TRAINING_TOLERANCE, checkpoint_rewards, training_difference
+    from rmega.export.average import read_part
+    from rmega.export.verify import TRAINING_TOLERANCE, rewards_of_parts, training_difference
 
     ranks, flags = LAYOUTS[layout]
     flags = {**flags, "precision": precision}
@@ -86,7 +87,60 @@ def test_rewards_are_written_and_training_does_not_notice(
         folder = run / f"iter_{step:07d}"
         kept = json.loads((folder / "rmega.json").read_text())["verification"]
         items = [[[*c["prefix"], *s] for s in c["suffixes"]] for c in kept]
-        (exact,) = checkpoint_rewards(folder, items, ("float32",))
+        (exact,) = rewards_of_parts([read_part(folder)], items, ("float32",))
         difference = training_difference(kept, exact)
         assert difference is not None
         assert difference <= {"fp32": 1e-5, "bf16": TRAINING_TOLERANCE["bfloat16"]}[precision]
+
+
+def forwards_of_saves(rank: int, world_size: int, argv: list[str]) -> list[tuple[int, int]]:
+    """A run; (step, comparisons scored) of every forward that a save waited for."""
+    import rmega.training.checkpointer as checkpointer
+
+    original, calls = checkpointer.compute_rewards, []
+    save = checkpointer.Checkpointer.save
+
+    def saved(self, **kwargs):
+        calls.append([self.model.state.iteration, 0])
+        save(self, **kwargs)
+
+    def counted(wrapped, batcher, device):
+        calls[-1][1] += len(batcher.dataset)
+        return original(wrapped, batcher, device)
+
+    checkpointer.compute_rewards, checkpointer.Checkpointer.save = counted, saved
+    try:
+        assert runs.train(rank, world_size, argv) == 0
+    finally:
+        checkpointer.compute_rewards, checkpointer.Checkpointer.save = original, save
+    return [tuple(call) for call in calls]
+
+
+@pytest.mark.parametrize("ranks, flags", [(1, {}), (2, {"dp": 2})])
+def test_an_evaluation_has_computed_the_rewards_of_a_checkpoint(
+    ranks: int, flags: dict, model: Path, data: str, tmp_path: Path
+) -> None:
+    """A save after an evaluation scores only what the validation sets lack; each checkpoint holds
+    the rewards of its own weights."""
+    from rmega.data.indexed import open_preferences
+    from rmega.export.average import read_part
+    from rmega.export.verify import rewards_of_parts, training_difference
+
+    folder = tmp_path / "few"
+    folder.mkdir()
+    few = runs.make_data(model, folder, count=5)
+    valid, run = [f"few={few}", f"other={few}"], tmp_path / "run"
+    argv = runs.flags(model, data, run, steps=6, save_interval=2, eval_interval=4, **flags)
+    argv += ["--valid-data-path", *valid, "--no-save-best"]
+    count = 2 * len(open_preferences(few))
+    assert 0 < count < 16
+    want = [(2, 16), (4, 16 - count), (6, 16 - count)]
+    assert run_distributed(forwards_of_saves, ranks, argv) == [want] * ranks
+    for step in (2, 4, 6):
+        folder = run / f"iter_{step:07d}"
+        kept = json.loads((folder / "rmega.json").read_text())["verification"]
+        assert [c["held_out"] for c in kept] == [True] * count + [False] * (16 - count)
+        items = [[[*c["prefix"], *s] for s in c["suffixes"]] for c in kept]
+        (exact,) = rewards_of_parts([read_part(folder)], items, ("float32",))
+        difference = training_difference(kept, exact)
+        assert difference is not None and difference <= 1e-5
