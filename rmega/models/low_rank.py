@@ -35,7 +35,8 @@ def down(x: Tensor, a: Tensor, scale: float, *, fused: bool) -> tuple[Tensor, Te
 
 def up(out: Tensor, u: Tensor, parts: Sequence[Tensor], groups: int, *, fused: bool) -> Tensor:
     """``out`` [t, 1, n] with u B^T added in place: ``u`` [t, 1, p r], B [rows, r] of each part, and
-    the columns of out in the order of ``interleave``. Nothing may have kept ``out`` for backward."""
+    the columns of out in the order of ``interleave``. Nothing may have kept ``out`` for the
+    backward pass."""
     return _Up.apply(out, u, groups, fused, *parts)
 
 

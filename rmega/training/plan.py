@@ -392,8 +392,8 @@ def dry_run(config: TrainingConfig) -> int:
         recomputed = plan_stages(dataclasses.replace(config, parallel=other), geometry, **size)
         print(
             f"memory with --recompute full: {max(s.total for s in recomputed) / GB:.2f} GB on the"
-            f" fullest rank instead of {max(s.total for s in stages) / GB:.2f}, for one more forward"
-            " pass per step"
+            f" fullest rank instead of {max(s.total for s in stages) / GB:.2f}, for one more"
+            " forward pass per step"
         )
     if p.device_memory_gb is not None:
         refuse_what_cannot_fit(stages, p.device_memory_gb * GB)
