@@ -4,7 +4,7 @@
 # difference inside the spread of the seeds is none. LOSSES may name scaled where DATA have ratings.
 #   bash examples/studies/losses.sh [more flags of pretrain_reward.py]
 MODEL=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct} DATA=${DATA:-Anthropic/hh-rlhf}
-OUT=${OUT:-runs/losses} NPROC=${NPROC:-1}
+OUT=${OUT:-runs/losses} NPROC=${NPROC:-1} MAX_LENGTH=${MAX_LENGTH:-1024}
 SEEDS=${SEEDS:-1 2 3} LOSSES=${LOSSES:-ranking focal smoothed length}
 source "$(dirname "${BASH_SOURCE[0]}")/../recipes/common.sh"
 flags_of() {
@@ -14,12 +14,12 @@ flags_of() {
         focal) echo "--loss focal --penalty log_barrier" ;;
         scaled) echo "$plain --scale-by-rating" ;;
         smoothed) echo "$plain --label-smoothing 0.1" ;;
-        length) echo "$plain --length-penalty 0.005" ;;
+        length) echo "$plain --length-penalty 0.002" ;;
         *) echo "LOSSES: $1 is none of ranking, focal, scaled, smoothed, length" >&2; return 1 ;;
     esac
 }
 for loss in $LOSSES; do flags_of "$loss" > /dev/null; done
-prepare 1024
+prepare "$MAX_LENGTH"
 for loss in $LOSSES; do
     for seed in $SEEDS; do
         mkdir -p "$OUT/$loss/seed$seed"

@@ -34,7 +34,7 @@ from rmega.checkpointing import optimizer_state, run_folder
 from rmega.checkpointing.find import damage
 from rmega.checkpointing.metadata import EXTRA_STATE, read_metadata
 from rmega.checkpointing.snapshot import Gatherer, Snapshot
-from rmega.distributed import device, rank
+from rmega.distributed import rank
 from rmega.io import fingerprint, one_line, sync_tree
 
 
@@ -75,12 +75,12 @@ def _frozen(chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time: ``start`` copies, a thread writes, ``poll``
-    or ``wait`` finish.
+    """Writes the checkpoints of a run, one at a time: ``start`` copies, a thread writes, ``wait``
+    finishes.
 
     Every method is called by every rank. A folder appears whole or not at all, then the tracker
     moves; a checkpoint that cannot be written (a full disk) raises OSError on every rank in
-    ``poll`` or ``wait``, and earlier ones are untouched. With ``keep_last`` older ones are removed
+    ``wait``, and earlier ones are untouched. With ``keep_last`` older ones are removed
     after that (``run_folder.prune``); the threads check the health of those that it counts.
     """
 
@@ -88,17 +88,12 @@ class Saver:
         self.run, self.keep_last = Path(run), keep_last
         self.gatherer = Gatherer(optimizer)
         self.warnings: list[str] = []
-        """Lines about older checkpoints, from the last ``poll`` or ``wait`` (on rank 0)."""
+        """Lines about older checkpoints, from the last ``wait`` (on rank 0)."""
         self._buffers: dict[tuple, torch.Tensor] = {}
         self._snapshot: Snapshot | None = None
         self._finish_with: tuple = ()
         self._validated = False
         self._damaged: dict[int, str] = {}
-
-    @property
-    def busy(self) -> bool:
-        """True while a checkpoint is being written."""
-        return self._snapshot is not None
 
     def reserve(self, *, wrapped, optimizer, scheduler) -> None:
         """Plan a checkpoint, check it and take the memory for its copies now (on a GPU pinning it
@@ -185,17 +180,14 @@ class Saver:
                 self._snapshot.error = f"{type(error).__name__}: {error}"
         self._snapshot.thread.start()
 
-    def poll(self) -> Path | None:
-        """The folder, when all ranks have just finished writing; None while they write, or have
-        nothing to write."""
-        if self._snapshot is None:
-            return None
-        done = torch.tensor([int(not self._snapshot.thread.is_alive())], device=device())
-        dist.all_reduce(done, op=dist.ReduceOp.MIN)
-        return self._finish() if done.item() else None
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank is still writing."""
+        return self._snapshot is not None and self._snapshot.thread.is_alive()
 
     def wait(self) -> Path | None:
-        """As ``poll``, but wait for the end of writing."""
+        """Wait until all ranks have finished writing: the folder, or None if there is nothing to
+        write. Called by every rank."""
         if self._snapshot is None:
             return None
         self._snapshot.thread.join()

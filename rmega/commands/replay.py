@@ -77,7 +77,7 @@ def replay(file: str | Path) -> list[Row]:
     for document in documents:
         pack = batcher.pack([document]).to(device)
         optimizer.zero_grad()
-        sums, _ = train.forward_backward(wrapped, [pack], config.loss)
+        sums = train.forward_backward(wrapped, [pack], config.loss)
         terms = max(sums["num_terms"], 1.0)
         norm = (
             math.sqrt(

@@ -1,4 +1,4 @@
-"""The norm of all gradients with one synchronization.
+"""The norm of all gradients, on the device.
 
 Megatron-Core's own, without Transformer Engine or apex, reads the norm of every parameter back from
 the device: one synchronization for each of them.
@@ -15,17 +15,18 @@ ROW = 4096
 """Values whose squares are added up in one go on a CPU."""
 
 
-def grad_norm(optimizer) -> float:
+def grad_norm(optimizer) -> torch.Tensor:
     """Euclidean norm of the gradients that the steps of ``optimizer`` (a ``ChainedOptimizer``) use,
-    over all ranks; called by every rank. Megatron-Core says which tensors count: shards of this
-    rank, copies of tensor parallelism once."""
+    over all ranks: [] fp64 on the device, which nobody waits for. Called by every rank.
+    Megatron-Core says which tensors count: shards of this rank, copies of tensor parallelism
+    once."""
     grads = [grad for part in optimizer.chained_optimizers for grad in _grads(part)]
     if grads:
         total = torch.norm(torch.stack(norms(grads)))[None] ** 2  # [1] fp32
     else:  # of a small model some ranks have no share
         total = torch.zeros_like(optimizer.get_loss_scale())
     dist.all_reduce(total, group=optimizer.get_grad_stats_parallel_group())
-    return total.item() ** 0.5
+    return total[0].double().sqrt()
 
 
 def _grads(part) -> list[torch.Tensor]:

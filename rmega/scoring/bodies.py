@@ -121,6 +121,10 @@ class PoolingRequest(ClassifyRequest):
     """One number for each conversation; there are no values for single tokens."""
 
 
+class EmbeddingRequest(ClassifyRequest):
+    """OpenAI's request for embeddings, by which SGLang serves reward models."""
+
+
 class ScoreRequest(RootModel[dict[str, Any]]):
     """``conversations`` (a list of lists of messages), or any form of row that tools/score.py
     takes: ``messages``, ``prompt`` and ``response``, ``prompt`` and ``responses``, ``text``, or a
@@ -214,8 +218,15 @@ class Pooled(BaseModel):
     """The reward, and nothing else."""
 
 
+class Embedded(BaseModel):
+    index: int
+    object: str = "embedding"
+    embedding: list[float]
+    """The reward, and nothing else."""
+
+
 class EngineAnswer(BaseModel):
-    """vLLM's form of an answer."""
+    """The form of an answer of vLLM and SGLang."""
 
     id: str = Field(default_factory=lambda: f"rmega-{uuid.uuid4().hex}")
     object: str = "list"
@@ -232,6 +243,10 @@ class ClassifyAnswer(EngineAnswer):
 
 class PoolingAnswer(EngineAnswer):
     data: list[Pooled]
+
+
+class EmbeddingAnswer(EngineAnswer):
+    data: list[Embedded]
 
 
 class ErrorAnswer(BaseModel):

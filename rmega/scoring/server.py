@@ -1,4 +1,5 @@
-"""HTTP server: OpenRLHF's ``/get_reward``, vLLM's ``/classify`` and ``/pooling``, ``/score``.
+"""HTTP server: OpenRLHF's ``/get_reward``, vLLM's ``/classify`` and ``/pooling``, SGLang's
+``/v1/embeddings``, and ``/score``.
 
 Needs the extra ``serve`` (fastapi, uvicorn, prometheus-client). Errors are JSON: ``{"error":
 "..."}`` with 400 (no JSON), 401 (key), 404, 405, 408 (body too slow), 413 (body too large, or of
@@ -24,6 +25,8 @@ import rmega
 from rmega.scoring.bodies import (
     ClassifyAnswer,
     ClassifyRequest,
+    EmbeddingAnswer,
+    EmbeddingRequest,
     ErrorAnswer,
     PoolingAnswer,
     PoolingRequest,
@@ -129,17 +132,18 @@ def make_app(service: RewardService) -> Any:
             (503, "Loading, or stopping: see Retry-After"),
         )
     }
-    for endpoint, request, answer in (
-        (service.get_reward, RewardRequest, RewardAnswer),
-        (service.score, ScoreRequest, ScoreAnswer),
-        (service.classify, ClassifyRequest, ClassifyAnswer),
-        (service.pooling, PoolingRequest, PoolingAnswer),
+    for path, endpoint, request, answer in (
+        ("/get_reward", service.get_reward, RewardRequest, RewardAnswer),
+        ("/score", service.score, ScoreRequest, ScoreAnswer),
+        ("/classify", service.classify, ClassifyRequest, ClassifyAnswer),
+        ("/pooling", service.pooling, PoolingRequest, PoolingAnswer),
+        ("/v1/embeddings", service.embeddings, EmbeddingRequest, EmbeddingAnswer),
     ):
         # Bodies are read by the service, which limits them while they arrive; FastAPI would read
         # and parse whatever comes. It is told of them for its page alone.
         content = {"application/json": {"schema": request.model_json_schema()}}
         app.add_api_route(
-            f"/{endpoint.__name__}",
+            path,
             endpoint,
             methods=["POST"],
             response_model=None,

@@ -21,6 +21,9 @@ from rmega.scoring.bodies import (
     Classified,
     ClassifyAnswer,
     ClassifyRequest,
+    Embedded,
+    EmbeddingAnswer,
+    EmbeddingRequest,
     EngineAnswer,
     Pooled,
     PoolingAnswer,
@@ -140,6 +143,12 @@ class RewardService:
         scored = await self._score_input(request, PoolingRequest)
         rows = [Pooled(index=i, data=[r]) for i, r in enumerate(scored.rewards)]
         return _json(PoolingAnswer(data=rows, **self._engine_fields(scored)))
+
+    async def embeddings(self, request: Request) -> Response:
+        """SGLang's endpoint of reward models: the reward is the one value in `embedding`."""
+        scored = await self._score_input(request, EmbeddingRequest)
+        rows = [Embedded(index=i, embedding=[r]) for i, r in enumerate(scored.rewards)]
+        return _json(EmbeddingAnswer(data=rows, **self._engine_fields(scored)))
 
     async def health(self, request: Request) -> Response:
         """200 when requests are taken, 503 before and after; for a load balancer, so without a

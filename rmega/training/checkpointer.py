@@ -135,10 +135,16 @@ class Checkpointer:
         if last or not self.start.config.checkpoint.async_save:
             self._report(self._saver.wait, raises=last)
 
-    def poll(self) -> None:
-        """Report a checkpoint that is done."""
-        if self._saver:
-            self._report(self._saver.poll)
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank is still writing a checkpoint."""
+        return self._saver is not None and self._saver.is_writing
+
+    def poll(self, *, some_rank_writes: bool) -> None:
+        """Report a checkpoint that is done. Called by every rank, with the sum of ``is_writing``
+        over them, which travels with the sums of a step."""
+        if self._saver and not some_rank_writes:
+            self._report(self._saver.wait)
 
     def _report(self, finish: Callable[[], Path | None], raises: bool = False) -> None:
         try:

@@ -41,17 +41,22 @@ def train(config: TrainingConfig) -> int:
             checkpoints.save_best_of_another_run()
         logger = Logger(run, metrics, spent)
         ahead = PacksAhead(run.batcher, run.device)
+
+        def wishes() -> list[float]:
+            return [*stop.wishes(), float(checkpoints.is_writing)]
+
         while state.iteration < run.steps and not reason:
             documents, packs = ahead.take(state.consumed)
             data_time, lr = logger.clock.lap(), model.lr
             report = compute.train_step(
-                model.wrapped, model.optimizer, packs, config.loss, len(documents), stop.wishes
+                model.wrapped, model.optimizer, packs, config.loss, len(documents), wishes
             )
+            *stops, writing = report.wishes
             model.advance(len(documents))
             if not logger.step(state.iteration, report, documents, data_time):
                 checkpoints.give_up(report, documents)
             if state.iteration < run.steps:
-                reason = stop.reason(report.wishes)
+                reason = stop.reason(stops)
             if reason or logger.is_due(state.iteration):
                 logger.flush(state.iteration, lr)
             if state.iteration == run.steps or reason:
@@ -61,7 +66,7 @@ def train(config: TrainingConfig) -> int:
             if not reason and checkpoints.is_due(state.iteration):
                 checkpoints.save()
             else:
-                checkpoints.poll()
+                checkpoints.poll(some_rank_writes=bool(writing))
             logger.clock.lap()
         ahead.close()
         logger.close()

@@ -27,7 +27,7 @@ from rmega.data.packing import PackedBatch
 from rmega.distributed import is_reporting_rank, sum_over_ranks
 from rmega.evaluation import results
 from rmega.evaluation.token_probes import View, probe_stored
-from rmega.megatron.grad_norm import grad_norm
+from rmega.training.update import update_parameters
 
 REPORTED = (*ops.STATS, "num_terms")
 """What the last stage reports of a pack; num_terms: of what the loss is the mean over."""
@@ -125,23 +125,19 @@ class StepReport:
     """Sums over all ranks of the wishes to stop (``StopRequest.wishes``)."""
 
 
-def forward_backward(
-    wrapped: Sequence,
-    packs: list[PackedBatch],
-    args: LossArgs,
-    wishes: Callable[[], list[float]] = list,
-) -> tuple[dict[str, float], list[float]]:
-    """Gradients of the loss summed over a global batch's pairs into the buffers (reduced over
-    ranks); reported sums, and the sums over all ranks of what ``wishes`` answers after the pass.
+SUMMED = (*REPORTED, "num_tokens", "real_tokens", "padding", "num_microbatches")
 
-    All of them come from the device in one synchronization.
-    """
+
+def _sum_gradients(
+    wrapped: Sequence, packs: list[PackedBatch], args: LossArgs, wishes: Callable[[], list[float]]
+) -> torch.Tensor:
+    """Gradients of the loss summed over a global batch's pairs into the buffers (reduced over
+    ranks); ``SUMMED`` and the answers of ``wishes``, summed over ranks: fp64 on the device."""
     for chunk in wrapped:
         chunk.zero_grad_buffer()
     reports = run_schedule(wrapped, packs, partial(_forward_train, args), forward_only=False)
     device = packs[0].tokens.device
-    names = (*REPORTED, "num_tokens", "real_tokens", "padding", "num_microbatches")
-    own = [0.0] * len(names)
+    own = [0.0] * len(SUMMED)
     first_rank = parallel_state.get_tensor_model_parallel_rank() == 0
     if first_rank and parallel_state.is_pipeline_first_stage():
         own[len(REPORTED) :] = (
@@ -156,38 +152,15 @@ def forward_backward(
     ).to(device, non_blocking=True)
     if first_rank and parallel_state.is_pipeline_last_stage():
         sums[: len(REPORTED)] = sum(report.detach().double() for report in reports)
-    values = sum_over_ranks(sums).tolist()
-    return dict(zip(names, values, strict=False)), values[len(names) :]
+    return sum_over_ranks(sums)
 
 
-def optimizer_step(optimizer, count: float) -> tuple[bool, float | None]:
-    """Divide the summed gradients by ``count``, clip and update; the parameters stay when the norm
-    is not finite.
-
-    What ``ChainedOptimizer.step`` does, with division and clipping as one factor, which torch's
-    fused Adam applies while it reads the gradients. Returns (updated, norm of the mean gradient;
-    None when fp16 overflowed).
-    """
-    if optimizer.prepare_grads():
-        return False, None
-    norm = grad_norm(optimizer) / count
-    if not math.isfinite(norm):
-        return False, norm
-    clip = optimizer.config.clip_grad
-    factor = (
-        count * max(1.0, (norm + 1e-6) / clip) if clip > 0 else count
-    )  # 1e-6 as in megatron-core's clipping
-    for part in optimizer.chained_optimizers:
-        if getattr(part, "is_stub_optimizer", False) or not part.get_parameters():
-            continue
-        if all(group.get("fused") for group in part.optimizer.param_groups):
-            device = part.get_parameters()[0].device
-            part.optimizer.grad_scale = torch.tensor(factor, dtype=torch.float32, device=device)
-        else:
-            for parameter in part.get_parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(1.0 / factor)
-    return bool(optimizer.step_with_ready_grads()), norm
+def forward_backward(
+    wrapped: Sequence, packs: list[PackedBatch], args: LossArgs
+) -> dict[str, float]:
+    """Gradients of the loss summed over a global batch's pairs into the buffers (reduced over
+    ranks); ``SUMMED`` by name."""
+    return dict(zip(SUMMED, _sum_gradients(wrapped, packs, args, list).tolist(), strict=True))
 
 
 def train_step(
@@ -199,27 +172,35 @@ def train_step(
     wishes: Callable[[], list[float]] = list,
 ) -> StepReport:
     """One optimizer step on this rank's packs of a global batch of ``num_samples`` comparisons.
-    ``wishes`` is asked after the backward pass; its answers are summed over ranks on the way."""
+    ``wishes`` is asked after the backward pass; its answers are summed over ranks on the way.
+
+    The host waits for the device once, for all that is reported (see ``update_parameters`` for
+    optimizers with which it must wait before the update)."""
     optimizer.zero_grad()
-    sums, wished = forward_backward(wrapped, packs, args, wishes)
-    pairs, terms = max(sums["num_pairs"], 1.0), max(sums["num_terms"], 1.0)
-    loss = (sums["base_loss"] + sums["penalty"]) / terms
-    updated, norm = optimizer_step(optimizer, terms) if math.isfinite(loss) else (False, math.nan)
+    sums = _sum_gradients(wrapped, packs, args, wishes)
+    at = SUMMED.index
+    terms = sums[at("num_terms")].clamp(min=1.0)
+    loss = (sums[at("base_loss")] + sums[at("penalty")]) / terms
+    outcome = update_parameters(optimizer, loss, terms)
+    result = torch.stack(outcome or (torch.full_like(loss, math.nan), torch.zeros_like(loss)))
+    mean_loss, norm, updated, *values = torch.cat([loss[None], result, sums]).tolist()
+    s = dict(zip(SUMMED, values, strict=False))
+    pairs = max(s["num_pairs"], 1.0)
     return StepReport(
-        loss=loss,
-        acc=sums["num_correct"] / pairs,
-        chosen_score_mean=sums["chosen_score"] / pairs,
-        rejected_score_mean=sums["rejected_score"] / pairs,
-        grad_norm=norm,
-        updated=updated,
-        num_pairs=int(sums["num_pairs"]),
-        num_terms=int(sums["num_terms"]),
+        loss=mean_loss,
+        acc=s["num_correct"] / pairs,
+        chosen_score_mean=s["chosen_score"] / pairs,
+        rejected_score_mean=s["rejected_score"] / pairs,
+        grad_norm=norm if outcome else None,
+        updated=bool(updated),
+        num_pairs=int(s["num_pairs"]),
+        num_terms=int(s["num_terms"]),
         num_samples=num_samples,
-        num_tokens=int(sums["num_tokens"]),
-        real_tokens=int(sums["real_tokens"]),
-        num_microbatches=int(sums["num_microbatches"]),
-        padding=int(sums["padding"]),
-        wishes=wished,
+        num_tokens=int(s["num_tokens"]),
+        real_tokens=int(s["real_tokens"]),
+        num_microbatches=int(s["num_microbatches"]),
+        padding=int(s["padding"]),
+        wishes=values[len(SUMMED) :],
     )
 
 

@@ -19,14 +19,16 @@ TOTAL, STOP = 6, 3
 
 @contextlib.contextmanager
 def small_buckets():
-    from rmega.training import train
+    from rmega.training import components
 
-    original = train.DistributedDataParallelConfig
-    train.DistributedDataParallelConfig = lambda **options: original(**options, bucket_size=20_000)
+    original = components.DistributedDataParallelConfig
+    components.DistributedDataParallelConfig = lambda **options: original(
+        **options, bucket_size=20_000
+    )
     try:
         yield
     finally:
-        train.DistributedDataParallelConfig = original
+        components.DistributedDataParallelConfig = original
 
 
 def steps(

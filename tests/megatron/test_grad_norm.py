@@ -1,4 +1,4 @@
-"""The norm of all gradients: exact on a CPU, one synchronization whatever the number of tensors."""
+"""The norm of all gradients: exact on a CPU, and no synchronization for any number of tensors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def norm_of_parts(rank: int, world_size: int, large: int) -> tuple[float, float,
     torch.distributed.all_reduce(exact)
     with Reads() as reads:
         found = grad_norm(optimizer_of([grads[:2], grads[2:]]))
-    return found, exact.sqrt().item(), reads.count
+    return found.item(), exact.sqrt().item(), reads.count
 
 
 @pytest.mark.parametrize("ranks,large", [(1, 20_000_001), (2, 100_003)])
@@ -54,12 +54,12 @@ def test_the_norm_over_ranks(ranks, large):
     """As many values as an embedding has, of which ``torch.norm`` alone is off by 1e-3."""
     for found, exact, reads in run_distributed(norm_of_parts, ranks, large):
         assert found == pytest.approx(exact, rel=1e-6)
-        assert reads == 1
+        assert reads == 0
 
 
 def one_without_gradients(rank: int, world_size: int, name: str) -> float:
     distributed.initialize()
-    return grad_norm(optimizer_of([[]] if rank else [[torch.full((4,), 3.0)]], name))
+    return grad_norm(optimizer_of([[]] if rank else [[torch.full((4,), 3.0)]], name)).item()
 
 
 @pytest.mark.parametrize("name", [OLDER, NEWER])

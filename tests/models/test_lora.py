@@ -40,7 +40,7 @@ def gradients(rank: int, world_size: int, folder: str) -> tuple:
     data = InMemory(random_comparisons(10, seed=1))
     batcher = components.make_batcher(config, data, geometry)
     rewards = train.compute_rewards(wrapped, batcher, device)
-    sums, _ = train.forward_backward(wrapped, batcher.packs(batcher.documents(0)), config.loss)
+    sums = train.forward_backward(wrapped, batcher.packs(batcher.documents(0)), config.loss)
     rules = {rule.name: rule for rule in adapter_table(geometry, lora)}
     grads = {}
     for name, tensor in gather_global(wrapped, geometry, lambda p: p.main_grad, lora).items():

@@ -146,8 +146,10 @@ def test_score_takes_every_form(client):
     assert one.ask("/score", {"conversations": []})[1]["rewards"] == []
 
 
-@pytest.mark.parametrize(("path", "field"), [("/classify", "probs"), ("/pooling", "data")])
-def test_clients_written_for_vllm(client, path, field):
+@pytest.mark.parametrize(("path", "field"), [
+    ("/classify", "probs"), ("/pooling", "data"), ("/v1/embeddings", "embedding")
+])  # fmt: skip
+def test_clients_written_for_vllm_and_sglang(client, path, field):
     """Fields that vLLM's own client examples, verl's reward loop and the printed code of an export
     read."""
     one = client()
@@ -221,7 +223,7 @@ def test_the_openapi_page(client):
         path: post["requestBody"]["content"]["application/json"]["schema"].get("properties", {})
         for path, post in posts.items()
     }
-    assert set(fields) == {"/get_reward", "/score", "/classify", "/pooling"}
+    assert set(fields) == {"/get_reward", "/score", "/classify", "/pooling", "/v1/embeddings"}
     assert {"query", "prompts", "labels"} == set(fields["/get_reward"])
     assert {"input", "messages"} < set(fields["/classify"]) < set(fields["/pooling"])
     answers = {p["responses"]["200"]["content"]["application/json"]["schema"]["$ref"] for p in
@@ -277,6 +279,7 @@ def test_the_openapi_page(client):
         ("/classify", {"messages": chat("q", "a")[:1]}, 422, "turn of the assistant"),
         ("/pooling", {"input": "a", "task": "token_classify"}, 422, "task"),
         ("/pooling", {"input": "a", "encoding_format": "base64"}, 422, "encoding_format"),
+        ("/v1/embeddings", {"input": "a", "dimensions": 2}, 422, "dimensions"),
         ("/nothing", {"query": ["a"]}, 404, "/nothing"),
         ("/health", {}, 405, "Method Not Allowed"),
         ("/score", None, 405, "GET /score"),
