@@ -123,9 +123,7 @@ def test_the_same_bits_as_decided_on_the_host(tmp_path, layout, dtype, clip, fus
     folder = str(tiny_llama(tmp_path / "model"))
     ranks = 1 if layout == "1" else 2
     arguments = (layout, folder, dtype, clip, fused)
-    device, host = (
-        run_distributed(steps, ranks, *arguments, device) for device in (True, False)
-    )
+    device, host = (run_distributed(steps, ranks, *arguments, device) for device in (True, False))
     for a, b in zip(device, host, strict=True):
         assert [updated for _, _, updated in a["reports"]] == [
             step not in (BAD_NORM, BAD_LOSS) for step in range(STEPS)
