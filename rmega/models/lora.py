@@ -116,11 +116,15 @@ class Adapter(MegatronModule):
         one = u[..., part * self.rank : (part + 1) * self.rank]
         return self._linear(one, self.parts[part])
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """s B A x, in the order of the linear layer's rows: [t(/tp), 1, in(/tp)] ->
+        [t(/tp), 1, out(/tp)]."""
+        u = self.down(x)
+        return interleave([self.up(u, part) for part in range(self.count)], self.groups)
+
     def _add(self, linear: torch.nn.Module, args: tuple, output: tuple) -> tuple:
         out, bias = output  # [t(/tp), 1, out(/tp)]
-        u = self.down(args[0])
-        parts = [self.up(u, part) for part in range(self.count)]
-        return out + interleave(parts, self.groups), bias
+        return out + self(args[0]), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):
         """As Megatron-Core's linear layers make theirs. What belongs to padded heads may be longer
