@@ -115,7 +115,7 @@ class Adapter(MegatronModule):
         return low_rank.up(out, u, self.parts[parts], groups, fused=fused)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``down``. Hooks before a forward may have to provide the weights, also those of ``up``."""
+        """``down``. Hooks before a forward may have to provide the weights, of ``up`` as well."""
         return self.down(x)
 
     def _before(self, linear: torch.nn.Module, args: tuple) -> tuple:
