@@ -155,7 +155,7 @@ def attach(model: torch.nn.Module, args: LoraArgs) -> None:
     yet). Call it before the data-parallel wrapper and the optimizer are built, which then have no
     buffers for what is frozen."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith("reward_head."))
+        parameter.requires_grad_(name.startswith(("reward_head.", "tie_threshold")))
     for layer in model.decoder.layers:
         for target in args.targets:
             holder = getattr(layer, PLACES[target])
