@@ -36,6 +36,7 @@ from rmega.checkpointing.metadata import EXTRA_STATE, read_metadata
 from rmega.checkpointing.snapshot import Gatherer, Snapshot
 from rmega.distributed import rank
 from rmega.io import fingerprint, one_line, sync_tree
+from rmega.megatron import param_gather
 
 
 @dataclasses.dataclass
@@ -104,6 +105,7 @@ class Saver:
     def _content(self, state: RunState, wrapped, optimizer, scheduler) -> dict[str, Any]:
         """What a checkpoint holds: sharded tensors, and plain values that are the same on all
         ranks."""
+        param_gather.finish(wrapped)
         optimizer_state.allocate_state(optimizer)
         content = _model_state(wrapped)
         content["optimizer"] = optimizer_state.sharded_state(optimizer, content, is_loading=False)

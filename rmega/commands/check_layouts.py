@@ -3,9 +3,9 @@
     python tools/check_layouts.py --hf-model MODEL --data-path PREFIX \
         --layouts "tp2 pp2 tp2,sp dp2 tp2,pp2 pp2,vpp2"
 
-A layout is written tpN, ppN, vppN, dpN, sp, overlap, plainopt, recompute, selective, firstN, lastN,
-pad, joined by commas. Processes are started here, on this machine. Exit code 1 where a difference
-is larger than --tolerance.
+A layout is written tpN, ppN, vppN, dpN, sp, overlap, gather, plainopt, recompute, selective,
+firstN, lastN, pad, joined by commas. Processes are started here, on this machine. Exit code 1 where
+a difference is larger than --tolerance.
 """
 
 from __future__ import annotations
