@@ -282,6 +282,9 @@ class ParallelArgs:
     overlap_grad_reduce: Annotated[bool | None, SWITCH] = None
     """Overlap gradient reduction with the backward pass. Default: on for GPUs with more than one
     replica."""
+    overlap_param_gather: Annotated[bool | None, SWITCH] = None
+    """Gather the weights that the distributed optimizer has updated during the next forward pass.
+    Default: on where gradient reduction is overlapped on GPUs."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Recompute activations in the backward pass: nothing, attention, or whole layers."""
     distributed_timeout_minutes: float = 10.0
@@ -443,6 +446,17 @@ class TrainingConfig:
             raise ValueError("--vpp needs --pp greater than 1")
         if p.overlap_grad_reduce and replicas == 1:
             p.overlap_grad_reduce = False  # nothing to reduce, hence nothing to overlap
+        if p.overlap_param_gather and replicas == 1:
+            p.overlap_param_gather = False
+        if p.overlap_param_gather and not p.use_distributed_optimizer:
+            raise ValueError(
+                "--overlap-param-gather needs the distributed optimizer: without it nothing is"
+                " gathered"
+            )
+        if p.overlap_param_gather and p.overlap_grad_reduce is False:
+            raise ValueError(
+                "--overlap-param-gather needs --overlap-grad-reduce, whose buckets it gathers"
+            )
         if self.checkpoint.save_interval and not self.checkpoint.save:
             raise ValueError("--save-interval needs --save")
         self.lora.check()

@@ -169,6 +169,16 @@ def test_as_dict_is_json_and_complete() -> None:
             "--num-layers-in-first-pipeline",
         ),
         ([*STEPS, "--num-verification-comparisons", "-1"], 1, "--num-verification-comparisons -1"),
+        (
+            [*STEPS, "--overlap-param-gather", "--overlap-grad-reduce", "off"],
+            2,
+            "--overlap-param-gather needs --overlap-grad-reduce",
+        ),
+        (
+            [*STEPS, "--overlap-param-gather", "--no-use-distributed-optimizer"],
+            2,
+            "--overlap-param-gather needs the distributed optimizer",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(argv, world, message) -> None:
@@ -182,6 +192,9 @@ def test_what_is_right_passes() -> None:
     config = parse(*STEPS, "--overlap-grad-reduce")
     config.check(1)
     assert not config.parallel.overlap_grad_reduce  # nothing to reduce over
+    config = parse(*STEPS, "--overlap-param-gather")
+    config.check(1)
+    assert config.parallel.overlap_param_gather is False
 
 
 @pytest.mark.parametrize(

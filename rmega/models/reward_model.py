@@ -254,7 +254,7 @@ class RewardModel(MegatronModule):
             hidden = pool_rows(hidden, batch.pooled, self.config.sequence_parallel)
         # Head and loss are fp32 in every precision: a bf16 reward of 4.03 and one of 4.04 are the
         # same number.
-        return F.linear(hidden.squeeze(1).float(), self.reward_head.weight).squeeze(1)
+        return self.reward_head(hidden.squeeze(1).float()).squeeze(1)
 
 
 def _mark_shards(model: torch.nn.Module) -> None:

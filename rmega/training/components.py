@@ -22,6 +22,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from rmega import ops
 from rmega.config import TrainingConfig
 from rmega.data.batching import Batcher
+from rmega.megatron import param_gather
 from rmega.megatron.fusion import fuse_weight_gradients, skip_single_rank_collectives
 from rmega.models import lora
 from rmega.models.attention import active_kernel
@@ -183,13 +184,17 @@ def use_transformer_engine(config: TrainingConfig, device: torch.device) -> bool
 def wrap_model(chunks: list[RewardModel], config: TrainingConfig) -> list[DistributedDataParallel]:
     """Give each chunk megatron-core's gradient buffers and data-parallel reduction."""
     p = config.parallel
-    overlap = p.overlap_grad_reduce
+    overlap, gather_late = p.overlap_grad_reduce, p.overlap_param_gather
+    on_gpu = next(chunks[0].parameters()).is_cuda
     if overlap is None:  # on a CPU a reduction takes the cores that compute
-        on_gpu = next(chunks[0].parameters()).is_cuda
         overlap = on_gpu and parallel_state.get_data_parallel_world_size() > 1
+        overlap |= bool(gather_late)  # which needs its buckets
+    if gather_late is None:
+        gather_late = on_gpu and overlap and p.use_distributed_optimizer
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
+        overlap_param_gather=gather_late,
         use_distributed_optimizer=p.use_distributed_optimizer,
     )
     wrapped = [
@@ -199,6 +204,8 @@ def wrap_model(chunks: list[RewardModel], config: TrainingConfig) -> list[Distri
     core = chunks[0].config
     core.finalize_model_grads_func = _finalize
     skip_single_rank_collectives(wrapped)
+    if gather_late:
+        param_gather.hold_readers(wrapped)
     if overlap:
         hooks = [chunk.no_sync for chunk in wrapped]
         core.no_sync_func = hooks if len(hooks) > 1 else hooks[0]

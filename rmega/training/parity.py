@@ -24,6 +24,7 @@ from rmega.config import (
     TrainingConfig,
 )
 from rmega.hub import resolve_start
+from rmega.megatron import param_gather
 from rmega.models.hf import TIE_THRESHOLD, global_parameters, load_hf, read_geometry
 from rmega.models.lora import adapter_table, initialize
 from rmega.models.peft_folder import PeftFolder
@@ -45,6 +46,7 @@ class Layout:
     sp: bool = False
     distributed_optimizer: bool = True
     overlap: bool = False
+    gather: bool = False
     recompute: str = "none"
     pad_heads: bool = False
     first: int | None = None
@@ -57,6 +59,7 @@ class Layout:
         flags = {
             "sp": {"sp": True},
             "overlap": {"overlap": True},
+            "gather": {"gather": True},
             "pad": {"pad_heads": True},
             "plainopt": {"distributed_optimizer": False},
             "recompute": {"recompute": "full"},
@@ -124,7 +127,8 @@ def layout_config(
             virtual_pipeline_model_parallel_size=layout.vpp,
             sequence_parallel=layout.sp,
             use_distributed_optimizer=layout.distributed_optimizer,
-            overlap_grad_reduce=layout.overlap,
+            overlap_grad_reduce=layout.overlap or layout.gather,
+            overlap_param_gather=layout.gather,
             recompute=layout.recompute,
             pad_attention_heads=layout.pad_heads,
             num_layers_in_first_pipeline_stage=layout.first,
@@ -170,6 +174,8 @@ def gather_global(
     import torch.distributed as dist
 
     from rmega.models import BACKBONES
+
+    param_gather.finish(wrapped)
 
     table = BACKBONES[geometry.family].weight_table(geometry)
     rules = {TIE_THRESHOLD: WeightRule(TIE_THRESHOLD, (1,), ())}

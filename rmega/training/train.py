@@ -29,6 +29,7 @@ from rmega.data.packing import PackedBatch
 from rmega.distributed import is_reporting_rank, sum_over_ranks
 from rmega.evaluation import results
 from rmega.evaluation.token_probes import View, probe_stored
+from rmega.megatron import param_gather
 from rmega.training.update import update_parameters
 
 REPORTED = (*ops.STATS, "num_terms", "tie_threshold")
@@ -358,6 +359,7 @@ def compute_rewards(
 
     With ``batches`` only that many global batches are scored, and the other rewards are 0. A head
     of zeros, that of a fresh model, gives 0 to every response: no forward is run."""
+    param_gather.finish(wrapped)
     if _head_is_zero(wrapped, device):
         if progress:
             progress(len(batcher.dataset))

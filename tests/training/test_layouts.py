@@ -24,6 +24,7 @@ LAYOUTS = [
     "tp2,sp,selective",
     "pp2,first1,last3",
     "dp2,overlap",
+    "dp2,gather",
 ]
 
 
@@ -255,6 +256,7 @@ LONG = [
     "tp2,sp,pp2,selective",
     "tp2,sp,pp2,dp2",
     "tp2,pp2,vpp2,dp2,overlap",
+    "tp2,pp2,vpp2,dp2,gather",
 ]
 
 
