@@ -145,11 +145,13 @@ class DataArgs:
 class LossArgs:
     """Loss"""
 
-    loss: Literal["ranking", "focal", "plackett_luce"] = "focal"
+    loss: Literal["ranking", "focal", "plackett_luce", "rao_kupper"] = "focal"
     """ranking: -logsigmoid(d - margin), where d is the chosen minus the rejected reward. focal:
     ranking times (1 - 2 relu(sigmoid(d - margin) - 1/2))^2 (InternLM2). plackett_luce: likelihood
     of the full ranking of K answers, averaged over its choices; for two answers it equals
-    ranking."""
+    ranking. rao_kupper: ranking with ties and one trained threshold eta (Rao and Kupper 1967): a
+    response wins with probability sigmoid(d - eta), else the pair is tied. For data of
+    tools/preprocess_pref.py --ties keep."""
     penalty: Literal["none", "log_barrier", "l2", "center"] = "log_barrier"
     """Keeps scores in range. log_barrier: rises steeply near +-5 (InternLM2). l2: squared scores.
     center: squared sum of a pair's scores (TRL)."""
@@ -166,6 +168,10 @@ class LossArgs:
     length_penalty: float = 0.0
     """Add this times (length of chosen - length of rejected), in tokens, to the logit of a pair, so
     that the reward does not absorb a preference for length."""
+    batch_centering: float = 0.0
+    """Add this times the squared mean reward of the global batch to the loss. Each step then costs
+    a second forward pass (the mean must be known before the backward pass), unless the whole batch
+    is one pack on one data-parallel rank."""
     barrier_clamp: bool = False
     """XTuner's form of the log barrier: no gradient beyond +-4.999. By default the barrier
     continues linearly."""
@@ -276,6 +282,9 @@ class ParallelArgs:
     overlap_grad_reduce: Annotated[bool | None, SWITCH] = None
     """Overlap gradient reduction with the backward pass. Default: on for GPUs with more than one
     replica."""
+    overlap_param_gather: Annotated[bool | None, SWITCH] = None
+    """Gather the weights that the distributed optimizer has updated during the next forward pass.
+    Default: on where gradient reduction is overlapped on GPUs."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Recompute activations in the backward pass: nothing, attention, or whole layers."""
     distributed_timeout_minutes: float = 10.0
@@ -363,6 +372,7 @@ class TrainingConfig:
             ("--clip-grad", self.optimizer.clip_grad),
             ("--penalty-weight", self.loss.penalty_weight),
             ("--length-penalty", self.loss.length_penalty),
+            ("--batch-centering", self.loss.batch_centering),
             ("--min-lr", self.optimizer.min_lr),
             ("--eval-interval", t.eval_interval),
             ("--save-interval", self.checkpoint.save_interval),
@@ -391,6 +401,17 @@ class TrainingConfig:
                     raise ValueError(
                         f"{flag}: is defined for pairs, not for --loss plackett_luce, whose choices"
                         " are among several answers"
+                    )
+        if self.loss.loss == "rao_kupper":
+            for flag, active in (
+                ("--label-smoothing", self.loss.label_smoothing > 0),
+                ("--use-margin", self.loss.use_margin),
+                ("--scale-by-rating", self.loss.scale_by_rating),
+                ("--length-penalty", self.loss.length_penalty > 0),
+            ):
+                if active:
+                    raise ValueError(
+                        f"{flag} does not go with --loss rao_kupper, whose margin is its threshold"
                     )
         if not 0 <= self.optimizer.lr_warmup_fraction < 1:
             raise ValueError(
@@ -425,6 +446,17 @@ class TrainingConfig:
             raise ValueError("--vpp needs --pp greater than 1")
         if p.overlap_grad_reduce and replicas == 1:
             p.overlap_grad_reduce = False  # nothing to reduce, hence nothing to overlap
+        if p.overlap_param_gather and replicas == 1:
+            p.overlap_param_gather = False
+        if p.overlap_param_gather and not p.use_distributed_optimizer:
+            raise ValueError(
+                "--overlap-param-gather needs the distributed optimizer: without it nothing is"
+                " gathered"
+            )
+        if p.overlap_param_gather and p.overlap_grad_reduce is False:
+            raise ValueError(
+                "--overlap-param-gather needs --overlap-grad-reduce, whose buckets it gathers"
+            )
         if self.checkpoint.save_interval and not self.checkpoint.save:
             raise ValueError("--save-interval needs --save")
         self.lora.check()

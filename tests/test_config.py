@@ -105,6 +105,7 @@ def test_as_dict_is_json_and_complete() -> None:
         ([*STEPS, "--weight-decay", "-0.1"], 1, "--weight-decay -0.1"),
         ([*STEPS, "--penalty-weight", "-1"], 1, "--penalty-weight -1"),
         ([*STEPS, "--length-penalty", "-1"], 1, "--length-penalty -1"),
+        ([*STEPS, "--batch-centering", "-1"], 1, "--batch-centering -1"),
         (
             [*STEPS, "--loss", "plackett_luce", "--label-smoothing", "0.1"],
             1,
@@ -114,6 +115,15 @@ def test_as_dict_is_json_and_complete() -> None:
             [*STEPS, "--loss", "plackett_luce", "--scale-by-rating"],
             1,
             "--scale-by-rating: is defined for pairs, not for --loss plackett_luce",
+        ),
+        *(
+            ([*STEPS, "--loss", "rao_kupper", *flag], 1, f"{flag[0]} does not go with --loss rao_k")
+            for flag in (
+                ("--label-smoothing", "0.1"),
+                ("--use-margin",),
+                ("--scale-by-rating",),
+                ("--length-penalty", "0.01"),
+            )
         ),
         ([*STEPS, "--min-lr", "-1"], 1, "--min-lr -1"),
         ([*STEPS, "--label-smoothing", "0.5"], 1, "--label-smoothing 0.5"),
@@ -159,6 +169,16 @@ def test_as_dict_is_json_and_complete() -> None:
             "--num-layers-in-first-pipeline",
         ),
         ([*STEPS, "--num-verification-comparisons", "-1"], 1, "--num-verification-comparisons -1"),
+        (
+            [*STEPS, "--overlap-param-gather", "--overlap-grad-reduce", "off"],
+            2,
+            "--overlap-param-gather needs --overlap-grad-reduce",
+        ),
+        (
+            [*STEPS, "--overlap-param-gather", "--no-use-distributed-optimizer"],
+            2,
+            "--overlap-param-gather needs the distributed optimizer",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(argv, world, message) -> None:
@@ -172,6 +192,9 @@ def test_what_is_right_passes() -> None:
     config = parse(*STEPS, "--overlap-grad-reduce")
     config.check(1)
     assert not config.parallel.overlap_grad_reduce  # nothing to reduce over
+    config = parse(*STEPS, "--overlap-param-gather")
+    config.check(1)
+    assert config.parallel.overlap_param_gather is False
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
     python tools/check_layouts.py --hf-model MODEL --data-path PREFIX \
         --layouts "tp2 pp2 tp2,sp dp2 tp2,pp2 pp2,vpp2"
 
-A layout is written tpN, ppN, vppN, dpN, sp, overlap, plainopt, recompute, selective, firstN, lastN,
-pad, joined by commas. Processes are started here, on this machine. Exit code 1 where a difference
-is larger than --tolerance.
+A layout is written tpN, ppN, vppN, dpN, sp, overlap, gather, plainopt, recompute, selective,
+firstN, lastN, pad, joined by commas. Processes are started here, on this machine. Exit code 1 where
+a difference is larger than --tolerance.
 """
 
 from __future__ import annotations
@@ -115,9 +115,10 @@ def run(text: str, args: CheckArgs, *, share_prefix: bool = True):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # Forked from a process that has imported torch and Megatron-Core (seconds) and done nothing.
+    # Forked from a process that has imported torch and Megatron-Core (seconds) and done nothing;
+    # torch's optimizers import its compiler when the first of them is made.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rmega.training.parity", "rmega.data.batching"])
+    context.set_forkserver_preload(["rmega.training.parity", "torch._dynamo"])
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             context.Process(

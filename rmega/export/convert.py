@@ -9,21 +9,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rmega.checkpointing.find import damage
 from rmega.config import TrainArgs
 from rmega.export import destination
 from rmega.export import push as hub
-from rmega.export.adapters import base_name, check_peft, write_peft
+from rmega.export.adapters import base_name, check_peft, tensor, write_peft
 from rmega.export.average import Part, read_part, read_parts, weights_of
 from rmega.export.destination import RECIPE, UNVERIFIED, mark_unverified
 from rmega.export.folder import check_pad, make_recipe, write_config, write_recipe
 from rmega.export.model_card import kept_comparisons, write_card
 from rmega.export.tokenizer import write_tokenizer
 from rmega.export.usage import client_duties, usage
-from rmega.export.write_weights import DTYPES, export_weights, parse_size
+from rmega.export.write_weights import DTYPES, CheckpointTensors, export_weights, parse_size
 from rmega.io import fingerprint, one_line
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
+from rmega.models.hf import TIE_THRESHOLD
+from rmega.models.weights import WeightRule
 
 ADAPTER = "adapter"
 """The --format of a folder of peft."""
@@ -266,6 +270,8 @@ def _write(
     recipe = make_recipe(info=info, geometry=geometry, dtype=dtype, checkpoint=folder.resolve())
     if as_adapter:
         recipe["adapter_of"] = base_name(info)
+    if (threshold := _tie_threshold(parts)) is not None:
+        recipe["tie_threshold"] = threshold
     if len(parts) > 1:  # nothing that was measured of the first is true of the mean
         recipe |= {
             "average_of": [f"{f.resolve().parent.name}/{f.resolve().name}" for f in folders],
@@ -291,6 +297,15 @@ def _write(
         f" {time.perf_counter() - started:.1f} s, from {', '.join(map(str, folders))}"
     )
     return recipe
+
+
+def _tie_threshold(parts: Sequence[Part]) -> float | None:
+    """eta of a run with ``--loss rao_kupper``, None for others and for means. Rewards do not depend
+    on it; the probability of a tie does."""
+    if len(parts) > 1 or TIE_THRESHOLD not in (source := CheckpointTensors(parts[0].folder)):
+        return None
+    value = tensor(source, WeightRule(TIE_THRESHOLD, (1,), ()))
+    return torch.nn.functional.softplus(value).item()
 
 
 def _verify(

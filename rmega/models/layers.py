@@ -84,7 +84,12 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
         self._prepared: tuple[torch.Tensor, torch.Tensor] | None = None  # (x, its norm)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """The norm of x; with a ``residual`` see ``after_residual``, which comes this way because
+        hooks before a forward may have to provide the weight."""
+        if residual is not None:
+            self._prepared = ops.add_rms_norm(x, residual, self.weight, self.eps)
+            return self._prepared[0]
         prepared, self._prepared = self._prepared, None
         if prepared is not None and prepared[0] is x:
             return prepared[1]
@@ -95,8 +100,7 @@ class RMSNorm(torch.nn.Module):
         does both, and kept for the ``forward`` that follows."""
         if not ops.fuses_add_rms_norm(x):
             return residual + x
-        self._prepared = ops.add_rms_norm(x, residual, self.weight, self.eps)
-        return self._prepared[0]
+        return self(x, residual)
 
 
 class SwiGLU(MegatronModule):
@@ -200,6 +204,8 @@ class PooledLastLayer(DecoderLayer):
     residual stream are exchanged, never the whole sequence, and what follows runs on replicated
     rows, hence with ``sequence_parallel`` off inside.
     """
+
+    reads_inner_weights = True  # slices of linear_qkv's, and of its adapter's
 
     def __init__(self, config: TransformerConfig, *args, **kwargs) -> None:
         inner = copy.copy(config)

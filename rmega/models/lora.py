@@ -114,8 +114,12 @@ class Adapter(MegatronModule):
         fused = self.config.gradient_accumulation_fusion
         return low_rank.up(out, u, self.parts[parts], groups, fused=fused)
 
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``down``. Hooks before a forward may have to provide the weights, of ``up`` as well."""
+        return self.down(x)
+
     def _before(self, linear: torch.nn.Module, args: tuple) -> tuple:
-        x, self._u = self.down(args[0])
+        x, self._u = self(args[0])
         return (x, *args[1:])
 
     def _after(self, linear: torch.nn.Module, args: tuple, output: tuple) -> tuple:
@@ -151,7 +155,7 @@ def attach(model: torch.nn.Module, args: LoraArgs) -> None:
     yet). Call it before the data-parallel wrapper and the optimizer are built, which then have no
     buffers for what is frozen."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith("reward_head."))
+        parameter.requires_grad_(name.startswith(("reward_head.", "tie_threshold")))
     for layer in model.decoder.layers:
         for target in args.targets:
             holder = getattr(layer, PLACES[target])

@@ -22,10 +22,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from rmega import ops
 from rmega.config import TrainingConfig
 from rmega.data.batching import Batcher
+from rmega.megatron import param_gather
 from rmega.megatron.fusion import fuse_weight_gradients, skip_single_rank_collectives
 from rmega.models import lora
 from rmega.models.attention import active_kernel
 from rmega.models.geometry import Geometry
+from rmega.models.hf import TIE_THRESHOLD
 from rmega.models.reward_model import RewardModel, transformer_config
 from rmega.models.varlen import varlen_function
 from rmega.precision import dtype_name
@@ -50,6 +52,7 @@ def build_model(
             vp_stage=chunk if vpp else None,
             prune_last_layer=config.model.prune_last_layer,
             transformer_engine=engine,
+            tie_threshold=config.loss.loss == "rao_kupper",
         ).to(device)
         if config.lora.lora_rank:
             lora.attach(model, config.lora)
@@ -181,13 +184,17 @@ def use_transformer_engine(config: TrainingConfig, device: torch.device) -> bool
 def wrap_model(chunks: list[RewardModel], config: TrainingConfig) -> list[DistributedDataParallel]:
     """Give each chunk megatron-core's gradient buffers and data-parallel reduction."""
     p = config.parallel
-    overlap = p.overlap_grad_reduce
+    overlap, gather_late = p.overlap_grad_reduce, p.overlap_param_gather
+    on_gpu = next(chunks[0].parameters()).is_cuda
     if overlap is None:  # on a CPU a reduction takes the cores that compute
-        on_gpu = next(chunks[0].parameters()).is_cuda
         overlap = on_gpu and parallel_state.get_data_parallel_world_size() > 1
+        overlap |= bool(gather_late)  # which needs its buckets
+    if gather_late is None:
+        gather_late = on_gpu and overlap and p.use_distributed_optimizer
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
+        overlap_param_gather=gather_late,
         use_distributed_optimizer=p.use_distributed_optimizer,
     )
     wrapped = [
@@ -197,6 +204,8 @@ def wrap_model(chunks: list[RewardModel], config: TrainingConfig) -> list[Distri
     core = chunks[0].config
     core.finalize_model_grads_func = _finalize
     skip_single_rank_collectives(wrapped)
+    if gather_late:
+        param_gather.hold_readers(wrapped)
     if overlap:
         hooks = [chunk.no_sync for chunk in wrapped]
         core.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
@@ -236,10 +245,15 @@ def build_optimizer(
     of_head = ParamGroupOverride(wd_mult=1.0)
     if o.head_lr is not None:
         of_head.update(max_lr=o.head_lr, min_lr=o.min_lr * o.head_lr / o.lr)
+    # So does the threshold, which has the head's learning rate and no weight decay.
+    lr = o.lr if o.head_lr is None else o.head_lr
+    of_threshold = ParamGroupOverride(wd_mult=0.0, max_lr=lr, min_lr=o.min_lr * lr / o.lr)
     overrides = {
         **get_standard_config_overrides(settings),
         ParamKey(name="*reward_head.weight"): of_head,
     }
+    if config.loss.loss == "rao_kupper":
+        overrides[ParamKey(name=f"*{TIE_THRESHOLD}")] = of_threshold
     optimizer = get_megatron_optimizer(
         settings,
         wrapped,

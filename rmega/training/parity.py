@@ -24,7 +24,8 @@ from rmega.config import (
     TrainingConfig,
 )
 from rmega.hub import resolve_start
-from rmega.models.hf import global_parameters, load_hf, read_geometry
+from rmega.megatron import param_gather
+from rmega.models.hf import TIE_THRESHOLD, global_parameters, load_hf, read_geometry
 from rmega.models.lora import adapter_table, initialize
 from rmega.models.peft_folder import PeftFolder
 from rmega.models.weights import WeightRule
@@ -45,6 +46,7 @@ class Layout:
     sp: bool = False
     distributed_optimizer: bool = True
     overlap: bool = False
+    gather: bool = False
     recompute: str = "none"
     pad_heads: bool = False
     first: int | None = None
@@ -57,6 +59,7 @@ class Layout:
         flags = {
             "sp": {"sp": True},
             "overlap": {"overlap": True},
+            "gather": {"gather": True},
             "pad": {"pad_heads": True},
             "plainopt": {"distributed_optimizer": False},
             "recompute": {"recompute": "full"},
@@ -124,7 +127,8 @@ def layout_config(
             virtual_pipeline_model_parallel_size=layout.vpp,
             sequence_parallel=layout.sp,
             use_distributed_optimizer=layout.distributed_optimizer,
-            overlap_grad_reduce=layout.overlap,
+            overlap_grad_reduce=layout.overlap or layout.gather,
+            overlap_param_gather=layout.gather,
             recompute=layout.recompute,
             pad_attention_heads=layout.pad_heads,
             num_layers_in_first_pipeline_stage=layout.first,
@@ -171,8 +175,11 @@ def gather_global(
 
     from rmega.models import BACKBONES
 
+    param_gather.finish(wrapped)
+
     table = BACKBONES[geometry.family].weight_table(geometry)
-    rules = {rule.name: rule for rule in [*table, *adapter_table(geometry, lora or LoraArgs())]}
+    rules = {TIE_THRESHOLD: WeightRule(TIE_THRESHOLD, (1,), ())}
+    rules |= {rule.name: rule for rule in [*table, *adapter_table(geometry, lora or LoraArgs())]}
     own: dict[str, torch.Tensor] = {}
     for chunk in wrapped:
         for name, parameter in global_parameters(chunk):

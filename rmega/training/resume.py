@@ -90,6 +90,7 @@ CLASSES = {
         "pad_attention_heads": EFFECT,
         "use_distributed_optimizer": BOUND,
         "overlap_grad_reduce": EFFECT,
+        "overlap_param_gather": EFFECT,
         "recompute": EFFECT,
         "distributed_timeout_minutes": HARMLESS,
         "dry_run": HARMLESS,

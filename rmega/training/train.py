@@ -7,6 +7,7 @@ changes what a step means.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
@@ -27,10 +29,13 @@ from rmega.data.packing import PackedBatch
 from rmega.distributed import is_reporting_rank, sum_over_ranks
 from rmega.evaluation import results
 from rmega.evaluation.token_probes import View, probe_stored
+from rmega.megatron import param_gather
 from rmega.training.update import update_parameters
 
-REPORTED = (*ops.STATS, "num_terms")
-"""What the last stage reports of a pack; num_terms: of what the loss is the mean over."""
+REPORTED = (*ops.STATS, "num_terms", "tie_threshold")
+"""What the last stage reports of a pack, to be summed. num_terms: of what the loss is the mean
+over; tie_threshold: with ``--loss rao_kupper`` eta times num_terms, else 0."""
+STAT = {name: i for i, name in enumerate(ops.STATS)}
 
 
 def pair_loss(args: LossArgs, batch: PackedBatch, rewards: torch.Tensor):
@@ -43,6 +48,7 @@ def pair_loss(args: LossArgs, batch: PackedBatch, rewards: torch.Tensor):
     ``--scale-by-rating``: scaled Bradley-Terry, -gap logsigmoid(d) over the number of pairs
     (HelpSteer2-Preference, arXiv:2410.01257), so that a pair of gap 2 counts as two pairs, its
     penalty included. Without ratings the margin is 0 and the weight 1.
+    ``--loss rao_kupper``: :func:`rao_kupper_loss`.
     """
     gap = batch.rating_gap  # [m], NaN without ratings
     margin, weight = torch.zeros_like(gap), torch.ones_like(gap)
@@ -64,15 +70,137 @@ def pair_loss(args: LossArgs, batch: PackedBatch, rewards: torch.Tensor):
         label_smoothing=args.label_smoothing,
         barrier_clamp=args.barrier_clamp,
     )
-    terms = batch.num_choices if args.loss == "plackett_luce" else len(batch.chosen)
+    terms = _num_terms(args, batch)
     # torch.tensor would copy from the host and wait for it.
     count = torch.full((), terms, dtype=torch.int, device=rewards.device)
-    return loss, count, torch.cat([stats, count[None].to(stats.dtype)])
+    return loss, count, torch.cat([stats, count[None].to(stats.dtype), stats.new_zeros(1)])
 
 
-def _forward_train(args: LossArgs, iterator: Iterator[PackedBatch], model):
+def rao_kupper_loss(
+    args: LossArgs, batch: PackedBatch, threshold: torch.Tensor, rewards: torch.Tensor
+):
+    """As :func:`pair_loss`, with ties (Rao and Kupper, J. Amer. Statist. Assoc. 62, 1967): with
+    eta = softplus(``threshold`` [1]) and d = r_a - r_b, P(a wins) = sigmoid(d - eta) and P(tie) =
+    (exp(2 eta) - 1) sigmoid(d - eta) sigmoid(-d - eta). Sums are ``REPORTED``; pairs and scores in
+    them are those of pairs that are not tied.
+
+    Apart from the factor that holds eta alone, a tie is two pairs of ``ops.pairwise_loss``, won by
+    either side with the margin eta; its penalty is that of one pair.
+    """
+    compute = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    eta = F.softplus(threshold.to(compute))  # [1]
+    margin = eta.detach()
+    first, second = batch.tied  # [T] each
+    winners, losers = torch.cat([first, second]), torch.cat([second, first])  # [2T]
+    one = torch.ones_like(margin)
+
+    def directed(chosen, rejected, penalty_weight):
+        return ops.pairwise_loss(
+            rewards,
+            chosen,
+            rejected,
+            margin.expand(len(chosen)),
+            one.expand(len(chosen)),
+            loss="ranking",
+            penalty=args.penalty,
+            penalty_weight=penalty_weight,
+            barrier_clamp=args.barrier_clamp,
+        )
+
+    loss, stats = directed(batch.chosen, batch.rejected, args.penalty_weight)
+    tie_loss, tie_stats = directed(winners, losers, args.penalty_weight / 2)
+    # -ln(exp(2 eta) - 1) for each tie
+    factor = -len(first) * (2 * margin + torch.log(-torch.expm1(-2 * margin)))  # [1]
+    # The operator has no gradient for margins: d loss / d eta is the sum of sigmoid(eta - d) over
+    # directed pairs, minus 2 / (1 - exp(-2 eta)) for each tie.
+    scores = rewards.detach().to(compute)
+    won = torch.cat([batch.chosen, winners])  # [m + 2T]
+    lost = torch.cat([batch.rejected, losers])
+    slope = torch.sigmoid(margin - (scores[won] - scores[lost])).sum()
+    slope = slope + 2 * len(first) / torch.expm1(-2 * margin)
+    loss = loss + tie_loss + factor.sum() + (slope * (eta - margin)).sum()
+    terms = _num_terms(args, batch)
+    count = torch.full((), terms, dtype=torch.int, device=rewards.device)
+    stats = stats.clone()
+    stats[STAT["base_loss"]] += tie_stats[STAT["base_loss"]] + factor.sum()
+    stats[STAT["penalty"]] += tie_stats[STAT["penalty"]]
+    return loss, count, torch.cat([stats, count[None].to(stats.dtype), terms * margin])
+
+
+def with_centering(loss_of: Callable, weight: float, batch: PackedBatch, sums, rewards):
+    """``loss_of(rewards)`` with ``--batch-centering``: the pack's share of terms * weight * m^2,
+    where m is the mean reward of the global batch and terms what the loss is the mean over.
+
+    ``sums`` [3] fp64: rewards, responses and terms of the global batch; None where it is this pack.
+    The derivative by each of the n rewards of the batch is terms * 2 weight m / n.
+    """
+    loss, count, report = loss_of(rewards)
+    real = batch.responses >= 0  # [n]; the pooled row of an empty pack is no response
+    own = torch.where(real, rewards, 0.0).sum()
+    if sums is None:
+        sums = torch.stack([own.detach().double(), real.sum().double(), count.double()])
+    total, number, terms = sums.unbind()
+    slope = (terms * 2 * weight * total / number**2).to(loss.dtype)
+    share = (terms * weight * (total / number) ** 2 * real.sum() / number).to(loss.dtype)
+    report = report.clone()
+    report[STAT["penalty"]] += share
+    return loss + share + slope * (own - own.detach()), count, report
+
+
+def _forward_train(args: LossArgs, sums, iterator: Iterator[PackedBatch], model):
     batch = next(iterator)
-    return model(batch), partial(pair_loss, args, batch)
+    loss_of = partial(pair_loss, args, batch)
+    if args.loss == "rao_kupper":
+        loss_of = partial(rao_kupper_loss, args, batch, _tie_threshold(model))
+    if args.batch_centering:
+        loss_of = partial(with_centering, loss_of, args.batch_centering, batch, sums)
+    return model(batch), loss_of
+
+
+def _num_terms(args: LossArgs, batch: PackedBatch) -> int:
+    """What the loss of a pack is a sum over."""
+    if args.loss == "plackett_luce":
+        return batch.num_choices
+    return len(batch.chosen) + batch.tied.shape[1]
+
+
+@torch.no_grad()
+def _sums_before_backward(
+    wrapped: Sequence, packs: list[PackedBatch], args: LossArgs
+) -> torch.Tensor | None:
+    """``sums`` of :func:`with_centering`, by a forward pass of its own; None without need."""
+    alone = len(packs) == 1 and parallel_state.get_data_parallel_world_size() == 1
+    if not args.batch_centering or alone:
+        return None
+    sums = torch.zeros(3, dtype=torch.float64, device=packs[0].tokens.device)
+    with _evaluating(wrapped):
+        outputs = run_schedule(wrapped, packs, _forward_rewards, forward_only=True)
+    if is_reporting_rank():
+        for numbers, rewards in outputs:
+            sums[0] += torch.where(numbers >= 0, rewards, 0.0).double().sum()
+            sums[1] += (numbers >= 0).sum()
+        sums[2] += sum(_num_terms(args, batch) for batch in packs)
+    return sum_over_ranks(sums)
+
+
+@contextlib.contextmanager
+def _evaluating(wrapped: Sequence) -> Iterator[None]:
+    """The chunks in evaluation mode."""
+    modes = [chunk.training for chunk in wrapped]
+    for chunk in wrapped:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk, mode in zip(wrapped, modes, strict=True):
+            chunk.train(mode)
+
+
+def _tie_threshold(model) -> torch.Tensor | None:
+    """The parameter on the last stage, of a wrapped chunk."""
+    while not hasattr(model, "tie_threshold"):
+        model = model.module
+    return model.tie_threshold
 
 
 def _rewards_of(batch: PackedBatch, rewards: torch.Tensor, non_loss_data: bool = True):
@@ -121,6 +249,8 @@ class StepReport:
     real_tokens: int
     num_microbatches: int
     padding: int
+    tie_threshold: float | None = None
+    """eta of ``--loss rao_kupper``, before the update."""
     wishes: list[float] = dataclasses.field(default_factory=list)
     """Sums over all ranks of the wishes to stop (``StopRequest.wishes``)."""
 
@@ -135,7 +265,9 @@ def _sum_gradients(
     ranks); ``SUMMED`` and the answers of ``wishes``, summed over ranks: fp64 on the device."""
     for chunk in wrapped:
         chunk.zero_grad_buffer()
-    reports = run_schedule(wrapped, packs, partial(_forward_train, args), forward_only=False)
+    before = _sums_before_backward(wrapped, packs, args)
+    forward = partial(_forward_train, args, before)
+    reports = run_schedule(wrapped, packs, forward, forward_only=False)
     device = packs[0].tokens.device
     own = [0.0] * len(SUMMED)
     first_rank = parallel_state.get_tensor_model_parallel_rank() == 0
@@ -201,6 +333,9 @@ def train_step(
         num_microbatches=int(s["num_microbatches"]),
         padding=int(s["padding"]),
         wishes=values[len(SUMMED) :],
+        tie_threshold=s["tie_threshold"] / max(s["num_terms"], 1.0)
+        if args.loss == "rao_kupper"
+        else None,
     )
 
 
@@ -224,15 +359,13 @@ def compute_rewards(
 
     With ``batches`` only that many global batches are scored, and the other rewards are 0. A head
     of zeros, that of a fresh model, gives 0 to every response: no forward is run."""
+    param_gather.finish(wrapped)
     if _head_is_zero(wrapped, device):
         if progress:
             progress(len(batcher.dataset))
         return np.zeros(batcher.num_responses, dtype=np.float32)
-    modes = [chunk.training for chunk in wrapped]
-    for chunk in wrapped:
-        chunk.eval()
     out = torch.zeros(batcher.num_responses, dtype=torch.float32, device=device)
-    try:
+    with _evaluating(wrapped):
         for packs in itertools.islice(batcher.sweep(), batches):
             packs = [pack.to(device) for pack in packs]
             for numbers, rewards in run_schedule(
@@ -245,9 +378,6 @@ def compute_rewards(
                 progress(
                     batcher.global_batch_size
                 )  # on every rank after every batch; what it raises ends the sweep
-    finally:
-        for chunk, mode in zip(wrapped, modes, strict=True):
-            chunk.train(mode)
     return sum_over_ranks(out).cpu().numpy()
 
 

@@ -131,7 +131,7 @@ def test_gradients_are_reduced_during_the_backward_pass(
 
     def wrapper(config, settings, chunk, **_):
         ddp.append(settings)
-        return SimpleNamespace(no_sync=None)
+        return SimpleNamespace(no_sync=None, param_to_bucket_group={}, modules=lambda: [])
 
     monkeypatch.setattr(components, "DistributedDataParallel", wrapper)
     monkeypatch.setattr(components, "skip_single_rank_collectives", lambda wrapped: None)
@@ -148,3 +148,5 @@ def test_gradients_are_reduced_during_the_backward_pass(
     if asked is None:
         expected = (device, replicas) == ("cuda", 2)
     assert ddp[0].overlap_grad_reduce is expected
+    # By default weights are gathered late where gradients are reduced early, on GPUs.
+    assert ddp[0].overlap_param_gather is (expected and device == "cuda")

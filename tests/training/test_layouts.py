@@ -9,7 +9,7 @@ import torch
 
 from tests.dist import run_distributed
 from tests.hf_fixtures import FAMILIES, hf_config, is_norm, tiny, write_folder
-from tests.tiny import VOCAB, InMemory, random_comparisons, tiny_llama
+from tests.tiny import VOCAB, InMemory, random_comparisons, tiny_llama, with_ties
 
 TOLERANCE = 1e-5
 LAYOUTS = [
@@ -24,18 +24,22 @@ LAYOUTS = [
     "tp2,sp,selective",
     "pp2,first1,last3",
     "dp2,overlap",
+    "dp2,gather",
 ]
 
 
 def run(rank: int, world_size: int, text: str, folder: str, switches: dict) -> object:
     from rmega.training.parity import Layout, layout_config, run_layout
 
+    comparisons = random_comparisons(24, seed=1)
     config = layout_config(
         Layout.parse(text),
         hf_model=folder,
         **{"steps": 3, "global_batch_size": 10, "max_tokens": 260, "lr": 1e-3, **switches},
     )
-    return run_layout(config, InMemory(random_comparisons(24, seed=1)))
+    if config.loss.loss == "rao_kupper":
+        with_ties(comparisons)
+    return run_layout(config, InMemory(comparisons))
 
 
 def result_of(text: str, folder, **switches):
@@ -71,6 +75,8 @@ def families(tmp_path_factory):
 LOSSES = {
     "scaled": {"loss": "ranking", "penalty": "center", "scale_by_rating": True},
     "plackett_luce": {"loss": "plackett_luce", "use_margin": True},
+    "centered": {"loss": "focal", "penalty": "none", "batch_centering": 0.7},
+    "centered_choices": {"loss": "plackett_luce", "penalty": "l2", "batch_centering": 0.7},
     "length": {"loss": "focal", "penalty": "none", "length_penalty": 0.02, "use_margin": True},
 }
 
@@ -92,6 +98,89 @@ def test_parity_of_losses(name, folder):
     ]:
         differences = compare(result_of(text, folder, loss=loss, **switches), alone)
         assert max(differences.values()) <= TOLERANCE, (text, differences)
+
+
+def centered(rank: int, world_size: int, text: str, folder: str, max_tokens: int) -> object:
+    """Gradients of one step with ``--batch-centering`` by the training (reduced over ranks), and
+    those of the same loss in plain torch on the whole batch."""
+    from rmega.config import LossArgs
+    from rmega.data.packing import pack
+    from rmega.training import components, parity, train
+
+    loss = LossArgs(loss="ranking", penalty="none", batch_centering=0.7)
+    layout = parity.Layout.parse(text)
+    options = {"steps": 1, "global_batch_size": 10, "max_tokens": max_tokens, "lr": 1e-3}
+    config = parity.layout_config(layout, hf_model=folder, loss=loss, **options)
+    wrapped, _, _, geometry, device = parity.build(config)
+    comparisons = random_comparisons(10, seed=1)
+    batcher = components.make_batcher(config, InMemory(comparisons), geometry)
+    packs = batcher.packs(np.arange(10))
+    grads = parity._first_gradients(wrapped, packs, config, geometry)
+    schedule, passes = train.run_schedule, []
+    train.run_schedule = lambda *args, **o: passes.append(o["forward_only"]) or schedule(*args, **o)
+    try:
+        sums = train.forward_backward(wrapped, packs, loss)
+    finally:
+        train.run_schedule = schedule
+    assert passes == ([False] if max_tokens == 10_000 else [True, False])
+    plain = {}
+    if world_size == 1:
+        (model,) = wrapped
+        batch = pack(comparisons)
+        rewards = model.module(batch)
+        x = rewards[batch.chosen] - rewards[batch.rejected]
+        total = -torch.nn.functional.logsigmoid(x).mean() + 0.7 * rewards.mean() ** 2
+        model.zero_grad_buffer()
+        (len(x) * total).backward()
+        plain = parity.gather_global(wrapped, geometry, lambda p: p.main_grad)
+        plain["loss"] = total.detach()
+    return len(packs), (sums["base_loss"] + sums["penalty"]) / sums["num_terms"], grads, plain
+
+
+def test_batch_centering_against_plain_torch(folder):
+    """With the mean from one pack, and from a sweep over packs, ranks and stages."""
+    from rmega.training.parity import Layout
+
+    num, loss, grads, plain = run_distributed(centered, 1, "1", str(folder), 10_000)[0]
+    assert num == 1
+    results = [(loss, grads)]
+    for text in ("1", "dp2", "pp2", "pp2,vpp2", "tp2,sp"):
+        ranks = run_distributed(centered, Layout.parse(text).world_size, text, str(folder), 200)
+        assert ranks[0][0] > 1
+        results.append(ranks[0][1:3])
+    for loss, grads in results:
+        assert loss == pytest.approx(plain["loss"].item(), rel=1e-5)
+        for name, value in grads.items():
+            want = plain[name]
+            assert (value - want).abs().max() <= TOLERANCE * want.abs().max(), name
+
+
+@pytest.fixture(scope="module")
+def with_threshold(folder):
+    from rmega.config import LossArgs
+
+    loss = LossArgs(loss="rao_kupper", penalty="center")
+    return loss, result_of("1", folder, loss=loss)
+
+
+@pytest.mark.parametrize(
+    "text,switches",
+    [
+        *((text, {}) for text in ("tp2", "tp2,sp", "pp2", "pp2,vpp2", "dp2")),
+        *((text, {}) for text in ("dp2,plainopt", "dp2,overlap", "tp2,recompute")),
+        ("1", {"share_prefix": False, "max_tokens": 100}),
+    ],
+)
+def test_parity_with_ties(text, switches, folder, with_threshold):
+    """The threshold is on the last stage, the same on every tensor rank, reduced over replicas."""
+    from rmega.training.parity import compare
+
+    loss, alone = with_threshold
+    # far from its optimum, where the sum over pairs cancels to rounding noise
+    assert abs(alone.grads["tie_threshold"]) > 1 and abs(alone.params["tie_threshold"]) > 1e-4
+    result = result_of(text, folder, loss=loss, **switches)
+    differences = compare(result, alone)
+    assert max(differences.values()) <= TOLERANCE, (text, differences)
 
 
 def test_the_single_rank_learns(single):
@@ -167,6 +256,7 @@ LONG = [
     "tp2,sp,pp2,selective",
     "tp2,sp,pp2,dp2",
     "tp2,pp2,vpp2,dp2,overlap",
+    "tp2,pp2,vpp2,dp2,gather",
 ]
 
 
