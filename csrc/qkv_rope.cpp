@@ -187,7 +187,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> qkv_norm_rope_backward(
     at::Tensor out = qkv_rope_backward(grad_query, grad_key, grad_value, cos, sin, index);
     const int64_t d = grad_key.size(2);
     const at::Tensor whole = x.contiguous();
-    at::Tensor grads[2] = {at::zeros_like(q_weight), at::zeros_like(k_weight)};
+    at::Tensor grads[2] = {q_weight.new_zeros({d}), k_weight.new_zeros({d})};
     for_normed(whole, q_weight, k_weight, heads, groups, d,
                [&](int number, const at::Tensor& part, const at::Tensor& weight) {
                  const at::Tensor own = part.contiguous();

@@ -42,7 +42,7 @@ def check(model: str, data: str, valid_data: str, nproc: str, tp: str, *flags: s
 
 def table(output: str, seconds: str) -> None:
     """What was reached, how fast, where it is and what to try next."""
-    from rmega.report.training import read_metrics
+    from rmega.report.run_metrics import read_metrics
 
     training, evaluations = read_metrics(f"{output}/run")
     if not training or not evaluations:

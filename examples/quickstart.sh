@@ -81,15 +81,21 @@ mkdir -p "$output"
 printf '%s\n' "$given" >"$output/command"
 
 step 1 model
-rate=()
+rate=() lora=""
+# Adapters start at zero and want a higher learning rate than the weights of a model.
+[[ ! " ${more[*]}" =~ " --lora-rank"[\ =]0*[1-9] ]] || lora=yes
 if [[ -z "$model" ]]; then
     # A high learning rate for so small a model, a higher one for the small demonstration set.
-    rate=(--lr "$([[ -z "$data" ]] && echo 3e-4 || echo 1e-4)" --lr-warmup-fraction 0.1)
+    lr="$([[ -z "$data" ]] && echo 3e-4 || echo 1e-4)"
+    [[ -z "$lora" ]] || lr="$([[ -z "$data" ]] && echo 2e-3 || echo 1e-3)"
+    rate=(--lr "$lr" --lr-warmup-fraction 0.1)
     model=.cache/models/smollm2-135m
     "$PYTHON" examples/fetch_smollm2.py "$model"
 else
+    [[ -z "$lora" ]] || rate=(--lr 2e-4 --head-lr 1e-3)
     echo "$model"
 fi
+[[ -z "$lora" ]] || echo "LoRA: ${rate[*]}, higher than without (the same flags set others)"
 
 step 2 data
 [[ -n "$data" ]] || data=examples/data/demo.train.jsonl valid_data=examples/data/demo.valid.jsonl

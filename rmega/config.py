@@ -145,11 +145,13 @@ class DataArgs:
 class LossArgs:
     """Loss"""
 
-    loss: Literal["ranking", "focal", "plackett_luce"] = "focal"
+    loss: Literal["ranking", "focal", "plackett_luce", "rao_kupper"] = "focal"
     """ranking: -logsigmoid(d - margin), where d is the chosen minus the rejected reward. focal:
     ranking times (1 - 2 relu(sigmoid(d - margin) - 1/2))^2 (InternLM2). plackett_luce: likelihood
     of the full ranking of K answers, averaged over its choices; for two answers it equals
-    ranking."""
+    ranking. rao_kupper: ranking with ties and one trained threshold eta (Rao and Kupper 1967): a
+    response wins with probability sigmoid(d - eta), else the pair is tied. For data of
+    tools/preprocess_pref.py --ties keep."""
     penalty: Literal["none", "log_barrier", "l2", "center"] = "log_barrier"
     """Keeps scores in range. log_barrier: rises steeply near +-5 (InternLM2). l2: squared scores.
     center: squared sum of a pair's scores (TRL)."""
@@ -394,6 +396,17 @@ class TrainingConfig:
                     raise ValueError(
                         f"{flag}: is defined for pairs, not for --loss plackett_luce, whose choices"
                         " are among several answers"
+                    )
+        if self.loss.loss == "rao_kupper":
+            for flag, active in (
+                ("--label-smoothing", self.loss.label_smoothing > 0),
+                ("--use-margin", self.loss.use_margin),
+                ("--scale-by-rating", self.loss.scale_by_rating),
+                ("--length-penalty", self.loss.length_penalty > 0),
+            ):
+                if active:
+                    raise ValueError(
+                        f"{flag} does not go with --loss rao_kupper, whose margin is its threshold"
                     )
         if not 0 <= self.optimizer.lr_warmup_fraction < 1:
             raise ValueError(

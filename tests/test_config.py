@@ -115,6 +115,15 @@ def test_as_dict_is_json_and_complete() -> None:
             1,
             "--scale-by-rating: is defined for pairs, not for --loss plackett_luce",
         ),
+        *(
+            ([*STEPS, "--loss", "rao_kupper", *flag], 1, f"{flag[0]} does not go with --loss rao_k")
+            for flag in (
+                ("--label-smoothing", "0.1"),
+                ("--use-margin",),
+                ("--scale-by-rating",),
+                ("--length-penalty", "0.01"),
+            )
+        ),
         ([*STEPS, "--min-lr", "-1"], 1, "--min-lr -1"),
         ([*STEPS, "--label-smoothing", "0.5"], 1, "--label-smoothing 0.5"),
         ([*STEPS, "--lr-warmup-fraction", "1"], 1, "--lr-warmup-fraction 1"),

@@ -96,6 +96,15 @@ def random_comparisons(count: int, *, seed: int = 0, longest: int = 40) -> list[
     return out
 
 
+def with_ties(comparisons: list[StoredComparison]) -> list[StoredComparison]:
+    """The same, with equal scores: of the last two of three and more responses, and of every third
+    pair of two."""
+    for i, c in enumerate(comparisons):
+        if len(c.scores) > 2 or i % 4 == 1:
+            c.scores[-1] = c.scores[-2]
+    return comparisons
+
+
 class InMemory:
     """Comparisons with the accessors of a stored dataset."""
 

@@ -15,11 +15,28 @@ from typing import Literal
 
 from rmega.cli import parse_args, run_tool
 
-WRITING = ("dtype", "format", "max_shard_size", "force")
+
+@dataclasses.dataclass(kw_only=True)
+class WritingArgs:
+    """How an export is written: flags of tools/convert_to_hf.py and tools/average.py."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """dtype of the written weights. auto: the dtype that the (first) training computed in, or of
+    the (first) export. Checkpoints hold fp32 weights: bfloat16 and float16 round them once, as each
+    training step did; float32 rounds nothing."""
+    max_shard_size: str = "5GB"
+    """Maximum size of one file."""
+    force: bool = False
+    """Replace an older export, which is removed once the new one is verified. Folders that are not
+    exports, and exports with added or edited files, are refused."""
+    verify: bool = True
+    """Compare every written value, and the rewards of stock transformers with those of the training
+    code. --no-verify skips this, on machines too small to run the model, and marks the folder
+    UNVERIFIED."""
 
 
 @dataclasses.dataclass(kw_only=True)
-class Args:
+class Args(WritingArgs):
     """Write a checkpoint as a Hugging Face folder, and verify that it gives the training's
     rewards."""
 
@@ -30,23 +47,11 @@ class Args:
     iteration: str = "latest"
     """Which checkpoint of the run: a number, latest, or best (by accuracy on the first held-out
     set)."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """dtype of the written weights. auto: the dtype that training computed in. Checkpoints hold
-    fp32 weights: bfloat16 and float16 round them once, as each training step did; float32 rounds
-    nothing."""
     format: Literal["auto", "internlm2", "llama", "adapter"] = "auto"
     """internlm2: InternLM2ForRewardModel with its code. llama: LlamaForSequenceClassification,
     which every serving engine loads without remote code. auto: the family that was trained. The
     same rewards either way. adapter: of a run with --lora-rank, the adapters and the reward head
     alone, as peft reads them (fp32); other formats merge them into the base model."""
-    max_shard_size: str = "5GB"
-    """Maximum size of one file."""
-    force: bool = False
-    """Replace an older export, which is removed once the new one is verified. Folders that are not
-    exports, and exports with added or edited files, are refused."""
-    verify: bool = True
-    """Compare the folder's rewards with those of the training. --no-verify skips this, on machines
-    too small to run the model, and marks the folder UNVERIFIED."""
     verify_only: bool = False
     """Write no weights: verify the export already in --output."""
     push_to_hub: str | None = None
@@ -58,10 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(Args, argv, prog="tools/convert_to_hf.py")
 
     if args.verify_only:
-        given = [name for name in WRITING if getattr(args, name) != getattr(Args, name)]
-        given = [f"--{name.replace('_', '-')}" for name in given]
-        if given := [*given, *([] if args.verify else ["--no-verify"])]:
-            raise ValueError(f"--verify-only writes no weights: {given[0]} does not go with it")
+        writing = [field.name for field in dataclasses.fields(WritingArgs)]
+        for name in ("format", *writing):
+            if getattr(args, name) != getattr(Args, name):
+                flag = "no-verify" if name == "verify" else name.replace("_", "-")
+                raise ValueError(f"--verify-only writes no weights: --{flag} does not go with it")
     if args.format == "adapter":
         for name, needed in (("dtype", ("auto", "float32")), ("max_shard_size", ("5GB",))):
             if (value := getattr(args, name)) not in needed:

@@ -120,13 +120,14 @@ class Batcher:
         num_ranks: int = 1,
         rank: int = 0,
         share_prefix: bool = True,
+        ties: bool = False,
         token_multiple: int = 1,
         microbatch_multiple: int = 1,
         max_consumed: int | None = None,
         same_length: bool = False,
     ) -> None:
-        """``same_length``: the packs of a step are padded to as many tokens as the longest of this
-        rank's has."""
+        """``ties``: packs hold tied pairs. ``same_length``: the packs of a step are padded to as
+        many tokens as the longest of this rank's has."""
         self.dataset = dataset
         self.global_batch_size = global_batch_size
         self.max_tokens = max_tokens
@@ -135,6 +136,7 @@ class Batcher:
         self.num_ranks = num_ranks
         self.rank = rank
         self.share_prefix = share_prefix
+        self.ties = ties
         self.token_multiple = token_multiple
         self.microbatch_multiple = microbatch_multiple
         self.max_consumed = max_consumed
@@ -164,6 +166,7 @@ class Batcher:
             num_ranks=num_ranks,
             rank=rank,
             share_prefix=config.data.share_prefix,
+            ties=config.loss.loss == "rao_kupper",
             token_multiple=config.token_multiple,
             microbatch_multiple=config.microbatch_multiple,
             max_consumed=max_consumed,
@@ -252,6 +255,7 @@ class Batcher:
             documents=documents,
             responses=firsts,
             share_prefix=self.share_prefix,
+            ties=self.ties,
             multiple=self.token_multiple,
             length=length,
         )

@@ -394,6 +394,17 @@ def response_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
     return [(i, j) for i, a in enumerate(scores) for j, b in enumerate(scores) if a > b]
 
 
+def tied_responses(comparison: StoredComparison) -> list[tuple[int, int]]:
+    """All index pairs (i < j) of responses with equal scores; equal responses are no pair."""
+    scores, suffixes = comparison.scores, comparison.suffixes
+    return [
+        (i, j)
+        for j in range(len(scores))
+        for i in range(j)
+        if scores[i] == scores[j] and not np.array_equal(suffixes[i], suffixes[j])
+    ]
+
+
 def pairs(
     document_indices: np.ndarray, scores: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rmega.data.indexed import response_pairs
+from rmega.data.indexed import response_pairs, tied_responses
 
 
 @dataclasses.dataclass(eq=False)
@@ -47,6 +47,7 @@ class PackedBatch:
     last token. chosen, rejected: [m] int64 into the n responses. rating_gap, length_gap: [m]
     float32, what the chosen response has more than the rejected one of rating (NaN without ratings)
     and of tokens (the same with and without a shared prefix).
+    tied: [2, T] int64 into the n responses, the tied pairs, with --loss rao_kupper only (else T=0).
     num_choices: different chosen responses, each the choice of one among its rejected ones.
     documents: [c] numbers of the comparisons in the dataset; responses: [n] number of each response
     in the dataset's list of all responses (for evaluation). real_tokens: tokens that a padding-free
@@ -61,6 +62,7 @@ class PackedBatch:
     pooled: torch.Tensor
     chosen: torch.Tensor
     rejected: torch.Tensor
+    tied: torch.Tensor
     rating_gap: torch.Tensor
     length_gap: torch.Tensor
     documents: torch.Tensor
@@ -152,6 +154,7 @@ def pack(
     documents: Sequence[int] | None = None,
     responses: Sequence[int] | None = None,
     share_prefix: bool = True,
+    ties: bool = False,
     multiple: int = 1,
     length: int = 0,
     pad_id: int = 0,
@@ -159,15 +162,16 @@ def pack(
     """Build one ``PackedBatch`` from objects with ``prefix``, ``suffixes``, ``scores`` and
     ``graded``.
 
-    ``responses`` holds the number of each comparison's first response in the dataset's list of all
-    responses. The tokens are filled up to ``length`` and rounded up to a ``multiple`` (sequence
-    parallelism asks for the tensor-parallel size) by tokens that attend only to themselves. Without
-    comparisons the pack is padding and no pairs, so that a rank with nothing to do still takes part
-    in the step.
+    ``ties``: responses with equal scores are tied pairs. ``responses`` holds the number of each
+    comparison's first response in the dataset's list of all responses. The tokens are filled up to
+    ``length`` and rounded up to a ``multiple`` (sequence parallelism asks for the tensor-parallel
+    size) by tokens that attend only to themselves. Without comparisons the pack is padding and no
+    pairs, so that a rank with nothing to do still takes part in the step.
     """
     build = _Builder()
     chosen: list[int] = []
     rejected: list[int] = []
+    tied: list[tuple[int, int]] = []
     rating_gap: list[float] = []
     length_gap: list[int] = []
     numbers: list[int] = []
@@ -186,6 +190,8 @@ def pack(
             )
             suffixes = comparison.suffixes
             length_gap.append(len(suffixes[better]) - len(suffixes[worse]))
+        if ties:
+            tied += [(first + i, first + j) for i, j in tied_responses(comparison)]
         base = responses[c] if responses is not None else first
         numbers.extend(range(base, base + len(comparison.suffixes)))
     wanted = max(build.num_tokens, length, 1)
@@ -204,6 +210,7 @@ def pack(
         pooled=torch.tensor(build.pooled, dtype=torch.int64),  # [n]
         chosen=torch.tensor(chosen, dtype=torch.int64),  # [m]
         rejected=torch.tensor(rejected, dtype=torch.int64),  # [m]
+        tied=torch.tensor(tied, dtype=torch.int64).view(-1, 2).T.contiguous(),  # [2, T]
         rating_gap=torch.tensor(rating_gap, dtype=torch.float32),  # [m]
         length_gap=torch.tensor(length_gap, dtype=torch.float32),  # [m]
         documents=torch.tensor(list(documents) if documents is not None else [], dtype=torch.int64),

@@ -92,6 +92,7 @@ def summarize(dataset: PreferenceDataset) -> dict[str, Any]:
         "responses": len(lengths.suffix),
         "pairs": int(num_pairs),
         "tied_pairs": possible - int(num_pairs),
+        "ties": manifest.get("ties", "drop"),
         "graded_comparisons": int(graded.sum()),
         "mean_margin": margin_sum / num_pairs if num_pairs else None,
         "responses_per_comparison": {
@@ -165,8 +166,8 @@ def describe(summary: dict[str, Any]) -> list[str]:
     lines = [
         f"comparisons          {summary['comparisons']:,} (responses: {responses})",
         (
-            f"pairs                {summary['pairs']:,}; {summary['tied_pairs']:,} tied pairs give"
-            " none"
+            f"pairs                {summary['pairs']:,}; {summary['tied_pairs']:,} tied pairs"
+            f" {'are kept' if summary['ties'] == 'keep' else 'give none'}"
         ),
         f"rated                {summary['graded_comparisons']:,} comparisons have ratings{margin}",
         f"prefix tokens        {spread('prefix_tokens')}",

@@ -14,6 +14,7 @@ from rmega.evaluation.table import number
 COLUMNS = (
     ("accuracy", ("accuracy",)),
     ("length-contr.", ("length", "controlled_accuracy")),
+    ("prefers longer", ("length", "prefers_longer")),
     ("RewardBench", ("reward_bench", "overall")),
     ("RewardBench 2", ("reward_bench_2", "overall")),
     ("RM-Bench", ("rm_bench", "average")),

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from rmega.checkpointing import base_model
 from rmega.config import LoraArgs
 from rmega.export.write_weights import CheckpointTensors, SafetensorsWriter
 from rmega.models import BACKBONES
@@ -20,27 +19,39 @@ from rmega.models.peft_folder import PREFIX, PeftFolder, write_adapter_config
 from rmega.models.weights import WeightRule, hf_shapes, whole
 
 
-class MergedTensors:
-    """The global tensors of base model plus adapters, in fp32, with the interface of
-    ``CheckpointTensors``: one tensor at a time."""
+class HfTensors:
+    """The global tensors of a model folder, in fp32, with ``rows`` as ``CheckpointTensors`` has
+    it: one tensor at a time."""
 
-    def __init__(self, folder: Path, info: dict[str, Any], args: LoraArgs) -> None:
-        self.adapters, self.args = CheckpointTensors(folder), args
-        self.geometry = Geometry.from_dict(info["geometry"])
-        self.base = HfFolder(base_model.find(info, folder, "--load"))
-        self._names = source_names(self.base.files, self.geometry, self.base.folder)
-        table = BACKBONES[self.geometry.family].weight_table(self.geometry)
+    def __init__(self, folder: Path, geometry: Geometry) -> None:
+        self.source = HfFolder(folder)
+        self._names = source_names(self.source.files, geometry, folder)
+        table = BACKBONES[geometry.family].weight_table(geometry)
         self._rules = {rule.name: rule for rule in table}
         self._shapes = hf_shapes(table)
-        self._own = {rule.name: rule for rule in adapter_table(self.geometry, args)}
+
+    def rows(self, rule: WeightRule) -> Iterator[tuple[int, torch.Tensor]]:
+        """(0, the whole tensor of ``rule``)."""
+        values = torch.empty(rule.shape)
+        fill(values, self._rules[rule.name], self.source, self._names, self._shapes, 0, 1)
+        yield 0, values
+
+
+class MergedTensors:
+    """The global tensors of the model in ``base`` plus a checkpoint's adapters, in fp32, with
+    ``rows`` as ``CheckpointTensors`` has it: one tensor at a time."""
+
+    def __init__(self, folder: Path, geometry: Geometry, args: LoraArgs, base: Path) -> None:
+        self.adapters, self.args, self.geometry = CheckpointTensors(folder), args, geometry
+        self._base = HfTensors(base, geometry)
+        self._own = {rule.name: rule for rule in adapter_table(geometry, args)}
 
     def rows(self, rule: WeightRule) -> Iterator[tuple[int, torch.Tensor]]:
         """(0, the whole tensor of ``rule``); the reward head is the checkpoint's."""
         if rule.name == REWARD_HEAD:
             yield from self.adapters.rows(rule)
             return
-        values = torch.empty(rule.shape)
-        fill(values, self._rules[rule.name], self.base, self._names, self._shapes, 0, 1)
+        ((_, values),) = self._base.rows(rule)
         place, _, kind = rule.name.rpartition(".linear_")
         target = kind.partition(".")[0]
         own = f"{place}.lora_{target}."
@@ -58,12 +69,6 @@ def tensor(source: CheckpointTensors, rule: WeightRule) -> torch.Tensor:
     for first, rows in source.rows(rule):
         values[first : first + len(rows)] = rows
     return values
-
-
-def tensors_of(folder: Path, info: dict[str, Any]) -> CheckpointTensors | MergedTensors:
-    """The weights of a checkpoint, merged where it holds adapters."""
-    args = LoraArgs.recorded(info.get("config"))
-    return MergedTensors(folder, info, args) if args.lora_rank else CheckpointTensors(folder)
 
 
 def peft_table(geometry: Geometry, args: LoraArgs) -> list[WeightRule]:

@@ -9,22 +9,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rmega.checkpointing import run_folder
-from rmega.checkpointing.find import damage, find_checkpoint
+import torch
+
+from rmega.checkpointing.find import damage
 from rmega.config import TrainArgs
 from rmega.export import destination
 from rmega.export import push as hub
-from rmega.export.adapters import base_name, check_peft, write_peft
-from rmega.export.average import check_alike, weights_of
+from rmega.export.adapters import base_name, check_peft, tensor, write_peft
+from rmega.export.average import Part, read_part, read_parts, weights_of
 from rmega.export.destination import RECIPE, UNVERIFIED, mark_unverified
 from rmega.export.folder import check_pad, make_recipe, write_config, write_recipe
 from rmega.export.model_card import kept_comparisons, write_card
 from rmega.export.tokenizer import write_tokenizer
 from rmega.export.usage import client_duties, usage
-from rmega.export.write_weights import DTYPES, export_weights, parse_size
+from rmega.export.write_weights import DTYPES, CheckpointTensors, export_weights, parse_size
 from rmega.io import fingerprint, one_line
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
+from rmega.models.hf import TIE_THRESHOLD
+from rmega.models.weights import WeightRule
 
 ADAPTER = "adapter"
 """The --format of a folder of peft."""
@@ -66,7 +69,8 @@ def convert(
     verification failed. Adapters are merged into their base model, unless ``family`` is "adapter":
     then they and the reward head are written alone, in fp32, as peft reads them. A verified export
     is uploaded as ``hub_name``, where that is given. ``average_with``: further runs (their newest
-    checkpoints) or checkpoints; the weights written are the mean over all, made in fp32.
+    checkpoints) or checkpoints; the weights written are the mean over all, computed in fp32.
+    ``run`` and these may also be exports of rmega, of one format, which the mean keeps.
 
     The folder appears complete or not at all, with a file UNVERIFIED if its rewards have not been
     confirmed. An older export is replaced only with ``force``, and removed only after the new one
@@ -76,35 +80,34 @@ def convert(
     shard_bytes = parse_size(max_shard_size)
     if hub_name is not None:
         hub.check(hub_name, verify=verify)
-    flag = "" if average_with else "--load "
-    folder = find_checkpoint(run, iteration, flag)
-    info = run_folder.read_info(folder)
-    others = [find_checkpoint(other, "latest", flag) for other in average_with]
-    infos = [info, *(run_folder.read_info(other) for other in others)]
-    check_alike([folder, *others], infos)
+    paths = [run, *average_with]
+    parts = read_parts(paths) if average_with else [read_part(run, iteration, "--load ")]
+    info = parts[0].info
     base = info["base"]["folder"] if "base" in info else info.get("base_model")
-    for load, checkpoint in zip((run, *average_with), (folder, *others), strict=True):
+    for load, part in zip(paths, parts, strict=True):
         target = destination.check(
-            output, load=load, checkpoint=checkpoint, base=base, force=force, verify=verify
+            output, load=load, checkpoint=part.folder, base=base, force=force, verify=verify
         )
-    geometry = _read_checkpoint(folder, info)
-    for other, its_info in zip(others, infos[1:], strict=True):
-        _read_checkpoint(other, its_info)
+    for part in parts:
+        _check_checkpoint(part)
+    geometry = Geometry.from_dict(info["geometry"])
     as_adapter = family == ADAPTER
-    assert not (as_adapter and others)
+    assert not (as_adapter and average_with)
     if as_adapter:
         check_peft(info, geometry)
         dtype = "float32"
-    elif family != "auto":
+    elif family not in ("auto", geometry.family):
+        if parts[0].is_export:
+            raise ValueError(
+                f"--format {family}: an average of exports keeps their format, {geometry.family}"
+            )
         geometry = dataclasses.replace(geometry, family=family)
     dtype = info.get("dtype", "float32") if dtype == "auto" else dtype
     with destination.being_written(target) as partial:
-        recipe = _write(
-            folder, info, partial, geometry, dtype, shard_bytes, output, as_adapter, others
-        )
-        passed = verify and _verify(folder, info, partial, geometry, recipe, others)
+        recipe = _write(parts, partial, geometry, dtype, shard_bytes, output, as_adapter)
+        passed = verify and _verify(parts, partial, geometry, recipe)
         mark_unverified(partial, recipe["verification"]["reason"] if verify else NO_VERIFY)
-        write_card(partial, output.resolve().name, recipe, folder / "hf", hub_name)
+        write_card(partial, output.resolve().name, recipe, parts[0].files, hub_name)
         recipe["files"] = destination.list_files(partial)
         write_recipe(partial, recipe)
         if passed:
@@ -141,20 +144,21 @@ def verify_only(
         raise ValueError(f"--output {output}: no export of rmega ({RECIPE} is missing)")
     if recipe.get("average_of"):
         raise ValueError(f"--output {output}: an average, which tools/average.py verifies")
-    folder = find_checkpoint(run, iteration)
+    part = read_part(run, iteration, "--load ")
+    folder = part.folder
     if folder.resolve().name != recipe["checkpoint"]:
         number = str(recipe["checkpoint"]).removeprefix("iter_").lstrip("0")
         raise ValueError(
             f"--output {output}: was exported from {recipe['checkpoint']}, not from {folder.name}:"
             f" --iteration {number}"
         )
-    info = run_folder.read_info(folder)
-    geometry = _read_export(output, _read_checkpoint(folder, info), recipe)
+    _check_checkpoint(part)
+    geometry = _read_export(output, Geometry.from_dict(part.info["geometry"]), recipe)
     mark_unverified(output, "The verification was interrupted.")
     changed = destination.changed_files(output, recipe["files"])
     others = [name for name in changed if name != "README.md"]
     try:
-        passed = _verify(folder, info, output, geometry, recipe)
+        passed = _verify([part], output, geometry, recipe)
     except Exception as error:  # transformers raises what it likes of a damaged file
         if not others:
             raise
@@ -168,7 +172,7 @@ def verify_only(
     if "README.md" in changed:
         say(f"{output / 'README.md'} has been edited: it keeps its text")
     else:
-        write_card(output, output.resolve().name, recipe, folder / "hf", hub_name)
+        write_card(output, output.resolve().name, recipe, part.files, hub_name)
         recipe["files"]["README.md"] = fingerprint(output / "README.md")
     write_recipe(output, recipe)
     if not passed:
@@ -182,8 +186,11 @@ def verify_only(
     return 0
 
 
-def _read_checkpoint(folder: Path, info: dict[str, Any]) -> Geometry:
-    """The geometry of an undamaged checkpoint; says where the run has not come to its end."""
+def _check_checkpoint(part: Part) -> None:
+    """ValueError for a damaged checkpoint; says where the run has not come to its end."""
+    if part.is_export:  # read_parts has checked it
+        return
+    folder, info = part.folder, part.info
     if problem := damage(folder):
         raise ValueError(
             f"{folder}: damaged ({problem}); another checkpoint of the run can be named"
@@ -193,7 +200,6 @@ def _read_checkpoint(folder: Path, info: dict[str, Any]) -> Geometry:
             f"note: {folder} is step {info['iteration']:,} of the {planned:,} that the run is"
             " planned for"
         )
-    return Geometry.from_dict(info["geometry"])
 
 
 def _read_export(output: Path, trained: Geometry, recipe: dict[str, Any]) -> Geometry:
@@ -214,23 +220,22 @@ def _read_export(output: Path, trained: Geometry, recipe: dict[str, Any]) -> Geo
 
 
 def _write(
-    folder: Path,
-    info: dict[str, Any],
+    parts: Sequence[Part],
     partial: Path,
     geometry: Geometry,
     dtype: str,
     shard_bytes: int,
     output: Path,
     as_adapter: bool,
-    average_with: Sequence[Path],
 ) -> dict[str, Any]:
     """Write all files but card and recipe; returns the recipe as far as it is known."""
-    started, folders = time.perf_counter(), [folder, *average_with]
+    started, folders = time.perf_counter(), [part.folder for part in parts]
+    folder, info, files = parts[0].folder, parts[0].info, parts[0].files
     render_only = not BACKBONES[geometry.family].code
-    example = write_tokenizer(folder / "hf", partial, info, render_only=render_only)
+    example = write_tokenizer(files, partial, info, render_only=render_only)
     if example is None:
         say(
-            f"{folder}/hf holds no tokenizer: put the one of the training into the output folder"
+            f"{files} holds no tokenizer: put the one of the training into the output folder"
             " yourself"
         )
     elif example["template_ends_with_pad_token"]:
@@ -258,17 +263,20 @@ def _write(
     else:
         write_config(partial, geometry, info, dtype)
         writer = export_weights(
-            weights_of(folders), geometry, partial, dtype=dtype, max_shard_bytes=shard_bytes
+            weights_of(parts), geometry, partial, dtype=dtype, max_shard_bytes=shard_bytes
         )
-    for file in sorted((folder / "hf").glob("LICENSE*")):
+    for file in sorted(files.glob("LICENSE*")):
         shutil.copyfile(file, partial / file.name)
     recipe = make_recipe(info=info, geometry=geometry, dtype=dtype, checkpoint=folder.resolve())
     if as_adapter:
         recipe["adapter_of"] = base_name(info)
-    if average_with:  # nothing that was measured of the first is true of the mean
+    if (threshold := _tie_threshold(parts)) is not None:
+        recipe["tie_threshold"] = threshold
+    if len(parts) > 1:  # nothing that was measured of the first is true of the mean
         recipe |= {
             "average_of": [f"{f.resolve().parent.name}/{f.resolve().name}" for f in folders],
             "evaluation": [],
+            "held_out_rewards": None,
             "comparisons_seen": None,
         }
     if example:
@@ -291,35 +299,37 @@ def _write(
     return recipe
 
 
+def _tie_threshold(parts: Sequence[Part]) -> float | None:
+    """eta of a run with ``--loss rao_kupper``, None for others and for means. Rewards do not depend
+    on it; the probability of a tie does."""
+    if len(parts) > 1 or TIE_THRESHOLD not in (source := CheckpointTensors(parts[0].folder)):
+        return None
+    value = tensor(source, WeightRule(TIE_THRESHOLD, (1,), ()))
+    return torch.nn.functional.softplus(value).item()
+
+
 def _verify(
-    folder: Path,
-    info: dict[str, Any],
-    output: Path,
-    geometry: Geometry,
-    recipe: dict[str, Any],
-    average_with: Sequence[Path] = (),
+    parts: Sequence[Part], output: Path, geometry: Geometry, recipe: dict[str, Any]
 ) -> bool:
     """Verify a written folder, put the result into its recipe and report it."""
     from rmega.export.verify import verify_export
 
     example = recipe.get("example")
     result = verify_export(
-        folder,
-        info,
+        parts,
         output,
         geometry,
         recipe["dtype"],
         pad_token_id=recipe["pad_token_id"],
         as_adapter=bool(recipe.get("adapter_of")),
         example=example["token_ids"] if example else None,
-        average_with=average_with,
         say=say,
     )
     if example:
         example["reward"] = result.example_reward
     recipe["verification"] = dataclasses.asdict(result)
     say(f"verification: {result.weights}")
-    kept = kept_comparisons(result.comparisons, result.held_out)
+    kept = kept_comparisons(result.comparisons, result.held_out, result.random)
     say(
         f"verification: {result.responses} responses of {kept}: largest difference"
         f" {result.largest_difference:.3g} on rewards up to {result.largest_reward:.3g} ="

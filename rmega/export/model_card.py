@@ -14,9 +14,11 @@ from rmega.export.usage import client_duties, example_tolerance, usage
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 
-def kept_comparisons(count: int, held_out: int) -> str:
+def kept_comparisons(count: int, held_out: int, random: bool | None = False) -> str:
     """What an export was verified with: "16 held-out comparisons", "16 comparisons (4 held out, 12
-    of the training set)"."""
+    of the training set)", "16 comparisons of random tokens"."""
+    if random:
+        return f"{count} comparisons of random tokens"
     if held_out == count:
         return f"{count} held-out comparisons"
     return f"{count} comparisons ({held_out} held out, {count - held_out} of the training set)"
@@ -110,7 +112,8 @@ def _verification(result: dict[str, Any] | None) -> str:
     reason = f" {result['reason']}" if result["reason"] else f" {result['weights']}"
     return (
         f"{result['responses']} responses of"
-        f" {kept_comparisons(result['comparisons'], result['held_out'])}, scored by the training"
+        f" {kept_comparisons(result['comparisons'], result['held_out'], result.get('random'))},"
+        " scored by the training"
         f" code and by stock transformers {result['transformers']} from this folder: they {outcome}"
         f" (largest difference {result['largest_difference']:.3g} on rewards up to"
         f" {result['largest_reward']:.3g}, that is {result['relative_difference']:.2g}; tolerance"

@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 
-from rmega.checkpointing import base_model
 from rmega.config import MIN_COMPARISONS
-from rmega.export.adapters import MergedTensors, compare_peft, load_with_peft
-from rmega.export.average import MeanTensors, weights_of
+from rmega.export.adapters import HfTensors, MergedTensors, compare_peft, load_with_peft
+from rmega.export.average import MeanTensors, Part, weights_of
 from rmega.export.write_weights import DTYPES, CheckpointTensors
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
@@ -47,6 +46,8 @@ class Verification:
     comparisons: int
     held_out: int
     """How many of the comparisons the training did not see."""
+    random: bool = False
+    """Whether they are random tokens, because exports hold no comparisons."""
     responses: int
     largest_difference: float
     largest_reward: float
@@ -67,7 +68,7 @@ class Verification:
 
 
 def compare_weights(
-    source: CheckpointTensors | MergedTensors | MeanTensors,
+    source: CheckpointTensors | HfTensors | MergedTensors | MeanTensors,
     folder: Path,
     geometry: Geometry,
     dtype: str,
@@ -95,35 +96,35 @@ def compare_weights(
 
 
 @torch.no_grad()
-def checkpoint_rewards(
-    checkpoint_folder: Path,
-    items: Sequence[Sequence[Sequence[int]]],
-    dtypes: Sequence[str],
-    *,
-    average_with: Sequence[Path] = (),
+def rewards_of_parts(
+    parts: Sequence[Part], items: Sequence[Sequence[Sequence[int]]], dtypes: Sequence[str]
 ) -> list[torch.Tensor]:
-    """fp32 rewards [n] by the training's own model on one process, with the weights rounded to each
-    of ``dtypes``.
+    """fp32 rewards [n] by the training's own model on one process, with the mean of the parts'
+    weights rounded to each of ``dtypes``.
 
     An item holds the token ids of the responses to one prompt; items are packed with a shared
     prefix, as in training. ``dtypes`` go from the widest to the narrowest, because weights are
-    rounded in place. ``average_with``: further checkpoints, whose mean with the first is the model.
+    rounded in place.
     """
     import torch.distributed as dist
 
     from rmega import distributed
-    from rmega.scoring.scorer import TokenRules, load_scorer
+    from rmega.scoring.scorer import Scorer, TokenRules, load_scorer
+
+    def load(part: Part) -> Scorer:
+        rules = TokenRules(reward_token="0")  # ids are scored, no text
+        options = {"rules": rules, "flag": "--load", "adapters_base": part.base_model}
+        return load_scorer(part.folder, dtype="fp32", **options)
 
     started_here = not dist.is_initialized()
     try:
-        rules = TokenRules(reward_token="0")  # ids are scored, no text
-        scorer = load_scorer(checkpoint_folder, dtype="fp32", rules=rules, flag="--load")
-        for folder in average_with:
-            added = load_scorer(folder, dtype="fp32", rules=rules, flag="--load").model
+        scorer = load(parts[0])
+        for part in parts[1:]:
+            added = load(part).model
             for total, value in zip(scorer.model.parameters(), added.parameters(), strict=True):
                 total.add_(value)
-        for parameter in scorer.model.parameters() if average_with else ():
-            parameter.div_(1 + len(average_with))
+        for parameter in scorer.model.parameters() if len(parts) > 1 else ():
+            parameter.div_(len(parts))
         results = []
         for dtype in dtypes:
             for parameter in scorer.model.parameters():
@@ -137,6 +138,27 @@ def checkpoint_rewards(
     finally:
         if started_here:
             distributed.finish()
+
+
+def random_comparisons(
+    geometry: Geometry, reward_token_id: int | None, pad_token_id: int
+) -> list[dict[str, Any]]:
+    """``MIN_COMPARISONS`` comparisons of random tokens, the same at every call, to verify with
+    where a part holds none. Ids other than the reward and the pad token; the reward token ends
+    each response."""
+    generator = torch.Generator().manual_seed(0)
+    usable = torch.tensor(sorted(set(range(geometry.vocab_size)) - {reward_token_id, pad_token_id}))
+
+    def ids(most: int) -> list[int]:
+        count = int(torch.randint(1, most + 1, (), generator=generator))
+        return usable[torch.randint(len(usable), (count,), generator=generator)].tolist()
+
+    most = min(64, geometry.max_position_embeddings // 2 - 1)
+    end = [] if reward_token_id is None else [reward_token_id]
+    return [
+        {"prefix": ids(most), "suffixes": [[*ids(most), *end] for _ in range(2)]}
+        for _ in range(MIN_COMPARISONS)
+    ]
 
 
 def check_code(folder: Path, written: Iterable[Path]) -> None:
@@ -202,8 +224,7 @@ def transformers_rewards(
 
 
 def verify_export(
-    checkpoint_folder: Path,
-    info: dict[str, Any],
+    parts: Sequence[Part],
     folder: Path,
     geometry: Geometry,
     dtype: str,
@@ -211,18 +232,22 @@ def verify_export(
     pad_token_id: int,
     example: Sequence[int] | None = None,
     as_adapter: bool = False,
-    average_with: Sequence[Path] = (),
     say: Callable[[str], None] = lambda text: None,
 ) -> Verification:
-    """Compare a written folder with its checkpoint. ``geometry`` is that of the folder (its family
-    may be another), ``info`` the checkpoint's rmega.json. ``as_adapter``: a folder of peft.
+    """Compare a written folder with the checkpoint, or the mean of the parts, that it was made of.
+    ``geometry`` is that of the folder (its family may be another). ``as_adapter``: a folder of
+    peft. ``example``: ids of one more sequence, whose reward is reported.
 
-    ``example``: ids of one more sequence, whose reward is reported. ``average_with``: further
-    checkpoints, whose mean with the first is the model.
+    The comparisons are those that the first checkpoint holds; exports hold none, and their mean is
+    verified with random tokens.
     """
     import transformers
 
-    kept = info.get("verification") or ()
+    info, averaged = parts[0].info, len(parts) > 1
+    if made := parts[0].is_export:
+        kept = random_comparisons(geometry, info["reward_token_id"], pad_token_id)
+    else:
+        kept = info.get("verification") or ()
     items = [
         [[*comparison["prefix"], *suffix] for suffix in comparison["suffixes"]]
         for comparison in kept
@@ -230,16 +255,13 @@ def verify_export(
     items += [[list(example)]] if example else []
     sequences = [sequence for item in items for sequence in item]
     say("comparing every written value with the checkpoint")
-    base = base_model.find(info, checkpoint_folder, "--load") if as_adapter else None
+    base = parts[0].base_model if as_adapter else None
     if base:
-        sentence, equal = compare_peft(checkpoint_folder, info, folder, geometry)
+        sentence, equal = compare_peft(parts[0].folder, info, folder, geometry)
     else:
-        source = weights_of([checkpoint_folder, *average_with])
-        sentence, equal = compare_weights(source, folder, geometry, dtype)
+        sentence, equal = compare_weights(weights_of(parts), folder, geometry, dtype)
     say(f"scoring {len(sequences)} responses by the training path")
-    exact, rounded = checkpoint_rewards(
-        checkpoint_folder, items, ("float32", dtype), average_with=average_with
-    )
+    exact, rounded = rewards_of_parts(parts, items, ("float32", dtype))
     gc.collect()
     say(f"scoring them by transformers {transformers.__version__} from {folder}")
     largest, scale = torch.zeros(()), rounded.abs().amax() if sequences else torch.zeros(())
@@ -251,7 +273,7 @@ def verify_export(
             largest = torch.maximum(largest, (served - rounded).abs().max())  # keeps nan
     relative = (largest / scale if scale > 0 else largest).item()
     # No training computed the rewards of a mean.
-    drift = None if average_with else training_difference(kept, exact)
+    drift = None if averaged else training_difference(kept, exact)
     allowed = TRAINING_TOLERANCE.get(_training_dtype(info), 0.0)
     reasons = []
     if not equal:
@@ -271,7 +293,8 @@ def verify_export(
     return Verification(
         passed=not reasons,
         comparisons=len(kept),
-        held_out=sum(x.get("held_out", True) for x in kept),
+        held_out=0 if made else sum(x.get("held_out", True) for x in kept),
+        random=made,
         responses=len(sequences),
         largest_difference=largest.item(),
         largest_reward=scale.item(),

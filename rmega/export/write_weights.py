@@ -23,7 +23,7 @@ from rmega.models.geometry import Geometry
 from rmega.models.weights import WeightRule, hf_shapes
 
 if TYPE_CHECKING:
-    from rmega.export.adapters import MergedTensors
+    from rmega.export.adapters import HfTensors, MergedTensors
     from rmega.export.average import MeanTensors
 
 DTYPES = {
@@ -292,7 +292,7 @@ class SafetensorsWriter:
 
 
 def export_weights(
-    source: CheckpointTensors | MergedTensors | MeanTensors,
+    source: CheckpointTensors | HfTensors | MergedTensors | MeanTensors,
     geometry: Geometry,
     folder: Path,
     *,

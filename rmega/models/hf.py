@@ -22,6 +22,7 @@ from rmega.models.hf_config import read_config
 from rmega.models.weights import WeightRule, hf_shapes
 
 REWARD_HEAD = "reward_head.weight"
+TIE_THRESHOLD = "tie_threshold"  # [1], the threshold of --loss rao_kupper is its softplus
 # Mapped pages count as memory of the process until the file is closed: reopen after this many
 # bytes.
 REOPEN_BYTES = 128 * 2**20
@@ -269,8 +270,8 @@ def load_hf(
     with HfFolder(folder) as source:
         names = source_names(source.files, geometry, source.folder)
         for name, parameter in global_parameters(model):
-            if ".lora_" in name:
-                continue  # rmega.models.lora.initialize
+            if ".lora_" in name or name == TIE_THRESHOLD:
+                continue  # rmega.models.lora.initialize; no folder has a threshold
             rule = rules.get(name)
             assert rule is not None, f"no weight rule for parameter {name}"
             if rule.name == REWARD_HEAD and head not in names:

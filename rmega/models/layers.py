@@ -239,7 +239,9 @@ class PooledLastLayer(DecoderLayer):
         pack, attention = packed_seq_params, self.self_attention
         x = self.input_layernorm(hidden_states)  # [t(/tp), 1, h]
         lora = getattr(attention, "lora_qkv", None)
-        u = None if lora is None else lora.down(x).squeeze(1)  # [t, 3 rank]
+        if lora is not None:
+            x, u = lora.down(x)
+            u = u.squeeze(1)  # [t, 3 rank]
         # Every tensor rank reads all tokens; backward sums what the ranks' heads want of them.
         if self.shards_sequence:
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True)
@@ -264,13 +266,12 @@ class PooledLastLayer(DecoderLayer):
             weight[:, r:].transpose(0, 1).reshape(2 * g * d, -1),
             None if bias is None else bias[:, r:].transpose(0, 1).reshape(-1),
         )
-        query = query.view(-1, g * r, d)
         cos, sin, scale = pack.cos, pack.sin, attention.core_attention.scale
         if lora is not None:
-            of_query = lora.up(ops.gather_last_token(u, pack.pooled), 0)  # [n, g r d]
-            query = query + of_query.view_as(query)
-            key_value = key_value + torch.cat([lora.up(u, 1), lora.up(u, 2)], dim=-1)
-        norms = attention.norms()
+            of_query, of_key_value = u.tensor_split([lora.rank], dim=1)  # [t, rank], [t, 2 rank]
+            query = lora.up(query, ops.gather_last_token(of_query, pack.pooled), slice(0, 1))
+            key_value = lora.up(key_value, of_key_value, slice(1, 3))
+        query, norms = query.view(-1, g * r, d), attention.norms()
         if norms is not None:
             query = ops.rms_norm(query, norms.q_weight, norms.eps)
         query = ops.rope(query, cos[pack.pooled], sin[pack.pooled])

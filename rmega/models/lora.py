@@ -22,7 +22,6 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
-    linear_with_grad_accumulation_and_async_allreduce,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
@@ -32,7 +31,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from rmega.config import LoraArgs
-from rmega.models import BACKBONES
+from rmega.models import BACKBONES, low_rank
 from rmega.models.geometry import Geometry
 from rmega.models.hf import REWARD_HEAD, global_parameters
 from rmega.models.layers import PooledLastLayer
@@ -45,7 +44,7 @@ COLUMN = ("qkv", "fc1")
 
 
 class Adapter(MegatronModule):
-    """The A and B of one linear layer on this tensor rank, added to its output by a forward hook.
+    """The A and B of one linear layer on this tensor rank, added to its output by its hooks.
 
     ``a`` [n r, in] holds the A of all parts, ``b0``, ``b1``, ... [rows of a part, r] the B of each.
     """
@@ -80,51 +79,52 @@ class Adapter(MegatronModule):
                 set_tensor_model_parallel_attributes(parameter, True, self.cut[name], 1)
             else:  # sees this rank's tokens only: Megatron-Core then sums its gradient
                 parameter.sequence_parallel = sequence_parallel
-        self.hook = linear.register_forward_hook(self._add)
+        self.hooks = (
+            linear.register_forward_pre_hook(self._before),
+            linear.register_forward_hook(self._after),
+        )
+        self._u: torch.Tensor | None = None  # from the one hook to the other
 
     @property
     def parts(self) -> list[torch.nn.Parameter]:
         """The B of each part."""
         return [getattr(self, f"b{i}") for i in range(self.count)]
 
-    def _linear(self, x: torch.Tensor, weight: torch.nn.Parameter) -> torch.Tensor:
-        # The function behind Megatron-Core's linear layers: weight gradients are added to their
-        # fp32 buffer, and half precision on a CPU is computed as theirs (rmega/megatron/fusion.py).
-        return linear_with_grad_accumulation_and_async_allreduce(
-            x,
-            weight,
-            None,
-            gradient_accumulation_fusion=self.config.gradient_accumulation_fusion,
-            allreduce_dgrad=False,
-            sequence_parallel=False,
-        )
+    def down(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x, s x A^T of all parts): [t(/tp), 1, in(/tp)] -> the same for the linear layer to read,
+        and [t(/tp), 1, n r]. For columns the t of all ranks, for rows those that the linear layer's
+        output has."""
+        fused = self.config.gradient_accumulation_fusion
+        x, u = low_rank.down(x, self.a, self.scale, fused=fused)
+        if self.column and self.sequence_parallel:
+            u = gather_from_sequence_parallel_region(u, tensor_parallel_output_grad=True)
+        elif self.column:
+            u = copy_to_tensor_model_parallel_region(u)
+        elif self.sequence_parallel:
+            u = reduce_scatter_to_sequence_parallel_region(u)
+        else:
+            u = reduce_from_tensor_model_parallel_region(u)
+        return x, u
 
-    def down(self, x: torch.Tensor) -> torch.Tensor:
-        """s x A^T of all parts: [t(/tp), 1, in(/tp)] -> [t(/tp), 1, n r]. For columns the t of all
-        ranks, for rows those that the linear layer's output has."""
-        u = self._linear(x, self.a) * self.scale
-        if self.column:
-            if self.sequence_parallel:
-                return gather_from_sequence_parallel_region(u, tensor_parallel_output_grad=True)
-            return copy_to_tensor_model_parallel_region(u)
-        if self.sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(u)
-        return reduce_from_tensor_model_parallel_region(u)
+    def up(
+        self, out: torch.Tensor, u: torch.Tensor, parts: slice = slice(None), groups: int = 1
+    ) -> torch.Tensor:
+        """``out`` [..., rows of the parts] with B u of some parts added in place: their columns of
+        ``down``'s, [..., parts r]. ``groups``: how the output interleaves the parts."""
+        fused = self.config.gradient_accumulation_fusion
+        return low_rank.up(out, u, self.parts[parts], groups, fused=fused)
 
-    def up(self, u: torch.Tensor, part: int) -> torch.Tensor:
-        """``down``'s [..., n r] -> what is added to this rank's rows of one part, [..., rows]."""
-        one = u[..., part * self.rank : (part + 1) * self.rank]
-        return self._linear(one, self.parts[part])
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``down``. Hooks before a forward may have to provide the weights, of ``up`` as well."""
+        return self.down(x)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """s B A x, in the order of the linear layer's rows: [t(/tp), 1, in(/tp)] ->
-        [t(/tp), 1, out(/tp)]."""
-        u = self.down(x)
-        return interleave([self.up(u, part) for part in range(self.count)], self.groups)
+    def _before(self, linear: torch.nn.Module, args: tuple) -> tuple:
+        x, self._u = self(args[0])
+        return (x, *args[1:])
 
-    def _add(self, linear: torch.nn.Module, args: tuple, output: tuple) -> tuple:
-        out, bias = output  # [t(/tp), 1, out(/tp)]
-        return out + self(args[0]), bias
+    def _after(self, linear: torch.nn.Module, args: tuple, output: tuple) -> tuple:
+        (out, bias), u, self._u = output, self._u, None  # [t(/tp), 1, out(/tp)]
+        return self.up(out, u, groups=self.groups), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):
         """As Megatron-Core's linear layers make theirs. What belongs to padded heads may be longer
@@ -142,16 +142,6 @@ class Adapter(MegatronModule):
         return state
 
 
-def interleave(parts: Sequence[torch.Tensor], groups: int, dim: int = -1) -> torch.Tensor:
-    """The parts of an output in the order of the fused layer's rows: for each group its share of
-    every part (q, k, v), or one part after the other (``groups`` 1: gate, up)."""
-    if len(parts) == 1:
-        return parts[0]
-    cut = [part.unflatten(dim, (groups, -1)) for part in parts]
-    inner = dim if dim < 0 else dim + 1
-    return torch.cat(cut, dim=inner).flatten(inner - 1, inner)
-
-
 def adapters(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, Adapter]]:
     """(linear layer, its adapter) of every adapted layer of a model."""
     for module in model.modules():
@@ -165,7 +155,7 @@ def attach(model: torch.nn.Module, args: LoraArgs) -> None:
     yet). Call it before the data-parallel wrapper and the optimizer are built, which then have no
     buffers for what is frozen."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith("reward_head."))
+        parameter.requires_grad_(name.startswith(("reward_head.", "tie_threshold")))
     for layer in model.decoder.layers:
         for target in args.targets:
             holder = getattr(layer, PLACES[target])
@@ -271,7 +261,7 @@ def delta(
 ) -> torch.Tensor:
     """s B A in the rows of the fused weight, fp32 [rows, in]."""
     each = [b.float() @ one.float() for b, one in zip(parts, a.chunk(len(parts)), strict=True)]
-    return interleave(each, groups, dim=0) * scale
+    return low_rank.interleave(each, groups) * scale
 
 
 @torch.no_grad()
@@ -285,5 +275,6 @@ def merge(model: torch.nn.Module) -> None:
             weight = getattr(module, f"linear_{target}").weight
             change = delta(adapter.a, adapter.parts, groups=adapter.groups, scale=adapter.scale)
             weight.copy_(weight.float() + change)
-            adapter.hook.remove()
+            for hook in adapter.hooks:
+                hook.remove()
             delattr(module, f"lora_{target}")

@@ -168,7 +168,9 @@ class RewardModel(MegatronModule):
         vp_stage: int | None = None,
         prune_last_layer: bool = True,
         transformer_engine: bool = False,
+        tie_threshold: bool = False,
     ) -> None:
+        """``tie_threshold``: the last stage has the threshold of ``--loss rao_kupper``."""
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder  # asked for by the schedules
         self.geometry = geometry
@@ -206,7 +208,10 @@ class RewardModel(MegatronModule):
                 config.hidden_size, 1, bias=False, dtype=torch.float32
             )
             torch.nn.init.zeros_(self.reward_head.weight)
-
+        self.tie_threshold = None
+        if post_process and tie_threshold:
+            # softplus(0) = ln 2: equal rewards win, lose and tie with probability 1/3 each.
+            self.tie_threshold = torch.nn.Parameter(torch.zeros(1, dtype=torch.float32))
         _mark_shards(self)
 
     def set_input_tensor(self, input_tensor: list[torch.Tensor]) -> None:

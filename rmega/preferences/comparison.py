@@ -111,8 +111,9 @@ WIDE_RATINGS = "ratings too far apart for a margin: their order counts"
 _MAX_FLOAT32 = 3.4e38
 
 
-def validate(parsed: Parsed) -> Comparison:
-    """The comparison, best response first, ties in the order of the row; raises `Rejected`.
+def validate(parsed: Parsed, *, keep_ties: bool = False) -> Comparison:
+    """The comparison, best response first, ties in the order of the row; raises `Rejected`, also
+    where all scores are equal, unless ``keep_ties``.
 
     Of three or more responses one without score or text is left out, with a note.
     """
@@ -139,7 +140,7 @@ def validate(parsed: Parsed) -> Comparison:
         raise Rejected("identical_responses")
     if len(order) > 2:
         _check_repeated([responses[i] for i in order], [scores[i] for i in order])
-    if scores[best] == scores[worst]:
+    if scores[best] == scores[worst] and not keep_ties:
         raise Rejected("tie")
     if not all(map(_has_text, parsed.prompt)):
         notes.append("an empty turn in the prompt")

@@ -68,6 +68,10 @@ class PreprocessArgs:
     """Split to read, of hub datasets (default: train) and of folders with several splits."""
     duplicates: str = "drop"
     """drop: leave out repeated and contradictory comparisons; keep: keep them."""
+    ties: str = "drop"
+    """Responses with equal scores. drop: they give no pair, and comparisons whose scores are all
+    equal are left out; keep: they are tied pairs, which only training with --loss rao_kupper
+    reads."""
     holdout: Annotated[list[str], NONE] = field(default_factory=list)
     """Held-out data (as --input): comparisons whose prompt also occurs there are left out."""
     valid_fraction: float = 0.0
@@ -107,7 +111,7 @@ def preprocess(args: PreprocessArgs) -> dict[str, Any]:
     for message in tokenizer.messages:
         say(f"note: {message}")
     plans = [plan_input(s, args.format, mapped=args.map is not None) for s in inputs]
-    converter = Converter(tokenizer, plans, args.map)
+    converter = Converter(tokenizer, plans, args.map, args.ties == "keep")
     _announce(plans, tokenizer, converter)
     with WorkFolder(prefix, inputs) as work:
         _convert_all(converter, plans, work, args)
@@ -115,7 +119,7 @@ def preprocess(args: PreprocessArgs) -> dict[str, Any]:
         manifests = finish(
             work,
             outputs=outputs,
-            settings=tokenizer.manifest(),
+            settings={**tokenizer.manifest(), **({"ties": "keep"} if args.ties == "keep" else {})},
             duplicates=args.duplicates,
             schemas=[p.schema.name if p.schema else str(args.map) for p in plans],
             held_out=held_out,
@@ -174,6 +178,8 @@ def _check(args: PreprocessArgs) -> None:
         raise ValueError(f"--workers {args.workers}: must not be negative")
     if args.duplicates not in ("drop", "keep"):
         raise ValueError(f"--duplicates {args.duplicates}: unknown; known are drop, keep")
+    if args.ties not in ("drop", "keep"):
+        raise ValueError(f"--ties {args.ties}: unknown; known are drop, keep")
     if args.format != "auto":
         schema_named(args.format)
         if args.map is not None:

@@ -60,9 +60,9 @@ class Schema:
         parsed.notes += notes + notes_of(messages)
         return parsed
 
-    def convert(self, row: Row) -> Comparison:
-        """The row as a comparison; raises `Rejected`."""
-        return validate(self.parse(row))
+    def convert(self, row: Row, *, keep_ties: bool = False) -> Comparison:
+        """The row as a comparison; raises `Rejected`. ``keep_ties``: also one that ties all."""
+        return validate(self.parse(row), keep_ties=keep_ties)
 
     def prompt(self, row: Row) -> list[Message]:
         """The prompt of a row, also of one whose responses cannot be read; raises `Rejected`."""

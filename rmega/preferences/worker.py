@@ -38,12 +38,19 @@ class ChunkResult:
 class Converter:
     """Rows -> tokens. One per worker process."""
 
-    def __init__(self, tokenizer: PairTokenizer, plans: list[Plan], map_spec: str | None) -> None:
+    def __init__(
+        self,
+        tokenizer: PairTokenizer,
+        plans: list[Plan],
+        map_spec: str | None,
+        keep_ties: bool = False,
+    ) -> None:
         self.tokenizer, self.plans, self._map_spec = tokenizer, plans, map_spec
+        self.keep_ties = keep_ties
         self.map = load_map(map_spec) if map_spec else None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Converter, (self.tokenizer, self.plans, self._map_spec)
+        return Converter, (self.tokenizer, self.plans, self._map_spec, self.keep_ties)
 
     def comparison(self, row: dict[str, Any], plan: Plan) -> Comparison:
         """The row as a comparison; raises `Rejected`."""
@@ -63,7 +70,7 @@ class Converter:
                     f"{what_is_missing(mapped)}",
                 )
         assert schema is not None
-        comparison = schema.convert(row)
+        comparison = schema.convert(row, keep_ties=self.keep_ties)
         comparison.source = source
         return comparison
 

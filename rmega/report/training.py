@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from rmega.evaluation.files import read_evaluations
-from rmega.evaluation.results import finding, percent
+from rmega.evaluation.results import percent
 from rmega.evaluation.table import number
 from rmega.report import held_out, page
 from rmega.report.figures import (
@@ -25,75 +23,17 @@ from rmega.report.figures import (
     drawing,
     require_matplotlib,
 )
-
-Row = dict[str, Any]
-
-
-def read_metrics(run: str | Path) -> tuple[list[Row], list[Row]]:
-    """Rows of RUN/metrics.jsonl: (training, evaluation), each in the order of steps.
-
-    A step that was written again after a resume counts once, as it was written last. A line cut
-    short at the very end (the run was stopped while writing, or still writes) is left out; anything
-    else broken is a ValueError.
-    """
-    path = Path(run) / "metrics.jsonl"
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; a run writes it into its --save folder")
-    train: dict[int, Row] = {}
-    evals: dict[tuple[int, str], Row] = {}
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for n, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            step = int(row["step"])
-        except (ValueError, KeyError, TypeError):
-            if n == len(lines):
-                continue
-            raise ValueError(f"{path}:{n}: not a row of metrics") from None
-        if row.get("type") == "train":
-            train[step] = row
-        elif row.get("type") == "eval":
-            evals[step, str(row.get("name", "valid"))] = {"name": "valid", **row}
-    if not train and not evals:
-        raise ValueError(f"{path}: no rows of training or evaluation yet")
-    return [train[s] for s in sorted(train)], [evals[k] for k in sorted(evals)]
-
-
-def column(rows: Sequence[Row], *names: str) -> np.ndarray:
-    """A column [rows] as floats, NaN where a row has none of the names."""
-    values = [
-        next((row[n] for n in names if isinstance(row.get(n), (int, float))), math.nan)
-        for row in rows
-    ]
-    return np.array(values, dtype=np.float64)
-
-
-def mean_of(y: np.ndarray) -> float:
-    """Mean of what is not NaN; NaN where nothing is left."""
-    return float(np.nanmean(y)) if not np.isnan(y).all() else math.nan
-
-
-def smoothed(y: np.ndarray, window: int) -> np.ndarray:
-    """Running mean over the last ``window`` values, NaN left out. [n] -> [n]"""
-    known = ~np.isnan(y)
-    total, count = np.cumsum(np.where(known, y, 0.0)), np.cumsum(known)
-    total[window:], count[window:] = (
-        total[window:] - total[:-window],
-        count[window:] - count[:-window],
-    )
-    return np.where(count > 0, total / np.maximum(count, 1), math.nan)
-
-
-def running_median(y: np.ndarray, window: int) -> np.ndarray:
-    """Median of the last ``window`` values, NaN left out. [n] -> [n]"""
-    out = np.full(y.shape, math.nan)
-    for i in range(y.size):
-        part = y[max(0, i - window + 1) : i + 1]
-        part = part[~np.isnan(part)]
-        out[i] = np.median(part) if part.size else math.nan
-    return out
+from rmega.report.run_findings import run_findings
+from rmega.report.run_metrics import (
+    Row,
+    column,
+    flat,
+    head,
+    mean_of,
+    read_metrics,
+    running_median,
+    smoothed,
+)
 
 
 def write_run_report(run: str | Path, out: str | Path | None = None) -> Path:
@@ -129,157 +69,11 @@ def _config(run: Path) -> Row:
     return config if isinstance(config, dict) else {}
 
 
-def flat(config: Row, prefix: str = "") -> Row:
-    """Nested settings as one level, "train.lr": groups are joined by a dot."""
-    out: Row = {}
-    for key, value in config.items():
-        out |= (
-            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        )
-    return out
-
-
-def _setting(config: Row, name: str) -> Any:
-    return next((v for k, v in flat(config).items() if k.split(".")[-1] == name), None)
-
-
 FEW_POINTS = 30  # so many are marked one by one
 
 
 def _window(rows: Sequence[Row]) -> int:
     return max(1, min(50, len(rows) // 10))
-
-
-# ---- findings
-
-
-def run_findings(train: list[Row], evals: list[Row], config: Row) -> list[dict[str, str]]:
-    """``finding``s about a run."""
-    out = []
-    for name in dict.fromkeys(row["name"] for row in evals):
-        out.append(_eval_finding(name, [row for row in evals if row["name"] == name]))
-    if train:
-        out += [_loss_finding(train), *_stability_findings(train), *_score_findings(train, config)]
-    if not evals:
-        out.append(
-            finding(
-                "evaluation",
-                "warn",
-                "No evaluation on held-out data: the training "
-                "accuracy says little (--valid-data-path, --eval-interval).",
-            )
-        )
-    return out
-
-
-def _eval_finding(name: str, rows: list[Row]) -> dict[str, str]:
-    last, best = rows[-1], max(rows, key=lambda r: r["accuracy"])
-    low, high = last.get("accuracy_low", math.nan), last.get("accuracy_high", math.nan)
-    text = (
-        f"{name}: accuracy {percent(last['accuracy'])} at step {last['step']:,} "
-        f"(95 % interval {100 * low:.1f} to {percent(high)}"
-    )
-    text += f", {last['num_pairs']:,} pairs)." if last.get("num_pairs") else ")."
-    if high < 0.5:
-        return finding("evaluation", "bad", f"{text} Worse than chance.")
-    if low <= 0.5:
-        return finding(
-            "evaluation",
-            "bad" if len(rows) > 1 else "warn",
-            f"{text} That is not distinguishable from chance.",
-        )
-    if best is not last and best.get("accuracy_low", 0) > high:
-        return finding(
-            "evaluation",
-            "warn",
-            f"{text} It was better before: "
-            f"{percent(best['accuracy'])} at step {best['step']:,}; use that checkpoint.",
-        )
-    where = (
-        f"the best was {percent(best['accuracy'])} at step {best['step']:,}, within the interval"
-    )
-    if best["accuracy"] == last["accuracy"]:
-        where = "the best of the run" + (
-            "" if best is last else f", as it was at step {best['step']:,} already"
-        )
-    return finding("evaluation", "good", f"{text} Better than chance; {where}.")
-
-
-def _loss_finding(train: list[Row]) -> dict[str, str]:
-    loss, part = column(train, "loss"), max(1, len(train) // 10)
-    if np.isnan(loss[-part:]).all():
-        return finding("loss", "bad", "The loss is not a number at the end of the run.")
-    first, last = mean_of(loss[:part]), mean_of(loss[-part:])
-    acc = column(train, "acc")
-    tenth = part > 1
-    text = (
-        f"Training loss went from {first:.4f} to {last:.4f} "
-        f"({'means of the first and last tenth' if tenth else 'first and last row'})"
-    )
-    if not np.isnan(acc[-part:]).all():
-        text += (
-            f"; training accuracy of the last {'tenth' if tenth else 'row'}"
-            f" {percent(mean_of(acc[-part:]))}"
-        )
-    text += "."
-    if len(train) < 20:
-        return finding("loss", "note", f"{text} Too few rows to tell.")
-    return finding(
-        "loss",
-        "good" if last < first else "warn",
-        text if last < first else f"{text} It did not fall.",
-    )
-
-
-def _stability_findings(train: list[Row]) -> list[dict[str, str]]:
-    loss, norm, skipped = (
-        column(train, "loss"),
-        column(train, "grad_norm"),
-        np.nansum(column(train, "skipped")),
-    )
-    broken = int(np.isnan(loss).sum())
-    out = []
-    if broken or skipped:
-        out.append(
-            finding(
-                "stability",
-                "bad" if broken else "warn",
-                f"{broken:,} rows without a finite loss, {int(skipped):,} updates skipped.",
-            )
-        )
-    known = norm[~np.isnan(norm)]
-    if known.size >= 20:
-        spikes = int((known > 10 * np.median(known)).sum())
-        if spikes:
-            out.append(
-                finding(
-                    "stability",
-                    "warn" if spikes > 0.01 * known.size else "note",
-                    f"The gradient norm exceeded ten times its median ({np.median(known):.3g})"
-                    f" in {spikes:,} of {known.size:,} rows; the largest is {known.max():.3g}.",
-                )
-            )
-    return out
-
-
-def _score_findings(train: list[Row], config: Row) -> list[dict[str, str]]:
-    """Whether chosen and rejected have parted by more than two standard errors over the last
-    rows."""
-    part = max(1, len(train) // 10)
-    chosen, rejected = column(train, "chosen_score_mean"), column(train, "rejected_score_mean")
-    c, r = mean_of(chosen[-part:]), mean_of(rejected[-part:])
-    if math.isnan(c) or math.isnan(r):
-        return []
-    text = f"Mean reward at the end: chosen {c:.3f}, rejected {r:.3f}, {c - r:.3f} apart."
-    if max(abs(c), abs(r)) > 5:
-        barrier = _setting(config, "penalty") == "log_barrier"
-        more = " The log barrier means to keep rewards within 5." if barrier else ""
-        return [finding("rewards", "warn", f"{text} They have drifted far from 0.{more}")]
-    apart = (chosen - rejected)[-max(part, 5) :]
-    apart = apart[~np.isnan(apart)]
-    if apart.size > 2 and abs(apart.mean()) <= 2 * apart.std(ddof=1) / math.sqrt(apart.size):
-        return [finding("rewards", "note", f"{text} The batches differ by more than that.")]
-    return [finding("rewards", "good" if c > r else "bad", text)]
 
 
 def _tiles(train: list[Row], evals: list[Row]) -> str:
@@ -313,9 +107,6 @@ def _tiles(train: list[Row], evals: list[Row]) -> str:
 
 def _median(x: np.ndarray) -> str:
     return "-" if np.isnan(x).all() else f"{np.nanmedian(x):.3g}"
-
-
-# ---- figures
 
 
 def _figures(train: list[Row], evals: list[Row]) -> list[str]:
@@ -509,41 +300,4 @@ def _settings(config: Row) -> str:
     return (
         f"<h2>Settings</h2>\n<details><summary>{len(rows)} settings of config.json</summary>"
         f"{page.table(['setting', 'value'], rows)}</details>\n"
-    )
-
-
-def head(train: Sequence[dict[str, Any]], config: dict[str, Any]) -> list[str]:
-    """[progress, make], from the training rows in the order of steps and config.json; a line that
-    has nothing to say is left out. A run of an earlier version says less in its files."""
-    run, settings = config.get("run", {}), config.get("train", {})
-    done: list[str] = []
-    if train:
-        step, planned = train[-1]["step"], run.get("steps") or settings.get("train_steps")
-        if planned is None:
-            done.append(f"step {step:,}")
-        else:
-            state = "finished" if step >= planned else "unfinished, or still running"
-            done.append(f"{state}: {step:,} of {planned:,} steps")
-        if seconds := time_taken(train):
-            done.append(str(datetime.timedelta(seconds=round(seconds))))
-        pairs = sum(row.get("num_pairs") or row.get("num_samples") or 0 for row in train)
-        if pairs:
-            done.append(f"{pairs:,} pairs seen")
-    made = [
-        str(config.get("model", {}).get("hf_model") or ""),
-        run.get("layout", ""),
-        run.get("precision", ""),
-    ]
-    return [line for line in ("; ".join(filter(None, done)), "; ".join(filter(None, made))) if line]
-
-
-def time_taken(train: Sequence[dict[str, Any]]) -> float:
-    """Seconds of the run up to its last row: as the row says, or the sum of its steps (a row has
-    their mean since the row before it)."""
-    if said := train[-1].get("train_seconds"):
-        return said
-    steps = [0, *(row["step"] for row in train)]
-    return sum(
-        (row.get("time") or 0.0) * (end - start)
-        for row, start, end in zip(train, steps, steps[1:], strict=False)
     )

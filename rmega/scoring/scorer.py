@@ -76,6 +76,7 @@ def load_scorer(
     rules: TokenRules | None = None,
     reward_token: str | None = None,
     flag: str = "--model",
+    adapters_base: Path | None = None,
 ) -> Scorer:
     """A scorer of a Hugging Face reward model or an adapter of peft with a reward head (folder or
     hub name), of a run folder, or of one checkpoint of a run. Adapters are merged into their base
@@ -84,7 +85,8 @@ def load_scorer(
     ``dtype`` is fp32, bf16, fp16, auto, or None: bf16 on a GPU (where fp32 would leave attention to
     the plain reference), fp32 on a CPU. ``rules`` stand in for those that the model records;
     ``reward_token`` (a token's text or id, or none) names what it does not record: a reward model
-    of another program is read at the last token of the text, nothing appended. Under torchrun the
+    of another program is read at the last token of the text, nothing appended. ``adapters_base``:
+    the base model of a checkpoint of adapters, where it is already verified. Under torchrun the
     ranks share the work. Raises ValueError naming ``flag`` where there is no reward model.
     """
     device = distributed.initialize()  # first: the ranks share the reading of checksums
@@ -98,7 +100,7 @@ def load_scorer(
         geometry = Geometry.from_dict(info["geometry"])
         model = _empty_model(geometry, chosen.dtype, device)
         if (args := LoraArgs.recorded(info.get("config"))).lora_rank:
-            load_hf(model, base_model.find(info, found, flag), geometry)
+            load_hf(model, adapters_base or base_model.find(info, found, flag), geometry)
             lora.attach(model, args)
         checkpoint.load(found, wrapped=[model])
         lora.merge(model)

@@ -27,6 +27,7 @@ from rmega.megatron.fusion import fuse_weight_gradients, skip_single_rank_collec
 from rmega.models import lora
 from rmega.models.attention import active_kernel
 from rmega.models.geometry import Geometry
+from rmega.models.hf import TIE_THRESHOLD
 from rmega.models.reward_model import RewardModel, transformer_config
 from rmega.models.varlen import varlen_function
 from rmega.precision import dtype_name
@@ -51,6 +52,7 @@ def build_model(
             vp_stage=chunk if vpp else None,
             prune_last_layer=config.model.prune_last_layer,
             transformer_engine=engine,
+            tie_threshold=config.loss.loss == "rao_kupper",
         ).to(device)
         if config.lora.lora_rank:
             lora.attach(model, config.lora)
@@ -243,10 +245,15 @@ def build_optimizer(
     of_head = ParamGroupOverride(wd_mult=1.0)
     if o.head_lr is not None:
         of_head.update(max_lr=o.head_lr, min_lr=o.min_lr * o.head_lr / o.lr)
+    # So does the threshold, which has the head's learning rate and no weight decay.
+    lr = o.lr if o.head_lr is None else o.head_lr
+    of_threshold = ParamGroupOverride(wd_mult=0.0, max_lr=lr, min_lr=o.min_lr * lr / o.lr)
     overrides = {
         **get_standard_config_overrides(settings),
         ParamKey(name="*reward_head.weight"): of_head,
     }
+    if config.loss.loss == "rao_kupper":
+        overrides[ParamKey(name=f"*{TIE_THRESHOLD}")] = of_threshold
     optimizer = get_megatron_optimizer(
         settings,
         wrapped,

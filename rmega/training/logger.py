@@ -82,6 +82,8 @@ class Logger:
             "fill": 1 - padding / max(tokens, 1),
             "pairs/s": pairs / seconds,
         }
+        if reports[-1].tie_threshold is not None:
+            row["tie_threshold"] = reports[-1].tie_threshold
         log(train_line(step, self.start.steps, row))
         self.metrics.row(
             "train",

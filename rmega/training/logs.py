@@ -27,6 +27,7 @@ COLUMNS = {
     "chosen_score_mean": ".4f",
     "rejected_score_mean": ".4f",
     "grad_norm": ".4f",
+    "tie_threshold": ".4f",
     "num_samples": "d",
     "num_tokens": "d",
     "shared": ".3f",

@@ -25,7 +25,7 @@ from rmega.config import (
 )
 from rmega.hub import resolve_start
 from rmega.megatron import param_gather
-from rmega.models.hf import global_parameters, load_hf, read_geometry
+from rmega.models.hf import TIE_THRESHOLD, global_parameters, load_hf, read_geometry
 from rmega.models.lora import adapter_table, initialize
 from rmega.models.peft_folder import PeftFolder
 from rmega.models.weights import WeightRule
@@ -178,7 +178,8 @@ def gather_global(
     param_gather.finish(wrapped)
 
     table = BACKBONES[geometry.family].weight_table(geometry)
-    rules = {rule.name: rule for rule in [*table, *adapter_table(geometry, lora or LoraArgs())]}
+    rules = {TIE_THRESHOLD: WeightRule(TIE_THRESHOLD, (1,), ())}
+    rules |= {rule.name: rule for rule in [*table, *adapter_table(geometry, lora or LoraArgs())]}
     own: dict[str, torch.Tensor] = {}
     for chunk in wrapped:
         for name, parameter in global_parameters(chunk):

@@ -379,15 +379,22 @@ def dry_run(config: TrainingConfig) -> int:
         preflight.check_positions("--data-path", dataset, geometry)
     precision = "bf16" if config.train.precision == "auto" else config.train.precision
     step = plan_step(config, geometry, replicas=replicas)
-    stages = plan_stages(
-        config,
-        geometry,
-        replicas=replicas,
-        bytes_per_element=4 if precision == "fp32" else 2,
-        tokens=max(step.largest_microbatch, 1),
-        microbatches=step.microbatches,
-    )
+    size = {
+        "replicas": replicas,
+        "bytes_per_element": 4 if precision == "fp32" else 2,
+        "tokens": max(step.largest_microbatch, 1),
+        "microbatches": step.microbatches,
+    }
+    stages = plan_stages(config, geometry, **size)
     print(describe(config, geometry, stages, step, precision, replicas))
+    if p.recompute != "full":
+        other = dataclasses.replace(p, recompute="full")
+        recomputed = plan_stages(dataclasses.replace(config, parallel=other), geometry, **size)
+        print(
+            f"memory with --recompute full: {max(s.total for s in recomputed) / GB:.2f} GB on the"
+            f" fullest rank instead of {max(s.total for s in stages) / GB:.2f}, for one more"
+            " forward pass per step"
+        )
     if p.device_memory_gb is not None:
         refuse_what_cannot_fit(stages, p.device_memory_gb * GB)
         worst = max(s.total for s in stages)

@@ -174,6 +174,23 @@ def check_ratings(mixture, loss: LossArgs) -> None:
                 )
 
 
+def check_ties(mixture, loss: LossArgs) -> None:
+    """Data with tied pairs and ``--loss rao_kupper`` need each other."""
+    needed = loss.loss == "rao_kupper"
+    for dataset in mixture.datasets:
+        kept = dataset.manifest.get("ties") == "keep"
+        if needed and not kept:
+            raise ValueError(
+                f"--loss rao_kupper: {dataset.prefix} was written without its ties"
+                " (tools/preprocess_pref.py --ties keep)"
+            )
+        if kept and not needed:
+            raise ValueError(
+                f"--data-path {dataset.prefix}: has tied pairs (--ties keep), which --loss"
+                f" {loss.loss} does not read: --loss rao_kupper"
+            )
+
+
 def check_positions(flag: str, dataset, geometry: Geometry) -> None:
     """Say how many comparisons have a text beyond the model's positions; refuse where its scaling
     depends on them."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
@@ -30,8 +31,10 @@ from rmega.evaluation.token_probes import View, probe_stored
 from rmega.megatron import param_gather
 from rmega.training.update import update_parameters
 
-REPORTED = (*ops.STATS, "num_terms")
-"""What the last stage reports of a pack; num_terms: of what the loss is the mean over."""
+REPORTED = (*ops.STATS, "num_terms", "tie_threshold")
+"""What the last stage reports of a pack, to be summed. num_terms: of what the loss is the mean
+over; tie_threshold: with ``--loss rao_kupper`` eta times num_terms, else 0."""
+STAT = {name: i for i, name in enumerate(ops.STATS)}
 
 
 def pair_loss(args: LossArgs, batch: PackedBatch, rewards: torch.Tensor):
@@ -44,6 +47,7 @@ def pair_loss(args: LossArgs, batch: PackedBatch, rewards: torch.Tensor):
     ``--scale-by-rating``: scaled Bradley-Terry, -gap logsigmoid(d) over the number of pairs
     (HelpSteer2-Preference, arXiv:2410.01257), so that a pair of gap 2 counts as two pairs, its
     penalty included. Without ratings the margin is 0 and the weight 1.
+    ``--loss rao_kupper``: :func:`rao_kupper_loss`.
     """
     gap = batch.rating_gap  # [m], NaN without ratings
     margin, weight = torch.zeros_like(gap), torch.ones_like(gap)
@@ -68,12 +72,73 @@ def pair_loss(args: LossArgs, batch: PackedBatch, rewards: torch.Tensor):
     terms = batch.num_choices if args.loss == "plackett_luce" else len(batch.chosen)
     # torch.tensor would copy from the host and wait for it.
     count = torch.full((), terms, dtype=torch.int, device=rewards.device)
-    return loss, count, torch.cat([stats, count[None].to(stats.dtype)])
+    return loss, count, torch.cat([stats, count[None].to(stats.dtype), stats.new_zeros(1)])
+
+
+def rao_kupper_loss(
+    args: LossArgs, batch: PackedBatch, threshold: torch.Tensor, rewards: torch.Tensor
+):
+    """As :func:`pair_loss`, with ties (Rao and Kupper, J. Amer. Statist. Assoc. 62, 1967): with
+    eta = softplus(``threshold`` [1]) and d = r_a - r_b, P(a wins) = sigmoid(d - eta) and P(tie) =
+    (exp(2 eta) - 1) sigmoid(d - eta) sigmoid(-d - eta). Sums are ``REPORTED``; pairs and scores in
+    them are those of pairs that are not tied.
+
+    Apart from the factor that holds eta alone, a tie is two pairs of ``ops.pairwise_loss``, won by
+    either side with the margin eta; its penalty is that of one pair.
+    """
+    compute = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    eta = F.softplus(threshold.to(compute))  # [1]
+    margin = eta.detach()
+    first, second = batch.tied  # [T] each
+    winners, losers = torch.cat([first, second]), torch.cat([second, first])  # [2T]
+    one = torch.ones_like(margin)
+
+    def directed(chosen, rejected, penalty_weight):
+        return ops.pairwise_loss(
+            rewards,
+            chosen,
+            rejected,
+            margin.expand(len(chosen)),
+            one.expand(len(chosen)),
+            loss="ranking",
+            penalty=args.penalty,
+            penalty_weight=penalty_weight,
+            barrier_clamp=args.barrier_clamp,
+        )
+
+    loss, stats = directed(batch.chosen, batch.rejected, args.penalty_weight)
+    tie_loss, tie_stats = directed(winners, losers, args.penalty_weight / 2)
+    # -ln(exp(2 eta) - 1) for each tie
+    factor = -len(first) * (2 * margin + torch.log(-torch.expm1(-2 * margin)))  # [1]
+    # The operator has no gradient for margins: d loss / d eta is the sum of sigmoid(eta - d) over
+    # directed pairs, minus 2 / (1 - exp(-2 eta)) for each tie.
+    scores = rewards.detach().to(compute)
+    won = torch.cat([batch.chosen, winners])  # [m + 2T]
+    lost = torch.cat([batch.rejected, losers])
+    slope = torch.sigmoid(margin - (scores[won] - scores[lost])).sum()
+    slope = slope + 2 * len(first) / torch.expm1(-2 * margin)
+    loss = loss + tie_loss + factor.sum() + (slope * (eta - margin)).sum()
+    terms = len(batch.chosen) + len(first)
+    count = torch.full((), terms, dtype=torch.int, device=rewards.device)
+    stats = stats.clone()
+    stats[STAT["base_loss"]] += tie_stats[STAT["base_loss"]] + factor.sum()
+    stats[STAT["penalty"]] += tie_stats[STAT["penalty"]]
+    return loss, count, torch.cat([stats, count[None].to(stats.dtype), terms * margin])
 
 
 def _forward_train(args: LossArgs, iterator: Iterator[PackedBatch], model):
     batch = next(iterator)
+    if args.loss == "rao_kupper":
+        threshold = _tie_threshold(model)
+        return model(batch), partial(rao_kupper_loss, args, batch, threshold)
     return model(batch), partial(pair_loss, args, batch)
+
+
+def _tie_threshold(model) -> torch.Tensor | None:
+    """The parameter on the last stage, of a wrapped chunk."""
+    while not hasattr(model, "tie_threshold"):
+        model = model.module
+    return model.tie_threshold
 
 
 def _rewards_of(batch: PackedBatch, rewards: torch.Tensor, non_loss_data: bool = True):
@@ -122,6 +187,8 @@ class StepReport:
     real_tokens: int
     num_microbatches: int
     padding: int
+    tie_threshold: float | None = None
+    """eta of ``--loss rao_kupper``, before the update."""
     wishes: list[float] = dataclasses.field(default_factory=list)
     """Sums over all ranks of the wishes to stop (``StopRequest.wishes``)."""
 
@@ -202,6 +269,9 @@ def train_step(
         num_microbatches=int(s["num_microbatches"]),
         padding=int(s["padding"]),
         wishes=values[len(SUMMED) :],
+        tie_threshold=s["tie_threshold"] / max(s["num_terms"], 1.0)
+        if args.loss == "rao_kupper"
+        else None,
     )
 
 

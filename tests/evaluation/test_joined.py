@@ -32,7 +32,14 @@ def test_the_table_has_each_mean_and_spread(evaluations, capsys) -> None:
     main(EvaluateArgs(join=evaluations))
     lines = capsys.readouterr().out.splitlines()
     (result,) = json.loads(Path(evaluations[0]).read_text())["sets"].values()
-    assert lines[2].split() == [f"{result['num_pairs']}", "pairs", "accuracy", "length-contr."]
+    assert lines[2].split() == [
+        f"{result['num_pairs']}",
+        "pairs",
+        "accuracy",
+        "length-contr.",
+        "prefers",
+        "longer",
+    ]
     values = []
     for path, line in zip(evaluations, lines[3:6], strict=True):
         (result,) = json.loads(Path(path).read_text())["sets"].values()

@@ -107,6 +107,21 @@ def test_the_merged_export_has_the_rewards_of_the_training(run, dtype, tmp_path,
     assert (merged[name].float() - base[name]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["merged", "adapter", "average"])
+def test_the_base_model_is_read_for_its_checksums_once(kind, run, tmp_path, monkeypatch):
+    """Writing, comparing and scoring all need it, and reading it takes minutes for a large one."""
+    from rmega.checkpointing import base_model
+
+    record, calls = base_model.record, []
+    monkeypatch.setattr(base_model, "record", lambda folder: calls.append(folder) or record(folder))
+    copies = [run]
+    if kind == "average":
+        copies.append(shutil.copytree(run, tmp_path / "copy"))
+    family = "adapter" if kind == "adapter" else "auto"
+    assert convert(run=run, output=tmp_path / "out", average_with=copies[1:], family=family) == 0
+    assert len(calls) == len(copies)
+
+
 def test_the_adapter_export_is_one_of_peft(run, tmp_path, small_llama, data):
     """Verified with peft; scored, and trained further, as what it is."""
     pytest.importorskip("peft", reason="peft is not installed")

@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rmega.checkpointing import checkpoint, run_folder
-from rmega.export.convert import convert, find_checkpoint, verify_only
+from rmega.checkpointing.find import find_checkpoint
+from rmega.export.average import read_part
+from rmega.export.convert import convert, verify_only
 from rmega.export.destination import RECIPE, UNVERIFIED
-from rmega.export.verify import checkpoint_rewards, transformers_rewards
+from rmega.export.verify import rewards_of_parts, transformers_rewards
 from rmega.export.write_weights import CheckpointTensors, parse_size
 from rmega.models import BACKBONES
 from rmega.models.hf import load_hf
@@ -276,7 +278,7 @@ def test_plain_transformers_gives_the_training_rewards(python, runs, outputs, tm
         if form != "qwen3" or version_of(python) >= (4, 51)
     }
     expected = {
-        family: checkpoint_rewards(run / "iter_0000010", items, ["float32"])[0].tolist()
+        family: rewards_of_parts([read_part(run)], items, ["float32"])[0].tolist()
         for family, run in runs.items()
     }
     answers = check_load(python, list(known.values()), sequences, PAD, tmp_path)

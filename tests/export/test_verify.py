@@ -121,13 +121,15 @@ def test_flags_that_would_be_ignored(flags, named, folder, run) -> None:
 
 def with_rewards(run: Path, tmp_path: Path, shift: float, dtype: str = "float32") -> Path:
     """The run with the rewards that its training computed, each off by ``shift``."""
-    from rmega.export.verify import checkpoint_rewards
+    from rmega.export.average import read_part
+    from rmega.export.verify import rewards_of_parts
 
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     checkpoint = copy / "iter_0000010"
     kept = json.loads((checkpoint / "rmega.json").read_text())["verification"]
     items = [[[*c["prefix"], *s] for s in c["suffixes"]] for c in kept]
-    rewards = iter((checkpoint_rewards(checkpoint, items, ["float32"])[0] + shift).tolist())
+    rewards = rewards_of_parts([read_part(checkpoint)], items, ["float32"])[0] + shift
+    rewards = iter(rewards.tolist())
     kept = [{**c, "rewards": [next(rewards) for _ in c["suffixes"]]} for c in kept]
     change(checkpoint, verification=kept, dtype=dtype)
     return copy

@@ -19,6 +19,7 @@ import pytest
 
 from rmega.data.indexed import exists, open_preferences
 from rmega.data.integrity import verify
+from rmega.data.stats import describe, summarize
 from rmega.preferences import dedup, preprocess, reader, sources, worker
 from rmega.preferences.preprocess import PreprocessArgs
 from rmega.preferences.tokenizer import PairTokenizer
@@ -263,6 +264,30 @@ def test_ranked_rows_with_ties(run: Any, tmp_path: Path) -> None:
     assert [r["reason"] for r in rejected(tmp_path)] == ["tie"] * 10 and len(dataset) == 20
     assert dataset.manifest["num_pairs"] == 60 and dataset.get(0).graded
     assert dataset.manifest["position_heuristic"] == {"first_wins": 30, "pairs": 60}
+
+
+def test_ties_are_kept_where_they_are_asked_for(run: Any, tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt": f"question {i}",
+            "responses": [
+                {"content": f"{c}{i}", "score": s}
+                for c, s in zip("abc", (2, 1, 1) if i % 2 else (1, 1), strict=False)
+            ],
+        }
+        for i in range(10)
+    ]
+    rows.append({**rows[0], "responses": [{"content": "same", "score": 1}] * 2})
+    path = write(tmp_path / "d.jsonl", rows)
+    kept = run(path, ties="keep", max_rejected=0.1)
+    assert [r["reason"] for r in rejected(tmp_path)] == ["identical_responses"]
+    assert len(kept) == 10 and kept.manifest["num_pairs"] == 10 and kept.manifest["ties"] == "keep"
+    assert "10 tied pairs are kept" in "\n".join(describe(summarize(kept)))
+    dropped = run(path, force=True, max_rejected=0.1)
+    assert len(dropped) == 5 and "ties" not in dropped.manifest
+    assert "5 tied pairs give none" in "\n".join(describe(summarize(dropped)))
+    with pytest.raises(ValueError, match="--ties some: unknown"):
+        run(path, force=True, ties="some")
 
 
 def test_the_missing_column_is_named(

@@ -18,13 +18,9 @@ from rmega.evaluation.results import ScoredComparison, evaluate, worst_mistakes
 from rmega.preferences.comparison import Comparison
 from rmega.report import figures, page
 from rmega.report.evaluation import MAX_TEXT, write_evaluation_report
-from rmega.report.training import (
-    read_metrics,
-    run_findings,
-    running_median,
-    smoothed,
-    write_run_report,
-)
+from rmega.report.run_findings import run_findings
+from rmega.report.run_metrics import read_metrics, running_median, smoothed
+from rmega.report.training import write_run_report
 
 EVIL = (
     "<script>alert('x')</script><img src=http://example.com/a.png onerror=alert(1)> & \"quoted\""
@@ -324,7 +320,7 @@ def test_run_page(tmp_path):
 
 def test_the_head_of_a_page(tmp_path):
     """How far, how long, of what; a run of an earlier version is asked for what its files have."""
-    from rmega.report.training import head
+    from rmega.report.run_metrics import head
 
     rows = [train_row(s, time=0.5, num_pairs=160) for s in (10, 20)] + [
         train_row(23, time=2.0, num_pairs=48)

@@ -9,7 +9,7 @@ import torch
 
 from tests.dist import run_distributed
 from tests.hf_fixtures import FAMILIES, hf_config, is_norm, tiny, write_folder
-from tests.tiny import VOCAB, InMemory, random_comparisons, tiny_llama
+from tests.tiny import VOCAB, InMemory, random_comparisons, tiny_llama, with_ties
 
 TOLERANCE = 1e-5
 LAYOUTS = [
@@ -31,12 +31,15 @@ LAYOUTS = [
 def run(rank: int, world_size: int, text: str, folder: str, switches: dict) -> object:
     from rmega.training.parity import Layout, layout_config, run_layout
 
+    comparisons = random_comparisons(24, seed=1)
     config = layout_config(
         Layout.parse(text),
         hf_model=folder,
         **{"steps": 3, "global_batch_size": 10, "max_tokens": 260, "lr": 1e-3, **switches},
     )
-    return run_layout(config, InMemory(random_comparisons(24, seed=1)))
+    if config.loss.loss == "rao_kupper":
+        with_ties(comparisons)
+    return run_layout(config, InMemory(comparisons))
 
 
 def result_of(text: str, folder, **switches):
@@ -93,6 +96,34 @@ def test_parity_of_losses(name, folder):
     ]:
         differences = compare(result_of(text, folder, loss=loss, **switches), alone)
         assert max(differences.values()) <= TOLERANCE, (text, differences)
+
+
+@pytest.fixture(scope="module")
+def with_threshold(folder):
+    from rmega.config import LossArgs
+
+    loss = LossArgs(loss="rao_kupper", penalty="center")
+    return loss, result_of("1", folder, loss=loss)
+
+
+@pytest.mark.parametrize(
+    "text,switches",
+    [
+        *((text, {}) for text in ("tp2", "tp2,sp", "pp2", "pp2,vpp2", "dp2")),
+        *((text, {}) for text in ("dp2,plainopt", "dp2,overlap", "tp2,recompute")),
+        ("1", {"share_prefix": False, "max_tokens": 100}),
+    ],
+)
+def test_parity_with_ties(text, switches, folder, with_threshold):
+    """The threshold is on the last stage, the same on every tensor rank, reduced over replicas."""
+    from rmega.training.parity import compare
+
+    loss, alone = with_threshold
+    # far from its optimum, where the sum over pairs cancels to rounding noise
+    assert abs(alone.grads["tie_threshold"]) > 1 and abs(alone.params["tie_threshold"]) > 1e-4
+    result = result_of(text, folder, loss=loss, **switches)
+    differences = compare(result, alone)
+    assert max(differences.values()) <= TOLERANCE, (text, differences)
 
 
 def test_the_single_rank_learns(single):

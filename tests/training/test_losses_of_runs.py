@@ -8,6 +8,7 @@ import math
 
 import pytest
 
+from rmega.export.convert import convert
 from rmega.preferences.preprocess import PreprocessArgs, preprocess
 from tests import runs
 from tests.dist import run_distributed
@@ -36,6 +37,110 @@ def ranked(small_llama, tmp_path_factory) -> str:
         )
     )
     return str(folder / "rows")
+
+
+@pytest.fixture(scope="module")
+def tied(small_llama, tmp_path_factory) -> str:
+    """Twelve prompts with three answers each, two of them as good as each other, and eight with two
+    answers that are."""
+    folder = tmp_path_factory.mktemp("tied")
+    rows = [
+        {
+            "prompt": f"What is {i}?",
+            "responses": [f"the number {i}", f"{i} apples", "no"][: 3 if i < 12 else 2],
+            "scores": [3, 1, 1] if i < 12 else [2, 2],
+        }
+        for i in range(20)
+    ]
+    write_lines(folder / "rows.jsonl", rows)
+    options = dict(tokenizer=str(small_llama), max_length=128)
+    for ties in ("keep", "drop"):
+        preprocess(
+            PreprocessArgs(
+                input=[str(folder / "rows.jsonl")],
+                output_prefix=str(folder / ties),
+                ties=ties,
+                **options,
+            )
+        )
+    return str(folder / "keep")
+
+
+FIRST = "num_layers_in_first_pipeline_stage"
+
+
+def rows_of(run, kind: str) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["type"] == kind]
+
+
+@pytest.mark.parametrize(
+    "world,layout",
+    [(1, {}), (1, {"lora_rank": 4}), (2, {"pp": 2, FIRST: 2}), (2, {"tp": 2, "sp": True})],
+)
+def test_a_run_with_ties(world, layout, small_llama, tied, tmp_path) -> None:
+    """Resumed bit for bit on the same ranks, to 1e-5 on others; exported with its threshold."""
+    options = dict(penalty="none", head_init="zero", loss="rao_kupper", head_lr=0.05, lr=1e-3)
+    options |= dict(weight_decay=0.1, adam_eps=0.1, eval_interval=2, **layout)
+    options |= dict(valid_data_path=f"held={tied}")
+
+    def train(run, ranks, steps=4, events=None, **more):
+        argv = runs.flags(small_llama, tied, run, steps=steps, **{**options, **more})
+        assert set(run_distributed(runs.train, ranks, argv, events)) <= {0, 75}
+
+    train(tmp_path / "run", world)
+    rows = rows_of(tmp_path / "run", "train")
+    # With equal rewards win, loss and tie have the probability 1/3: eta = ln 2.
+    assert rows[0]["loss"] == pytest.approx(math.log(3), rel=1e-6)
+    assert rows[0]["tie_threshold"] == pytest.approx(math.log(2), rel=1e-6)
+    assert rows[1]["loss"] < rows[0]["loss"]
+    assert abs(rows[-1]["tie_threshold"] - math.log(2)) > 1e-3
+    held = rows_of(tmp_path / "run", "eval")
+    assert held and {row["num_pairs"] for row in held} == {24}  # of 44: ties do not count
+    for folder, resumed_on, more in (
+        ("same", world, {}),
+        ("other", 1, {"pp": None, "tp": None, FIRST: None}),
+    ):
+        if folder == "other" and world == 1:
+            continue
+        train(tmp_path / folder, world, events={2: ("SIGTERM", 0)})
+        assert not (tmp_path / folder / "iter_0000004").exists()
+        more = {"sp": None, **more} if more else {}
+        train(tmp_path / folder, resumed_on, **more)
+        one, two = (runs.tensors(tmp_path / f / "iter_0000004") for f in ("run", folder))
+        assert one.keys() == two.keys() and "tie_threshold" in one
+        if folder == "same":
+            runs.assert_same(*(tmp_path / f / "iter_0000004" for f in ("run", folder)))
+        for name, value in one.items():
+            assert (value - two[name]).abs().max() <= 1e-5 * value.abs().max(), name
+    assert convert(run=tmp_path / "run", output=tmp_path / "export") == 0
+    recipe = json.loads((tmp_path / "export" / "reward_recipe.json").read_text())
+    (raw,) = runs.tensors(tmp_path / "run" / "iter_0000004")["tie_threshold"].tolist()
+    assert recipe["tie_threshold"] == pytest.approx(math.log1p(math.exp(raw)), rel=1e-6)
+
+
+def test_the_threshold_has_the_heads_rate_and_no_decay(small_llama, tied, tmp_path) -> None:
+    """The first step of Adam from a gradient g is lr g / (|g| + eps), warm-up ends at step 1."""
+    for decay in (0.0, 0.5):
+        run = tmp_path / f"run{decay}"
+        options = dict(penalty="none", head_init="zero", loss="rao_kupper", head_lr=0.05, lr=1e-3)
+        options |= dict(weight_decay=decay, lr_warmup_fraction=0, lr_decay_style="constant")
+        argv = runs.flags(small_llama, tied, run, steps=2, clip_grad=0, **options)
+        assert run_distributed(runs.train, 1, argv) == [0]
+        first, second = (row["tie_threshold"] for row in rows_of(run, "train"))
+        moved = math.log(math.expm1(second)) - math.log(math.expm1(first))
+        assert abs(moved) == pytest.approx(0.05, rel=1e-4)
+
+
+def test_ties_and_their_loss_need_each_other(small_llama, tied, ranked) -> None:
+    for data, loss, says in (
+        (tied, "ranking", "has tied pairs .--ties keep., which --loss ranking does not read"),
+        (ranked, "rao_kupper", "was written without its ties"),
+        (tied.replace("keep", "drop"), "rao_kupper", "was written without its ties"),
+    ):
+        argv = runs.flags(small_llama, data, steps=2, loss=loss)
+        with pytest.raises(RuntimeError, match=says):
+            run_distributed(runs.train, 1, argv)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from rmega import ops
 from rmega.config import LossArgs
 from rmega.data.packing import pack
-from rmega.training.train import REPORTED, pair_loss
-from tests.tiny import random_comparisons
+from rmega.training.train import REPORTED, pair_loss, rao_kupper_loss
+from tests.tiny import random_comparisons, with_ties
 
 
 def pairs_of(comparisons):
@@ -91,6 +94,82 @@ def test_plackett_luce_is_the_likelihood_of_each_comparisons_order(share_prefix)
     torch.testing.assert_close(loss, total, rtol=1e-12, atol=0)
     want, got = (torch.autograd.grad(x, rewards)[0] for x in (total, loss))
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("penalty", ["none", "center", "log_barrier"])
+@pytest.mark.parametrize("raw", [-3.0, 0.0, 1.5])
+@pytest.mark.parametrize("implementation", ["reference", "auto"])
+def test_rao_kupper_is_its_likelihood(raw, penalty, implementation, monkeypatch):
+    """Values and gradients, of rewards and threshold, against the probabilities themselves."""
+    monkeypatch.setattr(ops, "_implementation", implementation)
+    comparisons = with_ties(random_comparisons(24, seed=9))
+    batch = pack(comparisons, ties=True)
+    rewards = torch.randn(len(batch.pooled), dtype=torch.float64, requires_grad=True)
+    threshold = torch.tensor([raw], dtype=torch.float64, requires_grad=True)
+    eta = torch.log1p(torch.exp(threshold))
+    args = LossArgs(loss="rao_kupper", penalty=penalty, penalty_weight=0.3)
+
+    def penalty_of(a, b):
+        if penalty == "log_barrier":
+            return sum(-torch.log(5 - r) - torch.log(5 + r) for r in (a, b))
+        return (a + b) ** 2 if penalty == "center" else 0.0 * a
+
+    base = extra = correct = torch.zeros((), dtype=torch.float64)
+    wins = ties = first = 0
+    for c in comparisons:
+        own = rewards[first : first + len(c.suffixes)]
+        first += len(own)
+        for i in range(len(own)):
+            for j in range(i + 1, len(own)):
+                a, b = own[i], own[j]
+                win, lose = torch.sigmoid(a - b - eta), torch.sigmoid(b - a - eta)
+                tie = (torch.exp(2 * eta) - 1) * win * lose
+                torch.testing.assert_close(win + lose + tie, torch.ones_like(win))
+                base = base - torch.log(tie if c.scores[i] == c.scores[j] else win).sum()
+                extra = extra + 0.3 * penalty_of(a, b)
+                ties += c.scores[i] == c.scores[j]
+                wins += c.scores[i] != c.scores[j]
+                correct = correct + (a > b) * (c.scores[i] != c.scores[j])
+    loss, count, sums = rao_kupper_loss(args, batch, threshold, rewards)
+    sums = dict(zip(REPORTED, sums.tolist(), strict=True))
+    assert ties > 5 and wins > 5 and int(count) == sums["num_terms"] == wins + ties
+    assert sums["num_pairs"] == wins and sums["num_correct"] == correct
+    assert sums["base_loss"] == pytest.approx(base.item(), rel=1e-12)
+    assert sums["penalty"] == pytest.approx(extra.item(), rel=1e-12)
+    assert sums["tie_threshold"] == pytest.approx((wins + ties) * eta.item(), rel=1e-12)
+    torch.testing.assert_close(loss, base + extra, rtol=1e-12, atol=0)
+    wanted = torch.autograd.grad(base + extra, (rewards, threshold))
+    for got, want in zip(torch.autograd.grad(loss, (rewards, threshold)), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
+
+
+def test_rao_kupper_of_an_empty_pack_and_of_ties_alone():
+    """A rank without comparisons still has a gradient of 0 for the threshold."""
+    args = LossArgs(loss="rao_kupper", penalty="none")
+    threshold = torch.zeros(1, requires_grad=True)
+    empty, rewards = pack([], ties=True), torch.zeros(1, requires_grad=True)
+    loss, count, _ = rao_kupper_loss(args, empty, threshold, rewards)
+    loss.backward()
+    assert loss == 0 and count == 0 and threshold.grad == 0 and rewards.grad == 0
+    (tie,) = random_comparisons(2, seed=1)[1:]
+    tie.scores[:] = 1
+    batch, rewards = pack([tie], ties=True), torch.zeros(2, requires_grad=True)
+    loss, count, _ = rao_kupper_loss(args, batch, threshold, rewards)
+    assert count == 1 and loss.item() == pytest.approx(math.log(3))  # all three are as likely
+
+
+def test_equal_responses_are_no_tied_pair():
+    (c,) = random_comparisons(2, seed=1)[1:]
+    c.scores[:] = 1
+    c.suffixes[1] = c.suffixes[0].copy()
+    assert pack([c], ties=True).tied.shape == (2, 0)
+
+
+def test_packs_hold_tied_pairs_only_where_they_are_asked_for():
+    comparisons = with_ties(random_comparisons(12, seed=5))
+    batch, plain = pack(comparisons, ties=True), pack(comparisons)
+    assert batch.tied.shape[1] > 3 and plain.tied.shape == (2, 0)
+    assert torch.equal(batch.chosen, plain.chosen) and torch.equal(batch.rejected, plain.rejected)
 
 
 def test_a_length_penalty_makes_the_reward_explain_less_of_a_longer_answer():

@@ -316,3 +316,16 @@ def test_a_layout_larger_than_the_machine(name, big_models, data, capsys):
 def test_refused_before_anything_is_read(argv, says, big_model, data):
     with pytest.raises(ValueError, match=says):
         dry("--hf-model", str(big_model), "--data-path", data, *argv)
+
+
+def test_a_dry_run_says_what_recomputation_would_leave(big_model, data, capsys):
+    flags = ("--hf-model", str(big_model), "--data-path", data, "--lora-rank", "16")
+    totals = {}
+    for recompute in ("full", "none"):
+        assert dry(*flags, "--precision", "bf16", "--recompute", recompute) == 0
+        out = capsys.readouterr().out
+        (row,) = (line for line in out.splitlines() if line.startswith("stage "))
+        totals[recompute] = row.split()[-1]
+        hint = [line for line in out.splitlines() if "memory with --recompute full" in line]
+        assert len(hint) == (recompute != "full")
+    assert f": {totals['full']} GB on the fullest rank instead of {totals['none']}," in hint[0]

@@ -68,7 +68,8 @@ def test_rewards_are_written_and_training_does_not_notice(
 ) -> None:
     """Every checkpoint holds the rewards of its own weights, and the run is bit for bit the one
     that computes none."""
-    from rmega.export.verify import TRAINING_TOLERANCE, checkpoint_rewards, training_difference
+    from rmega.export.average import read_part
+    from rmega.export.verify import TRAINING_TOLERANCE, rewards_of_parts, training_difference
 
     ranks, flags = LAYOUTS[layout]
     flags = {**flags, "precision": precision}
@@ -86,7 +87,7 @@ def test_rewards_are_written_and_training_does_not_notice(
         folder = run / f"iter_{step:07d}"
         kept = json.loads((folder / "rmega.json").read_text())["verification"]
         items = [[[*c["prefix"], *s] for s in c["suffixes"]] for c in kept]
-        (exact,) = checkpoint_rewards(folder, items, ("float32",))
+        (exact,) = rewards_of_parts([read_part(folder)], items, ("float32",))
         difference = training_difference(kept, exact)
         assert difference is not None
         assert difference <= {"fp32": 1e-5, "bf16": TRAINING_TOLERANCE["bfloat16"]}[precision]
@@ -122,7 +123,8 @@ def test_an_evaluation_has_computed_the_rewards_of_a_checkpoint(
     """A save after an evaluation scores only what the validation sets lack; each checkpoint holds
     the rewards of its own weights."""
     from rmega.data.indexed import open_preferences
-    from rmega.export.verify import checkpoint_rewards, training_difference
+    from rmega.export.average import read_part
+    from rmega.export.verify import rewards_of_parts, training_difference
 
     folder = tmp_path / "few"
     folder.mkdir()
@@ -139,6 +141,6 @@ def test_an_evaluation_has_computed_the_rewards_of_a_checkpoint(
         kept = json.loads((folder / "rmega.json").read_text())["verification"]
         assert [c["held_out"] for c in kept] == [True] * count + [False] * (16 - count)
         items = [[[*c["prefix"], *s] for s in c["suffixes"]] for c in kept]
-        (exact,) = checkpoint_rewards(folder, items, ("float32",))
+        (exact,) = rewards_of_parts([read_part(folder)], items, ("float32",))
         difference = training_difference(kept, exact)
         assert difference is not None and difference <= 1e-5

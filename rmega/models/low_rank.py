@@ -1,0 +1,140 @@
+"""The matmuls of a LoRA adapter, each added to what the frozen linear layer computes.
+
+Beside a layer of millions of weights an adapter has few, so what costs is not its arithmetic but
+passes over activations. Here the adapter's share of an output or of an input's gradient is
+accumulated by the matmul itself into the tensor that the frozen layer made, and nothing else of its
+size is allocated, copied or kept for the backward pass.
+
+Shape letters: t tokens, r rank, p parts (3 for qkv, 2 for fc1, else 1), k inputs and n outputs of
+the linear layer on this tensor rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import layers
+from torch import Tensor
+
+from rmega import ops
+
+
+def down(x: Tensor, a: Tensor, scale: float, *, fused: bool) -> tuple[Tensor, Tensor]:
+    """(x, scale x A^T): [t, 1, k] and [t, 1, p r] from ``x`` [t, 1, k] and ``a`` [p r, k].
+
+    The frozen layer must be the only reader of the x that is returned: the adapter's part of the
+    input's gradient is added in place to what comes back through it. ``fused``: Megatron-Core's
+    ``gradient_accumulation_fusion``.
+    """
+    passed, u = _Down.apply(x, a, scale, fused)
+    # What needs no gradient (the output of a frozen embedding) must not seem to need one.
+    return (passed if x.requires_grad else x), u
+
+
+def up(out: Tensor, u: Tensor, parts: Sequence[Tensor], groups: int, *, fused: bool) -> Tensor:
+    """``out`` [t, 1, n] with u B^T added in place: ``u`` [t, 1, p r], B [rows, r] of each part, and
+    the columns of out in the order of ``interleave``. Nothing may have kept ``out`` for the
+    backward pass."""
+    return _Up.apply(out, u, groups, fused, *parts)
+
+
+def interleave(parts: Sequence[Tensor], groups: int) -> Tensor:
+    """Rows of the parts in the order of the fused layer's: for each group its share of every part
+    (q, k, v), or one part after the other (``groups`` 1: gate, up)."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
+
+
+def block(parts: Sequence[Tensor], groups: int) -> Tensor:
+    """B of all parts as one matrix [n, p r]: each part in its own r columns, zeros elsewhere."""
+    last = len(parts) - 1
+    r = parts[0].shape[1]
+    padded = [F.pad(part, (i * r, (last - i) * r)) for i, part in enumerate(parts)]
+    return interleave(padded, groups)
+
+
+def split_block(whole: Tensor, parts: Sequence[Tensor], groups: int) -> list[Tensor]:
+    """What ``block`` has of each part: [n, p r] -> [rows, r] each."""
+    rows = whole.unflatten(0, (groups, -1)).split([len(b) // groups for b in parts], dim=1)
+    r = parts[0].shape[1]
+    return [one[..., i * r : (i + 1) * r].flatten(0, 1) for i, one in enumerate(rows)]
+
+
+class _Down(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, a: Tensor, scale: float, fused: bool):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, a)
+        ctx.scale, ctx.fused = scale, fused
+        return x, ops.linear(x, a).mul_(scale)
+
+    @staticmethod
+    def backward(ctx, dx: Tensor | None, du: Tensor | None):
+        if du is None:
+            return dx, None, None, None
+        x, a = ctx.saved_tensors
+        du = du * ctx.scale
+        da = _new_gradient(a, _product(du, x, ctx.fused))
+        if dx is not None:
+            dx = dx.contiguous()
+            _accumulate(dx, du, a, ops.linear_grad_input)
+        elif ctx.needs_input_grad[0]:
+            dx = ops.linear_grad_input(du, a)
+        return dx, da, None, None
+
+
+class _Up(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out: Tensor, u: Tensor, groups: int, fused: bool, *parts: Tensor):
+        ctx.save_for_backward(u, *parts)
+        ctx.groups, ctx.fused = groups, fused
+        # Not marked as modified: autograd refuses that for what a function such as Megatron-Core's
+        # reductions passed through. The derivative by ``out`` is one in either case, and had
+        # anything kept it, its version number would stop the backward pass.
+        _accumulate(out, u, block(parts, groups), ops.linear)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        u, *parts = ctx.saved_tensors
+        grad = grad.contiguous()
+        du = ops.linear_grad_input(grad, block(parts, ctx.groups))
+        # u^T grad reads the wide operand by rows, twice as fast on a CPU as its transpose
+        whole = _product(u, grad, ctx.fused).t()
+        db = split_block(whole, parts, ctx.groups)
+        return grad, du, None, None, *map(_new_gradient, parts, db)
+
+
+def _accumulate(out: Tensor, x: Tensor, weight: Tensor, matmul: Callable) -> None:
+    """``out`` [..., n] += ``matmul``(x [..., k], weight), which is ``ops.linear`` or
+    ``ops.linear_grad_input``."""
+    if ops.active_products(out.device, out.dtype) == "torch":
+        matrix = weight.t() if matmul is ops.linear else weight
+        out.view(-1, out.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), matrix)
+    else:
+        out.add_(matmul(x, weight))
+
+
+def _product(grad: Tensor, x: Tensor, fused: bool) -> Tensor:
+    """grad^T x in fp32, [n, k] from ``grad`` [t, 1, n] and ``x`` [t, 1, k]."""
+    grad, x = grad.flatten(0, -2).contiguous(), x.flatten(0, -2).contiguous()
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    total = torch.zeros(grad.shape[1], x.shape[1], dtype=wide, device=x.device)
+    if fused:
+        layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(x, grad, total)
+    else:
+        ops.linear_grad_weight(grad, x, total)
+    return total
+
+
+def _new_gradient(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """What autograd gets: ``gradient``, or nothing of use where it could be added to
+    Megatron-Core's fp32 buffer, whose hook must still run."""
+    if not hasattr(parameter, "main_grad"):
+        return gradient.to(parameter.dtype)
+    parameter.main_grad.add_(gradient)
+    parameter.grad_added_to_main_grad = True
+    return torch.empty_like(parameter)
