@@ -153,6 +153,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> qkv_norm_rope(
   TORCH_CHECK(x.size(0) == t, "qkv_norm_rope: ", x.size(0), " rows, tables for ", t);
   check_head_norms(x, q_weight, k_weight, d);
   if (!x.is_cuda()) {
+    if (x.scalar_type() != at::kFloat) {  // rounded once, as on a GPU
+      const auto [query, key, value] =
+          qkv_norm_rope(x.to(at::kFloat), q_weight.to(at::kFloat), k_weight.to(at::kFloat),
+                        cos.to(at::kFloat), sin.to(at::kFloat), index, heads, groups, eps);
+      const auto dtype = x.scalar_type();
+      return {query.to(dtype), key.to(dtype), value.to(dtype)};
+    }
     const at::Tensor normed = x.clone(at::MemoryFormat::Contiguous);
     for_normed(normed, q_weight, k_weight, heads, groups, d,
                [&](int, at::Tensor part, const at::Tensor& weight) {
@@ -184,6 +191,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> qkv_norm_rope_backward(
     const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& index, double eps) {
   const int64_t heads = grad_query.size(1), groups = grad_key.size(1);
   if (!x.is_cuda()) {
+    if (x.scalar_type() != at::kFloat) {
+      const auto [dx, dq_weight, dk_weight] = qkv_norm_rope_backward(
+          grad_query.to(at::kFloat), grad_key.to(at::kFloat), grad_value.to(at::kFloat),
+          x.to(at::kFloat), q_weight.to(at::kFloat), k_weight.to(at::kFloat), cos.to(at::kFloat),
+          sin.to(at::kFloat), index, eps);
+      const auto dtype = x.scalar_type();
+      return {dx.to(dtype), dq_weight.to(dtype), dk_weight.to(dtype)};
+    }
     at::Tensor out = qkv_rope_backward(grad_query, grad_key, grad_value, cos, sin, index);
     const int64_t d = grad_key.size(2);
     const at::Tensor whole = x.contiguous();
@@ -193,10 +208,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> qkv_norm_rope_backward(
                  const at::Tensor own = part.contiguous();
                  const at::Tensor inv = std::get<1>(rms_norm(own, weight, eps));
                  at::Tensor into = part_of(out, number, heads, groups, d);
-                 const auto [dx, dweight] =
-                     rms_norm_backward(into.contiguous(), own, weight, inv);
-                 into.copy_(dx);
-                 grads[number] = dweight;
+                 const at::Tensor grad = into.contiguous();
+                 into.copy_(std::get<0>(rms_norm_backward(grad, own, weight, inv)));
+                 // In double: there may be many more rows than channels.
+                 const at::Tensor normed = own.view({-1, d}).to(at::kDouble).mul(inv.unsqueeze(1));
+                 grads[number] = normed.mul(grad.view({-1, d})).sum(0).to(weight.scalar_type());
                });
     return {out, grads[0], grads[1]};
   }
