@@ -57,6 +57,9 @@ class Args:
     """Turns of both."""
     threads: int = 2
     """OpenMP threads, both sides."""
+    lora_rank: int = 0
+    """Adapters of this rank on all linear layers and the whole head, both sides; TRL's are peft's.
+    0: full training."""
     trl_pure_bf16: bool = False
     """TRL's weights and optimizer state in bf16 (no fp32 copy), where rmega keeps fp32 ones."""
     name: str = "vs_trl"
@@ -153,6 +156,17 @@ def run_trl(args: Args) -> list[float]:
         def on_step_end(self, *_, **__):
             self.times.append(time.perf_counter())
 
+    peft_config = None
+    if args.lora_rank:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(
+            task_type="SEQ_CLS",
+            r=args.lora_rank,
+            lora_alpha=2 * args.lora_rank,
+            target_modules="all-linear",
+            modules_to_save=["score"],
+        )
     pure = args.precision == "bf16" and args.trl_pure_bf16
     with tempfile.TemporaryDirectory() as folder:
         config = RewardConfig(
@@ -176,6 +190,7 @@ def run_trl(args: Args) -> list[float]:
             args=config,
             train_dataset=Dataset.from_list(read_rows(args.sample)),
             callbacks=[Stamps()],
+            peft_config=peft_config,
         ).train()
     return [b - a for a, b in zip(Stamps.times, Stamps.times[1:], strict=False)]
 
@@ -186,10 +201,19 @@ def run_rmega(args: Args) -> list[float]:
     import torch
 
     from rmega import distributed
-    from rmega.config import DataArgs, LossArgs, ModelArgs, OptimizerArgs, TrainArgs, TrainingConfig
+    from rmega.config import (
+        DataArgs,
+        LoraArgs,
+        LossArgs,
+        ModelArgs,
+        OptimizerArgs,
+        TrainArgs,
+        TrainingConfig,
+    )
     from rmega.data.balance import CostModel, balanced_bins
     from rmega.data.indexed import StoredComparison
     from rmega.data.packing import pack
+    from rmega.models import lora
     from rmega.models.hf import load_hf, read_geometry
     from rmega.training import components, train
 
@@ -201,11 +225,14 @@ def run_rmega(args: Args) -> list[float]:
         model=ModelArgs(hf_model=args.hf_model),
         data=DataArgs(data_path=()),
         loss=LossArgs(loss="ranking", penalty="none"),
+        lora=LoraArgs(lora_rank=args.lora_rank),
         train=TrainArgs(train_steps=10**6),
         optimizer=OptimizerArgs(lr=1e-6),
     )
     chunks = components.build_model(config, geometry, dtype=dtype, device=device)
     load_hf(chunks[0], args.hf_model, geometry)
+    if args.lora_rank:
+        lora.initialize(chunks[0], geometry, config.lora)
     wrapped = components.wrap_model(chunks, config)
     optimizer, _ = components.build_optimizer(wrapped, config, 10**6)
     stored = [

@@ -168,6 +168,10 @@ class LossArgs:
     length_penalty: float = 0.0
     """Add this times (length of chosen - length of rejected), in tokens, to the logit of a pair, so
     that the reward does not absorb a preference for length."""
+    batch_centering: float = 0.0
+    """Add this times the squared mean reward of the global batch to the loss. Each step then costs
+    a second forward pass (the mean must be known before the backward pass), unless the whole batch
+    is one pack on one data-parallel rank."""
     barrier_clamp: bool = False
     """XTuner's form of the log barrier: no gradient beyond +-4.999. By default the barrier
     continues linearly."""
@@ -368,6 +372,7 @@ class TrainingConfig:
             ("--clip-grad", self.optimizer.clip_grad),
             ("--penalty-weight", self.loss.penalty_weight),
             ("--length-penalty", self.loss.length_penalty),
+            ("--batch-centering", self.loss.batch_centering),
             ("--min-lr", self.optimizer.min_lr),
             ("--eval-interval", t.eval_interval),
             ("--save-interval", self.checkpoint.save_interval),

@@ -18,9 +18,8 @@ import time
 import traceback
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(
-    ["rmega.training.run", "rmega.training.plan", "rmega.scoring.scorer"]
-)
+# torch's optimizers import its compiler when the first of them is made.
+context.set_forkserver_preload(["rmega.training.run", "rmega.scoring.scorer", "torch._dynamo"])
 _workers: dict[bool, list[tuple]] = {False: [], True: []}  # without and with GPUs
 
 

@@ -105,6 +105,7 @@ def test_as_dict_is_json_and_complete() -> None:
         ([*STEPS, "--weight-decay", "-0.1"], 1, "--weight-decay -0.1"),
         ([*STEPS, "--penalty-weight", "-1"], 1, "--penalty-weight -1"),
         ([*STEPS, "--length-penalty", "-1"], 1, "--length-penalty -1"),
+        ([*STEPS, "--batch-centering", "-1"], 1, "--batch-centering -1"),
         (
             [*STEPS, "--loss", "plackett_luce", "--label-smoothing", "0.1"],
             1,

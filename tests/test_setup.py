@@ -266,6 +266,31 @@ def test_quickstart_reads_its_flags_first(given, part):
     )
 
 
+@pytest.mark.parametrize(
+    "model,data,flags,rate",
+    [
+        ("", "", "--train-epochs 1", "--lr 3e-4 --lr-warmup-fraction 0.1"),
+        ("", "", "--train-epochs 1 --lora-rank 0", "--lr 3e-4 --lr-warmup-fraction 0.1"),
+        ("", "", "--train-epochs 1 --lora-rank 16", "--lr 2e-3 --lr-warmup-fraction 0.1"),
+        ("", "own.jsonl", "--lora-rank=8", "--lr 1e-3 --lr-warmup-fraction 0.1"),
+        ("folder", "own.jsonl", "--lora-rank 16", "--lr 2e-4 --head-lr 1e-3"),
+        ("folder", "own.jsonl", "--train-epochs 1", ""),
+    ],
+)
+def test_quickstart_gives_adapters_a_learning_rate_of_their_own(model, data, flags, rate):
+    script = (ROOT / "examples/quickstart.sh").read_text()
+    part = script[script.index("rate=() lora") : script.index("\nstep 2 data")]
+    given = f"set -euo pipefail\nPYTHON=true model={model!r} data={data!r} more=({flags})\n"
+    command = ["bash", "-c", f'{given}{part}\necho "rate: ${{rate[*]}}"']
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *lines, last = done.stdout.splitlines()
+    assert last == f"rate: {rate}"
+    assert (f"LoRA: {rate}, higher" in done.stdout) == (
+        "--lora-rank" in flags and "k 0" not in flags
+    )
+
+
 def test_quickstart_takes_what_is_right():
     from examples.quickstart import check
 

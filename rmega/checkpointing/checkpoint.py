@@ -60,14 +60,15 @@ def _model_state(wrapped) -> dict[str, Any]:
     """Key of a chunk -> its sharded tensors by name, without extra state (``EXTRA_STATE``) and
     frozen weights, which are those of the base model."""
     metadata = optimizer_state.sharding_metadata()
-    return {
-        key: {
+    state = {}
+    for key, chunk in _chunks(wrapped).items():
+        frozen = _frozen(chunk)
+        state[key] = {
             name: value
             for name, value in chunk.sharded_state_dict(metadata=metadata).items()
-            if not name.endswith(EXTRA_STATE) and name not in _frozen(chunk)
+            if not name.endswith(EXTRA_STATE) and name not in frozen
         }
-        for key, chunk in _chunks(wrapped).items()
-    }
+    return state
 
 
 def _frozen(chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -96,9 +97,10 @@ class Saver:
         self._damaged: dict[int, str] = {}
 
     def reserve(self, *, wrapped, optimizer, scheduler) -> None:
-        """Take the memory for the copies now, so that the first save stalls no longer than the
-        others."""
-        self._take(self.run / "unwritten", RunState(), [], wrapped, optimizer, scheduler)
+        """Plan a checkpoint, check it and take the memory for its copies now (on a GPU pinning it
+        takes long), so that the first save stalls little longer than the others."""
+        parts = (wrapped, optimizer, scheduler)
+        self._take(self.run / "unwritten", RunState(), [], *parts, copies=False)
 
     def _content(self, state: RunState, wrapped, optimizer, scheduler) -> dict[str, Any]:
         """What a checkpoint holds: sharded tensors, and plain values that are the same on all
@@ -111,7 +113,9 @@ class Saver:
         content["run"] = dataclasses.asdict(state)
         return content
 
-    def _take(self, folder: Path, state: RunState, to_verify: list[int], *parts) -> Snapshot:
+    def _take(
+        self, folder: Path, state: RunState, to_verify: list[int], *parts, copies: bool = True
+    ) -> Snapshot:
         self.gatherer.start()
         snapshot = Snapshot(
             self._content(state, *parts),
@@ -119,6 +123,7 @@ class Saver:
             self._buffers,
             self.gatherer,
             validate=not self._validated,
+            copies=copies,
             afterwards=partial(self._verify, to_verify),
         )
         self._validated = True

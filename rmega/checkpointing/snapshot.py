@@ -203,9 +203,12 @@ class SnapshotWriter(FileSystemWriter):
         """In the metadata, as text: a path would be one more class that readers have to allow."""
         return str(self.folder)
 
-    def take(self, state_dict: dict[str, Any], planner: MCoreSavePlanner) -> Metadata | None:
+    def take(
+        self, state_dict: dict[str, Any], planner: MCoreSavePlanner, *, copies: bool
+    ) -> Metadata | None:
         """Plan the checkpoint with the other ranks and copy what this one writes; the metadata on
-        the first rank, None elsewhere. Training waits for it.
+        the first rank, None elsewhere. Training waits for it. Without ``copies`` only their memory
+        is taken.
 
         Every rank writes what it has, because ``state_dict`` holds replicated tensors on one of
         them alone: only the metadata takes all plans.
@@ -217,10 +220,10 @@ class SnapshotWriter(FileSystemWriter):
         plans: list[Any] | None = [None] * dist.get_world_size() if first else None
         dist.gather_object(plan, plans)
         metadata = planner.create_global_plan(plans)[1] if first else None
-        self._copy(planner.finish_plan(plan), planner)
+        self._copy(planner.finish_plan(plan), planner, copies)
         return metadata
 
-    def _copy(self, plan: SavePlan, planner: MCoreSavePlanner) -> None:
+    def _copy(self, plan: SavePlan, planner: MCoreSavePlanner, copies: bool) -> None:
         keys: dict[tuple, tuple] = {}  # of what is copied -> of its buffer
         tensors: dict[tuple, torch.Tensor] = {}
         resolved = [(item, planner.resolve_data(item)) for item in plan.items]
@@ -239,6 +242,8 @@ class SnapshotWriter(FileSystemWriter):
                     tensors[keys[source]] = data.detach()
             sources.append(source)
         self._allocate({key: x for key, x in tensors.items() if key not in self.buffers})
+        if not copies:
+            return
         for key, data in tensors.items():
             self.buffers[key].copy_(data, non_blocking=True)
         for (item, data), source in zip(resolved, sources, strict=True):
@@ -300,6 +305,7 @@ class Snapshot:
         gatherer: Gatherer,
         *,
         validate: bool,
+        copies: bool = True,
         afterwards: Callable[[], Any] = lambda: None,
     ) -> None:
         sharded, self.common = save_preprocess(content, validate)
@@ -308,6 +314,7 @@ class Snapshot:
         self.metadata = self.writer.take(
             mcore_to_pyt_state_dict(sharded, False),
             MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            copies=copies,
         )
         self.error: str | None = None
         self.found: Any = None

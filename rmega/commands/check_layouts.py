@@ -115,9 +115,10 @@ def run(text: str, args: CheckArgs, *, share_prefix: bool = True):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # Forked from a process that has imported torch and Megatron-Core (seconds) and done nothing.
+    # Forked from a process that has imported torch and Megatron-Core (seconds) and done nothing;
+    # torch's optimizers import its compiler when the first of them is made.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rmega.training.parity", "rmega.data.batching"])
+    context.set_forkserver_preload(["rmega.training.parity", "torch._dynamo"])
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             context.Process(

@@ -11,6 +11,7 @@ the linear layer on this tensor rank.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -77,7 +78,8 @@ class _Down(torch.autograd.Function):
             return dx, None, None, None
         x, a = ctx.saved_tensors
         du = du * ctx.scale
-        da = _new_gradient(a, _product(du, x, ctx.fused))
+        rows = (one.contiguous().flatten(0, -2) for one in (du, x))
+        da = _new_gradient(a, _product(*rows, ctx.fused))
         if dx is not None:
             dx = dx.contiguous()
             _accumulate(dx, du, a, ops.linear_grad_input)
@@ -94,18 +96,35 @@ class _Up(torch.autograd.Function):
         # Not marked as modified: autograd refuses that for what a function such as Megatron-Core's
         # reductions passed through. The derivative by ``out`` is one in either case, and had
         # anything kept it, its version number would stop the backward pass.
-        _accumulate(out, u, block(parts, groups), ops.linear)
+        flat, u = out.view(-1, out.shape[-1]), u.flatten(0, -2)
+        for rows, columns, b in _pieces(parts, groups):
+            _accumulate(flat[:, rows], u[:, columns], b, ops.linear)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         u, *parts = ctx.saved_tensors
-        grad = grad.contiguous()
-        du = ops.linear_grad_input(grad, block(parts, ctx.groups))
-        # u^T grad reads the wide operand by rows, twice as fast on a CPU as its transpose
-        whole = _product(u, grad, ctx.fused).t()
-        db = split_block(whole, parts, ctx.groups)
-        return grad, du, None, None, *map(_new_gradient, parts, db)
+        du = torch.empty_like(u, memory_format=torch.contiguous_format)
+        flat, flat_u = grad.contiguous().flatten(0, -2), u.contiguous().flatten(0, -2)
+        products = []
+        for rows, columns, b in _pieces(parts, ctx.groups):
+            du.view(flat_u.shape)[:, columns] = ops.linear_grad_input(flat[:, rows], b)
+            products.append(_product(flat_u[:, columns], flat[:, rows], ctx.fused).t())
+        if len(products) < len(parts):
+            products = split_block(products[0], parts, ctx.groups)
+        return grad, du, None, None, *map(_new_gradient, parts, products)
+
+
+def _pieces(parts: Sequence[Tensor], groups: int) -> list[tuple[slice, slice, Tensor]]:
+    """(columns of the output, columns of u, B of both). Matmuls of fp32 on a CPU read and write
+    slices as they are, which saves the zeros of a ``block``; the others want whole matrices."""
+    b = parts[0]
+    if groups > 1 or b.is_cuda or b.dtype is not torch.float32:
+        return [(slice(None), slice(None), block(parts, groups))]
+    ends, r = list(itertools.accumulate((len(part) for part in parts), initial=0)), b.shape[1]
+    return [
+        (slice(*ends[i : i + 2]), slice(i * r, (i + 1) * r), part) for i, part in enumerate(parts)
+    ]
 
 
 def _accumulate(out: Tensor, x: Tensor, weight: Tensor, matmul: Callable) -> None:
@@ -119,8 +138,7 @@ def _accumulate(out: Tensor, x: Tensor, weight: Tensor, matmul: Callable) -> Non
 
 
 def _product(grad: Tensor, x: Tensor, fused: bool) -> Tensor:
-    """grad^T x in fp32, [n, k] from ``grad`` [t, 1, n] and ``x`` [t, 1, k]."""
-    grad, x = grad.flatten(0, -2).contiguous(), x.flatten(0, -2).contiguous()
+    """grad^T x in fp32, [n, k] from ``grad`` [t, n] and ``x`` [t, k]."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     total = torch.zeros(grad.shape[1], x.shape[1], dtype=wide, device=x.device)
     if fused:

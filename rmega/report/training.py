@@ -153,6 +153,13 @@ def _figures(train: list[Row], evals: list[Row]) -> list[str]:
             log=True,
         ),
         _curve(
+            "Threshold of ties",
+            train,
+            [("threshold", ("tie_threshold",), PURPLE)],
+            "Of --loss rao_kupper: with equal rewards a tie has probability tanh(threshold / 2).",
+            raw=True,
+        ),
+        _curve(
             "Throughput",
             train,
             [("pairs per second", ("pairs_per_second",), GREEN)],

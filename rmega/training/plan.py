@@ -189,7 +189,7 @@ def flops_of(config: TrainingConfig, geometry: Geometry, batcher, document: int)
     """FLOP of forward and backward pass of one comparison: two per multiply-add of the matrix
     products (``CostModel``); the backward pass is twice the forward one, or once where weights are
     frozen (LoRA). A pruned last layer makes keys and values of every token, the rest of it for
-    pooled tokens."""
+    pooled tokens. ``--batch-centering`` computes a second forward pass."""
     g, cost = geometry, batcher.cost
     tokens, layer = batcher.size(document)
     forward = g.num_layers * layer
@@ -199,7 +199,8 @@ def flops_of(config: TrainingConfig, geometry: Geometry, batcher, document: int)
         pooled = len(suffixes) * (cost.linear - key_value)
         attended = cost.quadratic * sum(prefix + suffix for suffix in suffixes)
         forward += key_value * tokens + pooled + attended - layer
-    return 2.0 * forward * (2 if config.lora.lora_rank else 3)
+    passes = (2 if config.lora.lora_rank else 3) + (config.loss.batch_centering > 0)
+    return 2.0 * forward * passes
 
 
 def plan_step(

@@ -7,6 +7,7 @@ changes what a step means.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -69,7 +70,7 @@ def pair_loss(args: LossArgs, batch: PackedBatch, rewards: torch.Tensor):
         label_smoothing=args.label_smoothing,
         barrier_clamp=args.barrier_clamp,
     )
-    terms = batch.num_choices if args.loss == "plackett_luce" else len(batch.chosen)
+    terms = _num_terms(args, batch)
     # torch.tensor would copy from the host and wait for it.
     count = torch.full((), terms, dtype=torch.int, device=rewards.device)
     return loss, count, torch.cat([stats, count[None].to(stats.dtype), stats.new_zeros(1)])
@@ -118,7 +119,7 @@ def rao_kupper_loss(
     slope = torch.sigmoid(margin - (scores[won] - scores[lost])).sum()
     slope = slope + 2 * len(first) / torch.expm1(-2 * margin)
     loss = loss + tie_loss + factor.sum() + (slope * (eta - margin)).sum()
-    terms = len(batch.chosen) + len(first)
+    terms = _num_terms(args, batch)
     count = torch.full((), terms, dtype=torch.int, device=rewards.device)
     stats = stats.clone()
     stats[STAT["base_loss"]] += tie_stats[STAT["base_loss"]] + factor.sum()
@@ -126,12 +127,73 @@ def rao_kupper_loss(
     return loss, count, torch.cat([stats, count[None].to(stats.dtype), terms * margin])
 
 
-def _forward_train(args: LossArgs, iterator: Iterator[PackedBatch], model):
+def with_centering(loss_of: Callable, weight: float, batch: PackedBatch, sums, rewards):
+    """``loss_of(rewards)`` with ``--batch-centering``: the pack's share of terms * weight * m^2,
+    where m is the mean reward of the global batch and terms what the loss is the mean over.
+
+    ``sums`` [3] fp64: rewards, responses and terms of the global batch; None where it is this pack.
+    The derivative by each of the n rewards of the batch is terms * 2 weight m / n.
+    """
+    loss, count, report = loss_of(rewards)
+    real = batch.responses >= 0  # [n]; the pooled row of an empty pack is no response
+    own = torch.where(real, rewards, 0.0).sum()
+    if sums is None:
+        sums = torch.stack([own.detach().double(), real.sum().double(), count.double()])
+    total, number, terms = sums.unbind()
+    slope = (terms * 2 * weight * total / number**2).to(loss.dtype)
+    share = (terms * weight * (total / number) ** 2 * real.sum() / number).to(loss.dtype)
+    report = report.clone()
+    report[STAT["penalty"]] += share
+    return loss + share + slope * (own - own.detach()), count, report
+
+
+def _forward_train(args: LossArgs, sums, iterator: Iterator[PackedBatch], model):
     batch = next(iterator)
+    loss_of = partial(pair_loss, args, batch)
     if args.loss == "rao_kupper":
-        threshold = _tie_threshold(model)
-        return model(batch), partial(rao_kupper_loss, args, batch, threshold)
-    return model(batch), partial(pair_loss, args, batch)
+        loss_of = partial(rao_kupper_loss, args, batch, _tie_threshold(model))
+    if args.batch_centering:
+        loss_of = partial(with_centering, loss_of, args.batch_centering, batch, sums)
+    return model(batch), loss_of
+
+
+def _num_terms(args: LossArgs, batch: PackedBatch) -> int:
+    """What the loss of a pack is a sum over."""
+    if args.loss == "plackett_luce":
+        return batch.num_choices
+    return len(batch.chosen) + batch.tied.shape[1]
+
+
+@torch.no_grad()
+def _sums_before_backward(
+    wrapped: Sequence, packs: list[PackedBatch], args: LossArgs
+) -> torch.Tensor | None:
+    """``sums`` of :func:`with_centering`, by a forward pass of its own; None without need."""
+    alone = len(packs) == 1 and parallel_state.get_data_parallel_world_size() == 1
+    if not args.batch_centering or alone:
+        return None
+    sums = torch.zeros(3, dtype=torch.float64, device=packs[0].tokens.device)
+    with _evaluating(wrapped):
+        outputs = run_schedule(wrapped, packs, _forward_rewards, forward_only=True)
+    if is_reporting_rank():
+        for numbers, rewards in outputs:
+            sums[0] += torch.where(numbers >= 0, rewards, 0.0).double().sum()
+            sums[1] += (numbers >= 0).sum()
+        sums[2] += sum(_num_terms(args, batch) for batch in packs)
+    return sum_over_ranks(sums)
+
+
+@contextlib.contextmanager
+def _evaluating(wrapped: Sequence) -> Iterator[None]:
+    """The chunks in evaluation mode."""
+    modes = [chunk.training for chunk in wrapped]
+    for chunk in wrapped:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk, mode in zip(wrapped, modes, strict=True):
+            chunk.train(mode)
 
 
 def _tie_threshold(model) -> torch.Tensor | None:
@@ -203,7 +265,9 @@ def _sum_gradients(
     ranks); ``SUMMED`` and the answers of ``wishes``, summed over ranks: fp64 on the device."""
     for chunk in wrapped:
         chunk.zero_grad_buffer()
-    reports = run_schedule(wrapped, packs, partial(_forward_train, args), forward_only=False)
+    before = _sums_before_backward(wrapped, packs, args)
+    forward = partial(_forward_train, args, before)
+    reports = run_schedule(wrapped, packs, forward, forward_only=False)
     device = packs[0].tokens.device
     own = [0.0] * len(SUMMED)
     first_rank = parallel_state.get_tensor_model_parallel_rank() == 0
@@ -300,11 +364,8 @@ def compute_rewards(
         if progress:
             progress(len(batcher.dataset))
         return np.zeros(batcher.num_responses, dtype=np.float32)
-    modes = [chunk.training for chunk in wrapped]
-    for chunk in wrapped:
-        chunk.eval()
     out = torch.zeros(batcher.num_responses, dtype=torch.float32, device=device)
-    try:
+    with _evaluating(wrapped):
         for packs in itertools.islice(batcher.sweep(), batches):
             packs = [pack.to(device) for pack in packs]
             for numbers, rewards in run_schedule(
@@ -317,9 +378,6 @@ def compute_rewards(
                 progress(
                     batcher.global_batch_size
                 )  # on every rank after every batch; what it raises ends the sweep
-    finally:
-        for chunk, mode in zip(wrapped, modes, strict=True):
-            chunk.train(mode)
     return sum_over_ranks(out).cpu().numpy()
 
 

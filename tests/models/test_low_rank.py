@@ -12,13 +12,15 @@ T, K, R = 7, 6, 2
 
 @pytest.mark.parametrize("rows,groups", [((12, 4, 4), 2), ((6, 6), 1), ((9,), 1)])
 @pytest.mark.parametrize("buffers", [False, True], ids=["grad", "main_grad"])
-def test_values_and_gradients_are_those_of_autograd(rows, groups, buffers):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_values_and_gradients_are_those_of_autograd(rows, groups, buffers, dtype):
+    """In fp32 parts are multiplied one by one, else as one block."""
     torch.manual_seed(0)
-    weight = torch.randn(sum(rows), K, dtype=torch.float64)
-    a = torch.randn(len(rows) * R, K, dtype=torch.float64, requires_grad=True)
-    parts = [torch.randn(n, R, dtype=torch.float64, requires_grad=True) for n in rows]
-    x = torch.randn(T, 1, K, dtype=torch.float64, requires_grad=True)
-    upstream = torch.randn(T, 1, sum(rows), dtype=torch.float64)
+    weight = torch.randn(sum(rows), K, dtype=dtype)
+    a = torch.randn(len(rows) * R, K, dtype=dtype, requires_grad=True)
+    parts = [torch.randn(n, R, dtype=dtype, requires_grad=True) for n in rows]
+    x = torch.randn(T, 1, K, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(T, 1, sum(rows), dtype=dtype)
     own = [b @ one for b, one in zip(parts, a.chunk(len(rows)), strict=True)]
     expected = x @ (weight + 1.5 * low_rank.interleave(own, groups)).t()
     grads = torch.autograd.grad(expected, [x, a, *parts], upstream)

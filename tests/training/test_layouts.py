@@ -75,6 +75,8 @@ def families(tmp_path_factory):
 LOSSES = {
     "scaled": {"loss": "ranking", "penalty": "center", "scale_by_rating": True},
     "plackett_luce": {"loss": "plackett_luce", "use_margin": True},
+    "centered": {"loss": "focal", "penalty": "none", "batch_centering": 0.7},
+    "centered_choices": {"loss": "plackett_luce", "penalty": "l2", "batch_centering": 0.7},
     "length": {"loss": "focal", "penalty": "none", "length_penalty": 0.02, "use_margin": True},
 }
 
@@ -96,6 +98,61 @@ def test_parity_of_losses(name, folder):
     ]:
         differences = compare(result_of(text, folder, loss=loss, **switches), alone)
         assert max(differences.values()) <= TOLERANCE, (text, differences)
+
+
+def centered(rank: int, world_size: int, text: str, folder: str, max_tokens: int) -> object:
+    """Gradients of one step with ``--batch-centering`` by the training (reduced over ranks), and
+    those of the same loss in plain torch on the whole batch."""
+    from rmega.config import LossArgs
+    from rmega.data.packing import pack
+    from rmega.training import components, parity, train
+
+    loss = LossArgs(loss="ranking", penalty="none", batch_centering=0.7)
+    layout = parity.Layout.parse(text)
+    options = {"steps": 1, "global_batch_size": 10, "max_tokens": max_tokens, "lr": 1e-3}
+    config = parity.layout_config(layout, hf_model=folder, loss=loss, **options)
+    wrapped, _, _, geometry, device = parity.build(config)
+    comparisons = random_comparisons(10, seed=1)
+    batcher = components.make_batcher(config, InMemory(comparisons), geometry)
+    packs = batcher.packs(np.arange(10))
+    grads = parity._first_gradients(wrapped, packs, config, geometry)
+    schedule, passes = train.run_schedule, []
+    train.run_schedule = lambda *args, **o: passes.append(o["forward_only"]) or schedule(*args, **o)
+    try:
+        sums = train.forward_backward(wrapped, packs, loss)
+    finally:
+        train.run_schedule = schedule
+    assert passes == ([False] if max_tokens == 10_000 else [True, False])
+    plain = {}
+    if world_size == 1:
+        (model,) = wrapped
+        batch = pack(comparisons)
+        rewards = model.module(batch)
+        x = rewards[batch.chosen] - rewards[batch.rejected]
+        total = -torch.nn.functional.logsigmoid(x).mean() + 0.7 * rewards.mean() ** 2
+        model.zero_grad_buffer()
+        (len(x) * total).backward()
+        plain = parity.gather_global(wrapped, geometry, lambda p: p.main_grad)
+        plain["loss"] = total.detach()
+    return len(packs), (sums["base_loss"] + sums["penalty"]) / sums["num_terms"], grads, plain
+
+
+def test_batch_centering_against_plain_torch(folder):
+    """With the mean from one pack, and from a sweep over packs, ranks and stages."""
+    from rmega.training.parity import Layout
+
+    num, loss, grads, plain = run_distributed(centered, 1, "1", str(folder), 10_000)[0]
+    assert num == 1
+    results = [(loss, grads)]
+    for text in ("1", "dp2", "pp2", "pp2,vpp2", "tp2,sp"):
+        ranks = run_distributed(centered, Layout.parse(text).world_size, text, str(folder), 200)
+        assert ranks[0][0] > 1
+        results.append(ranks[0][1:3])
+    for loss, grads in results:
+        assert loss == pytest.approx(plain["loss"].item(), rel=1e-5)
+        for name, value in grads.items():
+            want = plain[name]
+            assert (value - want).abs().max() <= TOLERANCE * want.abs().max(), name
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from rmega import ops
 from rmega.config import LossArgs
 from rmega.data.packing import pack
-from rmega.training.train import REPORTED, pair_loss, rao_kupper_loss
+from rmega.training.train import REPORTED, pair_loss, rao_kupper_loss, with_centering
 from tests.tiny import random_comparisons, with_ties
 
 
@@ -141,6 +142,46 @@ def test_rao_kupper_is_its_likelihood(raw, penalty, implementation, monkeypatch)
     wanted = torch.autograd.grad(base + extra, (rewards, threshold))
     for got, want in zip(torch.autograd.grad(loss, (rewards, threshold)), wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("loss", ["ranking", "plackett_luce", "rao_kupper"])
+def test_batch_centering_is_the_squared_mean_of_the_whole_batch(loss):
+    """Packs know the sums of the batch; together they have its value and gradient. An empty pack
+    has none."""
+    comparisons = with_ties(random_comparisons(12, seed=9))
+    args = LossArgs(loss=loss, penalty="none", batch_centering=0.7)
+    ties = loss == "rao_kupper"
+    parts = [pack(part, ties=ties) for part in (comparisons[:3], comparisons[3:], [])]
+    whole = pack(comparisons, ties=ties)
+    n = len(whole.pooled)
+    rewards = (torch.randn(n, dtype=torch.float64) + 2).requires_grad_()
+    threshold = torch.ones(1, dtype=torch.float64)
+
+    def loss_of(batch, own):
+        if ties:
+            return rao_kupper_loss(args, batch, threshold, own)
+        return pair_loss(args, batch, own)
+
+    plain, terms, _ = loss_of(whole, rewards)
+    want = plain + terms * 0.7 * rewards.mean() ** 2
+    sums = torch.stack([rewards.detach().sum(), torch.tensor(float(n)), terms]).double()
+    first = len(parts[0].pooled)
+    padding = torch.full((1,), 9.0, dtype=torch.float64)
+    own = [rewards[:first], rewards[first:], padding]
+    got = [
+        with_centering(partial(loss_of, batch), 0.7, batch, sums, part)
+        for batch, part in zip(parts, own, strict=True)
+    ]
+    alone = with_centering(partial(loss_of, whole), 0.7, whole, None, rewards)
+    (slope,) = torch.autograd.grad(want, rewards, retain_graph=True)
+    for total, report in (
+        (sum(x for x, _, _ in got), sum(x for _, _, x in got)),
+        (alone[0], alone[2]),
+    ):
+        torch.testing.assert_close(total, want)
+        reported = dict(zip(REPORTED, report.tolist(), strict=True))
+        assert reported["base_loss"] + reported["penalty"] == pytest.approx(want.item())
+        torch.testing.assert_close(torch.autograd.grad(total, rewards)[0], slope)
 
 
 def test_rao_kupper_of_an_empty_pack_and_of_ties_alone():

@@ -232,6 +232,9 @@ def test_the_flop_of_a_step_are_those_of_its_packs(changes, tmp_path):
     )
     counted = sum(flops_of(config, geometry, batcher, number) for number in range(12))
     assert counted == pytest.approx(expected, rel=1e-12)
+    config.loss.batch_centering = 0.1  # a second forward pass
+    centered = sum(flops_of(config, geometry, batcher, number) for number in range(12))
+    assert centered == pytest.approx(expected * 4 / 3, rel=1e-12)
 
 
 @pytest.fixture(scope="module")
