@@ -32,7 +32,7 @@ from benchmarks.common import environment, save, table  # noqa: E402
 
 GEMMS = ("mm", "addmm", "addmm_", "bmm", "matmul")
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "lift_fresh", "alias")
-LAUNCHES = {"rms_norm_backward": 2, "add_rms_norm_backward": 2}
+LAUNCHES = {"rms_norm_backward": 2, "add_rms_norm_backward": 2, "qkv_norm_rope_backward": 2}
 """Of rmega's operators that are more than one kernel: the sum of the weight's partial gradients."""
 INDEX = 4 * 8
 """Kernels per layer with which the gather made its index before it was made once per pack: 4 calls
@@ -96,9 +96,9 @@ class _Attention(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def path_of_gpus(*, fused: bool) -> Iterator[None]:
+def path_of_gpus(*, fused: bool, projection: bool = True) -> Iterator[None]:
     """Within it models on the CPU take the path of GPUs; ``fused``: with the kernels that join
-    several operators."""
+    several operators, ``projection``: also those from the fused projection on."""
     from rmega import ops
     from rmega.models import attention, layers, varlen
 
@@ -107,7 +107,7 @@ def path_of_gpus(*, fused: bool) -> Iterator[None]:
 
     changes = {
         (varlen, "varlen_function"): lambda: ("stand-in", stand_in),
-        (varlen, "fuses_projection"): lambda *_: fused,
+        (varlen, "fuses_projection"): lambda *_: fused and projection,
         (ops, "fuses_add_rms_norm"): lambda _: fused,
         **{
             (module, "packed_attention"): lambda q, k, v, segments, scale, _="auto": (
@@ -126,7 +126,7 @@ def path_of_gpus(*, fused: bool) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def build(layers: int):
+def build(layers: int, family: str = "internlm2"):
     """(config, wrapped model, optimizer, packs of a step)"""
     from benchmarks.train import draw
     from rmega import distributed
@@ -137,7 +137,8 @@ def build(layers: int):
 
     device = distributed.initialize()
     geometry = Geometry(
-        family="internlm2",
+        family=family,
+        qk_norm=family == "qwen3",
         num_layers=layers,
         head_dim=128,
         vocab_size=512,
@@ -158,17 +159,17 @@ def build(layers: int):
     return config, wrapped, optimizer, lambda: [pack(comparisons[:2]), pack(comparisons[2:])]
 
 
-def passes(layers: int, *, fused: bool) -> tuple[list[Noted], int]:
+def passes(layers: int, family: str, **path: bool) -> tuple[list[Noted], int]:
     """([forward, backward], tokens) of one pack; the plan of attention is made before, as it is
     for GPUs."""
     from rmega.models.varlen import varlen_plan
 
-    _, (model,), _, packs = build(layers)
+    _, (model,), _, packs = build(layers, family)
     batch = packs()[0]
     for segments in (batch.segments, batch.pooled_segments):
         varlen_plan(segments, torch.device("cpu"), batch.num_tokens)
     noted = [Noted(), Noted()]
-    with path_of_gpus(fused=fused):
+    with path_of_gpus(**path):
         with noted[0]:
             rewards = model(batch)
         with noted[1]:
@@ -176,17 +177,27 @@ def passes(layers: int, *, fused: bool) -> tuple[list[Noted], int]:
     return noted, batch.num_tokens
 
 
-def per_layer(*, fused: bool) -> list[dict[str, Any]]:
+PATHS: dict[str, tuple[str, dict[str, bool]]] = {
+    "separate": ("internlm2", dict(fused=False)),
+    "fused": ("internlm2", dict(fused=True)),
+    "heads normalized, separate": ("qwen3", dict(fused=True, projection=False)),
+    "heads normalized, fused": ("qwen3", dict(fused=True)),
+}
+"""Name of a path -> family of the model, and the path; "separate" also makes the index per call."""
+
+
+def per_layer(path: str) -> list[dict[str, Any]]:
     """Forward and backward of one layer that is neither the first nor the pruned last one."""
-    (more, tokens), (less, _) = passes(4, fused=fused), passes(3, fused=fused)
+    family, switches = PATHS[path]
+    (more, tokens), (less, _) = (passes(layers, family, **switches) for layers in (4, 3))
     unit = tokens * WIDTH["hidden_size"] * 4
     rows = []
     for name, a, b in zip(("forward", "backward"), more, less, strict=True):
         kernels, size = a.kernels - b.kernels, a.bytes - b.bytes
-        index = 0 if fused else INDEX // 2
+        index = INDEX // 2 if path == "separate" else 0
         rows.append(
             {
-                "path": "fused" if fused else "separate",
+                "path": path,
                 "pass": name,
                 "kernels": kernels.total() + index,
                 "of the index": index,
@@ -256,7 +267,7 @@ class Result:
 
 
 def count() -> Result:
-    return Result([row for fused in (False, True) for row in per_layer(fused=fused)], dict(waits()))
+    return Result([row for path in PATHS for row in per_layer(path)], dict(waits()))
 
 
 def main() -> int:

@@ -31,7 +31,9 @@ def first_line(*command: str) -> str:
 def toolkit() -> str:
     from torch.utils.cpp_extension import CUDA_HOME
 
-    header = Path(CUDA_HOME or "/nowhere", "include/cuda_runtime.h")
+    if CUDA_HOME is None:
+        raise FileNotFoundError("no CUDA toolkit (CUDA_HOME names it)")
+    header = Path(CUDA_HOME, "include/cuda_runtime.h")
     if not header.is_file():
         raise FileNotFoundError(f"{header} (CUDA_HOME names the toolkit)")
     return f"{CUDA_HOME}: {first_line(str(Path(CUDA_HOME, 'bin/nvcc')), '-V')}"
@@ -114,8 +116,8 @@ def packages() -> str:
 
 
 def main() -> int:
-    print(f"python {platform.python_version()}, torch {torch.__version__} for CUDA", end=" ")
-    print(torch.version.cuda, flush=True)
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    print(f"python {platform.python_version()}, torch {torch.__version__}, {built}", flush=True)
     looks: list[Callable[[], str]] = [packages, toolkit, python_header, git]
     gpu = torch.cuda.is_available()
     if gpu:

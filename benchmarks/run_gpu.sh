@@ -66,7 +66,7 @@ part() { # LIMIT NAME LINES COMMAND...
     code=$?
     case $code in
         0) note "$name" PASS $((SECONDS - begun)) "$lines" ;;
-        77) note "$name" SKIPPED $((SECONDS - begun)) 1 ;;
+        77) note "$name" SKIPPED $((SECONDS - begun)) "$lines" ;;
         *)
             failed=1
             ((code == 124 || code == 137)) && echo "ended at its limit of $limit s" >>"$work/logs/$name.log"

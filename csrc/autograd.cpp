@@ -180,6 +180,34 @@ struct QkvRope : Function<QkvRope> {
   }
 };
 
+struct QkvNormRope : Function<QkvNormRope> {
+  using Schema = Three(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                       const Tensor&, int64_t, int64_t, double);
+  using Backward = Three(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                         const Tensor&, const Tensor&, const Tensor&, const Tensor&, double);
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& q_weight,
+                               const Tensor& k_weight, const Tensor& cos, const Tensor& sin,
+                               const Tensor& index, int64_t heads, int64_t groups, double eps) {
+    ctx->save_for_backward({x, q_weight, k_weight, cos, sin, index});
+    ctx->saved_data["eps"] = eps;
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [query, key, value] =
+        RMEGA_OP("qkv_norm_rope", Schema)
+            .call(x, q_weight, k_weight, cos, sin, index, heads, groups, eps);
+    return {query, key, value};
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    auto [dx, dq_weight, dk_weight] =
+        RMEGA_OP("qkv_norm_rope_backward", Backward)
+            .call(grads[0], grads[1], grads[2], saved[0], saved[1], saved[2], saved[3], saved[4],
+                  saved[5], ctx->saved_data["eps"].toDouble());
+    variable_list result(9);
+    result[0] = dx, result[1] = dq_weight, result[2] = dk_weight;
+    return result;
+  }
+};
+
 struct RmsNorm : Function<RmsNorm> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
                                double eps) {
@@ -277,6 +305,14 @@ Three qkv_rope_autograd(const Tensor& x, const Tensor& cos, const Tensor& sin, c
   return {out[0], out[1], out[2]};
 }
 
+Three qkv_norm_rope_autograd(const Tensor& x, const Tensor& q_weight, const Tensor& k_weight,
+                             const Tensor& cos, const Tensor& sin, const Tensor& index,
+                             int64_t heads, int64_t groups, double eps) {
+  const auto out =
+      QkvNormRope::apply(x, q_weight, k_weight, cos, sin, index, heads, groups, eps);
+  return {out[0], out[1], out[2]};
+}
+
 TORCH_LIBRARY_FRAGMENT(rmega, m) {
   m.def("gather_last_token(Tensor hidden, Tensor last) -> Tensor");
   m.def("gather_last_token_backward(Tensor grad, Tensor last, SymInt t) -> Tensor");
@@ -301,6 +337,13 @@ TORCH_LIBRARY_FRAGMENT(rmega, m) {
       "qkv_rope_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor cos, "
       "Tensor sin, Tensor index) -> Tensor");
   m.def(
+      "qkv_norm_rope(Tensor x, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, "
+      "Tensor index, int heads, int groups, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "qkv_norm_rope_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor x, "
+      "Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, Tensor index, float eps) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
       "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
@@ -323,6 +366,8 @@ void every_device(torch::Library& m) {
   m.impl("gather_prefix_kv_backward", gather_prefix_kv_backward);
   m.impl("qkv_rope", qkv_rope);
   m.impl("qkv_rope_backward", qkv_rope_backward);
+  m.impl("qkv_norm_rope", qkv_norm_rope);
+  m.impl("qkv_norm_rope_backward", qkv_norm_rope_backward);
   m.impl("rms_norm", rms_norm);
   m.impl("rms_norm_backward", rms_norm_backward);
   m.impl("add_rms_norm", add_rms_norm);
@@ -357,6 +402,7 @@ TORCH_LIBRARY_IMPL(rmega, Autograd, m) {
     return GatherPrefix::apply(false, grad, prefix_start, prefix_len, own_start, own_len, t, index);
   });
   m.impl("qkv_rope", qkv_rope_autograd);
+  m.impl("qkv_norm_rope", qkv_norm_rope_autograd);
   m.impl("rms_norm", rms_norm_autograd);
   m.impl("add_rms_norm", add_rms_norm_autograd);
   m.impl("swiglu", [](const Tensor& x) { return SwiGlu::apply(x); });
@@ -364,8 +410,8 @@ TORCH_LIBRARY_IMPL(rmega, Autograd, m) {
     return Rope::apply(x, cos, sin, backwards);
   });
   // Once differentiable: a second derivative raises instead of being wrong.
-  for (const char* name : {"pairwise_loss_backward", "qkv_rope_backward", "rms_norm_backward",
-                           "add_rms_norm_backward", "swiglu_backward"}) {
+  for (const char* name : {"pairwise_loss_backward", "qkv_rope_backward", "qkv_norm_rope_backward",
+                           "rms_norm_backward", "add_rms_norm_backward", "swiglu_backward"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

@@ -65,6 +65,23 @@ int launch_qkv_rope_backward(const void* dquery, const void* dkey, const void* d
                              const void* cos, const void* sin, const int32_t* offsets,
                              const int32_t* sources, void* dx, const QkvShape& shape, DType dtype,
                              bool float_tables, Stream stream);
+// With RMS norms over the channels of each query and key before the rotation; the lanes of a head,
+// d/2 over 16 bytes of elements, are a power of two up to 32. Backward: partial [parts, 2, d] in
+// fp32 (fp64 where dtype is f64), whose sums are the gradients of both weights [d].
+struct HeadNorms {
+  const void *q_weight, *k_weight;
+  double eps;
+};
+int launch_qkv_norm_rope(const void* x, const HeadNorms& norms, const void* cos, const void* sin,
+                         const int32_t* rows, void* query, void* key, void* value,
+                         const QkvShape& shape, int64_t row_stride, DType dtype, bool float_tables,
+                         Stream stream);
+int launch_qkv_norm_rope_backward(const void* dquery, const void* dkey, const void* dvalue,
+                                  const void* x, const HeadNorms& norms, const void* cos,
+                                  const void* sin, const int32_t* offsets, const int32_t* sources,
+                                  void* dx, void* partial, const QkvShape& shape,
+                                  int64_t row_stride, int64_t parts, DType dtype,
+                                  bool float_tables, Stream stream);
 
 // As NormKernels, GluKernels and RopeKernels of elementwise.h. x, weight, y, dy, dx of dtype; inv
 // [rows] and partial [parts, h] in fp32 (fp64 where dtype is f64), h at most kMostNormWidth. rope:

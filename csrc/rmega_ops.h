@@ -67,6 +67,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> qkv_rope(const at::Tensor& x, con
 at::Tensor qkv_rope_backward(const at::Tensor& grad_query, const at::Tensor& grad_key,
                              const at::Tensor& grad_value, const at::Tensor& cos,
                              const at::Tensor& sin, const at::Tensor& index);
+// With rms_norm of queries and keys, weights [d], before the rotation. Backward: of x and of both
+// weights.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> qkv_norm_rope(
+    const at::Tensor& x, const at::Tensor& q_weight, const at::Tensor& k_weight,
+    const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& index, int64_t heads,
+    int64_t groups, double eps);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> qkv_norm_rope_backward(
+    const at::Tensor& grad_query, const at::Tensor& grad_key, const at::Tensor& grad_value,
+    const at::Tensor& x, const at::Tensor& q_weight, const at::Tensor& k_weight,
+    const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& index, double eps);
 
 // float32 and bfloat16, on a GPU also float16 (elementwise.cpp). rms_norm also returns 1 / rms of
 // each row, for its backward.

@@ -10,11 +10,13 @@ RMEGA_TORCH=2.13.0  # what an environment without a torch of 2.10 or newer gets
 
 rmega_fail() { echo "error: $*" >&2; return 1; }
 
-# rmega_pip WHAT ARGUMENTS...: pip install, quietly; on failure the end of its output.
+# rmega_pip WHAT ARGUMENTS...: pip install, quietly; on failure the end of its output. Bytecode is
+# left to the first import of a module: a run imports a quarter of what pip would compile.
 rmega_pip() {
     local what="$1" start=$SECONDS
     echo "set-up: $what ..."
-    "$PYTHON" -m pip --disable-pip-version-check install "${@:2}" >>"$RMEGA_CACHE/setup.log" 2>&1 ||
+    "$PYTHON" -m pip --disable-pip-version-check install --no-compile "${@:2}" \
+        >>"$RMEGA_CACHE/setup.log" 2>&1 ||
         { tail -n 15 "$RMEGA_CACHE/setup.log" >&2
           rmega_fail "$what failed; the whole output of pip is in $RMEGA_CACHE/setup.log"; return; }
     echo "set-up: $what: done in $((SECONDS - start)) s"

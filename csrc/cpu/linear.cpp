@@ -7,8 +7,8 @@
 //
 // Letters: t rows, k and n the layer's inputs and outputs; m, w the smaller and the larger of n and
 // k.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <algorithm>

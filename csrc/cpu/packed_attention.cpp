@@ -8,8 +8,7 @@
 // head i % r). GEMMs are ATen's brgemm (AMX, AVX-512 or AVX2 through oneDNN;
 // packed_attention_tasks.h), softmax and its derivative are packed_attention_lanes.h. Memory beside
 // the results is linear in the tokens of one comparison.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <atomic>

@@ -3,7 +3,7 @@
 // sets.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/native/CPUBlas.h>
 
 #include <cmath>

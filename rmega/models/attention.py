@@ -12,6 +12,7 @@ Rows that no segment covers give zeros.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,15 @@ from rmega import ops
 from rmega.distributed import log
 from rmega.models import varlen
 from rmega.models.segments import Part, Segment, SegmentsLike, attention_parts, segment_list
+
+
+class HeadNorms(NamedTuple):
+    """RMS norms over each head of queries and keys: weights [d] and epsilon."""
+
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+
 
 BACKENDS = ("auto", "cuda", "cpu", "reference")
 
@@ -48,27 +58,52 @@ def projection_attention(
     groups: int,
     segments: SegmentsLike,
     scale: float,
+    norms: HeadNorms | None = None,
 ) -> Tensor:
     """Rotation and attention of a pack from its fused projection x [t, (a + 2 g) d] (columns as
-    ``ops.qkv_rope`` has them), where ``varlen.fuses_projection``: [t, a * d]."""
+    ``ops.qkv_rope`` has them), where ``varlen.fuses_projection``: [t, a * d]. ``norms`` of queries
+    and keys come before the rotation."""
     plan = varlen.varlen_plan(segments, x.device, x.shape[0])
-    q, k, v = ops.qkv_rope(x, cos, sin, plan.index, heads, groups)
+    q, k, v = _split_and_rotate(x, cos, sin, plan.index, heads, groups, norms)
     return varlen.attention_over_gathered(q, k, v, plan, scale, varlen.varlen_function()[1])
 
 
 def pooled_attention(
-    q: Tensor, key_value: Tensor, cos: Tensor, sin: Tensor, segments: SegmentsLike, scale: float
+    q: Tensor,
+    key_value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    segments: SegmentsLike,
+    scale: float,
+    norms: HeadNorms | None = None,
 ) -> Tensor:
     """Attention of rotated queries [n, a, d] over keys and values that are still one projection
-    key_value [t, 2 g d], keys first and not rotated: [n, a * d]."""
+    key_value [t, 2 g d], keys first and neither normalized (``norms``) nor rotated: [n, a * d]."""
     t, d = key_value.shape[0], q.shape[-1]
     groups = key_value.shape[1] // (2 * d)
-    if varlen.fuses_projection(q.device, q.dtype, d):
+    if varlen.fuses_projection(q.device, q.dtype, d, norms is not None):
         plan = varlen.varlen_plan(segments, q.device, t)
-        _, k, v = ops.qkv_rope(key_value, cos, sin, plan.index, 0, groups)
+        _, k, v = _split_and_rotate(key_value, cos, sin, plan.index, 0, groups, norms)
         return varlen.attention_over_gathered(q, k, v, plan, scale, varlen.varlen_function()[1])
     k, v = key_value.view(t, 2, groups, d).unbind(1)
+    if norms is not None:
+        k = ops.rms_norm(k, norms.k_weight, norms.eps)
     return packed_attention(q, ops.rope(k, cos, sin), v, segments, scale)
+
+
+def _split_and_rotate(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    index: Tensor,
+    heads: int,
+    groups: int,
+    norms: HeadNorms | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if norms is None:
+        return ops.qkv_rope(x, cos, sin, index, heads, groups)
+    q_weight, k_weight, eps = norms
+    return ops.qkv_norm_rope(x, q_weight, k_weight, cos, sin, index, heads, groups, eps)
 
 
 def choose_backend(q: Tensor, backend: str = "auto") -> str:

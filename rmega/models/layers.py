@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -38,7 +39,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from rmega import ops
 from rmega.data.packing import Segments
 from rmega.models import varlen
-from rmega.models.attention import packed_attention, pooled_attention, projection_attention
+from rmega.models.attention import (
+    HeadNorms,
+    packed_attention,
+    pooled_attention,
+    projection_attention,
+)
 
 
 @dataclasses.dataclass
@@ -129,6 +135,7 @@ class PackedCoreAttention(torch.nn.Module):
         self.scale = config.softmax_scale or config.kv_channels**-0.5
         self.head_dim = config.kv_channels
         self.heads_per_group = config.num_attention_heads // config.num_query_groups
+        self.norms: Callable[[], HeadNorms | None] = lambda: None  # of PackedSelfAttention
 
     def forward(
         self,
@@ -147,19 +154,31 @@ class PackedCoreAttention(torch.nn.Module):
             groups = slots // (self.heads_per_group + 2)
             heads = slots - 2 * groups
             return projection_attention(
-                query, pack.cos, pack.sin, heads, groups, pack.segments, self.scale
+                query, pack.cos, pack.sin, heads, groups, pack.segments, self.scale, self.norms()
             )
         query, key = ops.rope(query, pack.cos, pack.sin), ops.rope(key, pack.cos, pack.sin)
         return packed_attention(query, key, value, pack.segments, self.scale)
 
 
 class PackedSelfAttention(SelfAttention):
-    """Megatron-Core's. Where one kernel does split, rotation and gather, the core attention gets
-    the fused projection as it is, in place of the query."""
+    """Megatron-Core's. Where one kernel does split, norms of heads, rotation and gather, the core
+    attention gets the fused projection as it is, in place of the query."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.reads_inner_weights = self.config.qk_layernorm  # those of the norms
+        self.core_attention.norms = self.norms
+
+    def norms(self) -> HeadNorms | None:
+        """The norms of queries and keys, in models that have them."""
+        if not self.config.qk_layernorm:
+            return None
+        q, k = self.q_layernorm, self.k_layernorm
+        return HeadNorms(q.weight, k.weight, q.eps)
 
     def get_query_key_value_tensors(self, hidden_states, key_value_states=None, **options):
         x, d = hidden_states, self.hidden_size_per_attention_head
-        if self.config.qk_layernorm or not varlen.fuses_projection(x.device, x.dtype, d):
+        if not varlen.fuses_projection(x.device, x.dtype, d, self.config.qk_layernorm):
             return super().get_query_key_value_tensors(x, key_value_states, **options)
         mixed, _ = self.linear_qkv(x)  # [t, 1, (a + 2 g) d]
         nothing = mixed.new_empty(0, 1)
@@ -252,16 +271,12 @@ class PooledLastLayer(DecoderLayer):
             of_query, of_key_value = u.tensor_split([lora.rank], dim=1)  # [t, rank], [t, 2 rank]
             query = lora.up(query, ops.gather_last_token(of_query, pack.pooled), slice(0, 1))
             key_value = lora.up(key_value, of_key_value, slice(1, 3))
-        query = query.view(-1, g * r, d)
-        if self.config.qk_layernorm:  # without it, newer releases have None there
-            key, value = key_value.view(-1, 2, g, d).unbind(1)  # [t, g, d] each
-            query, key = attention.q_layernorm(query), attention.k_layernorm(key)
+        query, norms = query.view(-1, g * r, d), attention.norms()
+        if norms is not None:
+            query = ops.rms_norm(query, norms.q_weight, norms.eps)
         query = ops.rope(query, cos[pack.pooled], sin[pack.pooled])
-        if self.config.qk_layernorm:
-            key = ops.rope(key, cos, sin)
-            out = packed_attention(query, key, value, pack.pooled_segments, scale)  # [n, g r d]
-        else:
-            out = pooled_attention(query, key_value, cos, sin, pack.pooled_segments, scale)
+        segments = pack.pooled_segments
+        out = pooled_attention(query, key_value, cos, sin, segments, scale, norms)  # [n, g r d]
         out, _ = attention.linear_proj(out[:, None])
         pooled = pool_rows(hidden_states, pack.pooled, self.shards_sequence)  # [n, 1, h]
         return self._forward_mlp(self.pre_mlp_layernorm.after_residual(out, pooled)), None

@@ -89,9 +89,13 @@ def packed_attention_varlen(
     return attention_over_gathered(q, k, v, plan, scale, varlen)
 
 
-def fuses_projection(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+def fuses_projection(
+    device: torch.device, dtype: torch.dtype, head_dim: int, qk_norm: bool = False
+) -> bool:
     """Whether attention may take the fused projection as it is: varlen attention runs, and one
-    kernel splits, rotates and gathers."""
+    kernel splits, rotates and gathers; with ``qk_norm`` also normalizes queries and keys."""
+    if qk_norm and not ops.fuses_qkv_norm(head_dim):
+        return False
     return ops.fuses_qkv(device, dtype) and not obstacle(device, dtype, head_dim)
 
 

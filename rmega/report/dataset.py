@@ -38,12 +38,13 @@ def write_dataset_report(
     summary, manifest = summarize(dataset), dataset.manifest
     tokens, made_of = summary["tokens"], manifest.get("input", {})
     sources = sorted(summary["sources"].items(), key=lambda item: -item[1]["tokens"])
+    ties = "kept" if summary["ties"] == "keep" else "they give none"
     counts = [
         ("comparisons", summary["comparisons"]),
         ("responses", summary["responses"]),
         *((f"comparisons with {k}", n) for k, n in summary["responses_per_comparison"].items()),
         ("pairs", summary["pairs"]),
-        ("tied pairs (they give none)", summary["tied_pairs"]),
+        (f"tied pairs ({ties})", summary["tied_pairs"]),
         ("comparisons with ratings", summary["graded_comparisons"]),
         ("tokens stored", tokens["stored"]),
         ("tokens without the shared prefix", tokens["without_sharing"]),

@@ -25,7 +25,7 @@ from rmega.megatron import cpu
 distributed.quiet_engine()
 for name in cpu.ENGINE_MODULES:
     importlib.import_module(name)
-import rmega.training.train, rmega.checkpointing.checkpoint
+import rmega.training.components, rmega.training.train, rmega.checkpointing.checkpoint
 engine = {n: m for n, m in sys.modules.items() if n.startswith("megatron.core")}
 others = {n: m for n, m in sys.modules.items()
           if not n.startswith("megatron") and getattr(m, "__dict__", None)

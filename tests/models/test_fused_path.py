@@ -46,7 +46,7 @@ def calls(monkeypatch):
         monkeypatch.setattr(varlen, "varlen_function", lambda: ("stand-in", fake_varlen))
         monkeypatch.setattr(varlen, "fuses_projection", lambda *a: True)
         monkeypatch.setattr(ops, "fuses_add_rms_norm", lambda x: True)
-        for name in ("rms_norm", "add_rms_norm", "qkv_rope", "rope"):
+        for name in ("rms_norm", "add_rms_norm", "qkv_rope", "qkv_norm_rope", "rope"):
             counted(ops, name)
         counted(layers, "packed_attention")
         return counts
@@ -84,15 +84,15 @@ def test_rewards_and_gradients(family, prune, share, calls, tmp_path):
     for name, gradient in gradients.items():
         close(found_gradients[name], gradient)
     # Every addition prepares a norm, and every prepared norm is used: only the first is made alone.
-    heads_norms = 2 * depth if family == "qwen3" else 0
+    heads_norms = int(prune and family == "qwen3")  # the pruned layer's queries
     assert counts["add_rms_norm"] == 2 * depth
     alone = counts.get("rms_norm", 0) - counts["add_rms_norm"] * (ops._add_rms_norm is None)
     assert alone == 1 + heads_norms
-    if family == "qwen3":  # norms of heads come between split and rotation
-        assert "qkv_rope" not in counts and "packed_attention" in counts
-    else:
-        assert counts["qkv_rope"] == depth and "packed_attention" not in counts
-        assert counts.get("rope", 0) == int(prune)  # the pruned layer's queries
+    fused = "qkv_norm_rope" if family == "qwen3" else "qkv_rope"
+    assert counts[fused] == depth and "packed_attention" not in counts
+    if ops._qkv_norm_rope is not None:  # else the kernel's plain form counts as well
+        assert counts.get("qkv_rope", 0) + counts.get("qkv_norm_rope", 0) == depth
+    assert counts.get("rope", 0) == int(prune)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

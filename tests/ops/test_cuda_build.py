@@ -75,7 +75,7 @@ def test_projection_moves_whole_lanes_and_divides_in_32_bits(tmp_path):
         # lanes, and single numbers of the index
         assert all(".v4." in load or load.endswith(("u32", "s32", "b32")) for load in loads), loads
         assert not re.findall(r"(?:div|rem)\.[us]64", text), kernel
-    assert found == 2 * 2 * 2  # directions, dtypes, dtypes of the tables
+    assert found == 3 * 2 * 2  # forward with and without norms, backward; dtypes of both
 
 
 @needs_nvcc

@@ -59,6 +59,18 @@ void qkv_backward(In dq, In dk, In dv, In cos, In sin, Index offsets, Index sour
   rmega::launch_qkv_rope_backward(dq, dk, dv, cos, sin, offsets, sources, dx, {t, total, a, g, d},
                                   DT, float_tables != 0, nullptr);
 }
+void qkv_norm(In x, In qw, In kw, In cos, In sin, Index rows, Out q, Out k, Out v, N t, N total,
+              N a, N g, N d, N row_stride, N dtype, N float_tables) {
+  rmega::launch_qkv_norm_rope(x, {qw, kw, 1e-5}, cos, sin, rows, q, k, v, {t, total, a, g, d},
+                              row_stride, DT, float_tables != 0, nullptr);
+}
+void qkv_norm_backward(In dq, In dk, In dv, In x, In qw, In kw, In cos, In sin, Index offsets,
+                       Index sources, Out dx, Out partial, N t, N total, N a, N g, N d,
+                       N row_stride, N parts, N dtype, N float_tables) {
+  rmega::launch_qkv_norm_rope_backward(dq, dk, dv, x, {qw, kw, 1e-5}, cos, sin, offsets, sources,
+                                       dx, partial, {t, total, a, g, d}, row_stride, parts, DT,
+                                       float_tables != 0, nullptr);
+}
 void norm(In x, In weight, Out y, Out inv, N rows, N h, N dtype) {
   rmega::launch_rms_norm(x, nullptr, weight, nullptr, y, inv, rows, h, 1e-5, DT, nullptr);
 }
@@ -292,6 +304,61 @@ def test_qkv_rope(kernels, dtype, float_tables, a, g, d, more):
     upstream = [grad.double() for grad in grads[first:]]
     (right_dx,) = torch.autograd.grad(right[first:], exact, upstream)
     assert nearly(dx, right_dx, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("float_tables", [True, False])
+@pytest.mark.parametrize(
+    "a,g,d,more,parts",
+    [
+        (1, 1, 2, 0, 1),
+        (6, 2, 16, 0, 7),
+        (3, 3, 128, 0, T),
+        (0, 2, 16, 0, 3),
+        (4, 2, 32, 8, 2),
+        (40, 8, 16, 0, 4),  # more than one turn of a block per row
+    ],
+)
+def test_qkv_norm_rope(kernels, dtype, float_tables, a, g, d, more, parts):
+    """As test_qkv_rope, with norms of queries and keys and the gradients of their weights."""
+    torch.manual_seed(d + a)
+    rows, offsets, sources = index_of_segments()
+    width = (a + 2 * g) * d
+    x = (torch.randn(T, width + more) * 3).to(dtype)[:, :width]
+    weights = [(0.5 + torch.rand(d)).to(dtype) for _ in range(2)]
+    angles = torch.randn(T, d // 2)
+    cos, sin = (
+        y.to(torch.float32 if float_tables else dtype) for y in (angles.cos(), angles.sin())
+    )
+    outs = [torch.full((n, heads, d), 7.0, dtype=dtype) for n, heads in ((T, a), *[(TOTAL, g)] * 2)]
+    kernels(
+        "qkv_norm", x, *weights, cos, sin, rows, *outs, T, TOTAL, a, g, d, x.stride(0),
+        DTYPES.index(dtype), float_tables,
+    )  # fmt: skip
+    exact = [y.double().contiguous().requires_grad_() for y in (x, *weights)]
+    index = torch.cat([rows, offsets, sources])
+    right = ops.qkv_norm_rope_ref(*exact, cos.double(), sin.double(), index, a, g, 1e-5)
+    assert all(nearly(out, value.detach(), dtype) for out, value in zip(outs, right, strict=True))
+    assert torch.equal(outs[2], right[2].detach().to(dtype))  # values are copied
+    grads = [torch.randn(out.shape).to(dtype) for out in outs]
+    dx = torch.full((T, width), 7.0, dtype=dtype)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    partial = torch.full((parts, 2, d), 7.0, dtype=compute)
+    kernels(
+        "qkv_norm_backward", *grads, x, *weights, cos, sin, offsets, sources, dx, partial, T,
+        TOTAL, a, g, d, x.stride(0), parts, DTYPES.index(dtype), float_tables,
+    )  # fmt: skip
+    first = 0 if a else 1  # no queries, no gradient
+    inputs = exact if a else [exact[0], exact[2]]
+    right_dx, *right_weights = torch.autograd.grad(
+        right[first:], inputs, [grad.double() for grad in grads[first:]]
+    )
+    assert nearly(dx, right_dx, dtype)
+    for found, expected in zip(partial.double().sum(0)[first:], right_weights, strict=True):
+        rounding = 1e-12 if dtype == torch.float64 else 1e-5
+        assert (found - expected).abs().max() <= rounding * max(1.0, expected.abs().max().item())
+    if not a:
+        assert not partial[:, 0].any()
 
 
 def at_offset(x: torch.Tensor, offset: int) -> torch.Tensor:

@@ -785,6 +785,51 @@ def test_qkv_rope_opcheck_and_refusals():
         ops.qkv_rope(x, cos, sin[1:], index, 4, 2)
 
 
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", SEGMENTS)
+@pytest.mark.parametrize("a,g,d", [(1, 1, 2), (6, 2, 16), (0, 3, 8)])
+def test_qkv_norm_rope(implementation, dtype, case, a, g, d):
+    """The three steps by hand in fp64; gradients of the projection and of both weights."""
+    choose(implementation)
+    x, cos, sin, index = fused_projection(a, g, d, dtype, case)
+    weights = [(0.5 + torch.rand(d, generator=torch.Generator().manual_seed(i))) for i in (1, 2)]
+
+    def run(*inputs):
+        return qkv_in_one(ops.qkv_norm_rope)(*inputs, index, a, g, 1e-5)
+
+    def steps(x, q_weight, k_weight, cos, sin):
+        t, normed = len(x), x.view(len(x), g, -1, d) if a else x.view(len(x), 2, g, d)
+        if a:
+            query, key, value = normed.split([a // g, 1, 1], dim=2)
+            query = ops.rms_norm_ref(query, q_weight, 1e-5)
+            key = ops.rms_norm_ref(key, k_weight, 1e-5)
+            normed = torch.cat([query, key, value], dim=2)
+        else:
+            key, value = normed.unbind(1)
+            normed = torch.stack([ops.rms_norm_ref(key, k_weight, 1e-5), value], dim=1)
+        return qkv_in_one(ops.qkv_rope_ref)(normed.reshape(t, -1), cos, sin, index, a, g)
+
+    inputs = [x, *(weight.to(dtype) for weight in weights), cos, sin]
+    # Without queries their weight takes no part.
+    assert_kernel(run, steps, inputs, [0, 1, 2] if a else [0, 2], dtype)
+
+
+def test_qkv_norm_rope_opcheck_and_refusals():
+    choose("native")
+    if ops._qkv_norm_rope is None:
+        pytest.skip("rmega._C is from older sources")
+    x, cos, sin, index = fused_projection(4, 2, 6, torch.float32)
+    weights = [torch.rand(6, requires_grad=True) for _ in range(2)]
+    opcheck("qkv_norm_rope", (x.requires_grad_(), *weights, cos, sin, index, 4, 2, 1e-5))
+    outs = ops.qkv_norm_rope(x, *weights, cos, sin, index, 4, 2, 1e-5)
+    grads = [out.detach() for out in outs]
+    fixed = [value.detach() for value in (x, *weights)]
+    opcheck("qkv_norm_rope_backward", (*grads, *fixed, cos, sin, index, 1e-5))
+    with pytest.raises(RuntimeError, match=r"weight Float \[7\]"):
+        ops.qkv_norm_rope(x, weights[0], torch.rand(7), cos, sin, index, 4, 2, 1e-5)
+
+
 # ---- fused elementwise: every instruction set that this CPU has
 
 

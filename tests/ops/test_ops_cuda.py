@@ -132,6 +132,27 @@ def test_qkv_rope(dtype, a, g, d, float_tables):
     assert_twice_plain(flat(ops.qkv_rope), flat(ops.qkv_rope_ref), inputs, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("a,g,d", [(1, 1, 16), (16, 8, 128), (32, 8, 128), (0, 8, 128)])
+@pytest.mark.parametrize("float_tables", [True, False])
+def test_qkv_norm_rope(dtype, a, g, d, float_tables):
+    torch.manual_seed(0)
+    segments = [(0, 0, 0, 50), (0, 50, 50, 1), (0, 50, 51, 20), (0, 50, 71, 9), (3, 0, 4, 0)]
+    segments += [(200, 20, 220 + i % 30, 1) for i in range(300)]
+    columns = [torch.tensor(column) for column in zip(*segments, strict=True)]
+    t, index = 400, ops.prefix_index(*columns, 400).cuda()
+    angles = torch.randn(t, d // 2, device="cuda")
+    tables = [y.to(torch.float32 if float_tables else dtype) for y in (angles.cos(), angles.sin())]
+    weights = [(0.5 + torch.rand(d, device="cuda")).to(dtype) for _ in range(2)]
+
+    def flat(op):
+        return lambda x, *given: torch.cat([out.flatten() for out in op(x, *given)])
+
+    x = torch.randn(t, (a + 2 * g) * d, device="cuda")
+    inputs = [x, *weights, *tables, index, a, g, 1e-5]
+    assert_twice_plain(flat(ops.qkv_norm_rope), flat(ops.qkv_norm_rope_ref), inputs, dtype)
+
+
 ELEMENTWISE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 
 
