@@ -125,7 +125,7 @@ class EmbeddingRequest(ClassifyRequest):
     """OpenAI's request for embeddings, by which SGLang serves reward models."""
 
     encoding_format: Literal["float", "base64"] = "float"
-    """base64: of little-endian fp32, which OpenAI's Python client asks for unless told otherwise."""
+    """base64: of little-endian fp32, the default of OpenAI's Python client."""
 
 
 class ScoreRequest(RootModel[dict[str, Any]]):

@@ -145,8 +145,10 @@ def test_ties_and_their_loss_need_each_other(small_llama, tied, ranked) -> None:
 
 
 def test_data_of_ties_alone(small_llama, tmp_path) -> None:
-    """They train the threshold and have no accuracy: no row states one, no validation takes them."""
-    rows = [{"prompt": f"{i}?", "responses": ["yes", f"no {i}"], "scores": [1, 1]} for i in range(6)]
+    """They train the threshold and have no accuracy: no row states one."""
+    rows = [
+        {"prompt": f"{i}?", "responses": ["yes", f"no {i}"], "scores": [1, 1]} for i in range(6)
+    ]
     write_lines(tmp_path / "rows.jsonl", rows)
     data = str(tmp_path / "ties")
     preprocess(
