@@ -43,9 +43,10 @@ def check(info: dict[str, Any], found: Path, own: dict[str, Any], flag: str) -> 
 
 
 def find(info: dict[str, Any], found: Path, flag: str) -> Path:
-    """The folder of the base model of checkpoint ``found``: where it was, or under its name."""
-    folder = Path(info["base"]["folder"])
+    """The folder of the base model of checkpoint ``found``: where it was, or under its name.
+    ``flag``, which may be empty, begins messages."""
+    folder, named = Path(info["base"]["folder"]), f"{flag.rstrip()} {found}: base model".lstrip()
     if not folder.is_dir():
-        folder = resolve_model(info["base_model"], flag=f"{flag} {found}: base model")
-    check(info, found, record(folder), f"{flag} {found}: base model")
+        folder = resolve_model(info["base_model"], flag=named)
+    check(info, found, record(folder), named)
     return folder

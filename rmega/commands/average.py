@@ -27,8 +27,8 @@ class AverageArgs(WritingArgs):
     verified exports of rmega. They must come from one base model, with one tokenizer, chat
     template, reward and pad token."""
     output: str
-    """Folder to write. A run, a checkpoint, the base model, one of the parts, and folders inside
-    them are refused."""
+    """Folder to write. The base model, one of the parts, a run, a checkpoint, and folders inside
+    the last three are refused."""
     format: Literal["auto", "internlm2", "llama"] = "auto"
     """As of tools/convert_to_hf.py. An average of exports keeps their format."""
 

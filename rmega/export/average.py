@@ -34,6 +34,8 @@ class Part:
     folder: Path
     info: dict[str, Any]
     is_export: bool = False
+    flag: str = ""
+    """Begins messages on it, with a space."""
 
     @property
     def files(self) -> Path:
@@ -46,7 +48,7 @@ class Part:
         compared once: that reads the whole model."""
         if self.is_export or not LoraArgs.recorded(self.info.get("config")).lora_rank:
             return None
-        return base_model.find(self.info, self.folder, "--load")
+        return base_model.find(self.info, self.folder, self.flag)
 
     def tensors(self) -> CheckpointTensors | HfTensors | MergedTensors:
         """Its weights; adapters are merged into their base model."""
@@ -60,9 +62,10 @@ class Part:
 
 
 def read_part(path: Path, iteration: str = "latest", flag: str = "") -> Part:
-    """The checkpoint that a run or a checkpoint folder names. ``flag`` begins messages."""
+    """The checkpoint that a run or a checkpoint folder names. ``flag`` begins messages, with a
+    space."""
     folder = find_checkpoint(path, iteration, flag)
-    return Part(folder, read_info(folder))
+    return Part(folder, read_info(folder), flag=flag)
 
 
 def read_parts(paths: Sequence[Path]) -> list[Part]:

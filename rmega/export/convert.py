@@ -81,12 +81,19 @@ def convert(
     if hub_name is not None:
         hub.check(hub_name, verify=verify)
     paths = [run, *average_with]
-    parts = read_parts(paths) if average_with else [read_part(run, iteration, "--load ")]
+    flag = "" if average_with else "--load "
+    parts = read_parts(paths) if average_with else [read_part(run, iteration, flag)]
     info = parts[0].info
     base = info["base"]["folder"] if "base" in info else info.get("base_model")
     for load, part in zip(paths, parts, strict=True):
         target = destination.check(
-            output, load=load, checkpoint=part.folder, base=base, force=force, verify=verify
+            output,
+            load=load,
+            checkpoint=part.folder,
+            base=base,
+            force=force,
+            verify=verify,
+            named=flag or "the part ",
         )
     for part in parts:
         _check_checkpoint(part)

@@ -99,25 +99,33 @@ def _some(names: list[str]) -> str:
 
 
 def check(
-    output: Path, *, load: Path, checkpoint: Path, base: str | None, force: bool, verify: bool
+    output: Path,
+    *,
+    load: Path,
+    checkpoint: Path,
+    base: str | None,
+    force: bool,
+    verify: bool,
+    named: str = "--load ",
 ) -> Path:
     """The resolved destination. Raises ValueError where an export must not be written.
 
-    ``load`` is what the user named, ``checkpoint`` the folder that is read, ``base`` the base model
-    (protected where it is a folder). With ``force`` an older export is replaced, but nothing else:
-    no folder with files that the export did not write, and no verified export without ``verify``.
+    ``load`` is what the user named, as ``named``, ``checkpoint`` the folder that is read, ``base``
+    the base model (protected where it is a folder). With ``force`` an older export is replaced, but
+    nothing else: no folder with files that the export did not write, and no verified export without
+    ``verify``.
     """
     where = f"--output {output}"
     if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in str(output)):
         raise ValueError(f"{where!r}: control characters or bytes that are no text in the name")
     folder = Path(os.path.realpath(output))
-    protected = [("--load", load), ("--load", checkpoint)]
-    protected += [("the base model", Path(base).expanduser())] if base else []
+    protected = [(named, load), (named, checkpoint)]
+    protected += [("the base model ", Path(base).expanduser())] if base else []
     for what, path in protected:
         if relation := _relation(folder, path):
-            if relation == "lies in" and what != "--load":
+            if relation == "lies in" and what != named:
                 continue
-            raise ValueError(f"{where}: {relation} {what} {path}; choose a folder outside it")
+            raise ValueError(f"{where}: {relation} {what}{path}; choose a folder outside it")
     for what, path in (("the current directory", Path.cwd()), ("the home folder", Path.home())):
         if _relation(folder, path) in ("is", "holds"):
             raise ValueError(f"{where}: {_relation(folder, path)} {what} {path}")

@@ -73,8 +73,9 @@ def compare_weights(
     geometry: Geometry,
     dtype: str,
 ) -> tuple[str, bool]:
-    """Read the written files again, one tensor at a time: (a sentence, whether every value is the
-    checkpoint's)."""
+    """Read the written files again, one tensor at a time: (a sentence, whether every value is that
+    of ``source``)."""
+    owner = "mean" if isinstance(source, MeanTensors) else "checkpoint"
     kind = DTYPES[dtype][0]
     bits = {2: torch.int16, 4: torch.int32}[kind.itemsize]
     table, compared = BACKBONES[geometry.family].weight_table(geometry), 0
@@ -89,10 +90,10 @@ def compare_weights(
                         ours.view(bits), theirs.contiguous().view(bits)
                     ):
                         file = written.files[names[part.name]]
-                        return f"{part.name} in {file} is not what the checkpoint holds.", False
+                        return f"{part.name} in {file} is not the {owner}'s.", False
                     compared += ours.numel()
                     del theirs, ours
-    return f"All {compared:,} written values are the checkpoint's, rounded to {dtype}.", True
+    return f"All {compared:,} written values are the {owner}'s, rounded to {dtype}.", True
 
 
 @torch.no_grad()
@@ -254,7 +255,7 @@ def verify_export(
     ]
     items += [[list(example)]] if example else []
     sequences = [sequence for item in items for sequence in item]
-    say("comparing every written value with the checkpoint")
+    say(f"comparing every written value with the {'mean' if averaged else 'checkpoint'}")
     base = parts[0].base_model if as_adapter else None
     if base:
         sentence, equal = compare_peft(parts[0].folder, info, folder, geometry)

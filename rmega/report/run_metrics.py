@@ -105,7 +105,7 @@ def head(train: Sequence[dict[str, Any]], config: dict[str, Any]) -> list[str]:
             done.append(f"{state}: {step:,} of {planned:,} steps")
         if seconds := time_taken(train):
             done.append(str(datetime.timedelta(seconds=round(seconds))))
-        pairs = sum(row.get("num_pairs") or row.get("num_samples") or 0 for row in train)
+        pairs = sum(row.get("num_pairs", row.get("num_samples")) or 0 for row in train)
         if pairs:
             done.append(f"{pairs:,} pairs seen")
     made = [

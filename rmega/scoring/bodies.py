@@ -124,6 +124,9 @@ class PoolingRequest(ClassifyRequest):
 class EmbeddingRequest(ClassifyRequest):
     """OpenAI's request for embeddings, by which SGLang serves reward models."""
 
+    encoding_format: Literal["float", "base64"] = "float"
+    """base64: of little-endian fp32, the default of OpenAI's Python client."""
+
 
 class ScoreRequest(RootModel[dict[str, Any]]):
     """``conversations`` (a list of lists of messages), or any form of row that tools/score.py
@@ -221,8 +224,8 @@ class Pooled(BaseModel):
 class Embedded(BaseModel):
     index: int
     object: str = "embedding"
-    embedding: list[float]
-    """The reward, and nothing else."""
+    embedding: list[float] | str
+    """The reward, and nothing else; text where base64 was asked for."""
 
 
 class EngineAnswer(BaseModel):

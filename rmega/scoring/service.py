@@ -7,7 +7,9 @@ import dataclasses
 import functools
 import hmac
 import json
+import struct
 import sys
+from base64 import b64encode
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -42,6 +44,7 @@ from rmega.scoring.metrics import Metrics
 from rmega.scoring.queue import Abandoned, ScoringQueue
 
 T = TypeVar("T")
+R = TypeVar("R", bound=ClassifyRequest)
 
 MAX_CHARS_PER_TOKEN = 256  # of any text; spares the tokenizer a body full of one word
 MAX_BODIES = 8  # bodies of the largest size that may be arriving at once
@@ -134,20 +137,23 @@ class RewardService:
 
     async def classify(self, request: Request) -> Response:
         """vLLM's endpoint of sequence classifiers: the reward is the one value in `probs`."""
-        scored = await self._score_input(request, ClassifyRequest)
+        scored, _ = await self._score_input(request, ClassifyRequest)
         rows = [Classified(index=i, probs=[r]) for i, r in enumerate(scored.rewards)]
         return _json(ClassifyAnswer(data=rows, **self._engine_fields(scored)))
 
     async def pooling(self, request: Request) -> Response:
         """vLLM's endpoint of pooling models: the reward is the one value in `data`."""
-        scored = await self._score_input(request, PoolingRequest)
+        scored, _ = await self._score_input(request, PoolingRequest)
         rows = [Pooled(index=i, data=[r]) for i, r in enumerate(scored.rewards)]
         return _json(PoolingAnswer(data=rows, **self._engine_fields(scored)))
 
     async def embeddings(self, request: Request) -> Response:
         """SGLang's endpoint of reward models: the reward is the one value in `embedding`."""
-        scored = await self._score_input(request, EmbeddingRequest)
-        rows = [Embedded(index=i, embedding=[r]) for i, r in enumerate(scored.rewards)]
+        scored, body = await self._score_input(request, EmbeddingRequest)
+        vectors: list[list[float] | str] = [[reward] for reward in scored.rewards]
+        if body.encoding_format == "base64":
+            vectors = [b64encode(struct.pack("<f", r)).decode() for r in scored.rewards]
+        rows = [Embedded(index=i, embedding=vector) for i, vector in enumerate(vectors)]
         return _json(EmbeddingAnswer(data=rows, **self._engine_fields(scored)))
 
     async def health(self, request: Request) -> Response:
@@ -191,10 +197,15 @@ class RewardService:
 
     # ---- parts
 
-    async def _score_input(self, request: Request, model: type[ClassifyRequest]) -> Scored:
+    async def _score_input(self, request: Request, model: type[R]) -> tuple[Scored, R]:
         data = await self._body(request)
-        conversations = await self._in_thread(lambda: parse(model, data).conversations())
-        return await self._score(conversations, None, "input[{}]", 0)
+
+        def read() -> tuple[R, list[Conversation | list[int]]]:
+            body = parse(model, data)
+            return body, body.conversations()
+
+        body, conversations = await self._in_thread(read)
+        return await self._score(conversations, None, "input[{}]", 0), body
 
     def _engine_fields(self, scored: Scored) -> dict[str, Any]:
         total = sum(scored.num_tokens)

@@ -54,8 +54,8 @@ class Logger:
         reports = [report for report, _, _ in window]
         seconds = sum(data + compute for _, data, compute in window)
         pairs = sum(r.num_pairs for r in reports)
-        mean = {
-            name: sum(getattr(r, name) * r.num_pairs for r in reports) / max(pairs, 1)
+        mean = {  # with --loss rao_kupper all pairs of a line may be tied
+            name: sum(getattr(r, name) * r.num_pairs for r in reports) / pairs if pairs else None
             for name in ("acc", "chosen_score_mean", "rejected_score_mean")
         }
         loss = sum(r.loss * r.num_terms for r in reports) / max(

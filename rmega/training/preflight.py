@@ -174,8 +174,9 @@ def check_ratings(mixture, loss: LossArgs) -> None:
                 )
 
 
-def check_ties(mixture, loss: LossArgs) -> None:
-    """Data with tied pairs and ``--loss rao_kupper`` need each other."""
+def check_ties(mixture, valid, loss: LossArgs) -> None:
+    """Training data with tied pairs and ``--loss rao_kupper`` need each other. The datasets
+    ``valid`` may have ties, which do not count there, beside other pairs."""
     needed = loss.loss == "rao_kupper"
     for dataset in mixture.datasets:
         kept = dataset.manifest.get("ties") == "keep"
@@ -188,6 +189,12 @@ def check_ties(mixture, loss: LossArgs) -> None:
             raise ValueError(
                 f"--data-path {dataset.prefix}: has tied pairs (--ties keep), which --loss"
                 f" {loss.loss} does not read: --loss rao_kupper"
+            )
+    for dataset in valid:
+        if not dataset.manifest["num_pairs"]:
+            raise ValueError(
+                f"--valid-data-path {dataset.prefix}: all its pairs are tied; accuracy is over"
+                " pairs that are not"
             )
 
 

@@ -184,7 +184,7 @@ def _open_data(
         preflight.check_dataset(flag, one, dataset, geometry, folder)
         preflight.check_content(flag, one)
     preflight.check_ratings(dataset, config.loss)
-    preflight.check_ties(dataset, config.loss)
+    preflight.check_ties(dataset, valid.values(), config.loss)
     preflight.check_tokenizer(dataset, folder)
     preflight.check_reward_token(dataset, folder)
     # Now, not at the export after a week of training.

@@ -252,7 +252,7 @@ class StepReport:
     tie_threshold: float | None = None
     """eta of ``--loss rao_kupper``, before the update."""
     wishes: list[float] = dataclasses.field(default_factory=list)
-    """Sums over all ranks of the wishes to stop (``StopRequest.wishes``)."""
+    """Sums over all ranks of what ``wishes`` of :func:`train_step` answered."""
 
 
 SUMMED = (*REPORTED, "num_tokens", "real_tokens", "padding", "num_microbatches")

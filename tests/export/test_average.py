@@ -53,6 +53,7 @@ def test_every_value_is_the_mean(parts, tmp_path, capsys) -> None:
     recipe = json.loads((output / RECIPE).read_text())
     assert recipe["average_of"] == [f"run_{f.name}/iter_0000010" for f in folders]
     assert recipe["verification"]["passed"] and recipe["verification"]["responses"] > 30
+    assert "written values are the mean's" in recipe["verification"]["weights"]
     assert recipe["evaluation"] == [] and recipe["verification"]["training_difference"] is None
     assert (
         "| mean of the weights of | `run_base/iter_0000010`" in (output / "README.md").read_text()
@@ -120,9 +121,11 @@ def test_what_is_no_set_of_checkpoints(parts, tmp_path) -> None:
     ):
         with pytest.raises(ValueError, match=says):
             average.main([*argv, "--output", str(tmp_path / "mean")])
-    inside = f"{parts[1][1]}/mean"
+    other = str(parts[1][1])
     with pytest.raises(ValueError, match="lies in the run folder"):
-        average.main([run, str(parts[1][1]), "--output", inside])
+        average.main([run, other, "--output", f"{other}/mean"])
+    with pytest.raises(ValueError, match=f"mean: lies in the part {run};"):
+        average.main([run, other, "--output", f"{run}/mean"])
 
 
 def test_adapters_are_averaged_merged(small_llama, tmp_path) -> None:
@@ -143,6 +146,10 @@ def test_adapters_are_averaged_merged(small_llama, tmp_path) -> None:
     assert not torch.equal(a[name], b[name])
     for name, value in weights(output).items():
         torch.testing.assert_close(value, (a[name] + b[name]) / 2, rtol=1e-6, atol=1e-7)
+    for folder in folders:
+        edit_info(folder, base={"folder": "/gone", "files": {}}, base_model="/gone")
+    with pytest.raises(ValueError, match=f"^{folders[0]}: base model /gone: no such folder"):
+        convert(run=folders[0], output=tmp_path / "no", average_with=folders[1:])
 
 
 @pytest.fixture(scope="module", params=["internlm2", "llama"])
@@ -245,7 +252,7 @@ def test_exports_that_cannot_be_averaged(exports, parts, tmp_path) -> None:
             average.main([first, second, "--output", output])
     with pytest.raises(ValueError, match=f"--format {other}: an average of exports keeps"):
         average.main([first, str(exports[1]), "--output", output, "--format", other])
-    with pytest.raises(ValueError, match="is --load"):
+    with pytest.raises(ValueError, match=f"is the part {first};"):
         average.main([first, str(exports[1]), "--output", first, "--force"])
     assert not (tmp_path / "mean").exists()
 

@@ -11,10 +11,12 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+from base64 import b64decode
 from pathlib import Path
 
 import pytest
@@ -169,6 +171,9 @@ def test_clients_written_for_vllm_and_sglang(client, path, field):
     assert rewards(input=[[5, 6], [7]]) == [[2.0], [1.0]]
     assert rewards(input=[]) == []
     assert rewards(messages=chat("q", "abcde")) == [[5.0]]
+    if path == "/v1/embeddings":  # what OpenAI's own client asks for
+        _, answer, _ = one.ask(path, {"input": [1, 2], "encoding_format": "base64"})
+        assert struct.unpack("<f", b64decode(answer["data"][0][field])) == (2.0,)
     if path == "/pooling":
         assert rewards(input=[1, 2], task="classify", encoding_format="float") == [[2.0]]
     answer = one.ask(path, {"input": ["a" * 150, "b"]})[1]  # over the limit of 100

@@ -10,6 +10,7 @@ import pytest
 
 from rmega.export.convert import convert
 from rmega.preferences.preprocess import PreprocessArgs, preprocess
+from rmega.report.training import write_run_report
 from tests import runs
 from tests.dist import run_distributed
 from tests.made_rows import write_lines
@@ -141,6 +142,33 @@ def test_ties_and_their_loss_need_each_other(small_llama, tied, ranked) -> None:
         argv = runs.flags(small_llama, data, steps=2, loss=loss)
         with pytest.raises(RuntimeError, match=says):
             run_distributed(runs.train, 1, argv)
+
+
+def test_data_of_ties_alone(small_llama, tmp_path) -> None:
+    """They train the threshold and have no accuracy: no row states one."""
+    rows = [
+        {"prompt": f"{i}?", "responses": ["yes", f"no {i}"], "scores": [1, 1]} for i in range(6)
+    ]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    data = str(tmp_path / "ties")
+    preprocess(
+        PreprocessArgs(
+            input=[str(tmp_path / "rows.jsonl")],
+            tokenizer=str(small_llama),
+            output_prefix=data,
+            max_length=128,
+            ties="keep",
+        )
+    )
+    run, options = tmp_path / "run", dict(steps=2, batch=3, loss="rao_kupper")
+    assert run_distributed(runs.train, 1, runs.flags(small_llama, data, run, **options)) == [0]
+    for row in rows_of(run, "train"):
+        assert row["num_pairs"] == 0 and row["acc"] is None and row["chosen_score_mean"] is None
+        assert row["loss"] > 0 and row["tie_threshold"] > 0
+    assert write_run_report(run).is_file()
+    argv = runs.flags(small_llama, data, **options, valid_data_path=f"held={data}")
+    with pytest.raises(RuntimeError, match=f"--valid-data-path {data}: all its pairs are tied"):
+        run_distributed(runs.train, 1, argv)
 
 
 @pytest.mark.parametrize(
