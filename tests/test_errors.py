@@ -420,7 +420,7 @@ def test_nothing_is_built_for_a_run_that_cannot_start(
     flags = [*good_flags(small_llama, data), "--train-steps", 1]
     assert program("examples/pretrain_reward.py", *flags, "--save", tmp_path / "done")[0] == 0
 
-    from rmega.training import train as engine
+    from rmega.training import components as engine
 
     def build_model(*_, **__):
         raise AssertionError("a model was built")

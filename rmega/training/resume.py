@@ -43,6 +43,7 @@ CLASSES = {
             "use_margin",
             "scale_by_rating",
             "length_penalty",
+            "batch_centering",
             "barrier_clamp",
         ),
         EFFECT,

@@ -728,8 +728,8 @@ def test_nothing_is_left_of_an_interrupted_run(
     assert len(run(path)) == 20 and not (tmp_path / "out.partial").exists()
 
 
-def test_at_most_sixteen_flags() -> None:
-    assert len(PreprocessArgs.__dataclass_fields__) <= 16
+def test_at_most_seventeen_flags() -> None:
+    assert len(PreprocessArgs.__dataclass_fields__) <= 17
 
 
 def test_workers_end_on_sigterm_whatever_their_parent_does(tmp_path: Path) -> None:
