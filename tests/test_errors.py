@@ -519,7 +519,7 @@ def test_a_batch_of_ties_has_no_pairs_and_does_no_harm(small_llama) -> None:
     """Not an error: comparisons without a preference give no loss and no gradient."""
     from rmega.config import LossArgs
     from rmega.data.packing import pack
-    from rmega.training.train import pair_loss
+    from rmega.training.loss import pair_loss
     from tests.tiny import random_comparisons
 
     ties = [type(c)(**{**vars(c), "scores": c.scores * 0}) for c in random_comparisons(3)]

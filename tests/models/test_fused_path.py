@@ -13,7 +13,7 @@ from rmega.data.packing import pack
 from rmega.models import layers, lora, varlen
 from rmega.models.hf import load_hf, read_geometry
 from rmega.models.reward_model import RewardModel, transformer_config
-from rmega.training.train import pair_loss
+from rmega.training.loss import pair_loss
 from tests.models.test_attention import fake_varlen
 from tests.tiny import random_comparisons, tiny_llama
 

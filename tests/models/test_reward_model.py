@@ -328,7 +328,7 @@ def our_gradients(model, folder: Path, comparisons, **switches):
     """(rewards, loss, gradients by global name) of one pack."""
     from rmega.config import LossArgs
     from rmega.data.packing import pack
-    from rmega.training.train import pair_loss
+    from rmega.training.loss import pair_loss
 
     batch = pack(comparisons, **switches)
     model.zero_grad()
@@ -432,7 +432,7 @@ def nothing_saved(folder: Path):
     """Rewards and gradients with nothing saved: one text per pass, every layer for every token."""
     from rmega.config import LossArgs
     from rmega.data.packing import pack
-    from rmega.training.train import pair_loss
+    from rmega.training.loss import pair_loss
 
     model = ours(folder, prune_last_layer=False)
     rewards = torch.cat(

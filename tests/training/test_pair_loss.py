@@ -11,7 +11,7 @@ import torch
 from rmega import ops
 from rmega.config import LossArgs
 from rmega.data.packing import pack
-from rmega.training.train import REPORTED, pair_loss, rao_kupper_loss, with_centering
+from rmega.training.loss import REPORTED, pair_loss, rao_kupper_loss, with_centering
 from tests.tiny import random_comparisons, with_ties
 
 
