@@ -114,7 +114,7 @@ def _cell(value: Any) -> str:
 
 
 def layer_flops(geometry, tokens: int, attended: float) -> float:
-    """Forward FLOP of one decoder layer: 2 x multiply-adds of the matrix products over ``tokens``
+    """Forward FLOP of one decoder layer: 2 x multiply-adds of the matmuls over ``tokens``
     rows, and 4 a d per attended query-key pair (scores and values). Norms, rotation, activation
     and softmax are not counted.
     """
@@ -131,7 +131,7 @@ def step_flops(geometry, segments, pooled_segments, *, prune_last_layer: bool) -
 
     ``segments`` and ``pooled_segments`` are those of a ``PackedBatch``; with pruning the last layer
     makes keys and values for every token and the rest for pooled rows only. Embedding and head have
-    no matrix products worth counting.
+    no matmuls worth counting.
     """
 
     def attended(s) -> float:
@@ -155,7 +155,7 @@ def step_flops(geometry, segments, pooled_segments, *, prune_last_layer: bool) -
 def matmul_rate(
     dtype: torch.dtype, device: torch.device | str = "cpu", size: int | None = None
 ) -> float:
-    """FLOP/s of a square matrix product in this process, made as linear layers make it, best of
+    """FLOP/s of a square matmul in this process, made as linear layers make it, best of
     several: the machine's, not the data sheet's."""
     cuda = torch.device(device).type == "cuda"
     size = size or (8192 if cuda else 2048)

@@ -151,7 +151,7 @@ class LossArgs:
     of the full ranking of K answers, averaged over its choices; for two answers it equals
     ranking. rao_kupper: ranking with ties and one trained threshold eta (Rao and Kupper 1967): a
     response wins with probability sigmoid(d - eta), else the pair is tied. For data of
-    tools/preprocess_pref.py --ties keep."""
+    tools/preprocess_pref.py --keep ties."""
     penalty: Literal["none", "log_barrier", "l2", "center"] = "log_barrier"
     """Keeps scores in range. log_barrier: rises steeply near +-5 (InternLM2). l2: squared scores.
     center: squared sum of a pair's scores (TRL)."""
@@ -490,7 +490,7 @@ class TrainingConfig:
     @property
     def token_multiple(self) -> int:
         """What the tokens of a pack are rounded up to a multiple of. Sequence parallelism cuts them
-        over the tensor ranks; fp8 products want whole blocks of a rank's tokens (16, for mxfp8
+        over the tensor ranks; fp8 matmuls want whole blocks of a rank's tokens (16, for mxfp8
         32: megatron-core's ``get_fp8_align_size``)."""
         p, m = self.parallel, self.model
         ranks = p.tensor_model_parallel_size if p.sequence_parallel else 1

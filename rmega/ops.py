@@ -545,8 +545,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * (x / sqrt(mean(x^2) + eps))`` over the last dimension of ``x`` [..., h];
     ``weight`` [h], x's dtype.
 
-    Statistics in fp32, the normalized value rounded to x's dtype before the product (Hugging Face's
-    LlamaRMSNorm).
+    Statistics in fp32, the normalized value rounded to x's dtype before it is multiplied (Hugging
+    Face's LlamaRMSNorm).
     """
     if not _native_elementwise(x):
         return rms_norm_ref(x, weight, eps)
@@ -652,13 +652,13 @@ _HALF = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn
 
 
 def has_native_linear() -> bool:
-    """Whether this CPU has the tiles that the native products need."""
+    """Whether this CPU has the tiles that the native matmuls need."""
     return _C is not None and _C.linear_has_tiles()
 
 
-def best_products(device: str | torch.device, dtype: torch.dtype) -> str:
-    """``"native"``, ``"fp32"`` or ``"torch"``: what suits products of linear layers of this device
-    and dtype."""
+def best_matmul(device: str | torch.device, dtype: torch.dtype) -> str:
+    """``"native"``, ``"fp32"`` or ``"torch"``: what suits the matmuls of linear layers of this
+    device and dtype."""
     if torch.device(device).type != "cpu" or dtype not in _HALF:
         return "torch"
     if dtype is torch.bfloat16 and has_native_linear():
@@ -666,9 +666,9 @@ def best_products(device: str | torch.device, dtype: torch.dtype) -> str:
     return "torch" if _has_instructions(dtype) else "fp32"
 
 
-def active_products(device: str | torch.device, dtype: torch.dtype) -> str:
+def active_matmul(device: str | torch.device, dtype: torch.dtype) -> str:
     """What they run now: torch's where the implementation is "reference"."""
-    return "torch" if _implementation == "reference" else best_products(device, dtype)
+    return "torch" if _implementation == "reference" else best_matmul(device, dtype)
 
 
 @functools.cache
@@ -688,7 +688,7 @@ def _has_instructions(dtype: torch.dtype) -> bool:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x`` [..., k] times ``weight`` [n, k] transposed -> [..., n], without a gradient."""
-    run = active_products(x.device, x.dtype)
+    run = active_matmul(x.device, x.dtype)
     if run == "native":
         return _linear(x, weight)
     if run == "fp32":
@@ -698,7 +698,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def linear_grad_input(grad: Tensor, weight: Tensor) -> Tensor:
     """``grad`` [..., n] times ``weight`` [n, k] -> [..., k]."""
-    run = active_products(grad.device, grad.dtype)
+    run = active_matmul(grad.device, grad.dtype)
     if run == "native":
         return _linear_grad_input(grad, weight)
     if run == "fp32":
@@ -707,9 +707,9 @@ def linear_grad_input(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear_grad_weight(grad: Tensor, x: Tensor, total: Tensor) -> None:
-    """``total`` [n, k] += ``grad`` [t, n] transposed times ``x`` [t, k]. A fp32 total of products
-    in half precision is summed without rounding in between where those are native or in fp32."""
-    run = active_products(grad.device, grad.dtype)
+    """``total`` [n, k] += ``grad`` [t, n] transposed times ``x`` [t, k]. An fp32 total of half-precision
+    matmuls is summed without rounding in between where those are native or in fp32."""
+    run = active_matmul(grad.device, grad.dtype)
     if run == "native":
         _linear_grad_weight(grad, x, total)
     elif run == "fp32" and total.dtype is torch.float32:

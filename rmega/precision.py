@@ -16,7 +16,7 @@ import torch
 from rmega import ops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SIZE = 768  # one product takes milliseconds, and is large enough for the fast kernels
+SIZE = 768  # one matmul takes milliseconds, and is large enough for the fast kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def choose(
     """Decide, apply torch's fp32 matmul setting, and say why.
 
     ``precision`` auto: bf16 on CUDA (fp32 before compute capability 8), and on a CPU where bf16
-    products measure at least 1.5 times as fast as fp32 ones. ``matmul_precision`` auto: the fastest
+    matmuls measure at least 1.5 times as fast as in fp32. ``matmul_precision`` auto: the fastest
     setting whose error is at most twice that of "highest".
     """
     if torch.device(device).type == "cuda":

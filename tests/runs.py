@@ -43,8 +43,8 @@ def fault_table() -> str:
     )
 
 
-def make_data(model: Path, folder: Path, count: int = 60, *, max_length: int = 128) -> str:
-    """The prefix of ``count`` comparisons, tokenized for ``model``."""
+def make_data(model: Path, folder: Path, count: int = 60, **more) -> str:
+    """The prefix of ``count`` comparisons, tokenized for ``model``; ``more``: PreprocessArgs."""
     from rmega.preferences.preprocess import PreprocessArgs, preprocess
 
     write_lines(folder / "rows.jsonl", messages(count))
@@ -53,7 +53,7 @@ def make_data(model: Path, folder: Path, count: int = 60, *, max_length: int = 1
             input=(str(folder / "rows.jsonl"),),
             tokenizer=str(model),
             output_prefix=str(folder / "rows"),
-            max_length=max_length,
+            **{"max_length": 128, **more},
         )
     )
     return str(folder / "rows")

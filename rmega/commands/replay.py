@@ -41,7 +41,7 @@ class Row:
 
 def replay(file: str | Path) -> list[Row]:
     """Loss, gradient norm and rewards of every comparison of the batch, each computed alone, on one
-    process."""
+    process; ``--batch-centering`` then takes the mean of that comparison's rewards."""
     path = Path(file)
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))

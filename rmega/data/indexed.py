@@ -100,6 +100,12 @@ class PreferenceDataset:
         """int32 [N], tokens of each comparison's shared prefix (computed at each call)."""
         return self.sequence_lengths[self.document_indices[:-1]]
 
+    @property
+    def num_tied_pairs(self) -> int:
+        """Pairs of responses with equal scores (computed at each call)."""
+        responses = np.diff(self.document_indices) - 1  # [N]
+        return int((responses * (responses - 1) // 2).sum()) - self.manifest["num_pairs"]
+
     def get(self, index: int) -> StoredComparison:
         """The comparison at ``index``; its arrays are read-only views of the file."""
         if not 0 <= index < len(self):

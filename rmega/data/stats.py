@@ -75,7 +75,6 @@ def summarize(dataset: PreferenceDataset) -> dict[str, Any]:
         margin_sum += float(
             ((dataset.scores[better] - dataset.scores[worse]) * graded[which]).sum()
         )
-    possible = int((lengths.num_responses * (lengths.num_responses - 1) // 2).sum())
     first_suffix = np.cumsum(lengths.num_responses) - lengths.num_responses
     tokens = lengths.prefix + (
         np.add.reduceat(lengths.suffix, first_suffix, dtype=np.int64) if len(dataset) else 0
@@ -91,7 +90,7 @@ def summarize(dataset: PreferenceDataset) -> dict[str, Any]:
         "comparisons": len(dataset),
         "responses": len(lengths.suffix),
         "pairs": int(num_pairs),
-        "tied_pairs": possible - int(num_pairs),
+        "tied_pairs": dataset.num_tied_pairs,
         "ties": manifest.get("ties", "drop"),
         "graded_comparisons": int(graded.sum()),
         "mean_margin": margin_sum / num_pairs if num_pairs else None,

@@ -163,11 +163,11 @@ def install() -> None:
             _replaced[name] = module
 
 
-def replace_products(
-    layers: types.ModuleType, product: Callable, product_of_gradient: Callable
+def replace_matmuls(
+    layers: types.ModuleType, matmul_of_input: Callable, matmul_of_gradient: Callable
 ) -> None:
-    """Let the half-precision matmuls in Megatron-Core's ``layers`` be computed by ``product(x,
-    weight)`` = x weight^T and ``product_of_gradient(grad, weight)`` = grad weight; harmless when
+    """Let the half-precision matmuls in Megatron-Core's ``layers`` be computed by ``matmul_of_input(x,
+    weight)`` = x weight^T and ``matmul_of_gradient(grad, weight)`` = grad weight; harmless when
     repeated.
 
     Their forward calls ``torch.matmul`` of the substitute. Their backward calls the tensor's own
@@ -182,12 +182,12 @@ def replace_products(
         if (
             not kwargs and other.dim() == 2 and other.stride(0) == 1 and x.dtype in HALF
         ):  # weight.t()
-            return product(x, other.t())
+            return matmul_of_input(x, other.t())
         return torch.matmul(x, other, **kwargs)
 
     def method(self, other):
         if self.dtype in HALF and sys._getframe(1).f_globals is layers.__dict__:
-            return product_of_gradient(self, other)
+            return matmul_of_gradient(self, other)
         return tensor_matmul(self, other)
 
     substitute.matmul, torch.Tensor.matmul = matmul, method

@@ -31,7 +31,7 @@ def fuse_weight_gradients(device: torch.device, dtype: torch.dtype) -> bool:
     """Let Megatron-Core add weight gradients to its fp32 buffers inside the matmul; True where that
     works.
 
-    apex's kernel is used where it is installed. On CUDA torch's own needs products with an output
+    apex's kernel is used where it is installed. On CUDA torch's own needs matmuls with an output
     dtype of their own, which is tried on small tensors first.
     """
     if layers._grad_accum_fusion_available and not isinstance(
@@ -39,10 +39,10 @@ def fuse_weight_gradients(device: torch.device, dtype: torch.dtype) -> bool:
     ):
         return device.type == "cuda"
     if device.type == "cpu" and dtype is not torch.float32:
-        if ops.best_products(device, dtype) == "torch":
+        if ops.best_matmul(device, dtype) == "torch":
             # the matmul has to run in half precision, which Megatron-Core does by itself
             return False
-        cpu.replace_products(layers, ops.linear, ops.linear_grad_input)
+        cpu.replace_matmuls(layers, ops.linear, ops.linear_grad_input)
     if device.type == "cuda":
         x, g = (torch.ones(16, 16, device=device, dtype=dtype) for _ in range(2))
         total = torch.ones(16, 16, device=device)

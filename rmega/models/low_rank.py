@@ -79,7 +79,7 @@ class _Down(torch.autograd.Function):
         x, a = ctx.saved_tensors
         du = du * ctx.scale
         rows = (one.contiguous().flatten(0, -2) for one in (du, x))
-        da = _new_gradient(a, _product(*rows, ctx.fused))
+        da = _new_gradient(a, _grad_weight(*rows, ctx.fused))
         if dx is not None:
             dx = dx.contiguous()
             _accumulate(dx, du, a, ops.linear_grad_input)
@@ -106,13 +106,13 @@ class _Up(torch.autograd.Function):
         u, *parts = ctx.saved_tensors
         du = torch.empty_like(u, memory_format=torch.contiguous_format)
         flat, flat_u = grad.contiguous().flatten(0, -2), u.contiguous().flatten(0, -2)
-        products = []
+        grads = []
         for rows, columns, b in _pieces(parts, ctx.groups):
             du.view(flat_u.shape)[:, columns] = ops.linear_grad_input(flat[:, rows], b)
-            products.append(_product(flat_u[:, columns], flat[:, rows], ctx.fused).t())
-        if len(products) < len(parts):
-            products = split_block(products[0], parts, ctx.groups)
-        return grad, du, None, None, *map(_new_gradient, parts, products)
+            grads.append(_grad_weight(flat_u[:, columns], flat[:, rows], ctx.fused).t())
+        if len(grads) < len(parts):
+            grads = split_block(grads[0], parts, ctx.groups)
+        return grad, du, None, None, *map(_new_gradient, parts, grads)
 
 
 def _pieces(parts: Sequence[Tensor], groups: int) -> list[tuple[slice, slice, Tensor]]:
@@ -130,14 +130,14 @@ def _pieces(parts: Sequence[Tensor], groups: int) -> list[tuple[slice, slice, Te
 def _accumulate(out: Tensor, x: Tensor, weight: Tensor, matmul: Callable) -> None:
     """``out`` [..., n] += ``matmul``(x [..., k], weight), which is ``ops.linear`` or
     ``ops.linear_grad_input``."""
-    if ops.active_products(out.device, out.dtype) == "torch":
+    if ops.active_matmul(out.device, out.dtype) == "torch":
         matrix = weight.t() if matmul is ops.linear else weight
         out.view(-1, out.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), matrix)
     else:
         out.add_(matmul(x, weight))
 
 
-def _product(grad: Tensor, x: Tensor, fused: bool) -> Tensor:
+def _grad_weight(grad: Tensor, x: Tensor, fused: bool) -> Tensor:
     """grad^T x in fp32, [n, k] from ``grad`` [t, n] and ``x`` [t, k]."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     total = torch.zeros(grad.shape[1], x.shape[1], dtype=wide, device=x.device)

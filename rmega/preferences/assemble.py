@@ -172,7 +172,7 @@ class WorkFolder:
 
 
 def select(
-    work: WorkFolder, documents: np.ndarray, *, duplicates: str, held_out: np.ndarray | None
+    work: WorkFolder, documents: np.ndarray, *, keep_duplicates: bool, held_out: np.ndarray | None
 ) -> tuple[np.ndarray, list[tuple[int, int, str, str]], dict[str, int]]:
     """(kept [N] bool, further rejected rows, overlap with the held-out set). Counts into
     ``work.rejected``."""
@@ -195,7 +195,7 @@ def select(
                     f"{work.inputs[further[-1][0]].name}:{further[-1][1]}: {REASONS[reason]}"
                 )
 
-    if duplicates == "drop":
+    if not keep_duplicates:
         repeated, contradictory = dedup.find_duplicates(documents)
         leave_out(repeated, "duplicate")
         leave_out(contradictory, "contradiction")
@@ -216,7 +216,7 @@ def finish(
     outputs: Sequence[str],
     settings: dict[str, Any],
     schemas: Sequence[str],
-    duplicates: str,
+    keep_duplicates: bool,
     held_out: np.ndarray | None,
     valid_fraction: float,
     max_rejected: float,
@@ -227,7 +227,9 @@ def finish(
     """
     arrays = work.arrays()
     documents = arrays["documents"]
-    keep, further, overlap = select(work, documents, duplicates=duplicates, held_out=held_out)
+    keep, further, overlap = select(
+        work, documents, keep_duplicates=keep_duplicates, held_out=held_out
+    )
     work.check_faults(max_rejected)
     assert int(keep.sum()) + sum(work.rejected.values()) == work.num_rows, (
         "a row is neither kept nor rejected"

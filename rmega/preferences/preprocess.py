@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from rmega.config import NONE
-from rmega.data.indexed import exists
+from rmega.data.indexed import exists, open_preferences
 from rmega.preferences import dedup, sources
 from rmega.preferences.assemble import WorkFolder, finish
 from rmega.preferences.closest_schema import left_out
@@ -66,12 +66,10 @@ class PreprocessArgs:
     None to skip it."""
     split: str | None = None
     """Split to read, of hub datasets (default: train) and of folders with several splits."""
-    duplicates: str = "drop"
-    """drop: leave out repeated and contradictory comparisons; keep: keep them."""
-    ties: str = "drop"
-    """Responses with equal scores. drop: they give no pair, and comparisons whose scores are all
-    equal are left out; keep: they are tied pairs, which only training with --loss rao_kupper
-    reads."""
+    keep: Annotated[list[str], NONE] = field(default_factory=list)
+    """What is left out otherwise. duplicates: repeated and contradictory comparisons; ties:
+    responses with equal scores are tied pairs, which only training with --loss rao_kupper reads
+    (without: they give no pair, and comparisons whose scores are all equal are left out)."""
     holdout: Annotated[list[str], NONE] = field(default_factory=list)
     """Held-out data (as --input): comparisons whose prompt also occurs there are left out."""
     valid_fraction: float = 0.0
@@ -111,7 +109,7 @@ def preprocess(args: PreprocessArgs) -> dict[str, Any]:
     for message in tokenizer.messages:
         say(f"note: {message}")
     plans = [plan_input(s, args.format, mapped=args.map is not None) for s in inputs]
-    converter = Converter(tokenizer, plans, args.map, args.ties == "keep")
+    converter = Converter(tokenizer, plans, args.map, "ties" in args.keep)
     _announce(plans, tokenizer, converter)
     with WorkFolder(prefix, inputs) as work:
         _convert_all(converter, plans, work, args)
@@ -119,8 +117,8 @@ def preprocess(args: PreprocessArgs) -> dict[str, Any]:
         manifests = finish(
             work,
             outputs=outputs,
-            settings={**tokenizer.manifest(), **({"ties": "keep"} if args.ties == "keep" else {})},
-            duplicates=args.duplicates,
+            settings={**tokenizer.manifest(), **({"ties": "keep"} if "ties" in args.keep else {})},
+            keep_duplicates="duplicates" in args.keep,
             schemas=[p.schema.name if p.schema else str(args.map) for p in plans],
             held_out=held_out,
             valid_fraction=args.valid_fraction,
@@ -157,9 +155,12 @@ def _report(manifests: list[dict[str, Any]], outputs: list[str]) -> None:
             f" also occur here; their {overlap['comparisons']:,} comparisons are left out"
         )
     for manifest, output in zip(manifests, outputs, strict=True):
+        tied = ""
+        if manifest.get("ties") == "keep":
+            tied = f", {open_preferences(output).num_tied_pairs:,} tied pairs"
         say(
             f"{output}: {manifest['num_comparisons']:,} comparisons, {manifest['num_pairs']:,}"
-            f" pairs, {manifest['num_tokens']:,} tokens"
+            f" pairs{tied}, {manifest['num_tokens']:,} tokens"
         )
 
 
@@ -176,10 +177,9 @@ def _check(args: PreprocessArgs) -> None:
         raise ValueError(f"--max-rejected {args.max_rejected}: must lie from 0 to 1")
     if args.workers < 0:
         raise ValueError(f"--workers {args.workers}: must not be negative")
-    if args.duplicates not in ("drop", "keep"):
-        raise ValueError(f"--duplicates {args.duplicates}: unknown; known are drop, keep")
-    if args.ties not in ("drop", "keep"):
-        raise ValueError(f"--ties {args.ties}: unknown; known are drop, keep")
+    for name in args.keep:
+        if name not in ("duplicates", "ties"):
+            raise ValueError(f"--keep {name}: unknown; known are duplicates, ties")
     if args.format != "auto":
         schema_named(args.format)
         if args.map is not None:

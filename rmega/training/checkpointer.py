@@ -13,6 +13,7 @@ import numpy as np
 
 from rmega import distributed, ops
 from rmega.checkpointing import checkpoint, run_folder
+from rmega.data.batching import Mixture
 from rmega.data.indexed import PreferenceDataset, StoredComparison
 from rmega.distributed import log
 from rmega.evaluation.token_probes import View
@@ -81,7 +82,7 @@ class Checkpointer:
             return
         at = 0
         for kept in self._kept:  # the first comparisons of a set, in its order
-            if kept.source is dataset:
+            if kept.dataset is dataset:
                 end = at + len(kept.stored.suffixes)
                 kept.rewards, kept.step, at = rewards[at:end].tolist(), step, end
 
@@ -262,7 +263,7 @@ class Checkpointer:
 class _Kept:
     """A comparison for verifying an export, and the rewards of its responses at ``step``."""
 
-    source: PreferenceDataset
+    dataset: PreferenceDataset | Mixture
     stored: StoredComparison
     held_out: bool
     rewards: list[float] = dataclasses.field(default_factory=list)
@@ -274,7 +275,7 @@ def _verification_comparisons(start: Start) -> list[_Kept]:
     comparing two computations."""
     wanted = start.config.checkpoint.num_verification_comparisons
     kept: list[_Kept] = []
-    for source in (*start.valid.values(), start.dataset):
-        count = min(wanted - len(kept), len(source))
-        kept += [_Kept(source, source.get(i), source is not start.dataset) for i in range(count)]
+    for dataset in (*start.valid.values(), start.dataset):
+        count = min(wanted - len(kept), len(dataset))
+        kept += [_Kept(dataset, dataset.get(i), dataset is not start.dataset) for i in range(count)]
     return kept

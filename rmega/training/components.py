@@ -117,8 +117,8 @@ def implementations(config: TrainingConfig, wrapped, optimizer, device: torch.de
         linear = f"transformer_engine {te_version()}" + (
             "" if fp8 == "none" else f" in fp8 ({fp8}, {config.model.fp8_recipe})"
         )
-    if (products := ops.active_products(device, dtype)) != "torch":
-        linear += f" with {products} products"
+    if (kind := ops.active_matmul(device, dtype)) != "torch":
+        linear += f" with {kind} matmuls"
     # Without fusion a half-precision gradient is rounded before it is added: slower, less exact.
     added = "fused" if core.gradient_accumulation_fusion else f"in {dtype_name(dtype)}, then added"
     fused = ", fused" if any(group.get("fused") for group in optimizer.param_groups) else ""

@@ -186,8 +186,8 @@ def plan_stages(
 
 
 def flops_of(config: TrainingConfig, geometry: Geometry, batcher, document: int) -> float:
-    """FLOP of forward and backward pass of one comparison: two per multiply-add of the matrix
-    products (``CostModel``); the backward pass is twice the forward one, or once where weights are
+    """FLOP of forward and backward pass of one comparison: two per multiply-add of the
+    matmuls (``CostModel``); the backward pass is twice the forward one, or once where weights are
     frozen (LoRA). A pruned last layer makes keys and values of every token, the rest of it for
     pooled tokens. ``--batch-centering`` computes a second forward pass."""
     g, cost = geometry, batcher.cost

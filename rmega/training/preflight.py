@@ -183,11 +183,11 @@ def check_ties(mixture, valid, loss: LossArgs) -> None:
         if needed and not kept:
             raise ValueError(
                 f"--loss rao_kupper: {dataset.prefix} was written without its ties"
-                " (tools/preprocess_pref.py --ties keep)"
+                " (tools/preprocess_pref.py --keep ties)"
             )
-        if kept and not needed:
+        if kept and not needed and dataset.num_tied_pairs:
             raise ValueError(
-                f"--data-path {dataset.prefix}: has tied pairs (--ties keep), which --loss"
+                f"--data-path {dataset.prefix}: has tied pairs (--keep ties), which --loss"
                 f" {loss.loss} does not read: --loss rao_kupper"
             )
     for dataset in valid:

@@ -36,7 +36,7 @@ def _forward_train(args: LossArgs, sums, iterator: Iterator[PackedBatch], model)
     batch = next(iterator)
     loss_of = partial(pair_loss, args, batch)
     if args.loss == "rao_kupper":
-        loss_of = partial(rao_kupper_loss, args, batch, _tie_threshold(model))
+        loss_of = partial(rao_kupper_loss, args, batch, _threshold_of(model))
     if args.batch_centering:
         loss_of = partial(with_centering, loss_of, args.batch_centering, batch, sums)
     return model(batch), loss_of
@@ -74,7 +74,7 @@ def _evaluating(wrapped: Sequence) -> Iterator[None]:
             chunk.train(mode)
 
 
-def _tie_threshold(model) -> torch.Tensor | None:
+def _threshold_of(model) -> torch.Tensor | None:
     """The parameter on the last stage, of a wrapped chunk."""
     while not hasattr(model, "tie_threshold"):
         model = model.module

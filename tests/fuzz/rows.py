@@ -225,7 +225,7 @@ def run_file(path: Path, num_rows: int | None, tokenizer: str, totals: Counter[s
         output_prefix=str(prefix),
         max_length=512,
         max_rejected=1.0,
-        duplicates="keep",
+        keep=["duplicates"],
         workers=1,
         force=True,
     )

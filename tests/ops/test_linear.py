@@ -1,4 +1,4 @@
-"""The half-precision products of a linear layer on a CPU, native (csrc/cpu/linear.cpp) and through
+"""The half-precision matmuls of a linear layer on a CPU, native (csrc/cpu/linear.cpp) and through
 fp32, against fp64 and inside megatron-core's linear layers."""
 
 import pytest
@@ -44,9 +44,9 @@ def automatic():
 
 
 @pytest.mark.parametrize("t, k, n", SHAPES)
-@pytest.mark.parametrize("products", [pytest.param("native", marks=needs_tiles), "fp32"])
-def test_products_are_those_of_fp64(t, k, n, products, monkeypatch):
-    monkeypatch.setattr(ops, "best_products", lambda device, dtype: products)
+@pytest.mark.parametrize("kind", [pytest.param("native", marks=needs_tiles), "fp32"])
+def test_matmuls_are_those_of_fp64(t, k, n, kind, monkeypatch):
+    monkeypatch.setattr(ops, "best_matmul", lambda device, dtype: kind)
     x, weight, grad = operands(t, k, n)
     total = torch.randn(n, k)
     before = total.double()
@@ -147,18 +147,16 @@ def test_operators_are_well_formed():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_runs_where(dtype, monkeypatch):
-    assert (
-        ops.active_products("cpu", torch.float32) == ops.active_products("cuda", dtype) == "torch"
-    )
+    assert ops.active_matmul("cpu", torch.float32) == ops.active_matmul("cuda", dtype) == "torch"
     monkeypatch.setattr(ops, "has_native_linear", lambda: False)
     monkeypatch.setattr(ops, "_has_instructions", lambda dtype: True)
-    assert ops.active_products("cpu", dtype) == "torch"
+    assert ops.active_matmul("cpu", dtype) == "torch"
     monkeypatch.setattr(ops, "_has_instructions", lambda dtype: False)
-    assert ops.active_products("cpu", dtype) == "fp32"
+    assert ops.active_matmul("cpu", dtype) == "fp32"
     monkeypatch.setattr(ops, "has_native_linear", lambda: True)
-    assert ops.active_products("cpu", dtype) == ("native" if dtype is torch.bfloat16 else "fp32")
+    assert ops.active_matmul("cpu", dtype) == ("native" if dtype is torch.bfloat16 else "fp32")
     ops.set_implementation("reference")
-    assert ops.active_products("cpu", dtype) == "torch"
+    assert ops.active_matmul("cpu", dtype) == "torch"
 
 
 def test_half_precision_is_never_a_loop_over_numbers():
@@ -174,15 +172,15 @@ def train_gradients(
     rank: int, world_size: int, implementation: str, tp: int, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, torch.Tensor]:
     """Of megatron-core's two linear layers after two micro-batches: fp32 weight gradients, input
-    gradients, outputs. ``implementation``: "native", "fp32" or "reference" products."""
+    gradients, outputs. ``implementation``: "native", "fp32" or "reference" matmuls."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, layers
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from rmega.megatron import fusion
 
-    best = ops.best_products
-    ops.best_products = lambda device, dtype: "native" if implementation == "native" else "fp32"
+    best = ops.best_matmul
+    ops.best_matmul = lambda device, dtype: "native" if implementation == "native" else "fp32"
     ops.set_implementation("reference" if implementation == "reference" else "auto")
     fused = fusion.fuse_weight_gradients(torch.device("cpu"), dtype)
     config = TransformerConfig(
@@ -225,25 +223,25 @@ def train_gradients(
         and layers.torch.matmul is not torch.matmul
         and torch.matmul.__module__ != "rmega.megatron.cpu"
     )
-    ops.best_products = best
+    ops.best_matmul = best
     ops.set_implementation("auto")
     return out
 
 
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize(
-    "products, dtype",
+    "kind, dtype",
     [
         pytest.param("native", torch.bfloat16, marks=needs_tiles),
         ("fp32", torch.bfloat16),
         ("fp32", torch.float16),
     ],
 )
-def test_linear_layers_of_the_engine_use_them(tp, products, dtype):
-    """These products and plain ones inside Megatron-Core's layers agree, and the former did run."""
+def test_linear_layers_of_the_engine_use_them(tp, kind, dtype):
+    """These matmuls and plain ones inside Megatron-Core's layers agree, and the former did run."""
     from tests.dist import run_distributed
 
-    ours = run_distributed(gradients_in_process, tp, products, tp, dtype)[0]
+    ours = run_distributed(gradients_in_process, tp, kind, tp, dtype)[0]
     plain = run_distributed(gradients_in_process, tp, "reference", tp, dtype)[0]
     for name, value in ours.items():
         assert relative(value, plain[name].double()) <= 2**-7, name

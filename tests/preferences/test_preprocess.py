@@ -166,7 +166,7 @@ def check_counts(
     """The counts equal the row counts minus the rows of the rejected file, without --format."""
     dataset = run(
         [folder / name for name in counts],
-        duplicates="keep",
+        keep=["duplicates"],
         workers=2,
         tokenizer=str(tokenizer),
         max_length=2048,
@@ -222,7 +222,8 @@ def test_what_is_left_out_is_listed(run: Any, tmp_path: Path) -> None:
         "not_utf8": 1,
     }
     assert (
-        len(run(tmp_path / "d.jsonl", "kept", max_rejected=0.2, duplicates="keep")) == len(data) - 5
+        len(run(tmp_path / "d.jsonl", "kept", max_rejected=0.2, keep=["duplicates"]))
+        == len(data) - 5
     )
 
 
@@ -266,7 +267,9 @@ def test_ranked_rows_with_ties(run: Any, tmp_path: Path) -> None:
     assert dataset.manifest["position_heuristic"] == {"first_wins": 30, "pairs": 60}
 
 
-def test_ties_are_kept_where_they_are_asked_for(run: Any, tmp_path: Path) -> None:
+def test_ties_are_kept_where_they_are_asked_for(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [
         {
             "prompt": f"question {i}",
@@ -279,15 +282,16 @@ def test_ties_are_kept_where_they_are_asked_for(run: Any, tmp_path: Path) -> Non
     ]
     rows.append({**rows[0], "responses": [{"content": "same", "score": 1}] * 2})
     path = write(tmp_path / "d.jsonl", rows)
-    kept = run(path, ties="keep", max_rejected=0.1)
+    kept = run(path, keep=["ties"], max_rejected=0.1)
+    assert "10 comparisons, 10 pairs, 10 tied pairs, " in capsys.readouterr().err
     assert [r["reason"] for r in rejected(tmp_path)] == ["identical_responses"]
     assert len(kept) == 10 and kept.manifest["num_pairs"] == 10 and kept.manifest["ties"] == "keep"
     assert "10 tied pairs are kept" in "\n".join(describe(summarize(kept)))
     dropped = run(path, force=True, max_rejected=0.1)
     assert len(dropped) == 5 and "ties" not in dropped.manifest
     assert "5 tied pairs give none" in "\n".join(describe(summarize(dropped)))
-    with pytest.raises(ValueError, match="--ties some: unknown"):
-        run(path, force=True, ties="some")
+    with pytest.raises(ValueError, match="--keep some: unknown; known are duplicates, ties"):
+        run(path, force=True, keep=["ties", "some"])
 
 
 def test_the_missing_column_is_named(
@@ -364,7 +368,7 @@ def test_flags_are_checked(run: Any, tmp_path: Path) -> None:
         ({"max_length": 1}, "--max-length"),
         ({"overlong": "x"}, "--overlong"),
         ({"format": "x"}, "--format x: unknown"),
-        ({"duplicates": "x"}, "--duplicates"),
+        ({"keep": ["x"]}, "--keep x"),
         ({"valid_fraction": 1.0}, "--valid-fraction"),
         ({"max_rejected": -1.0}, "--max-rejected"),
         ({"workers": -1}, "--workers"),
@@ -671,7 +675,7 @@ def test_hostile_rows(run: Any, tmp_path: Path) -> None:
                 raw[i].replace(b'"', b"", 1),
             ][i % 3].replace(b"\n", b"")
         path = write(tmp_path / f"{number}.jsonl", [line or b"0" for line in raw])
-        dataset = run(path, str(number), max_rejected=1.0, duplicates="keep")
+        dataset = run(path, str(number), max_rejected=1.0, keep=["duplicates"])
         listed = rejected(tmp_path, str(number))
         read = dataset.manifest["input"]["rows"]
         assert len(dataset) + len(listed) == read
@@ -728,8 +732,8 @@ def test_nothing_is_left_of_an_interrupted_run(
     assert len(run(path)) == 20 and not (tmp_path / "out.partial").exists()
 
 
-def test_at_most_seventeen_flags() -> None:
-    assert len(PreprocessArgs.__dataclass_fields__) <= 17
+def test_at_most_sixteen_flags() -> None:
+    assert len(PreprocessArgs.__dataclass_fields__) <= 16
 
 
 def test_workers_end_on_sigterm_whatever_their_parent_does(tmp_path: Path) -> None:

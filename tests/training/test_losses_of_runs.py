@@ -135,13 +135,19 @@ def test_the_threshold_has_the_heads_rate_and_no_decay(small_llama, tied, tmp_pa
 
 def test_ties_and_their_loss_need_each_other(small_llama, tied, ranked) -> None:
     for data, loss, says in (
-        (tied, "ranking", "has tied pairs .--ties keep., which --loss ranking does not read"),
+        (tied, "ranking", "has tied pairs .--keep ties., which --loss ranking does not read"),
         (ranked, "rao_kupper", "was written without its ties"),
         (tied.replace("keep", "drop"), "rao_kupper", "was written without its ties"),
     ):
         argv = runs.flags(small_llama, data, steps=2, loss=loss)
         with pytest.raises(RuntimeError, match=says):
             run_distributed(runs.train, 1, argv)
+
+
+def test_any_loss_reads_data_that_kept_no_tie(small_llama, tmp_path) -> None:
+    data = runs.make_data(small_llama, tmp_path, 12, keep=["ties"])
+    argv = runs.flags(small_llama, data, steps=1)
+    assert run_distributed(runs.train, 1, argv) == [0]
 
 
 def test_data_of_ties_alone(small_llama, tmp_path) -> None:
@@ -157,7 +163,7 @@ def test_data_of_ties_alone(small_llama, tmp_path) -> None:
             tokenizer=str(small_llama),
             output_prefix=data,
             max_length=128,
-            ties="keep",
+            keep=["ties"],
         )
     )
     run, options = tmp_path / "run", dict(steps=2, batch=3, loss="rao_kupper")
