@@ -707,8 +707,9 @@ def linear_grad_input(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear_grad_weight(grad: Tensor, x: Tensor, total: Tensor) -> None:
-    """``total`` [n, k] += ``grad`` [t, n] transposed times ``x`` [t, k]. An fp32 total of half-precision
-    matmuls is summed without rounding in between where those are native or in fp32."""
+    """``total`` [n, k] += ``grad`` [t, n] transposed times ``x`` [t, k]. An fp32 total of
+    half-precision matmuls is summed without rounding in between where those are native or in
+    fp32."""
     run = active_matmul(grad.device, grad.dtype)
     if run == "native":
         _linear_grad_weight(grad, x, total)

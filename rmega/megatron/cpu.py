@@ -166,9 +166,9 @@ def install() -> None:
 def replace_matmuls(
     layers: types.ModuleType, matmul_of_input: Callable, matmul_of_gradient: Callable
 ) -> None:
-    """Let the half-precision matmuls in Megatron-Core's ``layers`` be computed by ``matmul_of_input(x,
-    weight)`` = x weight^T and ``matmul_of_gradient(grad, weight)`` = grad weight; harmless when
-    repeated.
+    """Let the half-precision matmuls in Megatron-Core's ``layers`` be computed by
+    ``matmul_of_input(x, weight)`` = x weight^T and ``matmul_of_gradient(grad, weight)`` = grad
+    weight; harmless when repeated.
 
     Their forward calls ``torch.matmul`` of the substitute. Their backward calls the tensor's own
     method, which can only be replaced for all tensors; it asks who calls.
