@@ -27,6 +27,7 @@ from rmega.config import NONE
 from rmega.data.indexed import exists, open_preferences
 from rmega.preferences import dedup, sources
 from rmega.preferences.assemble import WorkFolder, finish
+from rmega.preferences.chunks import CHUNK_BYTES
 from rmega.preferences.closest_schema import left_out
 from rmega.preferences.comparison import REASONS, Comparison, Parsed, Rejected
 from rmega.preferences.pairs import IMPLICIT_PROMPT
@@ -78,7 +79,7 @@ class PreprocessArgs:
     """Stop if more than this fraction of the rows is rejected. Rejected rows are listed in
     PREFIX.rejected.jsonl."""
     workers: int = 0
-    """Worker processes; 0: one per core."""
+    """Worker processes; 0: one per core, or none for a small input."""
     force: bool = False
     """Replace an existing output."""
 
@@ -261,9 +262,6 @@ def _start_worker(converter: Converter) -> None:
     # others with SIGTERM when one dies, and would wait forever for one that only takes note of it.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
-    # Garbage of the parent is not freed here: a process group of gloo ends a process that has none
-    # of its threads with a segmentation fault.
-    gc.freeze()
 
 
 def _work(chunk: sources.Chunk) -> ChunkResult:
@@ -279,9 +277,9 @@ def _all_chunks(plans: list[Plan], hashes: dict[str, str]) -> Iterator[sources.C
 def _convert_all(
     converter: Converter, plans: list[Plan], work: WorkFolder, args: PreprocessArgs
 ) -> None:
-    workers = args.workers or _num_cores()
     chunks = _all_chunks(plans, work.hashes)
     total = sum(p.source.num_bytes for p in plans)
+    workers = args.workers or (1 if 0 < total <= CHUNK_BYTES else _num_cores())
     start, size = time.monotonic(), 0
     with _progress(total) as bar:
         before = [0]
@@ -324,9 +322,13 @@ def _results(
         workers, multiprocessing.get_context(method), _start_worker, (converter,)
     ) as pool:
         waiting: deque[tuple[sources.Chunk, Future[ChunkResult]]] = deque()
+        # The first chunk starts the workers. What is garbage by then no fork frees: a process group
+        # of gloo ends a process that has none of its threads with a segmentation fault.
+        gc.freeze()
         try:
             for chunk in chunks:
                 waiting.append((chunk, pool.submit(_work, chunk)))
+                gc.unfreeze()
                 if len(waiting) >= 2 * workers + 2:
                     first, future = waiting.popleft()
                     yield first, future.result()
@@ -338,6 +340,7 @@ def _results(
                 "a worker process died (out of memory?); try again with fewer --workers"
             ) from None
         finally:
+            gc.unfreeze()
             pool.shutdown(wait=False, cancel_futures=True)
 
 

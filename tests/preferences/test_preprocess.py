@@ -7,6 +7,7 @@ import contextlib
 import gc
 import gzip
 import json
+import multiprocessing.util
 import os
 import signal
 import subprocess
@@ -499,6 +500,12 @@ def test_workers_free_nothing_of_their_parent(
         gc.collect()
         return convert(self, chunk)
 
+    def started(_: Any) -> None:
+        if os.getpid() != parent:
+            gc.collect()
+
+    parent = os.getpid()
+    multiprocessing.util.register_after_fork(started, started)  # before the worker's own code
     monkeypatch.setattr(worker.Converter, "convert", collecting)
     gc.disable()
     try:

@@ -55,12 +55,12 @@ def tied(small_llama, tmp_path_factory) -> str:
     ]
     write_lines(folder / "rows.jsonl", rows)
     options = dict(tokenizer=str(small_llama), max_length=128)
-    for ties in ("keep", "drop"):
+    for name, keep in (("keep", ["ties"]), ("drop", [])):
         preprocess(
             PreprocessArgs(
                 input=[str(folder / "rows.jsonl")],
-                output_prefix=str(folder / ties),
-                ties=ties,
+                output_prefix=str(folder / name),
+                keep=keep,
                 **options,
             )
         )
