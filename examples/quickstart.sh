@@ -114,19 +114,12 @@ else
 fi
 
 # All GPUs, or two processes that share the cores.
-read -r gpus cores < <("$PYTHON" -c 'import os, torch
-gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-print(gpus, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+gpus="$("$PYTHON" -c \
+    'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')"
 nproc="${nproc:-$((gpus ? gpus : 2))}"
 tp="${tp:-$((nproc % 2 ? 1 : 2))}"
-if ((gpus)); then
-    pack=16384 on="$nproc GPU(s)"
-else
-    pack=1024
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}"
-    on="$nproc process(es) of $OMP_NUM_THREADS thread(s)"
-fi
-step 3 "training on $on, tensor parallel $tp"
+pack="$((gpus ? 16384 : 1024))"
+step 3 "training on $nproc $( ((gpus)) && echo GPUs || echo processes), tensor parallel $tp"
 train=("$PYTHON" tools/launch.py --standalone --nproc-per-node "$nproc" examples/pretrain_reward.py
     --tp "$tp" --pp 1 --pad-attention-heads --hf-model "$model" --data-path "$output/data/train"
     --valid-data-path "$valid_prefix" --save "$output/run" --load "$output/run" --log-interval 5

@@ -19,6 +19,11 @@ import tyro
 T = TypeVar("T")
 
 
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def parse_args(
     cls: type[T],
     argv: Sequence[str] | None = None,

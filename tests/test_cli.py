@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from rmega.cli import parse_args, run_tool
+from rmega.cli import num_cores, parse_args, run_tool
 from rmega.config import TrainingConfig
 from tests.conftest import ROOT
 
@@ -78,3 +78,17 @@ def test_no_value_is_lost_without_a_word(more, message, capsys):
 def test_the_last_value_of_a_repeated_flag_counts():
     config = parse_args(TrainingConfig, [*NEEDED, "--data-path", "a", "--lr", "1", "--lr", "2"])
     assert config.optimizer.lr == 2
+
+
+@pytest.mark.parametrize("given, expected", [(None, max(1, num_cores() // 3)), ("7", 7)])
+def test_ranks_share_the_cores(given, expected, tmp_path):
+    """Where OMP_NUM_THREADS is not set; torchrun would give each rank one thread."""
+    program = tmp_path / "program.py"
+    program.write_text("import os; os.write(1, os.environ['OMP_NUM_THREADS'].encode() + b' ')")
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    env |= {"OMP_NUM_THREADS": given} if given else {}
+    launch = [sys.executable, "tools/launch.py", "--standalone", "--nproc-per-node", "3"]
+    done = subprocess.run(
+        [*launch, str(program)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == [str(expected)] * 3, done.stderr

@@ -18,7 +18,7 @@ import time
 import traceback
 from pathlib import Path
 
-from rmega.cli import parse_args, run_tool
+from rmega.cli import num_cores, parse_args, run_tool
 
 OTHER_PACKS = "1, other packs"
 TOLERANCE = 1e-5
@@ -78,7 +78,7 @@ def work(
         from rmega.training import parity
 
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+            torch.set_num_threads(max(1, num_cores() // world_size))
         torch.set_float32_matmul_precision("highest")
         distributed.quiet_engine()
         config = parity.layout_config(

@@ -6,7 +6,8 @@ torchrun ends its ranks 30 seconds after a SIGTERM, ends itself on SIGUSR1, and 
 whatever its ranks said. Here SIGTERM, SIGUSR1 and SIGINT only reach the ranks, which save and leave
 in their own time (on Linux; elsewhere signals are not passed on). The exit code is that of the rank
 that ended first: 0, 2 for an error that the user can fix, 75 for "saved, start me again", 1 for any
-other error, 130 after a second SIGINT.
+other error, 130 after a second SIGINT. OMP_NUM_THREADS, if it is not set, becomes what gives each
+rank its share of the cores.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import signal
 import sys
 from pathlib import Path
 
-from rmega.cli import run_tool
+from rmega.cli import num_cores, run_tool
 
 
 def children(process: int) -> list[int]:
@@ -34,12 +35,15 @@ def cli() -> int:
         return run_tool(print, text)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import get_args_parser, run
+    from torch.distributed.run import determine_local_world_size, get_args_parser, run
 
     parser = get_args_parser()
     parser.prog = "tools/launch.py"
     args = parser.parse_args()
     args.signals_to_handle = "SIGHUP,SIGQUIT"
+    if "OMP_NUM_THREADS" not in os.environ:  # torchrun would set it to 1
+        ranks = determine_local_world_size(args.nproc_per_node)
+        os.environ["OMP_NUM_THREADS"] = str(max(1, num_cores() // ranks))
 
     def pass_on(number: int, frame) -> None:
         if number == signal.SIGINT and os.isatty(0):

@@ -181,11 +181,10 @@ def transformers_rewards(
     pad_token_id: int,
     *,
     batch_size: int = 8,
-    left_padding: bool = False,
     adapter_of: Path | None = None,
 ) -> torch.Tensor:
-    """fp32 rewards [n] by stock transformers from a written folder, in padded batches [B, T].
-    ``adapter_of``: the base model of a folder of peft."""
+    """fp32 rewards [2, n] by stock transformers from a written folder, in batches [B, T] that are
+    padded on the right, then on the left. ``adapter_of``: the base model of a folder of peft."""
     import transformers
 
     if adapter_of:
@@ -206,22 +205,19 @@ def transformers_rewards(
         transformers.logging.enable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    rewards = []
-    for start in range(0, len(sequences), batch_size):
-        batch = sequences[start : start + batch_size]
-        longest = max(map(len, batch))
-        tokens = torch.full((len(batch), longest), pad_token_id)
-        mask = torch.zeros_like(tokens)
-        for row, ids in enumerate(batch):
-            place = slice(longest - len(ids), longest) if left_padding else slice(0, len(ids))
-            tokens[row, place], mask[row, place] = torch.tensor(ids), 1
-        rewards.append(
-            model(input_ids=tokens.to(device), attention_mask=mask.to(device))
-            .logits[:, 0]
-            .float()
-            .cpu()
-        )
-    return torch.cat(rewards) if rewards else torch.zeros(0)
+    rewards = torch.empty(2, len(sequences))
+    for side, padded_left in enumerate((False, True)):
+        for start in range(0, len(sequences), batch_size):
+            batch = sequences[start : start + batch_size]
+            longest = max(map(len, batch))
+            tokens = torch.full((len(batch), longest), pad_token_id)
+            mask = torch.zeros_like(tokens)
+            for row, ids in enumerate(batch):
+                place = slice(longest - len(ids), longest) if padded_left else slice(0, len(ids))
+                tokens[row, place], mask[row, place] = torch.tensor(ids), 1
+            outputs = model(input_ids=tokens.to(device), attention_mask=mask.to(device))
+            rewards[side, start : start + len(batch)] = outputs.logits[:, 0]
+    return rewards
 
 
 def verify_export(
@@ -262,16 +258,14 @@ def verify_export(
     else:
         sentence, equal = compare_weights(weights_of(parts), folder, geometry, dtype)
     say(f"scoring {len(sequences)} responses by the training path")
-    exact, rounded = rewards_of_parts(parts, items, ("float32", dtype))
+    rewards = rewards_of_parts(parts, items, list(dict.fromkeys(("float32", dtype))))
+    exact, rounded = rewards[0], rewards[-1]
     gc.collect()
     say(f"scoring them by transformers {transformers.__version__} from {folder}")
-    largest, scale = torch.zeros(()), rounded.abs().amax() if sequences else torch.zeros(())
-    for left in (False, True):
-        served = transformers_rewards(
-            folder, geometry, sequences, pad_token_id, left_padding=left, adapter_of=base
-        )
-        if sequences:
-            largest = torch.maximum(largest, (served - rounded).abs().max())  # keeps nan
+    served = transformers_rewards(folder, geometry, sequences, pad_token_id, adapter_of=base)
+    largest = scale = torch.zeros(())
+    if sequences:
+        largest, scale = (served - rounded).abs().max(), rounded.abs().max()
     relative = (largest / scale if scale > 0 else largest).item()
     # No training computed the rewards of a mean.
     drift = None if averaged else training_difference(kept, exact)

@@ -245,7 +245,7 @@ class PooledLastLayer(DecoderLayer):
         # Every tensor rank reads all tokens; backward sums what the ranks' heads want of them.
         if self.shards_sequence:
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True)
-        else:
+        elif lora is None:  # an adapter has done it
             x = copy_to_tensor_model_parallel_region(x)
         x = x.squeeze(1)  # [t, h]
         g = attention.num_query_groups_per_partition

@@ -4,9 +4,11 @@ A linear layer y = W x becomes y = W x + s B A x with A [r, in], B [out, r] and 
 alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023). A starts uniform in +-1 / sqrt(in), B at zero, as
 peft has it. Query, key and value have an A and a B each, and so have gate and up projection.
 
-What tensor ranks exchange is r wide, never h wide. Columns (qkv, fc1): x A^T is computed where x is
-(on this rank's tokens under sequence parallelism) and gathered, and B is cut as the weight is.
-Rows (proj, fc2): A is cut as the weight is, x A^T is summed over the ranks, and B is whole.
+On tensor ranks B is cut as the weight is in columns (qkv, fc1), and A in rows (proj, fc2). What an
+adapter adds to an output or to an input's gradient joins the sum over ranks that the linear layer
+needs anyway; the other one of A and B has a partial gradient on each rank, which is summed once per
+step. Columns under sequence parallelism would have to keep the whole sequence for that: there A is
+applied to this rank's tokens, and x A^T, r wide, is gathered.
 
 Shape letters: t tokens, h hidden, r rank, n parts (3 for qkv, 2 for fc1, else 1), g key/value
 groups of this tensor rank, tp tensor-parallel size.
@@ -65,6 +67,8 @@ class Adapter(MegatronModule):
         self.rank, self.scale, self.groups, self.count = rank, scale, groups, len(rows)
         self.column = target in COLUMN
         self.sequence_parallel = sequence_parallel
+        self.gathers = self.column and sequence_parallel
+        linear.explicit_expert_comm = not self.gathers  # leaves all exchange to its caller
         weight = linear.weight
 
         def zeros(*shape: int) -> torch.nn.Parameter:
@@ -77,8 +81,8 @@ class Adapter(MegatronModule):
         for name, parameter in self.named_parameters():
             if name in self.cut:
                 set_tensor_model_parallel_attributes(parameter, True, self.cut[name], 1)
-            else:  # sees this rank's tokens only: Megatron-Core then sums its gradient
-                parameter.sequence_parallel = sequence_parallel
+            else:  # as Megatron-Core marks a partial gradient
+                parameter.sequence_parallel = True
         self.hooks = (
             linear.register_forward_pre_hook(self._before),
             linear.register_forward_hook(self._after),
@@ -92,18 +96,13 @@ class Adapter(MegatronModule):
 
     def down(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(x, s x A^T of all parts): [t(/tp), 1, in(/tp)] -> the same for the linear layer to read,
-        and [t(/tp), 1, n r]. For columns the t of all ranks, for rows those that the linear layer's
-        output has."""
+        and [t(/tp), 1, n r], the t that ``up`` finds in the linear layer's output."""
         fused = self.config.gradient_accumulation_fusion
+        if self.column and not self.gathers:
+            x = copy_to_tensor_model_parallel_region(x)
         x, u = low_rank.down(x, self.a, self.scale, fused=fused)
-        if self.column and self.sequence_parallel:
+        if self.gathers:
             u = gather_from_sequence_parallel_region(u, tensor_parallel_output_grad=True)
-        elif self.column:
-            u = copy_to_tensor_model_parallel_region(u)
-        elif self.sequence_parallel:
-            u = reduce_scatter_to_sequence_parallel_region(u)
-        else:
-            u = reduce_from_tensor_model_parallel_region(u)
         return x, u
 
     def up(
@@ -124,7 +123,12 @@ class Adapter(MegatronModule):
 
     def _after(self, linear: torch.nn.Module, args: tuple, output: tuple) -> tuple:
         (out, bias), u, self._u = output, self._u, None  # [t(/tp), 1, out(/tp)]
-        return self.up(out, u, groups=self.groups), bias
+        out = self.up(out, u, groups=self.groups)
+        if not self.column and self.sequence_parallel:
+            out = reduce_scatter_to_sequence_parallel_region(out)
+        elif not self.column:
+            out = reduce_from_tensor_model_parallel_region(out)
+        return out, bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):
         """As Megatron-Core's linear layers make theirs. What belongs to padded heads may be longer
@@ -180,6 +184,25 @@ def attach(model: torch.nn.Module, args: LoraArgs) -> None:
                 sequence_parallel=sequence_parallel,
             )
             setattr(holder, f"lora_{target}", adapter)
+
+
+def sum_partial_gradients(chunks: Sequence[torch.nn.Module]) -> None:
+    """Sum over tensor ranks the gradients that each has a part of. Under sequence parallelism
+    Megatron-Core does it."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() == 1 or chunks[0].config.sequence_parallel:
+        return
+    partial = [
+        parameter.main_grad
+        for chunk in chunks
+        for parameter in chunk.parameters()
+        if parameter.requires_grad and getattr(parameter, "sequence_parallel", False)
+    ]
+    if partial:
+        total = torch.cat([grad.flatten() for grad in partial])
+        torch.distributed.all_reduce(total, group=group)
+        for grad, summed in zip(partial, total.split([g.numel() for g in partial]), strict=True):
+            grad.copy_(summed.view_as(grad))
 
 
 def adapter_table(geometry: Geometry, args: LoraArgs) -> list[WeightRule]:
@@ -277,4 +300,5 @@ def merge(model: torch.nn.Module) -> None:
             weight.copy_(weight.float() + change)
             for hook in adapter.hooks:
                 hook.remove()
+            getattr(module, f"linear_{target}").explicit_expert_comm = False
             delattr(module, f"lora_{target}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import multiprocessing
-import os
 import signal
 import sys
 import time
@@ -23,6 +22,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from rmega.cli import num_cores
 from rmega.config import NONE
 from rmega.data.indexed import exists, open_preferences
 from rmega.preferences import dedup, sources
@@ -284,7 +284,7 @@ def _convert_all(
 ) -> None:
     chunks = _all_chunks(plans, work.hashes)
     total = sum(p.source.num_bytes for p in plans)
-    workers = args.workers or (1 if 0 < total <= CHUNK_BYTES else _num_cores())
+    workers = args.workers or (1 if 0 < total <= CHUNK_BYTES else num_cores())
     start, size = time.monotonic(), 0
     with _progress(total) as bar:
         before = [0]
@@ -308,10 +308,6 @@ def _convert_all(
     if work.num_rows == 0:
         raise ValueError(f"--input {plans[0].source.name}: no rows")
     work.check_faults(args.max_rejected)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _results(

@@ -217,6 +217,7 @@ def _finalize(model, num_tokens=None, **groups) -> None:
     optimizer divides by the count and the clipping factor at once, instead of two more passes
     over all gradients."""
     finalize_model_grads(model, None, **groups)
+    lora.sum_partial_gradients(model)
 
 
 def build_optimizer(

@@ -251,12 +251,12 @@ def in_process(root: Path, sequences: list[list[int]]) -> list[list[float]]:
     """Rewards by transformers from ``root``/llama and ``root``/internlm2, alone and in padded
     batches."""
     return [
-        transformers_rewards(
-            root / form, tiny(form), sequences, PAD, batch_size=size, left_padding=left
-        ).tolist()
+        one_side
         for form in BOTH
         for size in (1, 8)
-        for left in (False, True)
+        for one_side in transformers_rewards(
+            root / form, tiny(form), sequences, PAD, batch_size=size
+        ).tolist()
     ]
 
 

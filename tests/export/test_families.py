@@ -75,7 +75,7 @@ def test_a_qwen3_folder_from_text_to_a_verified_export(qwen3: Path, tmp_path: Pa
 
     ids = recipe["example"]["token_ids"]
     geometry, _ = read_geometry(out)
-    (theirs,) = transformers_rewards(out, geometry, [ids], config["pad_token_id"]).tolist()
+    ((theirs,), _) = transformers_rewards(out, geometry, [ids], config["pad_token_id"]).tolist()
     for path in (run, out):
         with scorer(path) as ours:
             reward = ours.score_conversations([recipe["example"]["messages"]])[0]
