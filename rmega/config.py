@@ -392,6 +392,28 @@ class TrainingConfig:
             raise ValueError(f"--initial-loss-scale {o.initial_loss_scale}: must be at least 1")
         if not 0 <= self.loss.label_smoothing < 0.5:
             raise ValueError(f"--label-smoothing {self.loss.label_smoothing}: must be in [0, 0.5)")
+        for flag, given, effective, needed in (
+            (
+                "--barrier-clamp",
+                self.loss.barrier_clamp,
+                self.loss.penalty == "log_barrier",
+                "--penalty log_barrier",
+            ),
+            (
+                f"--fp8-recipe {self.model.fp8_recipe}",
+                self.model.fp8_recipe != ModelArgs.fp8_recipe,
+                self.model.fp8_format != "none",
+                "--fp8-format",
+            ),
+            (
+                f"--min-lr {o.min_lr}",
+                o.min_lr > 0,
+                o.lr_decay_style != "constant",
+                "--lr-decay-style cosine or linear",
+            ),
+        ):
+            if given and not effective:
+                raise ValueError(f"{flag} has no effect without {needed}")
         if self.loss.loss == "plackett_luce":
             for flag, active in (
                 ("--label-smoothing", self.loss.label_smoothing > 0),
