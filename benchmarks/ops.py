@@ -303,7 +303,7 @@ def main(args: Args) -> int:
     torch.manual_seed(0)
     provenance = {
         **environment(args.device),
-        "instructions": ops._C.elementwise_isa(),
+        "instructions": ops.implementation._C.elementwise_isa(),
         "torch_instructions": torch.backends.cpu.get_cpu_capability(),
     }
     rows, forms = [], ("native", "eager", "compile") if args.compile else ("native", "eager")

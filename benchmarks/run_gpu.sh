@@ -90,7 +90,7 @@ train() { # NAME MORE...: a step of InternLM2-1.8B's shape in bf16
 }
 build() {
     local arch
-    if "$python" -c 'import sys; from rmega import ops; sys.exit(ops._C is None or not ops._C.has_cuda)'; then
+    if "$python" -c 'import sys; from rmega.ops.implementation import _C; sys.exit(_C is None or not _C.has_cuda)'; then
         echo "rmega._C has CUDA kernels already"
         return
     fi

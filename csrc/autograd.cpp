@@ -1,6 +1,6 @@
 // Schemas of the operators in the namespace rmega, their kernels per device, and their derivatives.
 // In C++ because a derivative registered from Python costs ten times what the smaller of these
-// operators take; rmega/ops.py adds the fake (shape-only) kernels.
+// operators take; rmega/ops/ adds the fake (shape-only) kernels.
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>

@@ -12,7 +12,7 @@ bool linear_has_tiles();
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("interface") =
-      5;  // counted up with every change of an operator; rmega/ops.py knows its number
+      5;  // counted up with every change of an operator; rmega/ops/implementation.py knows it
 #ifdef RMEGA_WITH_CUDA
   m.attr("has_cuda") = true;
 #else

@@ -9,7 +9,7 @@ namespace rmega {
 
 enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
 
-// Loss and penalty names in the order of LOSSES and PENALTIES in rmega/ops.py.
+// Loss and penalty names in the order of LOSSES and PENALTIES in rmega/ops/loss.py.
 enum class Loss : int { ranking = 0, focal = 1, plackett_luce = 2 };
 enum class Penalty : int { none = 0, log_barrier = 1, l2 = 2, center = 3 };
 

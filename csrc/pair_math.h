@@ -1,5 +1,5 @@
 // One pair's loss, penalty and gradient: the same arithmetic on CPU and GPU. Formulas:
-// rmega/ops.py, pairwise_loss. T is float or double, the type that everything is computed in.
+// rmega/ops/loss.py, pairwise_loss. T is float or double, the type that everything is computed in.
 #pragma once
 
 #include <cmath>

@@ -33,7 +33,7 @@ def test_norms_of_heads_cost_no_kernel_of_their_own():
     """Forward none, backward the sum of their weights' partial gradients."""
     from rmega import ops
 
-    if ops._qkv_norm_rope is None:
+    if ops.qkv._qkv_norm_rope is None:
         pytest.skip("rmega._C is from older sources")
     plain, normalized = (count.per_layer(path) for path in ("fused", "heads normalized, fused"))
     assert normalized[0]["kernels"] == plain[0]["kernels"]

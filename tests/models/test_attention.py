@@ -236,8 +236,8 @@ def test_native_is_deterministic_and_independent_of_neighbours():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_every_instruction_set(isa, dtype):
-    set_isa = getattr(ops._C, "set_elementwise_isa", None)
-    if set_isa is None or (isa == "avx2" and ops._C.elementwise_isa() == "portable"):
+    set_isa = getattr(ops.implementation._C, "set_elementwise_isa", None)
+    if set_isa is None or (isa == "avx2" and ops.implementation._C.elementwise_isa() == "portable"):
         pytest.skip(f"this CPU or build has no {isa} to choose")
     pack = make_pack(PACKS["longer_than_a_block"])
     truth = attend(pack, torch.float64, packed_attention_ref, ratio=3, d=64)

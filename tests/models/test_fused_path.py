@@ -86,11 +86,10 @@ def test_rewards_and_gradients(family, prune, share, calls, tmp_path):
     # Every addition prepares a norm, and every prepared norm is used: only the first is made alone.
     heads_norms = int(prune and family == "qwen3")  # the pruned layer's queries
     assert counts["add_rms_norm"] == 2 * depth
-    alone = counts.get("rms_norm", 0) - counts["add_rms_norm"] * (ops._add_rms_norm is None)
-    assert alone == 1 + heads_norms
+    assert counts.get("rms_norm", 0) == 1 + heads_norms
     fused = "qkv_norm_rope" if family == "qwen3" else "qkv_rope"
     assert counts[fused] == depth and "packed_attention" not in counts
-    if ops._qkv_norm_rope is not None:  # else the kernel's plain form counts as well
+    if ops.qkv._qkv_norm_rope is not None:  # else the kernel's plain form counts as well
         assert counts.get("qkv_rope", 0) + counts.get("qkv_norm_rope", 0) == depth
     assert counts.get("rope", 0) == int(prune)
 

@@ -46,7 +46,7 @@ def automatic():
 @pytest.mark.parametrize("t, k, n", SHAPES)
 @pytest.mark.parametrize("kind", [pytest.param("native", marks=needs_tiles), "fp32"])
 def test_matmuls_are_those_of_fp64(t, k, n, kind, monkeypatch):
-    monkeypatch.setattr(ops, "best_matmul", lambda device, dtype: kind)
+    monkeypatch.setattr(ops.gemm, "best_matmul", lambda device, dtype: kind)
     x, weight, grad = operands(t, k, n)
     total = torch.randn(n, k)
     before = total.double()
@@ -148,12 +148,12 @@ def test_operators_are_well_formed():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_runs_where(dtype, monkeypatch):
     assert ops.active_matmul("cpu", torch.float32) == ops.active_matmul("cuda", dtype) == "torch"
-    monkeypatch.setattr(ops, "has_native_linear", lambda: False)
-    monkeypatch.setattr(ops, "_has_instructions", lambda dtype: True)
+    monkeypatch.setattr(ops.gemm, "has_native_linear", lambda: False)
+    monkeypatch.setattr(ops.gemm, "_has_instructions", lambda dtype: True)
     assert ops.active_matmul("cpu", dtype) == "torch"
-    monkeypatch.setattr(ops, "_has_instructions", lambda dtype: False)
+    monkeypatch.setattr(ops.gemm, "_has_instructions", lambda dtype: False)
     assert ops.active_matmul("cpu", dtype) == "fp32"
-    monkeypatch.setattr(ops, "has_native_linear", lambda: True)
+    monkeypatch.setattr(ops.gemm, "has_native_linear", lambda: True)
     assert ops.active_matmul("cpu", dtype) == ("native" if dtype is torch.bfloat16 else "fp32")
     ops.set_implementation("reference")
     assert ops.active_matmul("cpu", dtype) == "torch"
@@ -180,7 +180,8 @@ def train_gradients(
     from rmega.megatron import fusion
 
     best = ops.best_matmul
-    ops.best_matmul = lambda device, dtype: "native" if implementation == "native" else "fp32"
+    chosen = "native" if implementation == "native" else "fp32"
+    ops.best_matmul = ops.gemm.best_matmul = lambda device, dtype: chosen
     ops.set_implementation("reference" if implementation == "reference" else "auto")
     fused = fusion.fuse_weight_gradients(torch.device("cpu"), dtype)
     config = TransformerConfig(
@@ -223,7 +224,7 @@ def train_gradients(
         and layers.torch.matmul is not torch.matmul
         and torch.matmul.__module__ != "rmega.megatron.cpu"
     )
-    ops.best_matmul = best
+    ops.best_matmul = ops.gemm.best_matmul = best
     ops.set_implementation("auto")
     return out
 

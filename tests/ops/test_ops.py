@@ -20,8 +20,8 @@ def auto_implementation():
 
 
 def choose(implementation):
-    if implementation == "native" and ops._C is None:
-        pytest.skip(f"rmega._C is not built: {ops._why_not_built}")
+    if implementation == "native" and ops.implementation._C is None:
+        pytest.skip(f"rmega._C is not built: {ops.implementation._why_not_built}")
     ops.set_implementation(implementation)
 
 
@@ -59,16 +59,16 @@ ISAS = ["portable", "avx2", "avx512"]
 def isa(request):
     choose("native")
     try:
-        ops._C.set_elementwise_isa(request.param)
+        ops.implementation._C.set_elementwise_isa(request.param)
     except RuntimeError as error:
         pytest.skip(str(error).splitlines()[0])
     yield request.param
-    ops._C.set_elementwise_isa("")
+    ops.implementation._C.set_elementwise_isa("")
 
 
 def opcheck(op, args):
-    if ops._C is None:
-        pytest.skip(f"rmega._C is not built: {ops._why_not_built}")
+    if ops.implementation._C is None:
+        pytest.skip(f"rmega._C is not built: {ops.implementation._why_not_built}")
     torch.library.opcheck(getattr(torch.ops.rmega, op).default, args)
 
 
@@ -79,14 +79,14 @@ def test_implementation_choice():
     ops.set_implementation("reference")
     assert ops.active_implementation() == "reference"
     ops.set_implementation("auto")
-    assert ops.active_implementation() == ("native" if ops._C else "reference")
+    assert ops.active_implementation() == ("native" if ops.implementation._C else "reference")
     with pytest.raises(ValueError, match="auto, native, reference"):
         ops.set_implementation("fast")
 
 
 def test_without_the_extension_says_so_once_and_works(monkeypatch, capsys):
-    monkeypatch.setattr(ops, "_C", None)
-    monkeypatch.setattr(ops, "_said", set())
+    monkeypatch.setattr(ops.implementation, "_C", None)
+    monkeypatch.setattr(ops.implementation, "_reported", set())
     monkeypatch.delenv("RANK", raising=False)
     for _ in range(2):
         assert ops.gather_last_token(torch.arange(6.0).view(3, 2), torch.tensor([2])).tolist() == [
@@ -99,7 +99,7 @@ def test_without_the_extension_says_so_once_and_works(monkeypatch, capsys):
 
 def test_a_named_request_that_cannot_be_met_raises(monkeypatch):
     choose("native")
-    monkeypatch.setattr(ops, "_C", None)
+    monkeypatch.setattr(ops.implementation, "_C", None)
     with pytest.raises(RuntimeError, match="native"):
         ops.gather_last_token(torch.ones(1, 1), torch.tensor([0]))
 
@@ -118,27 +118,29 @@ def test_gpus_that_the_kernels_are_not_built_for(
     monkeypatch, capsys, has_cuda, interface, capability, reason
 ):
     """A launch there ends in "no kernel image is available"; a stand-in for extension and GPU."""
-    monkeypatch.setattr(ops, "_C", SimpleNamespace(has_cuda=has_cuda, interface=interface))
-    monkeypatch.setattr(ops, "_said", set())
+    monkeypatch.setattr(
+        ops.implementation, "_C", SimpleNamespace(has_cuda=has_cuda, interface=interface)
+    )
+    monkeypatch.setattr(ops.implementation, "_reported", set())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.delenv("RANK", raising=False)
     gpu = torch.device("cuda", 0)
-    ops._why_not_cuda.cache_clear()
+    ops.implementation._why_not_cuda.cache_clear()
     try:
         ops.set_implementation("auto")
         assert ops.active_implementation(gpu) == ("reference" if reason else "native")
-        assert ops._native(gpu) == (not reason)
+        assert ops.implementation.runs_native(gpu) == (not reason)
         said = capsys.readouterr().err
         assert reason in said and bool(said) == bool(reason)
         ops.set_implementation("native")
         if reason:
             with pytest.raises(RuntimeError, match=f"on cuda, but .*{reason}"):
-                ops._native(gpu)
+                ops.implementation.runs_native(gpu)
         else:
-            assert ops._native(gpu)
+            assert ops.implementation.runs_native(gpu)
     finally:
         ops.set_implementation("auto")
-        ops._why_not_cuda.cache_clear()
+        ops.implementation._why_not_cuda.cache_clear()
 
 
 # ---- gather_last_token
@@ -701,7 +703,7 @@ def test_prefix_index(case):
     t, rows = 23, prefix_rows(SEGMENTS[case])
     made = [ops.prefix_index_ref(*columns, t)]
     choose("native")
-    if ops._prefix_index is not None:
+    if ops.gather._prefix_index is not None:
         made.append(ops.prefix_index(*columns, t))
     for index in made:
         assert index.dtype == torch.int32
@@ -771,7 +773,7 @@ def test_qkv_rope(implementation, dtype, case, a, g, d):
 
 def test_qkv_rope_opcheck_and_refusals():
     choose("native")
-    if ops._qkv_rope is None:
+    if ops.qkv._qkv_rope is None:
         pytest.skip("rmega._C is from older sources")
     x, cos, sin, index = fused_projection(4, 2, 6, torch.float32)
     opcheck("qkv_rope", (x.requires_grad_(), cos, sin, index, 4, 2))
@@ -817,7 +819,7 @@ def test_qkv_norm_rope(implementation, dtype, case, a, g, d):
 
 def test_qkv_norm_rope_opcheck_and_refusals():
     choose("native")
-    if ops._qkv_norm_rope is None:
+    if ops.qkv._qkv_norm_rope is None:
         pytest.skip("rmega._C is from older sources")
     x, cos, sin, index = fused_projection(4, 2, 6, torch.float32)
     weights = [torch.rand(6, requires_grad=True) for _ in range(2)]
@@ -981,7 +983,7 @@ def test_elementwise_opcheck(dtype):
     table = torch.rand(3, 4)
     opcheck("rms_norm", (x, weight, 1e-5))
     opcheck("rms_norm_backward", (x.detach(), x.detach(), weight.detach(), torch.rand(3)))
-    if ops._add_rms_norm is not None:
+    if ops.elementwise._add_rms_norm is not None:
         opcheck("add_rms_norm", (x, torch.rand_like(x), weight, 1e-5))
         plain = x.detach()
         opcheck("add_rms_norm_backward", (plain, plain, plain, weight.detach(), torch.rand(3)))

@@ -10,7 +10,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
     pytest.mark.skipif(
-        ops._C is None or not ops._C.has_cuda, reason="rmega._C was built without CUDA"
+        not getattr(ops.implementation._C, "has_cuda", False),
+        reason="rmega._C was built without CUDA",
     ),
 ]
 DTYPES = pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_plackett_luce_is_the_likelihood_of_each_comparisons_order(share_prefix)
 @pytest.mark.parametrize("implementation", ["reference", "auto"])
 def test_rao_kupper_is_its_likelihood(raw, penalty, implementation, monkeypatch):
     """Values and gradients, of rewards and threshold, against the probabilities themselves."""
-    monkeypatch.setattr(ops, "_implementation", implementation)
+    monkeypatch.setattr(ops.implementation, "_implementation", implementation)
     comparisons = with_ties(random_comparisons(24, seed=9))
     batch = pack(comparisons, ties=True)
     rewards = torch.randn(len(batch.pooled), dtype=torch.float64, requires_grad=True)
