@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import tyro
 
@@ -37,7 +37,8 @@ def parse_args(
 
     A field's docstring is its help text. Ends the program with exit code 2 on a flag that is
     unknown or malformed, with a last line that names the flag which may have been meant: also one
-    of ``also``, which the caller reads itself.
+    of ``also``, which the caller reads itself. The last value of a repeated flag counts, as a
+    script's ``"$@"`` needs it, but a list is given once.
     """
     # tools/score.py from wherever it was called; an installed program by its name
     called = Path(sys.argv[0])
@@ -45,6 +46,11 @@ def parse_args(
         called.name if called.name.startswith("rmega-") else "/".join(called.parts[-2:])
     )
     speaks = os.environ.get("RANK", "0") == "0"
+    given = sys.argv[1:] if argv is None else argv
+    if message := _value_lost(cls, given):
+        if speaks:
+            print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2)
     try:
         return tyro.cli(
             cls,
@@ -56,7 +62,7 @@ def parse_args(
         )
     except SystemExit as end:
         if end.code == 2 and speaks:
-            for line in hints(cls, sys.argv[1:] if argv is None else argv, also):
+            for line in hints(cls, given, also):
                 print(line, file=sys.stderr)
         try:
             sys.stdout.flush()  # of --help; not at the very end, where nobody catches an error
@@ -66,6 +72,37 @@ def parse_args(
     except BrokenPipeError:
         _drop_stdout()
         raise SystemExit(0) from None
+
+
+def _value_lost(cls: type, argv: Sequence[str]) -> str:
+    """What argparse would take without a word although a value is missing or would be lost: an
+    empty text (an unset shell variable), a list without values, a list given twice. "" if
+    nothing."""
+    lists, given = _list_flags(cls), set()
+    for i, text in enumerate(argv):
+        name, equals, value = text.partition("=")
+        flag = name.replace("_", "-") if name.startswith("--") else ""
+        if not text or (flag and equals and not value):
+            return f"{flag or (argv[i - 1] if i else 'argument 1')}: the value is empty"
+        if flag not in lists:
+            continue
+        if flag in given:
+            return f"{flag}: given twice; write all its values after one {flag}"
+        given.add(flag)
+        if not equals and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
+            return f"{flag}: needs at least one value"
+    return ""
+
+
+def _list_flags(cls: type) -> set[str]:
+    """The flags of the dataclass ``cls`` that take a list."""
+    flags: set[str] = set()
+    for name, kind in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            flags |= _list_flags(kind)
+        elif get_origin(kind) in (list, tuple):
+            flags.add(f"--{name.replace('_', '-')}")
+    return flags
 
 
 def _drop_stdout() -> None:

@@ -9,6 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+LONGEST = (
+    "test_layouts test_convert test_cuda_build test_documents test_faults test_train_cli"
+    " test_checkpoint test_doors test_average test_in_training test_lora test_machines"
+    " test_timeouts test_adapters test_server test_tokenizer test_resume"
+    " test_verification_rewards test_cuda_kernels test_run_folder test_reward_model test_hub"
+).split()
+"""Files that take longer than 20 seconds; these go first, so that two workers end together."""
 sys.path.insert(0, str(ROOT))  # tests.dist, examples and tools are no installed packages
 
 
@@ -70,6 +77,8 @@ def pytest_collection_modifyitems(items) -> None:
     for item in items:
         if "shared_dir" in item.fixturenames:
             item.add_marker(pytest.mark.real_data)
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))  # stable: by file
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from rmega.cli import num_cores, run_tool
+from rmega.cli import num_cores, parse_args, run_tool
+from rmega.config import TrainingConfig
 from tests.conftest import ROOT
 
 PROGRAMS = [
@@ -51,6 +52,32 @@ def test_output_that_nobody_reads_is_no_error():
     for size in ("10", "1000000"):
         assert ended([sys.executable, "-c", code, size]) == (0, ""), size
     assert run_tool(lambda: 3) == 3
+
+
+NEEDED = ["--hf-model", "m", "--train-steps", "1"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--data-path", "a", "--data_path", "b"], "--data-path: given twice"),
+        (["--data-path=a", "--data-path=b"], "--data-path: given twice"),
+        (["--data-path", "a", "--valid-data-path"], "--valid-data-path: needs at least one value"),
+        (["--valid-data-path", "--data-path", "a"], "--valid-data-path: needs at least one value"),
+        (["--data-path", "a", "--save", ""], "--save: the value is empty"),
+        (["--data-path", "a", "--load="], "--load: the value is empty"),
+        (["--data-path", "", "b"], "--data-path: the value is empty"),
+    ],
+)
+def test_no_value_is_lost_without_a_word(more, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_args(TrainingConfig, [*NEEDED, *more])
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_last_value_of_a_repeated_flag_counts():
+    config = parse_args(TrainingConfig, [*NEEDED, "--data-path", "a", "--lr", "1", "--lr", "2"])
+    assert config.optimizer.lr == 2
 
 
 @pytest.mark.parametrize("given, expected", [(None, max(1, num_cores() // 3)), ("7", 7)])

@@ -142,7 +142,7 @@ def test_as_dict_is_json_and_complete() -> None:
         ([*STEPS, "--lora-target", "qkv"], 1, "--lora-target qkv needs --lora-rank"),
         ([*STEPS, "--lora-rank", "4", "--lora-alpha", "0"], 1, "--lora-alpha 0.0"),
         ([*STEPS, "--lora-rank", "4", "--lora-target", "q_proj"], 1, "'q_proj' is not one of qkv"),
-        ([*STEPS, "--lora-rank", "4", "--lora-target", ""], 1, "'' is not one of qkv"),
+        ([*STEPS, "--lora-rank", "4", "--lora-target", "qkv,"], 1, "'' is not one of qkv"),
         ([*STEPS, "--lora-rank", "4", "--fp8-format", "hybrid"], 1, "--fp8-format hybrid does not"),
         ([*STEPS, "--head-lr", "0"], 1, "--head-lr 0"),
         ([*STEPS, "--sp"], 1, "--sp needs --tp greater than 1"),

@@ -30,6 +30,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.dist import run_distributed
+from tests.runs import train_and_say
 
 # In the order of a reader: later pages use what the commands of the README made.
 DOCUMENTS = [
@@ -261,6 +263,16 @@ TINY = {
 PLACEHOLDERS = {"PREFIX": "runs/data/train", "RUN": "runs/placeholder"}
 
 
+def in_folder(rank: int, world_size: int, folder: str, argv: list[str]) -> tuple[int, str]:
+    """A training run typed in a folder: (exit code, what it printed)."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        return train_and_say(rank, world_size, argv)
+    finally:
+        os.chdir(before)
+
+
 class Workspace:
     """A folder that looks like a checkout in which a reader types the commands, and what each
     printed."""
@@ -319,7 +331,10 @@ class Workspace:
         if command.program == "tools/serve.py":
             return self.serve(words[1:])
         if command.program == "examples/pretrain_reward.py":
-            return self.train(words)
+            steps = "--train-steps" in words
+            words += ["--train-steps", "2"] if steps else ["--train-epochs", "0.1"]
+            # One under its launcher; launchers and their words have tests of their own.
+            return self.train(words) if command.document == "README.md" else self.main(words)
         assert words[0] == "python", f"{command}: no way to run it"
         heard = io.StringIO()
         with (
@@ -351,10 +366,6 @@ class Workspace:
         if "--nproc-per-node" in words:
             place = words.index("--nproc-per-node")
             words = [*words[:place], "--standalone", "--nproc-per-node", "1", *words[place + 2 :]]
-        if "--train-steps" in words:
-            words[words.index("--train-steps") + 1] = "2"
-        else:
-            words += ["--train-epochs", "0.1"]
         words[0] = sys.executable
         done = subprocess.run(
             words,
@@ -366,6 +377,13 @@ class Workspace:
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout + done.stderr
+
+    def main(self, words: list[str]) -> str:
+        """The same without a launcher, in a process that has imported everything."""
+        argv = words[words.index("examples/pretrain_reward.py") + 1 :]
+        ((code, printed),) = run_distributed(in_folder, 1, str(self.root), argv)
+        assert code == 0, printed[-3000:]
+        return printed
 
     def serve(self, words: list[str]) -> str:
         pytest.importorskip("fastapi", reason="the extra serve is not installed")

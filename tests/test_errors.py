@@ -220,7 +220,8 @@ def test_a_tokenizer_that_is_none(program, tmp_path: Path) -> None:
 def good_flags(model: object, data: object) -> list[object]:
     """What a training needs beside its length and a place to save."""
     flags = "--global-batch-size 4 --precision fp32 --matmul-precision highest".split()
-    return ["--hf-model", model, "--data-path", data, *flags]
+    sources = data if isinstance(data, list) else [data]
+    return ["--hf-model", model, "--data-path", *sources, *flags]
 
 
 @pytest.fixture
@@ -305,12 +306,8 @@ def test_tokenizer_and_dataset_that_do_not_match(
         train("--valid-data-path", edited(data, tmp_path / "token", reward_token_id=7)),
         "reward_token_id 7",
     )
-    second = (
-        "--data-path",
-        data,
-        tmp_path / "token" / "train",
-    )  # each of several, not the first alone
-    refused(train(*second), "--data-path", "token", "reward_token_id 7")
+    second = [data, tmp_path / "token" / "train"]  # each of several, not the first alone
+    refused(train(source=second), "--data-path", "token", "reward_token_id 7")
     refused(
         train(source=edited(data, tmp_path / "old", format_version=0)),
         "train.json",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rmega.data.indexed import response_pairs, tied_responses
+from rmega.data.pairs import response_pairs, tied_responses
 from rmega.data.token_keys import chain, keys
 
 

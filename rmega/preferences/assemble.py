@@ -6,6 +6,8 @@ does not fit into memory. It is removed at the end, also after an error.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import rmega
-from rmega.data.indexed import PreferenceWriter
+from rmega.data.writer import PreferenceWriter
 from rmega.preferences import dedup
 from rmega.preferences.comparison import NOT_FAULTS, REASONS
 
@@ -50,9 +52,23 @@ class WorkFolder:
         self.source_names: list[str] = []
         self.first_fault = ""
         self._names: dict[str, int] = {}
-        shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was killed
-        self.folder.mkdir(parents=True)
-        self._streams = {name: open(self._path(name), "wb") for name in (*_TYPES, "rejected")}
+        names = (*_TYPES, "rejected")
+        self.folder.mkdir(parents=True, exist_ok=True)  # may be there, of a run that was killed
+        if foreign := sorted(set(os.listdir(self.folder)) - set(names)):
+            raise ValueError(
+                f"--output-prefix {prefix}: {self.folder} is needed for the work, but holds"
+                f" {foreign[0]}, which preprocessing did not write; choose another prefix"
+            )
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self._lock)
+                raise ValueError(
+                    f"--output-prefix {prefix}: another process is writing it ({self.folder})"
+                ) from None
+        self._streams = {name: open(self._path(name), "wb") for name in names}
 
     def __enter__(self) -> WorkFolder:
         return self
@@ -61,6 +77,7 @@ class WorkFolder:
         for stream in self._streams.values():
             stream.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
 
     def _path(self, name: str) -> Path:
         return self.folder / name

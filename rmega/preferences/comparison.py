@@ -33,7 +33,7 @@ REASONS = {
     "contradictory_scores": "the same response with two different scores",
     "tie": "all responses have the same score",
     "duplicate": "the same comparison again",
-    "contradiction": "the same two responses, preferred the other way round elsewhere",
+    "contradiction": "the same responses, preferred otherwise elsewhere",
     "not_text": "pictures, sound or video, which a text model does not see",
     "template": "the chat template refuses the conversation",
     "identical_in_template": "the responses differ only in what the chat template leaves out",

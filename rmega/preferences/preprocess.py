@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -172,6 +173,11 @@ def say(line: str) -> None:
 def _check(args: PreprocessArgs) -> None:
     if not args.input:
         raise ValueError("--input: name at least one file")
+    if os.path.basename(args.output_prefix) in ("", ".", ".."):
+        raise ValueError(
+            f"--output-prefix {args.output_prefix}: is a folder; add the name that the files begin"
+            " with"
+        )
     if not 0 <= args.valid_fraction < 1:
         raise ValueError(f"--valid-fraction {args.valid_fraction}: must lie from 0 to below 1")
     if not 0 <= args.max_rejected <= 1:

@@ -22,6 +22,7 @@ from rmega.data.indexed import exists, open_preferences
 from rmega.data.integrity import verify
 from rmega.data.stats import describe, summarize
 from rmega.preferences import dedup, preprocess, reader, sources, worker
+from rmega.preferences.assemble import WorkFolder
 from rmega.preferences.preprocess import PreprocessArgs
 from rmega.preferences.tokenizer import PairTokenizer
 from tests.conftest import ROOT
@@ -737,6 +738,32 @@ def test_nothing_is_left_of_an_interrupted_run(
     (tmp_path / "out.partial").mkdir()  # as a run that was killed leaves it
     (tmp_path / "out.partial" / "tokens").write_bytes(b"12345")
     assert len(run(path)) == 20 and not (tmp_path / "out.partial").exists()
+
+
+def test_the_work_folder_is_shared_with_nobody(run: Any, tmp_path: Path) -> None:
+    """Neither files of the user nor those of another process that writes the same prefix are
+    overwritten or removed."""
+    path, partial = write(tmp_path / "d.jsonl", rows(20)), tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "mine.txt").write_text("keep")
+    with pytest.raises(ValueError, match=r"--output-prefix .*out\.partial.* mine\.txt"):
+        run(path)
+    assert (partial / "mine.txt").read_text() == "keep"
+    (partial / "mine.txt").unlink()
+    with (
+        WorkFolder(str(tmp_path / "out"), []),
+        pytest.raises(ValueError, match="another process is writing it"),
+    ):
+        run(path)
+    assert len(run(path)) == 20
+
+
+@pytest.mark.parametrize("prefix", ["", ".", "data/", "data/.."])
+def test_a_prefix_has_a_name(prefix: str) -> None:
+    with pytest.raises(ValueError, match="--output-prefix .*is a folder"):
+        preprocess.preprocess(
+            PreprocessArgs(input=["d.jsonl"], tokenizer="t", output_prefix=prefix)
+        )
 
 
 def test_at_most_sixteen_flags() -> None:
