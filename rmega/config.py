@@ -75,6 +75,9 @@ class LoraArgs:
     (o_proj), fc1 (gate_proj, up_proj), fc2 (down_proj), or all-linear."""
     lora_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
+    lora_dropout: float = 0.0
+    """Probability with which each element of an adapter's input is zeroed in training. The masks
+    are the same in every layout."""
 
     @classmethod
     def recorded(cls, config: Mapping[str, Any] | None) -> LoraArgs:
@@ -108,7 +111,10 @@ class LoraArgs:
 
     def describe(self) -> str:
         """For the log."""
-        return f"rank {self.lora_rank} on {', '.join(self.targets)}, scaled by {self.scale:g}"
+        dropout = f", dropout {self.lora_dropout:g}" if self.lora_dropout else ""
+        return (
+            f"rank {self.lora_rank} on {', '.join(self.targets)}, scaled by {self.scale:g}{dropout}"
+        )
 
     def check(self) -> None:
         """Raise ValueError, naming the flag."""
@@ -116,6 +122,8 @@ class LoraArgs:
             raise ValueError(f"--lora-rank {self.lora_rank}: must not be negative")
         if self.lora_alpha is not None and not self.lora_alpha > 0:
             raise ValueError(f"--lora-alpha {self.lora_alpha}: must be greater than 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora-dropout {self.lora_dropout}: must lie from 0 to below 1")
         assert self.targets  # raises ValueError
         if self.lora_rank:
             return
