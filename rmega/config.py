@@ -400,7 +400,7 @@ class TrainingConfig:
             raise ValueError(f"--initial-loss-scale {o.initial_loss_scale}: must be at least 1")
         if not 0 <= self.loss.label_smoothing < 0.5:
             raise ValueError(f"--label-smoothing {self.loss.label_smoothing}: must be in [0, 0.5)")
-        for flag, given, effective, needed in (
+        for flag, requested, effective, needed in (
             (
                 "--barrier-clamp",
                 self.loss.barrier_clamp,
@@ -420,7 +420,7 @@ class TrainingConfig:
                 "--lr-decay-style cosine or linear",
             ),
         ):
-            if given and not effective:
+            if requested and not effective:
                 raise ValueError(f"{flag} has no effect without {needed}")
         if self.loss.loss == "plackett_luce":
             for flag, active in (
