@@ -250,7 +250,7 @@ def measure_opening(args: Args) -> list[dict[str, Any]]:
     import numpy as np
 
     from rmega.data.batching import epoch_order
-    from rmega.data.indexed import PreferenceWriter
+    from rmega.data.writer import PreferenceWriter
 
     def synthetic(prefix: str, num: int) -> None:
         with PreferenceWriter(prefix) as writer:

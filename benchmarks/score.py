@@ -147,7 +147,7 @@ class Packed:
         import numpy as np
 
         from rmega.scoring.batch import windows
-        from rmega.scoring.scorer import _parts, group_by_prefix
+        from rmega.scoring.prefixes import group_by_prefix, parts_of
 
         total = 0
         for window in windows(((row, None) for row in rows), self.max_tokens):
@@ -159,7 +159,7 @@ class Packed:
             parts = [
                 p
                 for g in group_by_prefix(ids)
-                for p in _parts([ids[i] for i in g], self.max_tokens)
+                for p in parts_of([ids[i] for i in g], self.max_tokens)
             ]
             total += sum(len(p.prefix) + sum(map(len, p.suffixes)) for p in parts)
         return total

@@ -75,6 +75,9 @@ class LoraArgs:
     (o_proj), fc1 (gate_proj, up_proj), fc2 (down_proj), or all-linear."""
     lora_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
+    lora_dropout: float = 0.0
+    """Probability with which each element of an adapter's input is zeroed in training. The masks
+    are the same in every layout."""
 
     @classmethod
     def recorded(cls, config: Mapping[str, Any] | None) -> LoraArgs:
@@ -108,7 +111,10 @@ class LoraArgs:
 
     def describe(self) -> str:
         """For the log."""
-        return f"rank {self.lora_rank} on {', '.join(self.targets)}, scaled by {self.scale:g}"
+        dropout = f", dropout {self.lora_dropout:g}" if self.lora_dropout else ""
+        return (
+            f"rank {self.lora_rank} on {', '.join(self.targets)}, scaled by {self.scale:g}{dropout}"
+        )
 
     def check(self) -> None:
         """Raise ValueError, naming the flag."""
@@ -116,6 +122,8 @@ class LoraArgs:
             raise ValueError(f"--lora-rank {self.lora_rank}: must not be negative")
         if self.lora_alpha is not None and not self.lora_alpha > 0:
             raise ValueError(f"--lora-alpha {self.lora_alpha}: must be greater than 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora-dropout {self.lora_dropout}: must lie from 0 to below 1")
         assert self.targets  # raises ValueError
         if self.lora_rank:
             return
@@ -392,6 +400,28 @@ class TrainingConfig:
             raise ValueError(f"--initial-loss-scale {o.initial_loss_scale}: must be at least 1")
         if not 0 <= self.loss.label_smoothing < 0.5:
             raise ValueError(f"--label-smoothing {self.loss.label_smoothing}: must be in [0, 0.5)")
+        for flag, requested, effective, needed in (
+            (
+                "--barrier-clamp",
+                self.loss.barrier_clamp,
+                self.loss.penalty == "log_barrier",
+                "--penalty log_barrier",
+            ),
+            (
+                f"--fp8-recipe {self.model.fp8_recipe}",
+                self.model.fp8_recipe != ModelArgs.fp8_recipe,
+                self.model.fp8_format != "none",
+                "--fp8-format",
+            ),
+            (
+                f"--min-lr {o.min_lr}",
+                o.min_lr > 0,
+                o.lr_decay_style != "constant",
+                "--lr-decay-style cosine or linear",
+            ),
+        ):
+            if requested and not effective:
+                raise ValueError(f"{flag} has no effect without {needed}")
         if self.loss.loss == "plackett_luce":
             for flag, active in (
                 ("--label-smoothing", self.loss.label_smoothing > 0),

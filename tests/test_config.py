@@ -144,6 +144,13 @@ def test_as_dict_is_json_and_complete() -> None:
         ([*STEPS, "--lora-rank", "4", "--lora-target", "q_proj"], 1, "'q_proj' is not one of qkv"),
         ([*STEPS, "--lora-rank", "4", "--lora-target", "qkv,"], 1, "'' is not one of qkv"),
         ([*STEPS, "--lora-rank", "4", "--fp8-format", "hybrid"], 1, "--fp8-format hybrid does not"),
+        ([*STEPS, "--barrier-clamp", "--penalty", "l2"], 1, "--barrier-clamp has no effect"),
+        ([*STEPS, "--fp8-recipe", "mxfp8"], 1, "--fp8-recipe mxfp8 has no effect"),
+        (
+            [*STEPS, "--lr-decay-style", "constant", "--min-lr", "1e-6"],
+            1,
+            "--min-lr 1e-06 has no effect",
+        ),
         ([*STEPS, "--head-lr", "0"], 1, "--head-lr 0"),
         ([*STEPS, "--sp"], 1, "--sp needs --tp greater than 1"),
         ([*STEPS, "--vpp", "2"], 1, "--vpp needs --pp greater than 1"),

@@ -17,11 +17,11 @@ from rmega.evaluation.benchmarks import (
     rm_bench_report,
     ties_report,
 )
+from rmega.evaluation.findings import length_flag
 from rmega.evaluation.results import (
     ScoredComparison,
     evaluate,
     flat_summary,
-    length_flag,
     pairs_of,
     stored_items,
     to_json,

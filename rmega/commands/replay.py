@@ -75,7 +75,7 @@ def replay(file: str | Path) -> list[Row]:
     )
     rows = []
     for document in documents:
-        pack = batcher.pack([document]).to(device)
+        pack = batcher.pack([document], consumed=kept.get("consumed")).to(device)
         optimizer.zero_grad()
         sums = train.forward_backward(wrapped, [pack], config.loss)
         terms = max(sums["num_terms"], 1.0)

@@ -1,5 +1,5 @@
 """Dataset on disk -> packed batches.
 
-indexed (open, write), fingerprint (of a tokenizer), integrity (verify), stats, batching, balance,
-packing.
+indexed (open), writer, pairs, fingerprint (of a tokenizer), integrity (verify), stats, batching,
+balance, packing.
 """

@@ -121,13 +121,15 @@ class Batcher:
         rank: int = 0,
         share_prefix: bool = True,
         ties: bool = False,
+        with_keys: bool = False,
         token_multiple: int = 1,
         microbatch_multiple: int = 1,
         max_consumed: int | None = None,
         same_length: bool = False,
     ) -> None:
-        """``ties``: packs hold tied pairs. ``same_length``: the packs of a step are padded to as
-        many tokens as the longest of this rank's has."""
+        """``ties``: packs hold tied pairs. ``with_keys``: the packs of a step hold keys for
+        dropout. ``same_length``: the packs of a step are padded to as many tokens as the longest of
+        this rank's has."""
         self.dataset = dataset
         self.global_batch_size = global_batch_size
         self.max_tokens = max_tokens
@@ -137,6 +139,7 @@ class Batcher:
         self.rank = rank
         self.share_prefix = share_prefix
         self.ties = ties
+        self.with_keys = with_keys
         self.token_multiple = token_multiple
         self.microbatch_multiple = microbatch_multiple
         self.max_consumed = max_consumed
@@ -167,6 +170,7 @@ class Batcher:
             rank=rank,
             share_prefix=config.data.share_prefix,
             ties=config.loss.loss == "rao_kupper",
+            with_keys=config.lora.lora_dropout > 0,
             token_multiple=config.token_multiple,
             microbatch_multiple=config.microbatch_multiple,
             max_consumed=max_consumed,
@@ -239,13 +243,17 @@ class Batcher:
             prefix, suffixes = 0, [prefix + suffix for suffix in suffixes]
         return prefix + sum(suffixes), self.cost(prefix, suffixes)
 
-    def packs(self, documents: np.ndarray) -> list[PackedBatch]:
-        """This rank's micro-batches for the given comparisons."""
+    def packs(self, documents: np.ndarray, consumed: int | None = None) -> list[PackedBatch]:
+        """This rank's micro-batches for the given comparisons. ``consumed``: in training, the
+        comparisons before this step."""
         bins = self.plan(documents)[self.rank]
         sizes = [sum(self.size(d)[0] for d in b) for b in bins]
-        return [self.pack(b, max(sizes, default=0) if self.same_length else 0) for b in bins]
+        length = max(sizes, default=0) if self.same_length else 0
+        return [self.pack(b, length, consumed) for b in bins]
 
-    def pack(self, documents: Sequence[int], length: int = 0) -> PackedBatch:
+    def pack(
+        self, documents: Sequence[int], length: int = 0, consumed: int | None = None
+    ) -> PackedBatch:
         """The comparisons with these numbers as one pack of at least ``length`` tokens."""
         # Each document is one prefix and its responses, so responses before document d = sequences
         # before it - d.
@@ -258,6 +266,7 @@ class Batcher:
             ties=self.ties,
             multiple=self.token_multiple,
             length=length,
+            draw=(self.seed, consumed) if self.with_keys and consumed is not None else None,
         )
 
     def sweep(self) -> Iterator[list[PackedBatch]]:

@@ -1,4 +1,4 @@
-"""The dataset on disk: write and open.
+"""The dataset on disk: its files, and opening them.
 
 ``PREFIX.bin`` and ``PREFIX.idx`` are megatron-core's ``IndexedDataset`` (int32): a document is a
 comparison, its sequences are ``[prefix, suffix_1 .. suffix_K]``, best response first. Beside them:
@@ -20,23 +20,22 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from rmega.io import checksum, refuse_pointer
+from rmega.io import refuse_pointer
 
 FORMAT_VERSION = 2
 _READABLE = (1, 2)
 DATA_SUFFIXES = (".bin", ".idx", ".scores.npy", ".sources.npy")
 MANIFEST_SUFFIX = ".json"
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_INT32_CODE = 4
-_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+MAGIC = b"MMIDIDX\x00\x00"
+INT32_CODE = 4
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
 
 
 @dataclass(frozen=True)
@@ -225,21 +224,21 @@ def _open_index(path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     index file."""
     size = os.path.getsize(path)
     with open(path, "rb") as stream:
-        head = stream.read(_HEADER.size)
-    if len(head) < _HEADER.size or not head.startswith(_MAGIC):
+        head = stream.read(HEADER.size)
+    if len(head) < HEADER.size or not head.startswith(MAGIC):
         raise ValueError(f"{path}: not a Megatron index file")
-    _, version, code, sequences, documents = _HEADER.unpack(head)
-    if version != 1 or code != _INT32_CODE or documents < 1:
+    _, version, code, sequences, documents = HEADER.unpack(head)
+    if version != 1 or code != INT32_CODE or documents < 1:
         raise ValueError(
-            f"{path}: a Megatron index of version {version}, type {code}; expected 1, {_INT32_CODE}"
+            f"{path}: a Megatron index of version {version}, type {code}; expected 1, {INT32_CODE}"
         )
-    need = _HEADER.size + 12 * sequences + 8 * documents
+    need = HEADER.size + 12 * sequences + 8 * documents
     if size < need:
         raise ValueError(f"{path}: {size} bytes, its header needs {need}: cut short")
     buffer = _memmap(path, np.uint8, 0, None)
-    lengths = np.frombuffer(buffer, np.int32, sequences, _HEADER.size)
-    pointers = np.frombuffer(buffer, np.int64, sequences, _HEADER.size + 4 * sequences)
-    indices = np.frombuffer(buffer, np.int64, documents, _HEADER.size + 12 * sequences)
+    lengths = np.frombuffer(buffer, np.int32, sequences, HEADER.size)
+    pointers = np.frombuffer(buffer, np.int64, sequences, HEADER.size + 4 * sequences)
+    indices = np.frombuffer(buffer, np.int64, documents, HEADER.size + 12 * sequences)
     if int(indices[-1]) != sequences:
         raise ValueError(
             f"{path}: documents end at sequence {int(indices[-1])} of {sequences}: damaged"
@@ -257,179 +256,3 @@ def _open_npy(path: str, dtype: Any, count: int) -> np.ndarray:
             f"{path}: {array.dtype} {list(array.shape)}, expected {np.dtype(dtype)} [{count}]"
         )
     return array
-
-
-class PreferenceWriter:
-    """Writes a dataset under temporary names and puts it in place at `close`, the manifest last.
-
-    An error, an interrupt or a kill leaves no dataset at ``prefix``, or the earlier one untouched.
-    """
-
-    def __init__(self, prefix: str | Path) -> None:
-        self.prefix = str(prefix)
-        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._bin: BinaryIO = open(f"{self.prefix}.bin.tmp", "wb")
-        self._lengths: list[np.ndarray] = []
-        self._scores: list[np.ndarray] = []
-        self._num_sequences: list[np.ndarray] = []
-        self._source_ids: list[np.ndarray] = []
-
-    def add(self, comparison: StoredComparison, source_id: int) -> None:
-        """Append one comparison."""
-        parts = [comparison.prefix, *comparison.suffixes]
-        assert len(comparison.scores) == len(comparison.suffixes) and all(
-            len(s) for s in comparison.suffixes
-        )
-        self.add_tokens(np.concatenate(parts))
-        self.add_documents(
-            np.array([len(p) for p in parts]),
-            np.array([float(comparison.graded), *comparison.scores]),
-            np.array([len(parts)]),
-            np.array([source_id]),
-        )
-
-    def add_tokens(self, tokens: np.ndarray) -> None:
-        """Append ids of whole comparisons, which `add_documents` then describes."""
-        self._bin.write(np.ascontiguousarray(tokens, np.int32).data)
-
-    def add_documents(
-        self,
-        lengths: np.ndarray,
-        scores: np.ndarray,
-        num_sequences: np.ndarray,
-        source_ids: np.ndarray,
-    ) -> None:
-        """Describe comparisons: per sequence its length and score, per document its sequences and
-        source."""
-        assert len(lengths) == len(scores) == num_sequences.sum() and len(num_sequences) == len(
-            source_ids
-        )
-        self._lengths.append(np.asarray(lengths, np.int32))
-        self._scores.append(np.asarray(scores, np.float64))
-        self._num_sequences.append(np.asarray(num_sequences, np.int64))
-        self._source_ids.append(np.asarray(source_ids, np.uint16))
-
-    def seal(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Write everything under temporary names; returns the manifest, with counts and checksums
-        added."""
-        self._bin.close()
-        prefix = self.prefix
-        lengths = _concatenate(self._lengths, np.int32)
-        assert os.path.getsize(f"{prefix}.bin.tmp") == 4 * int(lengths.sum(dtype=np.int64)), (
-            "tokens without document"
-        )
-        num_sequences, scores = (
-            _concatenate(self._num_sequences, np.int64),
-            _concatenate(self._scores, np.float64),
-        )
-        write_index(f"{prefix}.idx.tmp", lengths, num_sequences)
-        _save_npy(f"{prefix}.scores.npy.tmp", scores)
-        _save_npy(f"{prefix}.sources.npy.tmp", _concatenate(self._source_ids, np.uint16))
-        indices = np.concatenate([[0], np.cumsum(num_sequences)])
-        counts = {
-            "num_comparisons": len(num_sequences),
-            "num_responses": len(lengths) - len(num_sequences),
-            "num_pairs": int(count_pairs(indices, scores).sum()),
-            "num_tokens": int(lengths.sum(dtype=np.int64)),
-        }
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            **counts,
-            **manifest,
-            "checksums": {suffix: checksum(f"{prefix}{suffix}.tmp") for suffix in DATA_SUFFIXES},
-        }
-        with open(f"{prefix}{MANIFEST_SUFFIX}.tmp", "w", encoding="utf-8") as stream:
-            json.dump(manifest, stream, ensure_ascii=False, indent=1)
-            stream.write("\n")
-        return manifest
-
-    def publish(self) -> None:
-        """Put the sealed files in place, the manifest last."""
-        manifest = self.prefix + MANIFEST_SUFFIX
-        if os.path.exists(manifest):
-            os.remove(manifest)  # from here on the earlier dataset is gone, never a mixture of both
-        for suffix in (*DATA_SUFFIXES, MANIFEST_SUFFIX):
-            os.replace(f"{self.prefix}{suffix}.tmp", self.prefix + suffix)
-
-    def close(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """`seal` and `publish`."""
-        manifest = self.seal(manifest)
-        self.publish()
-        return manifest
-
-    def abort(self) -> None:
-        """Remove the temporary files."""
-        self._bin.close()
-        for suffix in (*DATA_SUFFIXES, MANIFEST_SUFFIX):
-            Path(f"{self.prefix}{suffix}.tmp").unlink(missing_ok=True)
-
-    def __enter__(self) -> PreferenceWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self.abort()
-
-
-def _concatenate(arrays: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
-    return np.concatenate(arrays) if arrays else np.zeros(0, dtype)
-
-
-def _save_npy(path: str, array: np.ndarray) -> None:
-    with open(path, "wb") as stream:  # np.save would append .npy to the name
-        np.save(stream, array)
-
-
-def write_index(path: str, lengths: np.ndarray, num_sequences: np.ndarray) -> None:
-    """Write a Megatron index of int32 sequences of ``lengths`` [S], ``num_sequences`` [N] of them
-    per document."""
-    lengths = np.ascontiguousarray(lengths, np.int32)
-    pointers = np.zeros(len(lengths), np.int64)
-    np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
-    pointers *= 4
-    documents = np.zeros(len(num_sequences) + 1, np.int64)
-    np.cumsum(num_sequences, out=documents[1:])
-    with open(path, "wb") as stream:
-        stream.write(_HEADER.pack(_MAGIC, 1, _INT32_CODE, len(lengths), len(documents)))
-        for array in (lengths, pointers, documents):
-            array.tofile(stream)
-
-
-def response_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
-    """All (better, worse) index pairs of one comparison's responses; ties give none."""
-    return [(i, j) for i, a in enumerate(scores) for j, b in enumerate(scores) if a > b]
-
-
-def tied_responses(comparison: StoredComparison) -> list[tuple[int, int]]:
-    """All index pairs (i < j) of responses with equal scores; equal responses are no pair."""
-    scores, suffixes = comparison.scores, comparison.suffixes
-    return [
-        (i, j)
-        for j in range(len(scores))
-        for i in range(j)
-        if scores[i] == scores[j] and not np.array_equal(suffixes[i], suffixes[j])
-    ]
-
-
-def pairs(
-    document_indices: np.ndarray, scores: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(comparison, better sequence, worse sequence), int64 [m] each, block by block: all pairs of a
-    dataset, from its ``document_indices`` [N + 1] and ``scores`` [S] as stored."""
-    document_indices, scores = np.asarray(document_indices), np.asarray(scores)
-    num_responses = np.diff(document_indices) - 1
-    for k in np.unique(num_responses).tolist():
-        which = np.flatnonzero(num_responses == k)  # comparisons of k responses
-        first = document_indices[which] + 1
-        for i in range(k):
-            for j in range(i + 1, k):  # scores fall within a comparison
-                differs = scores[first + i] != scores[first + j]
-                yield which[differs], first[differs] + i, first[differs] + j
-
-
-def count_pairs(document_indices: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """int64 [N]: pairs of responses with different scores of each comparison; see `pairs`."""
-    counts = np.zeros(len(document_indices) - 1, np.int64)
-    for which, _, _ in pairs(document_indices, scores):
-        counts[which] += 1
-    return counts

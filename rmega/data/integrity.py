@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from rmega.data.indexed import DATA_SUFFIXES, PreferenceDataset, count_pairs
+from rmega.data.indexed import DATA_SUFFIXES, PreferenceDataset
+from rmega.data.pairs import count_pairs
 from rmega.io import checksum
 
 _BLOCK = 1 << 22

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rmega.data.indexed import response_pairs, tied_responses
+from rmega.data.pairs import response_pairs, tied_responses
+from rmega.data.token_keys import chain, keys
 
 
 @dataclasses.dataclass(eq=False)
@@ -52,7 +53,8 @@ class PackedBatch:
     documents: [c] numbers of the comparisons in the dataset; responses: [n] number of each response
     in the dataset's list of all responses (for evaluation). real_tokens: tokens that a padding-free
     trainer without prefix sharing would compute; t of this pack is less by what was shared and more
-    by ``padding`` (rounding for sequence parallelism).
+    by ``padding`` (rounding for sequence parallelism). token_keys: [t] int32, see
+    ``rmega.data.token_keys``; in batches for training with dropout only.
     """
 
     tokens: torch.Tensor
@@ -70,6 +72,7 @@ class PackedBatch:
     num_choices: int
     real_tokens: int
     padding: int
+    token_keys: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -111,6 +114,8 @@ class _Builder:
         self.segments: list[tuple[int, ...]] = []
         self.pooled_segments: list[tuple[int, ...]] = []
         self.pooled: list[int] = []
+        # (comparison, response or -1, first position, length) of the tokens, in their order
+        self.origins: list[tuple[int, int, int, int]] = []
 
     def rows(self, ids: np.ndarray, first_position: int) -> int:
         """Append ids [n] at positions first_position .. + n; the row of the first."""
@@ -131,19 +136,22 @@ class _Builder:
         self.pooled.append(start + length - 1)
 
     def responses(
-        self, prefix: np.ndarray, suffixes: Sequence[np.ndarray], share_prefix: bool
+        self, c: int, prefix: np.ndarray, suffixes: Sequence[np.ndarray], share_prefix: bool
     ) -> None:
         if share_prefix:
             prefix_start = self.rows(prefix, 0)  # once, for all responses
+            self.origins.append((c, -1, 0, len(prefix)))
             self.segment(prefix_start, len(prefix))
-            for suffix in suffixes:
+            for i, suffix in enumerate(suffixes):
                 start = self.rows(suffix, len(prefix))
+                self.origins.append((c, i, len(prefix), len(suffix)))
                 self.segment(start, len(suffix), prefix_start, len(prefix))
                 self.pool(start, len(suffix), prefix_start, len(prefix))
         else:
-            for suffix in suffixes:
+            for i, suffix in enumerate(suffixes):
                 conversation = np.concatenate([prefix, suffix])
                 start = self.rows(conversation, 0)
+                self.origins += [(c, -1, 0, len(prefix)), (c, i, len(prefix), len(suffix))]
                 self.segment(start, len(conversation))
                 self.pool(start, len(conversation), 0, 0)
 
@@ -158,6 +166,7 @@ def pack(
     multiple: int = 1,
     length: int = 0,
     pad_id: int = 0,
+    draw: tuple[int, int] | None = None,
 ) -> PackedBatch:
     """Build one ``PackedBatch`` from objects with ``prefix``, ``suffixes``, ``scores`` and
     ``graded``.
@@ -166,7 +175,8 @@ def pack(
     comparison's first response in the dataset's list of all responses. The tokens are filled up to
     ``length`` and rounded up to a ``multiple`` (sequence parallelism asks for the tensor-parallel
     size) by tokens that attend only to themselves. Without comparisons the pack is padding and no
-    pairs, so that a rank with nothing to do still takes part in the step.
+    pairs, so that a rank with nothing to do still takes part in the step. ``draw``: seed and
+    consumed comparisons, for ``token_keys``, which take ``documents``.
     """
     build = _Builder()
     chosen: list[int] = []
@@ -178,7 +188,7 @@ def pack(
     real_tokens = 0
     for c, comparison in enumerate(comparisons):
         first = len(build.pooled)
-        build.responses(comparison.prefix, comparison.suffixes, share_prefix)
+        build.responses(c, comparison.prefix, comparison.suffixes, share_prefix)
         real_tokens += sum(len(comparison.prefix) + len(suffix) for suffix in comparison.suffixes)
         for better, worse in response_pairs(comparison.scores):
             chosen.append(first + better)
@@ -202,6 +212,14 @@ def pack(
         if not build.pooled:  # the pooled row of an empty pack belongs to no pair
             build.pool(start, 1, 0, 0)
             numbers.append(-1)
+    token_keys = None
+    if draw is not None:
+        assert documents is not None
+        parts = [
+            keys(chain(*draw, documents[c], response), first, count)
+            for c, response, first, count in build.origins
+        ]
+        token_keys = torch.from_numpy(np.concatenate([*parts, np.zeros(padding, np.int32)]))  # [t]
     return PackedBatch(
         tokens=torch.from_numpy(np.concatenate(build.tokens))[None],  # [1, t]
         position_ids=torch.from_numpy(np.concatenate(build.positions))[None],  # [1, t]
@@ -218,4 +236,5 @@ def pack(
         num_choices=len(set(chosen)),
         real_tokens=real_tokens,
         padding=padding,
+        token_keys=token_keys,
     )

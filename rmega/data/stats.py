@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from rmega.data.indexed import PreferenceDataset, pairs
+from rmega.data.indexed import PreferenceDataset
+from rmega.data.pairs import pairs
 from rmega.metrics import wilson_interval
 
 

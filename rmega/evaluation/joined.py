@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,11 @@ def join(paths: Sequence[str]) -> str:
     ValueError where the files are not about the same sets with the same pairs."""
     if len(paths) < 2:
         raise ValueError("--join: two or more files were expected")
+    seen: set[str] = set()
+    for path in paths:
+        if (real := os.path.realpath(path)) in seen:
+            raise ValueError(f"--join {path}: is named twice")
+        seen.add(real)
     runs = [read(path) for path in paths]
     for path, run in zip(paths[1:], runs[1:], strict=True):
         if (sets := _pairs(run)) != (expected := _pairs(runs[0])):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from rmega.evaluation.results import length_flag, percent
+from rmega.evaluation.findings import length_flag, percent
 
 MARKS = {"good": "ok", "warn": "!", "bad": "!!", "note": "-"}
 

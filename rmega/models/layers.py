@@ -52,7 +52,8 @@ class PackedRewardParams(PackedSeqParams):
     """What every layer knows of a pack; Megatron-Core hands it through to the core attention
     unchanged.
 
-    cos, sin: [t, d/2]. pooled: [n] rows whose hidden state becomes a reward.
+    cos, sin: [t, d/2]. pooled: [n] rows whose hidden state becomes a reward. token_keys: [t], for
+    dropout.
     """
 
     segments: Segments | None = None
@@ -60,6 +61,7 @@ class PackedRewardParams(PackedSeqParams):
     pooled: torch.Tensor | None = None
     cos: torch.Tensor | None = None
     sin: torch.Tensor | None = None
+    token_keys: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self.qkv_format = "thd"

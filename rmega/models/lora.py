@@ -10,6 +10,10 @@ needs anyway; the other one of A and B has a partial gradient on each rank, whic
 step. Columns under sequence parallelism would have to keep the whole sequence for that: there A is
 applied to this rank's tokens, and x A^T, r wide, is gathered.
 
+Dropout of an adapter's input multiplies each element by 0 or 1 / (1 - p), by the token's key and
+the channel (``rmega.data.token_keys``). Query, key and value share a mask, and so do gate and up
+projection; peft draws one for each.
+
 Shape letters: t tokens, h hidden, r rank, n parts (3 for qkv, 2 for fc1, else 1), g key/value
 groups of this tensor rank, tp tensor-parallel size.
 """
@@ -32,7 +36,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from rmega.config import LoraArgs
+from rmega.config import LORA_TARGETS, LoraArgs
+from rmega.data.token_keys import chain, keys
 from rmega.models import BACKBONES, low_rank
 from rmega.models.geometry import Geometry
 from rmega.models.hf import REWARD_HEAD, global_parameters
@@ -59,12 +64,15 @@ class Adapter(MegatronModule):
         target: str,
         rank: int,
         scale: float,
+        dropout: float,
+        layer_number: int,
         rows: Sequence[int],
         groups: int,
         sequence_parallel: bool,
     ) -> None:
         super().__init__(config)
         self.rank, self.scale, self.groups, self.count = rank, scale, groups, len(rows)
+        self.dropout, self.token_keys = dropout, None  # keys [t] of the pack, given by its layer
         self.column = target in COLUMN
         self.sequence_parallel = sequence_parallel
         self.gathers = self.column and sequence_parallel
@@ -88,6 +96,11 @@ class Adapter(MegatronModule):
             linear.register_forward_hook(self._after),
         )
         self._u: torch.Tensor | None = None  # from the one hook to the other
+        tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        count = weight.shape[1]  # input channels here
+        first = 0 if self.column else tp_rank * count
+        channels = keys(chain(layer_number, LORA_TARGETS.index(target)), first, count)
+        self.channel_keys = torch.from_numpy(channels).to(weight.device)  # [in(/tp)]
 
     @property
     def parts(self) -> list[torch.nn.Parameter]:
@@ -100,7 +113,10 @@ class Adapter(MegatronModule):
         fused = self.config.gradient_accumulation_fusion
         if self.column and not self.gathers:
             x = copy_to_tensor_model_parallel_region(x)
-        x, u = low_rank.down(x, self.a, self.scale, fused=fused)
+        if self.training and self.dropout:
+            _, u = low_rank.down(self._dropped(x), self.a, self.scale, fused=fused)
+        else:
+            x, u = low_rank.down(x, self.a, self.scale, fused=fused)
         if self.gathers:
             u = gather_from_sequence_parallel_region(u, tensor_parallel_output_grad=True)
         return x, u
@@ -116,6 +132,19 @@ class Adapter(MegatronModule):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``down``. Hooks before a forward may have to provide the weights, of ``up`` as well."""
         return self.down(x)
+
+    def _dropped(self, x: torch.Tensor) -> torch.Tensor:
+        """x [t(/tp), 1, in(/tp)] with each element multiplied by 0 or 1 / (1 - p)."""
+        token_keys = self.token_keys
+        if token_keys is None:
+            raise ValueError(
+                "--lora-dropout: the pack has no token_keys (Batcher.packs makes them)"
+            )
+        if self.gathers:
+            ranks = parallel_state.get_tensor_model_parallel_world_size()
+            token_keys = token_keys.chunk(ranks)[parallel_state.get_tensor_model_parallel_rank()]
+        zeroed = drop_mask(token_keys, self.channel_keys, self.dropout)[:, None]
+        return x.masked_fill(zeroed, 0.0) * (1 / (1 - self.dropout))
 
     def _before(self, linear: torch.nn.Module, args: tuple) -> tuple:
         x, self._u = self(args[0])
@@ -146,6 +175,28 @@ class Adapter(MegatronModule):
         return state
 
 
+def drop_mask(token_keys: torch.Tensor, channel_keys: torch.Tensor, p: float) -> torch.Tensor:
+    """bool [t, k], true with probability ``p``, from int32 [t] and [k]."""
+    x = token_keys[:, None] ^ channel_keys  # hashed by lowbias32 (Wellons 2018), with wraparound
+    x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ (x >> 15 & 0x1FFFF)) * (0x846CA68B - 2**32)
+    x = x ^ (x >> 16 & 0xFFFF)  # uniform over int32
+    return x < min(round(p * 2**32), 2**32 - 1) - 2**31
+
+
+def _give_keys(layer: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    """Before each forward of a layer, which recomputation repeats: its pack's keys, for its
+    adapters."""
+    pack = kwargs["packed_seq_params"]
+    for target, place in PLACES.items():
+        adapter = getattr(getattr(layer, place), f"lora_{target}", None)
+        if adapter is not None:
+            adapter.token_keys = pack.token_keys
+            if pack.token_keys is not None and isinstance(layer, PooledLastLayer):
+                if target != "qkv":  # the others see pooled rows only
+                    adapter.token_keys = pack.token_keys[pack.pooled]
+
+
 def adapters(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, Adapter]]:
     """(linear layer, its adapter) of every adapted layer of a model."""
     for module in model.modules():
@@ -161,6 +212,8 @@ def attach(model: torch.nn.Module, args: LoraArgs) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(("reward_head.", "tie_threshold")))
     for layer in model.decoder.layers:
+        if args.lora_dropout:
+            layer.register_forward_pre_hook(_give_keys, with_kwargs=True)
         for target in args.targets:
             holder = getattr(layer, PLACES[target])
             linear = getattr(holder, f"linear_{target}")
@@ -179,6 +232,8 @@ def attach(model: torch.nn.Module, args: LoraArgs) -> None:
                 target=target,
                 rank=args.lora_rank,
                 scale=args.scale,
+                dropout=args.lora_dropout,
+                layer_number=layer.layer_number,
                 rows=rows,
                 groups=groups,
                 sequence_parallel=sequence_parallel,

@@ -155,7 +155,7 @@ def write_adapter_config(folder: Path, args: LoraArgs, geometry: Geometry, base:
         "r": args.lora_rank,
         "lora_alpha": args.alpha,
         "use_rslora": args.lora_rslora,
-        "lora_dropout": 0.0,
+        "lora_dropout": args.lora_dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,

@@ -240,6 +240,7 @@ class RewardModel(MegatronModule):
             pooled=batch.pooled,
             cos=cos,
             sin=sin,
+            token_keys=batch.token_keys,
         )
         hidden = self.embedding(batch.tokens, batch.position_ids) if self.pre_process else None
         if hidden is not None and self.config.recompute_granularity == "full":

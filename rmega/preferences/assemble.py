@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import rmega
-from rmega.data.indexed import PreferenceWriter
+from rmega.data.writer import PreferenceWriter
 from rmega.preferences import dedup
 from rmega.preferences.comparison import NOT_FAULTS, REASONS
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rmega.data.indexed import response_pairs
+from rmega.data.pairs import response_pairs
 from rmega.preferences.comparison import Comparison, Message
 
 DOCUMENT = np.dtype(

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from rmega.data.indexed import PreferenceDataset, pairs
+from rmega.data.indexed import PreferenceDataset
+from rmega.data.pairs import pairs
 from rmega.data.stats import heuristic_text, lengths_of, show, summarize
 from rmega.preferences.comparison import REASONS
 from rmega.report import page

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from rmega.evaluation.results import ScoredComparison, length_flag, pairs_of, percent
+from rmega.evaluation.findings import length_flag, percent
+from rmega.evaluation.results import ScoredComparison, pairs_of
 from rmega.evaluation.table import number
 from rmega.metrics import accuracy
 from rmega.report import page, panels

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rmega.evaluation.results import percent
+from rmega.evaluation.findings import percent
 from rmega.report import page, panels
 from rmega.report.figures import BLUE, GREY, ORANGE, drawing
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rmega.evaluation.results import percent
+from rmega.evaluation.findings import percent
 from rmega.evaluation.table import margin_label, number
 from rmega.report import page
 from rmega.report.figures import BLUE, GREY, ORANGE, SMALL, WIDE, drawing

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rmega.evaluation.results import finding, percent
+from rmega.evaluation.findings import finding, percent
 from rmega.report.run_metrics import Row, column, flat, mean_of
 
 

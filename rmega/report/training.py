@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from rmega.evaluation.files import read_evaluations
-from rmega.evaluation.results import percent
+from rmega.evaluation.findings import percent
 from rmega.evaluation.table import number
 from rmega.report import held_out, page
 from rmega.report.figures import (

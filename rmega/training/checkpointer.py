@@ -182,6 +182,7 @@ class Checkpointer:
             content = {
                 "step": step,
                 "documents": documents.tolist(),
+                "consumed": self.model.state.consumed - len(documents),
                 "loss": str(report.loss),
                 "grad_norm": str(report.grad_norm),
                 "checkpoint": folder.relative_to(run).as_posix(),

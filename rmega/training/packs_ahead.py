@@ -38,7 +38,7 @@ class PacksAhead:
 
     def _prepare(self, consumed: int) -> Packs:
         documents = self.batcher.documents(consumed)
-        packs = [pack.to(self.device) for pack in self.batcher.packs(documents)]
+        packs = [pack.to(self.device) for pack in self.batcher.packs(documents, consumed)]
         if self.device.type == "cuda":
             for pack in packs:
                 for segments in (pack.segments, pack.pooled_segments):

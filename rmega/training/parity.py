@@ -242,7 +242,7 @@ def run_layout(
     consumed = 0
     for step in range(config.train.train_steps):
         documents = batcher.documents(consumed)
-        packs = [pack.to(device) for pack in batcher.packs(documents)]
+        packs = [pack.to(device) for pack in batcher.packs(documents, consumed)]
         if step == 0:
             # With the distributed optimizer each replica holds its own share of the reduced
             # gradient; the plain sum over replicas of what each has before the reduction is what

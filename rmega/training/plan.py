@@ -138,7 +138,8 @@ def plan_stages(
             "fc2": r * (f // tp + h),
         }
         adapters = sum(sizes[target] for target in config.lora.targets)
-        # A frozen layer keeps no input; an adapter keeps its input and x A^T.
+        # A frozen layer keeps no input; an adapter keeps its input and x A^T, with dropout also a
+        # mask of a byte per element, and behind attention the input without what was dropped.
         for target, parts, width in (
             ("qkv", 3, h / tokens_cut),
             ("proj", 1, 0),  # kept by attention in any case
@@ -146,6 +147,9 @@ def plan_stages(
             ("fc2", 1, f / tp),
         ):
             kept_whole += parts * r if target in config.lora.targets else -width
+            if config.lora.lora_dropout and target in config.lora.targets:
+                kept_cut += (width or heads * d / tp) / bytes_per_element
+                kept_cut += 0 if width else heads * d / tp
     if p.recompute == "selective":
         kept_cut -= heads * d / tp
     per_token = (kept_whole + kept_cut) * bytes_per_element

@@ -33,7 +33,10 @@ CLASSES = {
         "share_prefix": EFFECT,
         "max_tokens_per_microbatch": EFFECT,
     },
-    "lora": dict.fromkeys(("lora_rank", "lora_alpha", "lora_target", "lora_rslora"), BOUND),
+    "lora": {
+        **dict.fromkeys(("lora_rank", "lora_alpha", "lora_target", "lora_rslora"), BOUND),
+        "lora_dropout": EFFECT,
+    },
     "loss": dict.fromkeys(
         (
             "loss",

@@ -51,8 +51,7 @@ def _sums_before_backward(
     if not args.batch_centering or alone:
         return None
     sums = torch.zeros(3, dtype=torch.float64, device=packs[0].tokens.device)
-    with _evaluating(wrapped):
-        outputs = run_schedule(wrapped, packs, _forward_rewards, forward_only=True)
+    outputs = run_schedule(wrapped, packs, _forward_rewards, forward_only=True)
     if is_reporting_rank():
         for numbers, rewards in outputs:
             sums[0] += torch.where(numbers >= 0, rewards, 0.0).double().sum()

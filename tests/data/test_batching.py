@@ -13,8 +13,8 @@ import torch
 
 from rmega.data.balance import CostModel, balanced_bins
 from rmega.data.batching import Batcher, Mixture, epoch_order
-from rmega.data.indexed import response_pairs
 from rmega.data.packing import pack
+from rmega.data.pairs import response_pairs
 from rmega.models.geometry import Geometry
 from tests.tiny import InMemory, random_comparisons
 

@@ -16,15 +16,14 @@ from rmega.data import indexed
 from rmega.data.batching import Mixture
 from rmega.data.indexed import (
     DATA_SUFFIXES,
-    PreferenceWriter,
     StoredComparison,
-    count_pairs,
     exists,
     open_preferences,
     split_label,
-    write_index,
 )
 from rmega.data.integrity import damage, verify
+from rmega.data.pairs import count_pairs
+from rmega.data.writer import PreferenceWriter, write_index
 
 REWARD = 99
 MANIFEST = {
@@ -223,7 +222,7 @@ def test_opening_is_independent_of_size(tmp_path: Path) -> None:
 def test_index_layout(tmp_path: Path) -> None:
     write_index(str(tmp_path / "x.idx"), np.array([2, 1, 1]), np.array([3]))
     raw = (tmp_path / "x.idx").read_bytes()
-    assert raw.startswith(b"MMIDIDX\x00\x00") and len(raw) == indexed._HEADER.size + 3 * 12 + 2 * 8
+    assert raw.startswith(b"MMIDIDX\x00\x00") and len(raw) == indexed.HEADER.size + 3 * 12 + 2 * 8
 
 
 def test_scores_keep_their_order_in_fp64(tmp_path: Path) -> None:

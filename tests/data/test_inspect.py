@@ -12,14 +12,10 @@ import numpy as np
 import pytest
 
 from rmega.cli import run_tool
-from rmega.data.indexed import (
-    PreferenceDataset,
-    PreferenceWriter,
-    StoredComparison,
-    open_preferences,
-    pairs,
-)
+from rmega.data.indexed import PreferenceDataset, StoredComparison, open_preferences
+from rmega.data.pairs import pairs
 from rmega.data.stats import describe, lengths_of, show, summarize
+from rmega.data.writer import PreferenceWriter
 from rmega.preferences.preprocess import PreprocessArgs, preprocess
 from rmega.preferences.tokenizer import PairTokenizer
 from rmega.report.dataset import write_dataset_report

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from rmega.commands.evaluate import EvaluateArgs, main
+from rmega.evaluation.findings import length_flag
 from rmega.evaluation.probes import pick, probe_texts
-from rmega.evaluation.results import ScoredComparison, length_flag
+from rmega.evaluation.results import ScoredComparison
 from rmega.evaluation.rows import read_eval_set, scored
 from rmega.evaluation.scores import match_scores, read_scores
 from rmega.preferences.comparison import Comparison

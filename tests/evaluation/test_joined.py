@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def test_what_cannot_be_joined(evaluations, tmp_path) -> None:
     none.write_text("[1]")
     for args, says in (
         ({"join": evaluations[:1]}, "two or more files"),
+        ({"join": [evaluations[0], os.path.relpath(evaluations[0])]}, "is named twice"),
         ({"join": [evaluations[0], str(other)]}, r"other.json: is about .* \(111 pairs\), .*112"),
         ({"join": [evaluations[0], str(none)]}, "none.json: not an evaluation"),
         ({"join": [evaluations[0], f"{none}.gone"]}, "none.json.gone: cannot be read"),

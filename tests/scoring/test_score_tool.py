@@ -17,7 +17,7 @@ from rmega.commands.score import ScoreArgs, main, ranking_text
 from rmega.preferences.comparison import Rejected
 from rmega.preferences.scorable import read_rows, scorable
 from rmega.preferences.sources import resolve
-from rmega.scoring.scorer import _parts, group_by_prefix
+from rmega.scoring.prefixes import group_by_prefix, parts_of
 from tests.conftest import ROOT
 from tests.dist import run_distributed
 from tests.reward_fixture import Reference, chat, make_reward_model
@@ -421,7 +421,7 @@ def test_groups_of_nested_and_of_many_equal_beginnings():
 
 def test_parts_stay_within_a_pack():
     sequences = [[*range(50), 100 + i, 7] for i in range(100)]
-    parts = list(_parts(sequences, 90))
+    parts = list(parts_of(sequences, 90))
     assert all(len(p.prefix) + sum(map(len, p.suffixes)) <= 90 for p in parts)
     assert [[*p.prefix, *s] for p in parts for s in p.suffixes] == sequences
     assert [p.ends_item for p in parts] == [False] * (len(parts) - 1) + [True]
