@@ -1,6 +1,7 @@
 """Every CUDA kernel compiles, with nothing but nvcc, for the architectures that are shipped; no GPU
 is needed."""
 
+import functools
 import os
 import re
 import shutil
@@ -17,6 +18,8 @@ NVCC = (
 )
 KERNELS = sorted(path.name for path in (CSRC / "cuda").glob("*.cu"))
 
+SHIPPED = ("c++17", (80, 90))
+
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
 
@@ -25,48 +28,61 @@ def test_each_op_has_its_kernel():
     assert {f"{op}.cu" for op in ops} <= set(KERNELS)
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """(kernel, standard, archs) -> (result of nvcc, folder with out.o and the PTX), made once."""
+
+    @functools.cache
+    def make(kernel: str, standard: str, archs: tuple[int, ...]):
+        folder = tmp_path_factory.mktemp(Path(kernel).stem)
+        command = [
+            NVCC,
+            f"-std={standard}",
+            "-O3",
+            "--threads=2",
+            "-c",
+            str(CSRC / "cuda" / kernel),
+            "-o",
+            str(folder / "out.o"),
+            "--keep",
+            f"--keep-dir={folder}",
+            *[f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs],
+            "-gencode=arch=compute_90,code=compute_90",
+            "--Werror=all-warnings",
+            "-Xcompiler=-Wall,-fPIC",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        return done, folder
+
+    return make
+
+
 @needs_nvcc
 # torch 2.10 builds with the one standard, 2.13 with the other. The assembler sees the same: once is
 # enough.
-@pytest.mark.parametrize("standard, archs", [("c++17", (80, 90)), ("c++20", ())])
+@pytest.mark.parametrize("standard, archs", [SHIPPED, ("c++20", ())])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_compiles(kernel, standard, archs, tmp_path):
-    command = [
-        NVCC,
-        f"-std={standard}",
-        "-O3",
-        "--threads=2",
-        "-c",
-        str(CSRC / "cuda" / kernel),
-        "-o",
-        str(tmp_path / "out.o"),
-        *[f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs],
-        "-gencode=arch=compute_90,code=compute_90",
-        "--Werror=all-warnings",
-        "-Xcompiler=-Wall,-fPIC",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def test_compiles(kernel, standard, archs, compiled):
+    done, folder = compiled(kernel, standard, archs)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out.o").stat().st_size > 0
+    assert (folder / "out.o").stat().st_size > 0
 
 
-def kernels_of(source: str, folder: Path) -> dict[str, str]:
+def kernels_of(source: str, compiled) -> dict[str, str]:
     """Mangled name -> PTX of each kernel of a file."""
-    ptx = folder / "out.ptx"
-    path = str(CSRC / "cuda" / source)
-    command = [NVCC, "-std=c++17", "-O3", "-arch=sm_90", "-ptx", path, "-o", str(ptx)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done, folder = compiled(source, *SHIPPED)
     assert done.returncode == 0, done.stderr
-    texts = re.split(r"(?=\.entry )", ptx.read_text())[1:]
+    (ptx,) = [p.read_text() for p in folder.glob("*.ptx") if ".target sm_90" in p.read_text()]
+    texts = re.split(r"(?=\.entry )", ptx)[1:]
     return {re.search(r"\.entry (\w+)", text)[1]: text for text in texts}
 
 
 @needs_nvcc
-def test_projection_moves_whole_lanes_and_divides_in_32_bits(tmp_path):
+def test_projection_moves_whole_lanes_and_divides_in_32_bits(compiled):
     """Half precision, heads of a multiple of 16: 16 bytes at a time, of elements and of tables;
     divisions of 64 bits are calls."""
     found = 0
-    for kernel, text in kernels_of("qkv_rope.cu", tmp_path).items():
+    for kernel, text in kernels_of("qkv_rope.cu", compiled).items():
         if not re.search(r"qkv_(for|back)wardI\d*(__nv_bfloat16|__half)\S*Li8Ej", kernel):
             continue
         found += 1
@@ -79,10 +95,10 @@ def test_projection_moves_whole_lanes_and_divides_in_32_bits(tmp_path):
 
 
 @needs_nvcc
-def test_swiglu_stores_whole_lanes_and_divides_fast_in_half_precision(tmp_path):
+def test_swiglu_stores_whole_lanes_and_divides_fast_in_half_precision(compiled):
     """Half precision: one store of 16 bytes per lane and no exact division, which is a call. fp32
     keeps the exact one."""
-    kernels = kernels_of("elementwise.cu", tmp_path)
+    kernels = kernels_of("elementwise.cu", compiled)
     for direction, lanes in (("glu_forward", 1), ("glu_backward", 2)):
         for dtype, width in (("__nv_bfloat16", 8), ("__half", 8), ("f", 4)):
             name = re.compile(rf"{direction}I(\d+)?{dtype}Li{width}E")
