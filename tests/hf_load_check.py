@@ -1,10 +1,8 @@
 """Score with an exported folder where nothing but torch and transformers is installed. Imports
 nothing of rmega.
 
-python hf_load_check.py JOB.json
-
-JOB.json: a list of {"folder", "sequences", "pad", "conversation"}; prints a list of {"version",
-"rewards": {"1right": [...], ...}, "ids", "chat"}.
+Each line of stdin is a list of {"folder", "sequences", "pad", "conversation"}; a line "answers: "
+with a list of {"version", "rewards": {"1right": [...], ...}, "ids", "chat"} answers it.
 """
 
 import json
@@ -14,12 +12,12 @@ import torch
 import transformers
 
 
-def main(path):
-    with open(path, encoding="utf-8") as file:
-        jobs = json.load(file)
+def main():
     transformers.logging.set_verbosity_error()
-    answers = [check_tokenizer(job) if "texts" in job else check_model(job) for job in jobs]
-    print(json.dumps(answers))
+    for line in sys.stdin:
+        jobs = json.loads(line)
+        answers = [check_tokenizer(job) if "texts" in job else check_model(job) for job in jobs]
+        print("answers: " + json.dumps(answers), flush=True)
 
 
 def check_model(job):
@@ -93,4 +91,4 @@ def check_tokenizer(job):
     }
 
 
-main(sys.argv[1])
+main()

@@ -25,6 +25,7 @@ from rmega.export.write_weights import CheckpointTensors, parse_size
 from rmega.models import BACKBONES
 from rmega.models.hf import load_hf
 from rmega.models.weights import hf_shapes
+from tests import clients
 from tests.conftest import ROOT
 from tests.dist import run_distributed
 from tests.hf_fixtures import FAMILIES, SCALED, Stage, hf_config, hf_tensors, tiny, write_folder
@@ -222,29 +223,11 @@ def check_load(
     folders: list[Path],
     sequences: list[list[int]],
     pad: int,
-    tmp_path: Path,
     conversation: list | None = None,
 ) -> list[dict]:
-    """What a Python without rmega answers for each folder, in one process."""
-    job = tmp_path / "job.json"
+    """What a Python without rmega answers for each folder."""
     shared = {"sequences": sequences, "pad": pad, "conversation": conversation}
-    job.write_text(json.dumps([{"folder": str(folder), **shared} for folder in folders]))
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("PYTHONPATH", "RANK", "WORLD_SIZE")
-    }
-    script = Path(__file__).parents[1] / "hf_load_check.py"
-    answer = subprocess.run(
-        [python, str(script), str(job)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-        env={**environment, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
-    assert answer.returncode == 0, answer.stderr
-    return json.loads(answer.stdout.splitlines()[-1])
+    return clients.ask(python, [{"folder": str(folder), **shared} for folder in folders])
 
 
 def in_process(root: Path, sequences: list[list[int]]) -> list[list[float]]:
@@ -281,7 +264,7 @@ def test_plain_transformers_gives_the_training_rewards(python, runs, outputs, tm
         family: rewards_of_parts([read_part(run)], items, ["float32"])[0].tolist()
         for family, run in runs.items()
     }
-    answers = check_load(python, list(known.values()), sequences, PAD, tmp_path)
+    answers = check_load(python, list(known.values()), sequences, PAD)
     for (family, _), answer in zip(known, answers, strict=True):
         for rewards in answer["rewards"].values():
             close(expected[family], rewards)
@@ -300,7 +283,7 @@ def test_rope_scaling_survives(scaling, tmp_path) -> None:
     ]
     answers = in_process(tmp_path, sequences)
     for python in interpreters()[1:]:
-        for answer in check_load(python, [tmp_path / f for f in BOTH], sequences, PAD, tmp_path):
+        for answer in check_load(python, [tmp_path / f for f in BOTH], sequences, PAD):
             answers += answer["rewards"].values()
     for answer in answers:
         close(answers[0], answer)
@@ -344,9 +327,7 @@ def test_tokenizer_template_and_pad_token(source, request, tmp_path) -> None:
         ) and ids[-1] == reward_token_id
     assert recipe["pad_token_id"] != recipe["reward_token_id"]
     for python in interpreters():
-        (answer,) = check_load(
-            python, [tmp_path / "out"], [ids], recipe["pad_token_id"], tmp_path, chat
-        )
+        (answer,) = check_load(python, [tmp_path / "out"], [ids], recipe["pad_token_id"], chat)
         appended = [] if recipe["template_writes_reward_token"] else [recipe["reward_token_id"]]
         assert recipe["template_writes_reward_token"] == (family == "llama")
         assert [*answer["ids"], *appended] == ids and answer["pad"] == recipe["pad_token_id"]
@@ -391,7 +372,6 @@ def test_a_pad_token_that_ends_every_turn_is_replaced(
             [tmp_path / "out"],
             [ids, ids[:5] + ids[-1:]],
             recipe["pad_token_id"],
-            tmp_path,
             recipe["example"]["messages"],
         )
         assert answer["pad"] == recipe["pad_token_id"]

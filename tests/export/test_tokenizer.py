@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from rmega.data.fingerprint import PROBES, is_tokenizer_of, with_reward_token, w
 from rmega.export.tokenizer import EXAMPLE, write_tokenizer
 from rmega.hub import load_tokenizer
 from rmega.preferences.tokenizer import PairTokenizer
+from tests import clients
 
 KINDS = [
     "small_llama",
@@ -172,19 +172,7 @@ def test_every_release_reads_the_same(python: str, base: Path, tmp_path: Path) -
     tokenizer, example = export(base, tmp_path / "out")
     texts = [*PROBES, "<s>text</s>", "<|im_start|>user\n"]
     job = {"folder": str(tmp_path / "out"), "texts": texts, "conversation": EXAMPLE}
-    (tmp_path / "job.json").write_text(json.dumps([job]))
-    script = Path(__file__).parents[1] / "hf_load_check.py"
-    answer = subprocess.run(
-        [python, str(script), str(tmp_path / "job.json")],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        | {"HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
-    assert answer.returncode == 0, answer.stderr
-    (result,) = json.loads(answer.stdout.splitlines()[-1])
+    (result,) = clients.ask(python, [job])
     assert result["text"] == example["text"] and result["pad"] == example["pad_token"]
     ours = [tokenizer.tokenizer.encode(text, add_special_tokens=False) for text in texts]
     assert result["ids"] == ours
