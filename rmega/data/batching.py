@@ -62,6 +62,11 @@ class Mixture:
             if not 0 < weights[-1] < math.inf:
                 raise ValueError(f"--data-path {text}: the weight must be greater than 0")
             datasets.append(open_preferences(prefix))
+            if (visits := weights[-1] * len(datasets[-1])) >= 2**31:  # the order is held in memory
+                raise ValueError(
+                    f"--data-path {text}: {visits:.3g} comparisons per epoch; the weight says how"
+                    " often an epoch visits the dataset (2: twice)"
+                )
         return cls(datasets, weights, seed=seed)
 
     @property

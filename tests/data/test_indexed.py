@@ -298,3 +298,16 @@ def test_prefixes_with_equals_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ):
         with pytest.raises(ValueError, match=message):
             Mixture.open([text], seed=0)
+
+
+def test_a_weight_is_no_number_of_tokens(tmp_path: Path) -> None:
+    """The order of 1e9 visits of each comparison would fill the memory."""
+    writer = PreferenceWriter(tmp_path / "set")
+    ids = np.array([1], np.int32)
+    pair = StoredComparison(ids, [ids, ids], np.array([1.0, 0.0]), False, "a")
+    for _ in range(3):
+        writer.add(pair, 0)
+    writer.seal({"sources": ["a"]})
+    writer.publish()
+    with pytest.raises(ValueError, match="3e[+]09 comparisons per epoch"):
+        Mixture.open([f"1e9={tmp_path}/set"], seed=0)
