@@ -12,6 +12,7 @@ drifts; on a GPU each has a process of its own.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -310,6 +311,10 @@ def one_process_per_mode(args: Args, argv: list[str]) -> int:
     process frees all of it, and rewrite table and JSON after each. A mode that fails (no memory,
     say) does not cost the others; the exit code is then 1."""
     rows, failed, found = [], [], {}
+    if "--modes" in argv:  # a list is given once: each process gets its own
+        at = argv.index("--modes")
+        rest = itertools.dropwhile(lambda word: not word.startswith("--"), argv[at + 1 :])
+        argv = [*argv[:at], *rest]
     for i, name in enumerate(args.modes):
         part = f"{args.name}_part{i}"
         command = [sys.executable, __file__, *argv, "--modes", name, "--name", part]

@@ -522,7 +522,8 @@ def test_shown_output_is_what_the_commands_print(workspace):
         if line.startswith("["):
             sentence = line[5:].removeprefix("valid: ")  # in the log of a training, that of a set
             assert (
-                " ".join(sentence.split()[:2]) in (ROOT / "rmega/evaluation/results.py").read_text()
+                " ".join(sentence.split()[:2])
+                in (ROOT / "rmega/evaluation/findings.py").read_text()
             ), line
         elif not line.startswith("     "):  # a finding continues
             assert shape(line) in printed, line

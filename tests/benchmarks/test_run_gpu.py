@@ -160,7 +160,7 @@ def test_modes_on_a_gpu_have_a_process_each(monkeypatch, tmp_path, capsys):
 
     def start(command):
         commands.append(command)
-        args = train.parse_args(train.Args, command[2:])  # of two --modes the last one counts
+        args = train.parse_args(train.Args, command[2:])
         (mode,), name = args.modes, args.name
         done = Done()
         if mode == "padded":
