@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
@@ -75,10 +75,10 @@ def parse_args(
 
 
 def _value_lost(cls: type, argv: Sequence[str]) -> str:
-    """What argparse would take without a word although a value is missing or would be lost: an
-    empty text (an unset shell variable), a list without values, a list given twice. "" if
-    nothing."""
-    lists, given = _list_flags(cls), set()
+    """What argparse would accept silently although a value is missing or would be lost: an empty
+    text (an unset shell variable), a list without values, a list given twice. "" if nothing."""
+    lists = {flag for flag, kind, _ in _fields(cls) if get_origin(kind) in (list, tuple)}
+    given = set()
     for i, text in enumerate(argv):
         name, equals, value = text.partition("=")
         flag = name.replace("_", "-") if name.startswith("--") else ""
@@ -92,17 +92,6 @@ def _value_lost(cls: type, argv: Sequence[str]) -> str:
         if not equals and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
             return f"{flag}: needs at least one value"
     return ""
-
-
-def _list_flags(cls: type) -> set[str]:
-    """The flags of the dataclass ``cls`` that take a list."""
-    flags: set[str] = set()
-    for name, kind in get_type_hints(cls).items():
-        if dataclasses.is_dataclass(kind):
-            flags |= _list_flags(kind)
-        elif get_origin(kind) in (list, tuple):
-            flags.add(f"--{name.replace('_', '-')}")
-    return flags
 
 
 def _drop_stdout() -> None:
@@ -173,16 +162,23 @@ def hints(cls: type, argv: Sequence[str], also: Sequence[str] = ()) -> list[str]
 def _flags(cls: type) -> list[str]:
     """The flags that ``parse_args`` reads into the dataclass ``cls``."""
     found: list[str] = []
-    for name, kind in get_type_hints(cls, include_extras=True).items():
-        if dataclasses.is_dataclass(kind):
-            found += _flags(kind)
-            continue
-        found.append(f"--{name.replace('_', '-')}")
-        if bool in (kind, getattr(kind, "__origin__", None)):
-            found.append(f"--no-{name.replace('_', '-')}")
-        for more in getattr(kind, "__metadata__", ()):
+    for flag, kind, extras in _fields(cls):
+        found.append(flag)
+        if kind is bool:
+            found.append(f"--no-{flag[2:]}")
+        for more in extras:
             found += getattr(more, "aliases", None) or ()
     return found
+
+
+def _fields(cls: type) -> Iterator[tuple[str, Any, tuple]]:
+    """(flag, type, what annotates it) of each field of the dataclass ``cls`` and of its groups."""
+    for name, kind in get_type_hints(cls, include_extras=True).items():
+        if dataclasses.is_dataclass(kind):
+            yield from _fields(kind)
+            continue
+        extras = getattr(kind, "__metadata__", ())
+        yield f"--{name.replace('_', '-')}", kind.__origin__ if extras else kind, extras
 
 
 def run_tool(main: Callable[..., Any], *args: Any) -> int:

@@ -96,11 +96,12 @@ class Adapter(MegatronModule):
             linear.register_forward_hook(self._after),
         )
         self._u: torch.Tensor | None = None  # from the one hook to the other
-        tp_rank = parallel_state.get_tensor_model_parallel_rank()
-        count = weight.shape[1]  # input channels here
-        first = 0 if self.column else tp_rank * count
-        channels = keys(chain(layer_number, LORA_TARGETS.index(target)), first, count)
-        self.channel_keys = torch.from_numpy(channels).to(weight.device)  # [in(/tp)]
+        if dropout:
+            count = weight.shape[1]  # input channels here
+            tp_rank = parallel_state.get_tensor_model_parallel_rank()
+            first = 0 if self.column else tp_rank * count
+            channels = keys(chain(layer_number, LORA_TARGETS.index(target)), first, count)
+            self.channel_keys = torch.from_numpy(channels).to(weight.device)  # [in(/tp)]
 
     @property
     def parts(self) -> list[torch.nn.Parameter]:
@@ -188,13 +189,12 @@ def _give_keys(layer: torch.nn.Module, args: tuple, kwargs: dict) -> None:
     """Before each forward of a layer, which recomputation repeats: its pack's keys, for its
     adapters."""
     pack = kwargs["packed_seq_params"]
+    behind_qkv = pack.token_keys
+    if behind_qkv is not None and isinstance(layer, PooledLastLayer):
+        behind_qkv = behind_qkv[pack.pooled]  # which sees pooled rows only
     for target, place in PLACES.items():
-        adapter = getattr(getattr(layer, place), f"lora_{target}", None)
-        if adapter is not None:
-            adapter.token_keys = pack.token_keys
-            if pack.token_keys is not None and isinstance(layer, PooledLastLayer):
-                if target != "qkv":  # the others see pooled rows only
-                    adapter.token_keys = pack.token_keys[pack.pooled]
+        if (adapter := getattr(getattr(layer, place), f"lora_{target}", None)) is not None:
+            adapter.token_keys = pack.token_keys if target == "qkv" else behind_qkv
 
 
 def adapters(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, Adapter]]:
