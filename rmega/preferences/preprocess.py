@@ -25,9 +25,9 @@ import numpy as np
 
 from rmega.cli import num_cores
 from rmega.config import NONE
-from rmega.data.indexed import exists, open_preferences
+from rmega.data.indexed import open_preferences
 from rmega.preferences import dedup, sources
-from rmega.preferences.assemble import WorkFolder, finish
+from rmega.preferences.assemble import WorkFolder, check_outputs, finish
 from rmega.preferences.chunks import CHUNK_BYTES
 from rmega.preferences.closest_schema import left_out
 from rmega.preferences.comparison import REASONS, Comparison, Parsed, Rejected
@@ -91,12 +91,7 @@ def preprocess(args: PreprocessArgs) -> dict[str, Any]:
     _check(args)
     prefix = args.output_prefix
     outputs = [prefix] + ([f"{prefix}.valid"] if args.valid_fraction else [])
-    for output in outputs:
-        if exists(output) and not args.force:
-            raise ValueError(
-                f"--output-prefix {prefix}: a dataset is there already ({output}.*); --force"
-                " replaces it"
-            )
+    check_outputs(outputs, force=args.force)
     inputs = sources.resolve(args.input, split=args.split)
     holdout = (
         sources.resolve(args.holdout, split=args.split, flag="--holdout") if args.holdout else []
@@ -113,12 +108,15 @@ def preprocess(args: PreprocessArgs) -> dict[str, Any]:
     plans = [plan_input(s, args.format, mapped=args.map is not None) for s in inputs]
     converter = Converter(tokenizer, plans, args.map, "ties" in args.keep)
     _announce(plans, tokenizer, converter)
-    with WorkFolder(prefix, inputs) as work:
+    with contextlib.ExitStack() as stack:
+        work, *_ = [stack.enter_context(WorkFolder(output, inputs)) for output in outputs]
+        check_outputs(outputs, force=args.force)  # another process may have written it since
         _convert_all(converter, plans, work, args)
         held_out = _prompts_of(holdout) if holdout else None
         manifests = finish(
             work,
             outputs=outputs,
+            force=args.force,
             settings={**tokenizer.manifest(), **({"ties": "keep"} if "ties" in args.keep else {})},
             keep_duplicates="duplicates" in args.keep,
             schemas=[p.schema.name if p.schema else str(args.map) for p in plans],
