@@ -33,6 +33,7 @@ from rmega.preferences.closest_schema import left_out
 from rmega.preferences.comparison import REASONS, Comparison, Parsed, Rejected
 from rmega.preferences.pairs import IMPLICIT_PROMPT
 from rmega.preferences.reader import Plan, plan_input
+from rmega.preferences.resolve import check_split
 from rmega.preferences.schemas import schema_named
 from rmega.preferences.tokenizer import BROKEN_UP, PairTokenizer
 from rmega.preferences.worker import ChunkResult, Converter
@@ -176,6 +177,7 @@ def _check(args: PreprocessArgs) -> None:
             f"--output-prefix {args.output_prefix}: is a folder; add the name that the files begin"
             " with"
         )
+    check_split(args.split, [*args.input, *args.holdout])
     if not 0 <= args.valid_fraction < 1:
         raise ValueError(f"--valid-fraction {args.valid_fraction}: must lie from 0 to below 1")
     if not 0 <= args.max_rejected <= 1:

@@ -792,6 +792,17 @@ def test_the_validation_part_is_not_shared_either(run: Any, tmp_path: Path) -> N
         run(path, valid_fraction=0.5)
 
 
+def test_a_split_needs_a_folder(run: Any, tmp_path: Path) -> None:
+    """One of --input or of --holdout."""
+    path, held_out = write(tmp_path / "d.jsonl", rows(20)), tmp_path / "h" / "test.jsonl"
+    for files in ([path], [f"{tmp_path}/*.jsonl"]):
+        with pytest.raises(ValueError, match="--split test has no effect on .*jsonl"):
+            run(files, split="test")
+    held_out.parent.mkdir()
+    write(held_out, rows(5))
+    assert len(run(path, split="test", holdout=[str(held_out.parent)])) == 15
+
+
 @pytest.mark.parametrize("prefix", ["", ".", "data/", "data/.."])
 def test_a_prefix_has_a_name(prefix: str) -> None:
     with pytest.raises(ValueError, match="--output-prefix .*is a folder"):
