@@ -79,6 +79,9 @@ def as_text(value: Any, name: str) -> str:
         texts = [part.get("text") for part in value if (part.get("type") or "text") == "text"]
         if len(texts) == len(value) and all(isinstance(text, str) for text in texts):
             return "".join(texts)
+        if len(texts) == len(value):
+            wrong = next(text for text in texts if not isinstance(text, str))
+            raise Rejected("wrong_type", f"{name}: text of a part is {type(wrong).__name__}")
         raise Rejected("not_text", f"{name}: parts that are not text")
     raise Rejected("wrong_type", f"{name} is {type(value).__name__}, not text")
 
@@ -112,8 +115,10 @@ def as_message(value: Any, name: str) -> Message:
     if not isinstance(value, dict):
         raise Rejected("wrong_type", f"{name} is {type(value).__name__}, not a message")
     role = _first(value, "role", "from")
-    if not isinstance(role, str):
+    if role is None:
         raise Rejected("missing_field", f"{name}: role")
+    if not isinstance(role, str):
+        raise Rejected("wrong_type", f"{name}: role is {type(role).__name__}, not text")
     role = _ROLE_NAMES.get(role.lower(), role.lower())
     if role not in ROLES:
         raise Rejected("unknown_role", f"{name}: {role[:60]!r}")
@@ -256,6 +261,9 @@ def _with_arguments(call: Row) -> Row:
     return {k: without_nulls(_decoded(v)) if k in _ARGUMENTS else v for k, v in call.items()}
 
 
+UNREADABLE_TOOLS = "a tools column that cannot be read: left out"
+
+
 def tools_of(row: Row) -> tuple[list[Any] | None, list[str]]:
     """The row's tool descriptions for the chat template, and notes."""
     tools = _first(row, "tools", "functions")
@@ -264,11 +272,11 @@ def tools_of(row: Row) -> tuple[list[Any] | None, list[str]]:
             return None, []
         tools = value_of(tools)
         if tools is None:
-            return None, ["a tools column that cannot be read: left out"]
+            return None, [UNREADABLE_TOOLS]
     if isinstance(tools, dict):
         tools = [tools]
     if not isinstance(tools, list):
-        return None, []
+        return None, [] if _is_absent(tools) else [UNREADABLE_TOOLS]
     return [_call(tool) for tool in tools if tool is not None] or None, []
 
 

@@ -79,7 +79,9 @@ def scorable(
         pair = any(row.get(name) is not None for name in _SIDES)
         plain = None if pair else _plain(row)
         if plain is not None:
-            (found, several), tools = plain, tools_of(row)[0]
+            (found, several), (tools, unreadable) = plain, tools_of(row)
+            if unreadable:
+                raise Rejected("wrong_type", "tools, not a list of tools")
         else:
             found, tools = _preference(row, schema, forced)
             several = True
