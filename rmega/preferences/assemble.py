@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import heapq
 import json
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,7 @@ class WorkFolder:
                 raise ValueError(
                     f"--output-prefix {prefix}: another process is writing it ({self.folder})"
                 ) from None
-        self._streams = {name: open(self._path(name), "wb") for name in names}
+        self._streams = {name: open(self.folder / name, "wb") for name in names}
 
     def __enter__(self) -> WorkFolder:
         return self
@@ -78,9 +79,6 @@ class WorkFolder:
             stream.close()
         shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
-
-    def _path(self, name: str) -> Path:
-        return self.folder / name
 
     def append(self, chunk: Chunk, result: ChunkResult) -> None:
         """Add a chunk's result."""
@@ -136,8 +134,8 @@ class WorkFolder:
         self._flush()
         return {
             name: (
-                np.memmap(self._path(name), dtype, "r").view(np.ndarray)
-                if self._path(name).stat().st_size
+                np.memmap(self.folder / name, dtype, "r").view(np.ndarray)
+                if (self.folder / name).stat().st_size
                 else np.zeros(0, dtype)
             )
             for name, dtype in _TYPES.items()
@@ -154,9 +152,16 @@ class WorkFolder:
             Path(path).unlink(missing_ok=True)
             return None
         self._flush()
-        further = sorted(further)
-        with open(f"{path}.tmp", "w", encoding="utf-8") as out:
-            for index, line, reason, detail, text in self._merged(further):
+        with (
+            open(self.folder / "rejected", encoding="utf-8") as stream,
+            open(f"{path}.tmp", "w", encoding="utf-8") as out,
+        ):
+            rows = heapq.merge(
+                map(json.loads, stream),
+                ([*entry, ""] for entry in sorted(further)),
+                key=lambda row: row[:2],  # input, line
+            )
+            for index, line, reason, detail, text in rows:
                 source = self.inputs[index]
                 out.write(
                     json.dumps(
@@ -172,20 +177,6 @@ class WorkFolder:
                 )
         os.replace(f"{path}.tmp", path)
         return path
-
-    def _merged(
-        self, further: list[tuple[int, int, str, str]]
-    ) -> Iterator[tuple[int, int, str, str, str]]:
-        later = 0
-        with open(self._path("rejected"), encoding="utf-8") as stream:
-            for text in stream:
-                index, line, reason, detail, raw = json.loads(text)
-                while later < len(further) and further[later][:2] < (index, line):
-                    yield *further[later], ""
-                    later += 1
-                yield index, line, reason, detail, raw
-        for entry in further[later:]:
-            yield *entry, ""
 
 
 def select(
@@ -278,12 +269,12 @@ def finish(
         ],
     }
     manifests, writers = [], []
-    try:
+    with contextlib.ExitStack() as stack:
         for part, output, mask in zip(
             ("train", "valid"), outputs, (keep & ~valid, keep & valid), strict=False
         ):
             chosen = np.flatnonzero(mask)
-            writer = PreferenceWriter(output)
+            writer = stack.enter_context(PreferenceWriter(output))
             writers.append(writer)
             _copy(arrays, chosen, source_ids, writer)
             manifests.append(
@@ -305,10 +296,6 @@ def finish(
             )
         for writer in reversed(writers):
             writer.publish()
-    except BaseException:
-        for writer in writers:
-            writer.abort()
-        raise
     return manifests
 
 
