@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import rmega
+from rmega.data.indexed import exists
 from rmega.data.writer import PreferenceWriter
 from rmega.preferences import dedup
 from rmega.preferences.comparison import NOT_FAULTS, REASONS
@@ -54,22 +55,36 @@ class WorkFolder:
         self.first_fault = ""
         self._names: dict[str, int] = {}
         names = (*_TYPES, "rejected")
-        self.folder.mkdir(parents=True, exist_ok=True)  # may be there, of a run that was killed
+        self._lock = self._locked()
         if foreign := sorted(set(os.listdir(self.folder)) - set(names)):
+            os.close(self._lock)
             raise ValueError(
                 f"--output-prefix {prefix}: {self.folder} is needed for the work, but holds"
                 f" {foreign[0]}, which preprocessing did not write; choose another prefix"
             )
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(self._lock)
-                raise ValueError(
-                    f"--output-prefix {prefix}: another process is writing it ({self.folder})"
-                ) from None
         self._streams = {name: open(self.folder / name, "wb") for name in names}
+
+    def _locked(self) -> int:
+        """Make the folder, which a run that was killed may have left, and lock it; a descriptor."""
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = os.open(self.folder, os.O_RDONLY)
+            except FileNotFoundError:  # the process that held it has just removed it
+                continue
+            with contextlib.suppress(OSError):  # a file system without locks
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    os.close(lock)
+                    raise ValueError(
+                        f"--output-prefix {self.prefix}: another process is writing it"
+                        f" ({self.folder})"
+                    ) from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), os.stat(self.folder)):
+                    return lock
+            os.close(lock)  # of a folder that was removed before it was locked
 
     def __enter__(self) -> WorkFolder:
         return self
@@ -179,6 +194,16 @@ class WorkFolder:
         return path
 
 
+def check_outputs(outputs: Sequence[str], *, force: bool) -> None:
+    """ValueError where one of the ``outputs`` exists and is not to be replaced."""
+    for output in outputs:
+        if exists(output) and not force:
+            raise ValueError(
+                f"--output-prefix {outputs[0]}: a dataset is there already ({output}.*); --force"
+                " replaces it"
+            )
+
+
 def select(
     work: WorkFolder, documents: np.ndarray, *, keep_duplicates: bool, held_out: np.ndarray | None
 ) -> tuple[np.ndarray, list[tuple[int, int, str, str]], dict[str, int]]:
@@ -222,6 +247,7 @@ def finish(
     work: WorkFolder,
     *,
     outputs: Sequence[str],
+    force: bool,
     settings: dict[str, Any],
     schemas: Sequence[str],
     keep_duplicates: bool,
@@ -294,6 +320,7 @@ def finish(
                     }
                 )
             )
+        check_outputs(outputs, force=force)  # at the start nobody had written them
         for writer in reversed(writers):
             writer.publish()
     return manifests

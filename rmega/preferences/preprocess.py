@@ -26,13 +26,13 @@ import numpy as np
 
 from rmega.cli import num_cores
 from rmega.config import NONE
-from rmega.data.indexed import exists
 from rmega.preferences import dedup, sources
-from rmega.preferences.assemble import WorkFolder, finish
+from rmega.preferences.assemble import WorkFolder, check_outputs, finish
 from rmega.preferences.chunks import CHUNK_BYTES
 from rmega.preferences.comparison import Rejected
 from rmega.preferences.printed import announce, progress_bar, report, say
 from rmega.preferences.reader import Plan, plan_input
+from rmega.preferences.resolve import check_split
 from rmega.preferences.schemas import schema_named
 from rmega.preferences.tokenizer import PairTokenizer
 from rmega.preferences.worker import ChunkResult, Converter
@@ -91,12 +91,7 @@ def preprocess(args: PreprocessArgs) -> dict[str, Any]:
     _check(args)
     prefix = args.output_prefix
     outputs = [prefix] + ([f"{prefix}.valid"] if args.valid_fraction else [])
-    for output in outputs:
-        if exists(output) and not args.force:
-            raise ValueError(
-                f"--output-prefix {prefix}: a dataset is there already ({output}.*); --force"
-                " replaces it"
-            )
+    check_outputs(outputs, force=args.force)
     inputs = sources.resolve(args.input, split=args.split)
     holdout = sources.resolve(args.holdout, split=args.split, flag="--holdout")
     tokenizer = PairTokenizer.load(
@@ -111,12 +106,15 @@ def preprocess(args: PreprocessArgs) -> dict[str, Any]:
     plans = [plan_input(s, args.format, mapped=args.map is not None) for s in inputs]
     converter = Converter(tokenizer, plans, args.map, "ties" in args.keep)
     announce(plans, tokenizer, converter)
-    with WorkFolder(prefix, inputs) as work:
+    with contextlib.ExitStack() as stack:
+        work, *_ = [stack.enter_context(WorkFolder(output, inputs)) for output in outputs]
+        check_outputs(outputs, force=args.force)  # another process may have written it since
         _convert_all(converter, plans, work, args)
         held_out = _prompts_of(holdout) if holdout else None
         manifests = finish(
             work,
             outputs=outputs,
+            force=args.force,
             settings={**tokenizer.manifest(), **({"ties": "keep"} if "ties" in args.keep else {})},
             keep_duplicates="duplicates" in args.keep,
             schemas=[p.schema.name if p.schema else str(args.map) for p in plans],
@@ -136,6 +134,7 @@ def _check(args: PreprocessArgs) -> None:
             f"--output-prefix {args.output_prefix}: is a folder; add the name that the files begin"
             " with"
         )
+    check_split(args.split, [*args.input, *args.holdout])
     if not 0 <= args.valid_fraction < 1:
         raise ValueError(f"--valid-fraction {args.valid_fraction}: must lie from 0 to below 1")
     if not 0 <= args.max_rejected <= 1:
