@@ -759,7 +759,7 @@ def test_the_work_folder_is_shared_with_nobody(run: Any, tmp_path: Path) -> None
     assert len(run(path)) == 20
 
 
-@pytest.mark.parametrize("moment", ["_announce", "_convert_all"])
+@pytest.mark.parametrize("moment", ["announce", "_convert_all"])
 @pytest.mark.parametrize("output", ["out", "out.valid"])
 def test_what_came_there_meanwhile_stays(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, output: str
