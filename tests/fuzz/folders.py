@@ -9,8 +9,8 @@ or a result with a warning; never another traceback.
 
 Checkpoints, runs and exports have checksums: no other result is allowed. A plain model folder has
 none, so a changed value that leaves its files well-formed (a bit of a weight, rope_theta, a piece
-of the vocabulary, the text of the chat template) cannot be told from a model that was published like
-that. Those inputs are counted apart, as "undetectable"; all other damage must be noticed
+of the vocabulary, the text of the chat template) cannot be told from a model that was published
+like that. Those inputs are counted apart, as "undetectable"; all other damage must be noticed
 there, too. A model that refuses every conversation, with the reason, counts as refused.
 
 Prints the counts by input and by kind of damage; ends with 1 where there was a breach, whose folder
