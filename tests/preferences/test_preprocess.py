@@ -9,6 +9,7 @@ import gzip
 import json
 import multiprocessing.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,10 +22,10 @@ import pytest
 from rmega.data.indexed import exists, open_preferences
 from rmega.data.integrity import verify
 from rmega.data.stats import describe, summarize
-from rmega.preferences import dedup, preprocess, reader, sources, worker
-from rmega.preferences.assemble import WorkFolder
+from rmega.preferences import dedup, json_files, preprocess, reader, sources, worker
 from rmega.preferences.preprocess import PreprocessArgs
 from rmega.preferences.tokenizer import PairTokenizer
+from rmega.preferences.work_folder import WorkFolder
 from tests.conftest import ROOT
 from tests.made_rows import FILES
 from tests.preferences.test_sources import write_all
@@ -124,7 +125,7 @@ def test_rows_come_out_in_order(
 def test_any_number_of_workers_writes_the_same_bytes(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(json_files, "CHUNK_BYTES", 2000)
     data = rows(300) + [b"{broken", {"prompt": "x"}] + rows(5)
     path = write(tmp_path / "d.jsonl", data)
     for workers in (1, 2, 3):
@@ -311,7 +312,7 @@ def test_the_missing_column_is_named(
 
 
 def test_grouped_rows(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(json_files, "CHUNK_BYTES", 300)
     data = [
         {"prompt": f"prompt {i // 2}", "response": f"reply {i}", "helpfulness": i % 2}
         for i in range(60)
@@ -756,6 +757,50 @@ def test_the_work_folder_is_shared_with_nobody(run: Any, tmp_path: Path) -> None
     ):
         run(path)
     assert len(run(path)) == 20
+
+
+@pytest.mark.parametrize("moment", ["announce", "_convert_all"])
+@pytest.mark.parametrize("output", ["out", "out.valid"])
+def test_what_came_there_meanwhile_stays(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, output: str
+) -> None:
+    """Nothing was there at the start: of two processes that began together the second is refused,
+    as if it began now. ``_convert_all``: a dataset that was copied."""
+    path = write(tmp_path / "d.jsonl", rows(40))
+    first = run(write(tmp_path / "e.jsonl", rows(30)), "elsewhere")
+    original = getattr(preprocess, moment)
+
+    def meanwhile(*args: Any) -> Any:
+        result = original(*args)
+        for file in tmp_path.glob("elsewhere.*"):
+            shutil.copy(file, tmp_path / f"{output}{file.name.removeprefix('elsewhere')}")
+        return result
+
+    monkeypatch.setattr(preprocess, moment, meanwhile)
+    with pytest.raises(ValueError, match=rf"a dataset is there already \(.*/{output}\.\*\)"):
+        run(path, valid_fraction=0.5)
+    assert len(open_preferences(tmp_path / output)) == len(first) == 30
+    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*.partial"))
+
+
+def test_the_validation_part_is_not_shared_either(run: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", rows(20))
+    with (
+        WorkFolder(str(tmp_path / "out.valid"), []),
+        pytest.raises(ValueError, match="another process is writing it"),
+    ):
+        run(path, valid_fraction=0.5)
+
+
+def test_a_split_needs_a_folder(run: Any, tmp_path: Path) -> None:
+    """One of --input or of --holdout."""
+    path, held_out = write(tmp_path / "d.jsonl", rows(20)), tmp_path / "h" / "test.jsonl"
+    for files in ([path], [f"{tmp_path}/*.jsonl"]):
+        with pytest.raises(ValueError, match="--split test has no effect on .*jsonl"):
+            run(files, split="test")
+    held_out.parent.mkdir()
+    write(held_out, rows(5))
+    assert len(run(path, split="test", holdout=[str(held_out.parent)])) == 15
 
 
 @pytest.mark.parametrize("prefix", ["", ".", "data/", "data/.."])
