@@ -184,7 +184,7 @@ def length_counter(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
     """How long a text is, and the word for the unit."""
     if tokenizer is None:
         return len, "characters"
-    from rmega.hub import load_tokenizer
+    from rmega.preferences.load_tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
     return lambda text: len(loaded(text, add_special_tokens=False)["input_ids"]), "tokens"
