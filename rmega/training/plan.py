@@ -21,10 +21,12 @@ micro-batches (Narayanan et al. 2021).
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from rmega.config import TrainingConfig
 from rmega.hub import model_config_folder
 from rmega.models.geometry import Geometry
+from rmega.training.logs import duration
 
 GB = 1e9
 H100_FLOPS = 989e12
@@ -361,7 +363,7 @@ def _hours(config: TrainingConfig, step: StepPlan, gpus: int) -> str:
     return (
         f"computing: {step.flops:.3g} FLOP per step, {whole:.3g} in {steps:,} steps; H100s at"
         f" {100 * USUAL_MFU:.0f} % MFU (assumed, not measured) would take"
-        f" {seconds / 3600:.3g} hours on {gpus}, {gpus * seconds / 3600:.3g} GPU hours"
+        f" {duration(math.ceil(seconds))} on {gpus} ({gpus * seconds / 3600:,.2f} GPU hours)"
     )
 
 
