@@ -11,12 +11,16 @@ import socket
 import struct
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from rmega.megatron import versions
+
+T = TypeVar("T")
 
 _timeout = datetime.timedelta(minutes=10)  # of every group; ``initialize`` sets it
 
@@ -211,6 +215,36 @@ def is_reporting_rank() -> bool:
         parallel_state.is_pipeline_last_stage()
         and parallel_state.get_tensor_model_parallel_rank() == 0
     )
+
+
+def from_rank_0(compute: Callable[[], T]) -> T:
+    """``compute()`` as rank 0 gets it (it may see files that others do not), on every rank. Just
+    ``compute()`` without a process group."""
+    if not dist.is_initialized():
+        return compute()
+    box: list[Any] = [compute() if rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: T) -> list[T]:
+    """The ``value`` of every rank, in order, on every rank; [value] without a process group."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def own_share() -> tuple[int, int]:
+    """(i, n): this rank's share of work that the n ranks of the process group divide; (0, 1)
+    without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def first_problem(problem: str | None) -> str | None:
+    """The ``problem`` of the first rank that has one, on every rank."""
+    return next(filter(None, gather(problem)), None)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -89,21 +89,12 @@ def _curves(prefix: str, steps: Mapping[int, Result]) -> list[str]:
     out = []
     gap = column("length", "gap")
     if not all(map(math.isnan, gap)):
-        with drawing(f"{prefix}Length gap") as fig:
-            ax = fig.axes
-            ax.set_title("Length gap over the steps")
-            ax.fill_between(
-                known,
-                column("length", "gap_low"),
-                column("length", "gap_high"),
-                color=BLUE,
-                alpha=0.13,
-                linewidth=0,
-            )
+        with drawing("Length gap over the steps", prefix=prefix) as (fig, ax):
+            low, high = column("length", "gap_low"), column("length", "gap_high")
+            ax.fill_between(known, low, high, color=BLUE, alpha=0.13, linewidth=0)
             ax.plot(known, gap, "o-", color=BLUE, markersize=5)
             ax.axhline(0, color=GREY, linestyle=":")
-            ax.set_xlabel("step")
-            ax.set_ylabel("difference of accuracies")
+            ax.set(xlabel="step", ylabel="difference of accuracies")
         out.append(
             page.figure(
                 fig.svg,
@@ -111,20 +102,16 @@ def _curves(prefix: str, steps: Mapping[int, Result]) -> list[str]:
                 "is the shorter one, with its 95 % interval; dotted: no length bias.",
             )
         )
-    with drawing(f"{prefix}Calibration") as fig:
-        ax = fig.axes
-        ax.set_title("Calibration error over the steps")
-        ax.plot(
-            known, column("calibration", "ece"), "o-", color=BLUE, markersize=5, label="as it is"
-        )
+    with drawing("Calibration error over the steps", prefix=prefix) as (fig, ax):
+        ece = column("calibration", "ece")
+        ax.plot(known, ece, "o-", color=BLUE, markersize=5, label="as it is")
         scaled = column("calibration", "ece_scaled")
         if not all(map(math.isnan, scaled)):
             ax.plot(
                 known, scaled, "s--", color=ORANGE, markersize=5, label="with the best temperature"
             )
         ax.set_ylim(bottom=0)
-        ax.set_xlabel("step")
-        ax.set_ylabel("ECE")
+        ax.set(xlabel="step", ylabel="ECE")
         ax.legend()
     out.append(
         page.figure(

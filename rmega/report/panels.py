@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rmega.evaluation.findings import percent
 from rmega.evaluation.table import margin_label, number
 from rmega.report import page
-from rmega.report.figures import BLUE, GREY, ORANGE, SMALL, WIDE, drawing
+from rmega.report.figures import BLUE, GREY, ORANGE, WIDE, drawing
 
 MAX_SOURCES = 25
 
 
+def between(low: float | None, high: float | None) -> str:
+    """The ends of an interval, such as "23.2 to 31.7 %"."""
+    return f"{100 * (math.nan if low is None else low):.1f} to {percent(high)}"
+
+
 def interval(row: dict[str, Any]) -> str:
     """The 95 % interval of an accuracy in words."""
-    return (
-        f"{100 * row['accuracy_low']:.1f} to {percent(row['accuracy_high'])}"
-        if row["num_pairs"]
-        else "-"
-    )
+    return between(row["accuracy_low"], row["accuracy_high"]) if row["num_pairs"] else "-"
 
 
 def tiles(j: dict[str, Any]) -> str:
@@ -39,10 +41,7 @@ def tiles(j: dict[str, Any]) -> str:
             (
                 "Accuracy at equal length",
                 percent(length["controlled_accuracy"]),
-                (
-                    f"95 %: {100 * length['controlled_low']:.1f} to"
-                    f" {percent(length['controlled_high'])}"
-                ),
+                f"95 %: {between(length['controlled_low'], length['controlled_high'])}",
             ),
             (
                 "Reward follows length",
@@ -76,9 +75,9 @@ def reliability_figure(prefix: str, c: dict[str, Any]) -> str:
     """How often right against how sure, of the result's "calibration". ``prefix`` here and
     below: words before the title that no other figure of the page has."""
     curve = c["reliability"]
-    with drawing(f"{prefix}Reliability", nrows=2, sharex=True, height_ratios=[3, 1]) as fig:
-        ax, counts = fig.axes
-        ax.set_title("Is it as sure as it should be?")
+    title = "Is it as sure as it should be?"
+    rows = {"nrows": 2, "sharex": True, "height_ratios": [3, 1]}
+    with drawing(title, prefix=prefix, **rows) as (fig, (ax, counts)):
         ax.plot([0.5, 1], [0.5, 1], color=GREY, linestyle="--", label="perfectly calibrated")
         x, y = [b["confidence"] for b in curve], [b["accuracy"] for b in curve]
         ax.vlines(
@@ -90,8 +89,7 @@ def reliability_figure(prefix: str, c: dict[str, Any]) -> str:
         )
         ax.plot(x, y, "o-", color=BLUE, label="this model, 95 % interval")
         low = min(0.5, min((b["accuracy_low"] for b in curve), default=0.5))
-        ax.set_ylim(max(0.0, low - 0.03), 1.02)
-        ax.set_ylabel("how often right")
+        ax.set(ylim=(max(0.0, low - 0.03), 1.02), ylabel="how often right")
         ax.legend(loc="lower right" if low > 0.3 else "upper left", fontsize=9)
         counts.bar(
             [b["low"] for b in curve],
@@ -101,9 +99,7 @@ def reliability_figure(prefix: str, c: dict[str, Any]) -> str:
             color=GREY,
             edgecolor="white",
         )
-        counts.set_ylabel("pairs")
-        counts.set_xlabel("confidence = sigmoid(|margin|)")
-        counts.set_xlim(0.495, 1.005)
+        counts.set(ylabel="pairs", xlabel="confidence = sigmoid(|margin|)", xlim=(0.495, 1.005))
     return page.figure(
         fig.svg,
         "Points under the dashed line: surer than right, above it: less sure. Expected "
@@ -117,9 +113,7 @@ def bars_figure(
 ) -> str:
     """Accuracy with its interval for each of a few named groups; a group without pairs has a place
     but no mark."""
-    with drawing(f"{prefix}{title}", SMALL) as fig:
-        ax = fig.axes
-        ax.set_title(title)
+    with drawing(title, prefix=prefix) as (fig, ax):
         for x, row in enumerate(rows.values()):
             if row["num_pairs"]:
                 ax.vlines(x, row["accuracy_low"], row["accuracy_high"], color=BLUE, linewidth=2)
@@ -127,10 +121,7 @@ def bars_figure(
             ax.text(x, 1.04, f"{row['num_pairs']:,}", ha="center", fontsize=8, color=GREY)
         ax.axhline(0.5, color=GREY, linestyle=":")
         ax.set_xticks(range(len(rows)), list(rows), fontsize=9)
-        ax.set_xlim(-0.5, len(rows) - 0.5)
-        ax.set_ylim(0, 1.1)
-        ax.set_xlabel(label)
-        ax.set_ylabel("accuracy")
+        ax.set(xlim=(-0.5, len(rows) - 0.5), ylim=(0, 1.1), xlabel=label, ylabel="accuracy")
     return page.figure(fig.svg, caption)
 
 
@@ -151,9 +142,8 @@ def sources_figure(prefix: str, j: dict[str, Any]) -> str:
     """Accuracy by source, the largest ``MAX_SOURCES`` of them."""
     rows = sorted(j["by_source"].items(), key=lambda item: -item[1]["num_pairs"])
     shown = sorted(rows[:MAX_SOURCES], key=lambda item: item[1]["accuracy"])
-    with drawing(f"{prefix}Sources", (WIDE[0], 1.1 + 0.27 * len(shown))) as fig:
-        ax = fig.axes
-        ax.set_title("Accuracy by source")
+    size = (WIDE[0], 1.1 + 0.27 * len(shown))
+    with drawing("Accuracy by source", size, prefix=prefix) as (fig, ax):
         for y, (_, row) in enumerate(shown):
             color = (
                 BLUE
@@ -165,19 +155,13 @@ def sources_figure(prefix: str, j: dict[str, Any]) -> str:
             ax.hlines(y, row["accuracy_low"], row["accuracy_high"], color=color, linewidth=2.2)
             ax.plot(row["accuracy"], y, "o", color=color, markersize=7)
         ax.axvline(0.5, color=GREY, linestyle=":")
-        ax.axvline(
-            j["accuracy"],
-            color=BLUE,
-            linestyle="--",
-            linewidth=1.2,
-            label=f"all: {percent(j['accuracy'])}",
-        )
+        label = f"all: {percent(j['accuracy'])}"
+        ax.axvline(j["accuracy"], color=BLUE, linestyle="--", linewidth=1.2, label=label)
         ax.set_yticks(
             range(len(shown)),
             [f"{n if len(n) <= 44 else n[:43] + '…'}  ({row['num_pairs']:,})" for n, row in shown],
         )
-        ax.set_ylim(-0.6, len(shown) - 0.4)
-        ax.set_xlim(-0.01, 1.01)
+        ax.set(xlim=(-0.01, 1.01), ylim=(-0.6, len(shown) - 0.4))
         ax.set_xlabel("accuracy, 95 % interval (pairs in brackets); dotted: chance level")
         ax.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     more = (
@@ -240,8 +224,8 @@ def tables(j: dict[str, Any]) -> str:
                         "best-of-N accuracy",
                         percent(r["best_of_n"]),
                         (
-                            f"95 %: {100 * r['best_of_n_low']:.1f} to"
-                            f" {percent(r['best_of_n_high'])}; blind: {percent(r['chance'])}"
+                            f"95 %: {between(r['best_of_n_low'], r['best_of_n_high'])}; blind:"
+                            f" {percent(r['chance'])}"
                         ),
                     ],
                     [

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 
 from rmega import distributed
@@ -25,6 +26,7 @@ from rmega.config import (
 )
 from rmega.hub import resolve_start
 from rmega.megatron import param_gather
+from rmega.models import BACKBONES
 from rmega.models.hf import TIE_THRESHOLD, global_parameters, load_hf, read_geometry
 from rmega.models.lora import adapter_table, initialize
 from rmega.models.peft_folder import PeftFolder
@@ -171,12 +173,7 @@ def gather_global(
 
     Padding of vocabulary and heads is cut away. Returned on rank 0; empty elsewhere.
     """
-    import torch.distributed as dist
-
-    from rmega.models import BACKBONES
-
     param_gather.finish(wrapped)
-
     table = BACKBONES[geometry.family].weight_table(geometry)
     rules = {TIE_THRESHOLD: WeightRule(TIE_THRESHOLD, (1,), ())}
     rules |= {rule.name: rule for rule in [*table, *adapter_table(geometry, lora or LoraArgs())]}
@@ -185,20 +182,15 @@ def gather_global(
         for name, parameter in global_parameters(chunk):
             if parameter.requires_grad:
                 own[name] = value(parameter).detach().float().cpu().clone()
-    gathered: list[Any] = [None] * dist.get_world_size()
-    where = (
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_data_parallel_rank(),
-        own,
-    )
-    dist.all_gather_object(gathered, where)
-    if dist.get_rank() != 0:
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    first_replica = parallel_state.get_data_parallel_rank() == 0
+    gathered = distributed.gather((tp_rank, own if first_replica else {}))
+    if distributed.rank() != 0:
         return {}
     shards: dict[str, dict[int, torch.Tensor]] = {}
-    for tp_rank, dp_rank, tensors in gathered:
-        if dp_rank == 0:
-            for name, tensor in tensors.items():
-                shards.setdefault(name, {})[tp_rank] = tensor
+    for tp_rank, tensors in gathered:
+        for name, tensor in tensors.items():
+            shards.setdefault(name, {})[tp_rank] = tensor
     return {
         name: _join(rules[name], [parts[r] for r in sorted(parts)])
         for name, parts in sorted(shards.items())
@@ -266,8 +258,6 @@ def _first_gradients(wrapped, packs, config: TrainingConfig, geometry) -> dict[s
     train.forward_backward(wrapped, packs, config.loss)
     replicas = parallel_state.get_data_parallel_world_size()
     if config.parallel.use_distributed_optimizer and replicas > 1:
-        import torch.distributed as dist
-
         for chunk in wrapped:
             for buffer in chunk.buffers:
                 for bucket in buffer.buckets:

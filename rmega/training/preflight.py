@@ -137,12 +137,8 @@ def check_reward_token(dataset, folder: Path) -> None:
 
 def check_content(flag: str, dataset) -> None:
     """The files of a dataset must be those that were written; every rank reads its share."""
-    import torch.distributed as dist
-
-    problems: list[str | None] = [None] * dist.get_world_size()
-    share = (dist.get_rank(), dist.get_world_size())
-    dist.all_gather_object(problems, integrity.damage(dataset, share=share))
-    if problem := next((p for p in problems if p), None):
+    own = integrity.damage(dataset, share=distributed.own_share())
+    if problem := distributed.first_problem(own):
         raise ValueError(f"{flag} {problem}")
 
 
@@ -227,33 +223,29 @@ def longest_texts(dataset) -> np.ndarray:
 def check_tokenizer(dataset, folder: Path) -> None:
     """The data must have been written with the model's own tokenizer. Read on rank 0, known to
     all."""
-    import torch.distributed as dist
+    manifest = dataset.manifest
 
-    problem: list[str | None] = [None]
-    tokenizer = _tokenizer_of(folder) if distributed.rank() == 0 else None
-    if tokenizer is not None and not is_tokenizer_of(tokenizer, dataset.manifest):
-        written = dataset.manifest
-        problem = [
-            f"--data-path {dataset.prefix}: was written with the tokenizer {written['tokenizer']}"
-            f" ({written['tokenizer_fingerprint']}), which is not that of --hf-model {folder}"
+    def compare() -> str | None:
+        tokenizer = _tokenizer_of(folder)
+        if tokenizer is None or is_tokenizer_of(tokenizer, manifest):
+            return None
+        return (
+            f"--data-path {dataset.prefix}: was written with the tokenizer {manifest['tokenizer']}"
+            f" ({manifest['tokenizer_fingerprint']}), which is not that of --hf-model {folder}"
             f" ({tokenizer_fingerprint(tokenizer)}); tools/preprocess_pref.py --tokenizer {folder}"
             " writes data for this model"
-        ]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0]:
-        raise ValueError(problem[0])
+        )
+
+    if problem := distributed.from_rank_0(compare):
+        raise ValueError(problem)
 
 
 def evaluated_before(config: TrainingConfig, step: int) -> set[str]:
     """Validation sets that ``--save`` has an evaluation of at the step that a run resumes at. Read
     on rank 0, known to all."""
-    import torch.distributed as dist
-
     run = config.checkpoint.save
-    rows = eval_rows(run) if run and distributed.rank() == 0 else []
-    names = [{str(row.get("name")) for row in rows if row.get("step") == step}]
-    dist.broadcast_object_list(names, src=0)
-    return names[0]
+    rows = distributed.from_rank_0(lambda: eval_rows(run)) if run else []
+    return {str(row.get("name")) for row in rows if row.get("step") == step}
 
 
 def check_same_model(info: dict[str, Any], found: Path, geometry: Geometry, folder: Path) -> None:
