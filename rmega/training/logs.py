@@ -82,11 +82,7 @@ def memory_mb() -> int:
 
 def train_line(step: int, total: int, row: Mapping[str, Any]) -> str:
     """``Iter(train) [   10/15230]  lr: 3.9580e-07  eta: 2:59:41  time: 0.7083 ...``"""
-    parts = []
-    for name, form in COLUMNS.items():
-        value = row.get(name)
-        if value is not None:
-            parts.append(f"{name}: {format(value, form)}")
+    parts = [f"{k}: {row[k]:{form}}" for k, form in COLUMNS.items() if row.get(k) is not None]
     return f"Iter(train) [{step:>{len(str(total))}}/{total}]  " + "  ".join(parts)
 
 

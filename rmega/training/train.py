@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
 
 from rmega.config import LossArgs
 from rmega.data.batching import Batcher
@@ -36,7 +37,8 @@ def _forward_train(args: LossArgs, sums, iterator: Iterator[PackedBatch], model)
     batch = next(iterator)
     loss_of = partial(pair_loss, args, batch)
     if args.loss == "rao_kupper":
-        loss_of = partial(rao_kupper_loss, args, batch, _threshold_of(model))
+        threshold = get_attr_wrapped_model(model, "tie_threshold")  # None but on the last stage
+        loss_of = partial(rao_kupper_loss, args, batch, threshold)
     if args.batch_centering:
         loss_of = partial(with_centering, loss_of, args.batch_centering, batch, sums)
     return model(batch), loss_of
@@ -71,13 +73,6 @@ def _evaluating(wrapped: Sequence) -> Iterator[None]:
     finally:
         for chunk, mode in zip(wrapped, modes, strict=True):
             chunk.train(mode)
-
-
-def _threshold_of(model) -> torch.Tensor | None:
-    """The parameter on the last stage, of a wrapped chunk."""
-    while not hasattr(model, "tie_threshold"):
-        model = model.module
-    return model.tie_threshold
 
 
 def _rewards_of(batch: PackedBatch, rewards: torch.Tensor, non_loss_data: bool = True):
