@@ -25,7 +25,15 @@ from pathlib import Path
 from typing import Any
 
 from rmega.distributed import from_rank_0, gather, rank, spans_machines
-from rmega.io import json_checksum, one_line, publish, remove_folder, sync_folder, write_durably
+from rmega.io import (
+    free_name,
+    json_checksum,
+    one_line,
+    publish,
+    remove_folder,
+    sync_folder,
+    write_durably,
+)
 
 FORMAT_VERSION = 1
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -154,11 +162,11 @@ def set_aside_newer(run: Path | str, iteration: int) -> str | None:
     withdraw(run)
     metrics = run / "metrics.jsonl"
     if metrics.is_file():
-        shutil.copyfile(metrics, _free_name(run / f"metrics.jsonl{ABANDONED}"))
+        shutil.copyfile(metrics, free_name(run / f"metrics.jsonl{ABANDONED}"))
     names = []
     for i in reversed(newer):
         folder = iteration_dir(run, i)
-        aside = _free_name(folder.with_name(folder.name + ABANDONED))
+        aside = free_name(folder.with_name(folder.name + ABANDONED))
         os.replace(folder, aside)
         names.insert(0, aside.name)
     sync_folder(run)
@@ -166,14 +174,6 @@ def set_aside_newer(run: Path | str, iteration: int) -> str | None:
         f"set aside in {run}: {', '.join(names)} (newer than iteration {iteration}, from which this"
         " run continues; remove them when they are no longer needed)"
     )
-
-
-def _free_name(path: Path) -> Path:
-    numbers = iter(range(2, 1 << 20))
-    free = path
-    while free.exists():
-        free = path.with_name(f"{path.name}-{next(numbers)}")
-    return free
 
 
 def clean(run: Path | str) -> None:

@@ -21,7 +21,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from rmega.data.packing import PackedBatch
 from rmega.models.geometry import Geometry
-from rmega.models.layers import PackedRewardParams, block_spec, link_norms, pool_rows
+from rmega.models.layer_specs import block_spec
+from rmega.models.layers import PackedRewardParams, link_norms
+from rmega.models.pooled_layer import pool_rows
 from rmega.models.rotary import inverse_frequencies, rotary_tables
 
 

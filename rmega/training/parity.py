@@ -28,7 +28,7 @@ from rmega.hub import resolve_start
 from rmega.megatron import param_gather
 from rmega.models import BACKBONES
 from rmega.models.hf import TIE_THRESHOLD, global_parameters, load_hf, read_geometry
-from rmega.models.lora import adapter_table, initialize
+from rmega.models.lora_weights import adapter_table, initialize
 from rmega.models.peft_folder import PeftFolder
 from rmega.models.weights import WeightRule
 from rmega.training import components, train
