@@ -13,7 +13,7 @@ from rmega.evaluation.findings import length_flag, percent
 from rmega.evaluation.results import ScoredComparison, pairs_of
 from rmega.evaluation.table import number
 from rmega.metrics import accuracy
-from rmega.report import page, panels
+from rmega.report import page, panels, tables
 from rmega.report.figures import BLUE, GREEN, GREY, ORANGE, SMALL, WIDE, drawing, require_matplotlib
 
 MAX_TEXT = 1500
@@ -45,7 +45,7 @@ def write_evaluation_report(
                         n,
                         f"{results[n]['num_pairs']:,}",
                         percent(results[n]["accuracy"]),
-                        panels.interval(results[n]),
+                        tables.interval(results[n]),
                         length_flag(results[n]["length"]),
                         number(results[n]["calibration"]["ece"]),
                     ]
@@ -57,7 +57,7 @@ def write_evaluation_report(
         body.append(
             _section(i, name, results[name], items[name], worst[name], alone=len(names) == 1)
         )
-    body.append(panels.explanations(results[names[0]]["length_unit"]))
+    body.append(tables.explanations(results[names[0]]["length_unit"]))
     return page.write_page(folder / "report.html", f"Evaluation of {subject}", "".join(body))
 
 
@@ -86,7 +86,7 @@ def _section(
         return "".join(out)
     out.append(panels.tiles(j))
     out.append(page.figures(_figures(f"set {i} ", j, items)))
-    out.append(panels.tables(j))
+    out.append(tables.tables(j))
     out.append(f"<h3>The {len(worst)} worst mistakes</h3>\n" if worst else "<h3>No mistakes</h3>\n")
     if worst:
         out.append(

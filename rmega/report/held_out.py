@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rmega.evaluation.findings import percent
-from rmega.report import page, panels
+from rmega.report import page, panels, tables
 from rmega.report.figures import BLUE, GREY, ORANGE, drawing
 
 Result = dict[str, Any]
@@ -28,7 +28,7 @@ def sections(evaluations: Mapping[str, Mapping[int, Result]], order: Iterable[st
         out.append(f"<nav>{links}</nav>\n")
     out += [_section(i, name, evaluations[name]) for i, name in enumerate(names)]
     last = evaluations[names[0]]
-    return "".join([*out, panels.explanations(last[max(last)]["length_unit"])])
+    return "".join([*out, tables.explanations(last[max(last)]["length_unit"])])
 
 
 def _section(i: int, name: str, steps: Mapping[int, Result]) -> str:
@@ -45,7 +45,7 @@ def _section(i: int, name: str, steps: Mapping[int, Result]) -> str:
         page.findings(j["findings"]),
     ]
     if j["num_pairs"]:
-        out += [panels.tiles(j), page.figures(_figures(prefix, j, steps)), panels.tables(j)]
+        out += [panels.tiles(j), page.figures(_figures(prefix, j, steps)), tables.tables(j)]
     return "".join(out)
 
 

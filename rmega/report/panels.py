@@ -1,26 +1,16 @@
-"""Figures and tables of evaluation results, shared by the reports on evaluations and runs."""
+"""Key numbers and figures of evaluation results, shared by the reports on evaluations and runs."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from rmega.evaluation.findings import percent
 from rmega.evaluation.table import margin_label, number
 from rmega.report import page
 from rmega.report.figures import BLUE, GREY, ORANGE, WIDE, drawing
+from rmega.report.tables import between, interval
 
 MAX_SOURCES = 25
-
-
-def between(low: float | None, high: float | None) -> str:
-    """The ends of an interval, such as "23.2 to 31.7 %"."""
-    return f"{100 * (math.nan if low is None else low):.1f} to {percent(high)}"
-
-
-def interval(row: dict[str, Any]) -> str:
-    """The 95 % interval of an accuracy in words."""
-    return between(row["accuracy_low"], row["accuracy_high"]) if row["num_pairs"] else "-"
 
 
 def tiles(j: dict[str, Any]) -> str:
@@ -66,9 +56,6 @@ def tiles(j: dict[str, Any]) -> str:
             ("Swapped labels", percent(j["swap"]["accuracy"]), "must be 100 % minus the accuracy"),
         ]
     )
-
-
-# ---- figures
 
 
 def reliability_figure(prefix: str, c: dict[str, Any]) -> str:
@@ -173,181 +160,4 @@ def sources_figure(prefix: str, j: dict[str, Any]) -> str:
         fig.svg,
         f"Blue: better than chance. Orange: worse. Grey: neither is certain.{more}",
         wide=True,
-    )
-
-
-# ---- tables, text
-
-
-def tables(j: dict[str, Any]) -> str:
-    """Accuracies of the whole and its parts; ranked prompts and public benchmarks where there are
-    any."""
-    length = j["length"]
-    out = [
-        "<h3>Numbers</h3>\n",
-        page.table(
-            ["pairs", "number", "accuracy", "95 % interval", "mean margin"],
-            [
-                [
-                    name,
-                    f"{row['num_pairs']:,}",
-                    percent(row["accuracy"]),
-                    interval(row),
-                    number(row["mean_margin"]),
-                ]
-                for name, row in [
-                    ("all", j),
-                    ("chosen is the longer", length["chosen_longer"]),
-                    ("chosen is the shorter", length["chosen_shorter"]),
-                    *(
-                        (f"source: {n}", row)
-                        for n, row in j["by_source"].items()
-                        if len(j["by_source"]) > 1
-                    ),
-                    *((f"rating margin {margin_label(row)}", row) for row in j["by_margin"]),
-                ]
-            ],
-        ),
-    ]
-    if j["ranked"]:
-        r = j["ranked"]
-        out.append(
-            page.table(
-                ["prompts with several responses", "value", "compare"],
-                [
-                    [
-                        "prompts (all scores equal, left out)",
-                        f"{r['num_prompts']:,} ({r['num_unordered']:,})",
-                        "",
-                    ],
-                    [
-                        "best-of-N accuracy",
-                        percent(r["best_of_n"]),
-                        (
-                            f"95 %: {between(r['best_of_n_low'], r['best_of_n_high'])}; blind:"
-                            f" {percent(r['chance'])}"
-                        ),
-                    ],
-                    [
-                        "mean score of the pick",
-                        number(r["picked_score"]),
-                        f"blind: {number(r['mean_score'])}; best: {number(r['best_score'])}",
-                    ],
-                    [
-                        "rank correlation (Kendall tau-b)",
-                        number(r["kendall_tau_b"]),
-                        f"{r['num_tau']:,} prompts",
-                    ],
-                ],
-            )
-        )
-    if j["reward_bench"]:
-        b = j["reward_bench"]
-        half = b["ties_half"]
-        rows = [[n, percent(v), percent(half["sections"][n])] for n, v in b["sections"].items()]
-        rows.append(["overall", percent(b["overall"]), percent(half["overall"])])
-        head = ["RewardBench section", "ties wrong (as published)", "ties half"]
-        out.append(page.table(head, rows))
-        if b["missing"]:
-            out.append(
-                f'<p class="sub">Not in the data: {page.escape(", ".join(b["missing"]))}</p>\n'
-            )
-    if j["reward_bench_2"]:
-        b = j["reward_bench_2"]
-        rows = [[n, f"{b['num_prompts'][n]:,}", number(v)] for n, v in b["subsets"].items()]
-        out.append(
-            page.table(
-                ["RewardBench 2 subset", "prompts", "score"],
-                [*rows, ["overall", "", number(b["overall"])]],
-            )
-        )
-        if b["ties"]:
-            t = b["ties"]
-            out.append(
-                page.table(
-                    [
-                        (
-                            f"Ties ({t['num_questions']:,} questions, each with one and with"
-                            " several right answers)"
-                        ),
-                        "share",
-                    ],
-                    [
-                        [
-                            "every right answer above every wrong one, several right",
-                            number(t["tied_accuracy"]),
-                        ],
-                        ["the same, one right", number(t["ref_accuracy"])],
-                        [
-                            "right and wrong further apart than the right ones among themselves",
-                            number(t["preferred"]),
-                        ],
-                        [
-                            "the same, also with the gap where one is right",
-                            number(t["preferred_hard"]),
-                        ],
-                    ],
-                )
-            )
-        if b["missing"]:
-            out.append(
-                f'<p class="sub">Not in the data: {page.escape(", ".join(b["missing"]))}</p>\n'
-            )
-    if j["rm_bench"]:
-        b = j["rm_bench"]
-        out.append(
-            page.table(
-                ["RM-Bench (ties wrong, as published)", "easy", "normal", "hard"],
-                [
-                    [n, *(percent(v[k]) for k in ("easy", "normal", "hard"))]
-                    for n, v in [
-                        *b["domains"].items(),
-                        (f"overall (average {percent(b['average'])})", b),
-                        (
-                            f"ties half (average {percent(b['ties_half']['average'])})",
-                            b["ties_half"],
-                        ),
-                    ]
-                ],
-            )
-        )
-    return "".join(out)
-
-
-def explanations(unit: str) -> str:
-    """How the numbers are made; ``unit`` of lengths."""
-    rows = [
-        (
-            "Accuracy",
-            (
-                "share of pairs whose chosen response gets the higher reward; a tie counts half."
-                " The interval is Wilson's; pairs of one prompt are not counted as independent."
-            ),
-        ),
-        (
-            "Length",
-            (
-                f"in {unit}. Bias is called strong where the accuracy differs by 30 points or more"
-                " between pairs whose chosen response is the longer and the shorter one, or the"
-                " rewards follow length (Spearman 0.7); some, from 10 points on; both only where"
-                " the 95 % interval of the difference excludes 0."
-            ),
-        ),
-        (
-            "At equal length",
-            (
-                "a logistic regression of being right on tanh(length difference / its standard "
-                "deviation), read at 0 (Dubois et al. 2024, Length-Controlled AlpacaEval)."
-            ),
-        ),
-        (
-            "Calibration",
-            (
-                "sigmoid(margin) read as a probability. ECE over 10 equal bins of confidence; the"
-                " temperature is the divisor of all rewards that makes the labels most likely."
-            ),
-        ),
-    ]
-    return "<h2>How these numbers are made</h2>\n" + "".join(
-        f"<p><b>{page.escape(n)}</b>: {page.escape(t)}</p>\n" for n, t in rows
     )

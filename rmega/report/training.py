@@ -22,7 +22,6 @@ from rmega.report.figures import (
     drawing,
     require_matplotlib,
 )
-from rmega.report.panels import between
 from rmega.report.run_findings import run_findings
 from rmega.report.run_metrics import (
     Row,
@@ -34,6 +33,7 @@ from rmega.report.run_metrics import (
     running_median,
     smoothed,
 )
+from rmega.report.tables import between
 
 
 def write_run_report(run: str | Path, out: str | Path | None = None) -> Path:
