@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from rmega.config import ParallelArgs
 from rmega.megatron import versions
 
 T = TypeVar("T")
@@ -52,7 +53,7 @@ def prepare_cuda(tp: int, *, deterministic: bool = False) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over each new tensor
     if tp > 1:
         # Collectives of tensor parallelism are to start before the matmul that runs beside them
-        # (megatron-core's linear_with_grad_accumulation_and_async_allreduce).
+        # (Megatron-Core's linear_with_grad_accumulation_and_async_allreduce).
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         # Every pack has another number of tokens: segments of fixed size would be cut to pieces.
@@ -102,21 +103,16 @@ def quiet_engine() -> None:
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
 
 
-def initialize(
-    *,
-    tp: int = 1,
-    pp: int = 1,
-    vpp: int | None = None,
-    seed: int = 42,
-    timeout_minutes: float = 10.0,
-) -> torch.device:
-    """Join the process group and build megatron-core's groups; data parallel takes the ranks that
-    tp x pp leave.
+def initialize(parallel: ParallelArgs | None = None, *, seed: int = 42) -> torch.device:
+    """Join the process group and build Megatron-Core's groups; data parallel takes the ranks that
+    tp x pp leave (``parallel`` None: all).
 
     Uses torchrun's environment, or makes a group of one process without it. gloo on a CPU (through
     ``rmega.megatron.cpu``), NCCL on CUDA. Raises ValueError when tp x pp does not divide the number
     of processes.
     """
+    p = parallel or ParallelArgs()
+    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
     if world_size() % (tp * pp):
         raise ValueError(
             f"--tp {tp} x --pp {pp} = {tp * pp} does not divide the {world_size()} processes that"
@@ -144,7 +140,7 @@ def initialize(
         ):
             os.environ["GLOO_SOCKET_IFNAME"] = name
             log(f"network: gloo goes over {name} (GLOO_SOCKET_IFNAME names another)")
-        timeout = _timeout = datetime.timedelta(minutes=timeout_minutes)
+        timeout = _timeout = datetime.timedelta(minutes=p.distributed_timeout_minutes)
         backend = "nccl" if where.type == "cuda" else "gloo"
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
@@ -156,20 +152,16 @@ def initialize(
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
-            virtual_pipeline_model_parallel_size=vpp,
+            virtual_pipeline_model_parallel_size=p.virtual_pipeline_model_parallel_size,
             create_gloo_process_groups=where.type == "cuda",
-            distributed_timeout_minutes=timeout_minutes,
+            distributed_timeout_minutes=p.distributed_timeout_minutes,
         )
-        _print_notes()
+        if rank() == 0:
+            for note in versions.notes():
+                print(note, file=sys.stderr)  # stdout may be a program's results
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     return where
-
-
-def _print_notes() -> None:
-    if rank() == 0:
-        for note in versions.notes():
-            print(note, file=sys.stderr)  # stdout may be a program's results
 
 
 def interface_towards(host: str) -> str | None:

@@ -64,7 +64,8 @@ class Layout:
     @classmethod
     def parse(cls, text: str) -> Layout:
         """ValueError names a part that is not understood."""
-        dp, values = 1, dict(SWITCHES["1"])
+        dp = 1
+        values: dict[str, Any] = {"distributed_timeout_minutes": 2, **SWITCHES["1"]}
         for part in text.split(","):
             number = re.fullmatch(r"([a-z]+)(\d+)", part)
             if number and number[1] == "cp":
@@ -133,13 +134,7 @@ def build(config: TrainingConfig, dtype: torch.dtype = torch.float32):
     config.check(distributed.world_size())
     p = config.parallel
     distributed.prepare_cuda(p.tensor_model_parallel_size, deterministic=config.train.deterministic)
-    device = distributed.initialize(
-        tp=p.tensor_model_parallel_size,
-        pp=p.pipeline_model_parallel_size,
-        vpp=p.virtual_pipeline_model_parallel_size,
-        seed=config.train.seed,
-        timeout_minutes=2,
-    )
+    device = distributed.initialize(p, seed=config.train.seed)
     folder, adapter = resolve_start(config.model.hf_model)
     geometry, _ = read_geometry(folder)
     start = PeftFolder(adapter, geometry) if adapter else None

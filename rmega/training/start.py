@@ -92,13 +92,7 @@ def join(config: TrainingConfig) -> Base:
         adapter.check_flags(config.lora)
     components.transformer_layout(config, geometry, on_cpu=not torch.cuda.is_available())
     plan.check_memory(config, geometry)
-    device = distributed.initialize(
-        tp=p.tensor_model_parallel_size,
-        pp=p.pipeline_model_parallel_size,
-        vpp=p.virtual_pipeline_model_parallel_size,
-        seed=config.train.seed,
-        timeout_minutes=p.distributed_timeout_minutes,
-    )
+    device = distributed.initialize(p, seed=config.train.seed)
     check_exports("--hf-model", folder, adapter_folder)
     return Base(
         name=name,
