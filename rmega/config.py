@@ -400,28 +400,7 @@ class TrainingConfig:
             raise ValueError(f"--initial-loss-scale {o.initial_loss_scale}: must be at least 1")
         if not 0 <= self.loss.label_smoothing < 0.5:
             raise ValueError(f"--label-smoothing {self.loss.label_smoothing}: must be in [0, 0.5)")
-        for flag, requested, effective, needed in (
-            (
-                "--barrier-clamp",
-                self.loss.barrier_clamp,
-                self.loss.penalty == "log_barrier",
-                "--penalty log_barrier",
-            ),
-            (
-                f"--fp8-recipe {self.model.fp8_recipe}",
-                self.model.fp8_recipe != ModelArgs.fp8_recipe,
-                self.model.fp8_format != "none",
-                "--fp8-format",
-            ),
-            (
-                f"--min-lr {o.min_lr}",
-                o.min_lr > 0,
-                o.lr_decay_style != "constant",
-                "--lr-decay-style cosine or linear",
-            ),
-        ):
-            if requested and not effective:
-                raise ValueError(f"{flag} has no effect without {needed}")
+        self._check_effects()
         if self.loss.loss == "plackett_luce":
             for flag, active in (
                 ("--label-smoothing", self.loss.label_smoothing > 0),
@@ -507,6 +486,39 @@ class TrainingConfig:
                 raise ValueError(f"{given} needs Transformer Engine, not --transformer-impl local")
             if t.precision not in ("auto", "bf16"):
                 raise ValueError(f"{given} goes with --precision bf16, not {t.precision}")
+
+    def _check_effects(self) -> None:
+        """No flag asks for what the other flags rule out. Switching off what is off anyway, and 0
+        for none, are accepted: that is what happens."""
+        t, o, c = self.train, self.optimizer, self.checkpoint
+        evaluates = (bool(self.data.valid_data_path), "--valid-data-path")
+        saves = (bool(c.save), "--save")
+        stages = (self.parallel.pipeline_model_parallel_size > 1, "--pp greater than 1")
+        # auto resumes in the precision of the checkpoint, else it never is fp16.
+        fp16 = t.precision == "fp16" or (t.precision == "auto" and bool(c.load))
+        for group, name, (effective, needed) in (
+            (self.loss, "penalty_weight", (self.loss.penalty != "none", "a --penalty")),
+            (
+                self.loss,
+                "barrier_clamp",
+                (self.loss.penalty == "log_barrier", "--penalty log_barrier"),
+            ),
+            (self.model, "fp8_recipe", (self.model.fp8_format != "none", "--fp8-format")),
+            (o, "min_lr", (o.lr_decay_style != "constant", "--lr-decay-style cosine or linear")),
+            (o, "initial_loss_scale", (fp16, "--precision fp16")),
+            (t, "eval_interval", evaluates),
+            (t, "eval_probes", evaluates),
+            (t, "tensorboard", saves),
+            (c, "keep_last", saves),
+            (c, "num_verification_comparisons", saves),
+            (self.parallel, "num_layers_in_first_pipeline_stage", stages),
+            (self.parallel, "num_layers_in_last_pipeline_stage", stages),
+        ):
+            value = getattr(group, name)
+            default = type(group).__dataclass_fields__[name].default
+            if value and value not in (default, "off") and not effective:
+                given = _flag(name) if value is True else f"{_flag(name)} {value}"
+                raise ValueError(f"{given} has no effect without {needed}")
 
     def _check_numbers(self) -> None:
         """No flag takes nan or infinity, or an integer that 64 bits do not hold."""

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,15 @@ def checksum(path: Path | str) -> str:
 def one_line(error: BaseException) -> str:
     """What an error of another library says, short and without its line breaks."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def refuse_repeated(flag: str, names: Iterable[str]) -> None:
+    """ValueError where a file is named twice, also by two paths."""
+    seen: set[str] = set()
+    for name in names:
+        if (real := os.path.realpath(name)) in seen:
+            raise ValueError(f"{flag} {name}: is named twice")
+        seen.add(real)
 
 
 def refuse_pointer(path: str | os.PathLike[str], flag: str = "") -> None:

@@ -151,6 +151,24 @@ def test_as_dict_is_json_and_complete() -> None:
             1,
             "--min-lr 1e-06 has no effect",
         ),
+        *(
+            ([*STEPS, *flags], 1, f"{' '.join(flags[:2])} has no effect without {needed}")
+            for flags, needed in (
+                (("--penalty-weight", "0.02", "--penalty", "none"), "a --penalty"),
+                (("--initial-loss-scale", "1024.0"), "--precision fp16"),
+                (
+                    ("--initial-loss-scale", "1024.0", "--precision", "bf16", "--load", "run"),
+                    "--precision fp16",
+                ),
+                (("--eval-interval", "5"), "--valid-data-path"),
+                (("--eval-probes", "every"), "--valid-data-path"),
+                (("--tensorboard", "on"), "--save"),
+                (("--keep-last", "2"), "--save"),
+                (("--num-verification-comparisons", "32"), "--save"),
+                (("--num-layers-in-first-pipeline-stage", "1"), "--pp greater than 1"),
+                (("--num-layers-in-last-pipeline-stage", "1"), "--pp greater than 1"),
+            )
+        ),
         ([*STEPS, "--head-lr", "0"], 1, "--head-lr 0"),
         ([*STEPS, "--sp"], 1, "--sp needs --tp greater than 1"),
         ([*STEPS, "--vpp", "2"], 1, "--vpp needs --pp greater than 1"),
@@ -192,6 +210,12 @@ def test_what_is_wrong_is_named(argv, world, message) -> None:
     with pytest.raises(ValueError) as error:
         parse(*argv).check(world)
     assert message in str(error.value)
+
+
+def test_switching_off_what_is_off_passes() -> None:
+    off = "--penalty none --penalty-weight 0 --eval-probes off --tensorboard off --keep-last 0"
+    parse(*STEPS, *off.split(), "--no-save-best", "--no-async-save").check(1)
+    parse(*STEPS, "--initial-loss-scale", "9", "--load", "run").check(1)  # may be one in fp16
 
 
 def test_what_is_right_passes() -> None:

@@ -19,9 +19,10 @@ import torch
 
 from rmega.data.fingerprint import freeze_date, is_tokenizer_of
 from rmega.preferences.comparison import Comparison, assistant, user
+from rmega.preferences.fitting import BROKEN_UP
 from rmega.preferences.preprocess import PreprocessArgs, preprocess
 from rmega.preferences.rendered_text import PADDING
-from rmega.preferences.tokenizer import BROKEN_UP, PairTokenizer
+from rmega.preferences.tokenizer import PairTokenizer
 from rmega.scoring.scorer import Scorer, scorer
 
 TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"

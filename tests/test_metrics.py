@@ -17,7 +17,13 @@ from rmega.evaluation.benchmarks import (
     rm_bench_report,
     ties_report,
 )
+from rmega.evaluation.calibration import calibration, fit_temperature
 from rmega.evaluation.findings import length_flag
+from rmega.evaluation.length_bias import (
+    length_controlled_accuracy,
+    length_report,
+    rank_correlation_interval,
+)
 from rmega.evaluation.results import (
     ScoredComparison,
     evaluate,
@@ -149,7 +155,7 @@ def test_length_controlled_accuracy_solves_its_equations():
     rng = np.random.default_rng(2)
     delta = rng.normal(size=400) * 100
     d = rng.normal(0.5, 1, 400) + delta / 150
-    value, low, high = m.length_controlled_accuracy(d, delta, ridge=0.0)
+    value, low, high = length_controlled_accuracy(d, delta, ridge=0.0)
     assert low < value < high
     # brute force over the two coefficients
     y, x = m.correct(d), np.tanh(delta / delta.std())
@@ -163,7 +169,7 @@ def test_length_controlled_accuracy_solves_its_equations():
 def test_length_report_of_known_models():
     rng = np.random.default_rng(3)
     chosen, rejected = rng.integers(10, 1000, 3000), rng.integers(10, 1400, 3000)
-    blind = m.length_report((chosen - rejected).astype(float), chosen, rejected)
+    blind = length_report((chosen - rejected).astype(float), chosen, rejected)
     assert (
         blind["chosen_longer"]["accuracy"],
         blind["chosen_shorter"]["accuracy"],
@@ -172,35 +178,33 @@ def test_length_report_of_known_models():
     assert blind["balanced_accuracy"] == 0.5 and blind["prefers_longer"] == 1.0
     assert blind["controlled_accuracy"] == pytest.approx(0.5, abs=0.06)
     assert blind["pearson_within"] == pytest.approx(1.0) and length_flag(blind) == "strong"
-    fair = m.length_report(rng.normal(0.5, 1, 3000), chosen, rejected)
+    fair = length_report(rng.normal(0.5, 1, 3000), chosen, rejected)
     assert length_flag(fair) == "none" and fair["gap_low"] < 0 < fair["gap_high"]
     assert fair["controlled_accuracy"] == pytest.approx(0.69, abs=0.03)
-    perfect = m.length_report(np.ones(3000), chosen, rejected)
+    perfect = length_report(np.ones(3000), chosen, rejected)
     assert length_flag(perfect) == "none" and perfect["controlled_accuracy"] > 0.99
-    likes_short = m.length_report(
+    likes_short = length_report(
         rng.normal(0.5, 1, 3000) - (chosen - rejected) / 1000, chosen, rejected
     )
     assert likes_short["gap"] < -0.1 and length_flag(likes_short) in ("mild", "strong")
     # which of the two was chosen plays no part in the correlation
     d = rng.normal(size=3000)
     flip = np.where(rng.random(3000) < 0.5, 1, -1)
-    once = m.length_report(d, chosen, rejected)["spearman_within"]
+    once = length_report(d, chosen, rejected)["spearman_within"]
     other = np.where(flip > 0, chosen, rejected), np.where(flip > 0, rejected, chosen)
-    assert m.length_report(d * flip, *other)["spearman_within"] == pytest.approx(once)
+    assert length_report(d * flip, *other)["spearman_within"] == pytest.approx(once)
 
 
 def test_length_bias_unknown_on_one_side():
     n = 200
-    report = m.length_report(
-        np.random.default_rng(0).normal(0.5, 1, n), np.full(n, 9), np.full(n, 5)
-    )
+    report = length_report(np.random.default_rng(0).normal(0.5, 1, n), np.full(n, 9), np.full(n, 5))
     assert length_flag(report) == "unknown" and report["chosen_shorter"]["num_pairs"] == 0
 
 
 @pytest.mark.parametrize("n, delta", [(4, [5.0, 3.0, 8.0, 1.0]), (19, np.arange(1.0, 20.0))])
 def test_a_handful_of_pairs_shows_no_length_bias(n, delta):
     delta = np.asarray(delta)
-    report = m.length_report(delta, 10 + delta, np.full(n, 10))  # a scorer that reads length alone
+    report = length_report(delta, 10 + delta, np.full(n, 10))  # a scorer that reads length alone
     assert report["spearman_within"] == pytest.approx(1.0) and length_flag(report) == "unknown"
 
 
@@ -231,9 +235,9 @@ def test_an_accurate_model_on_longer_chosen_responses_is_not_biased_by_that_alon
         rng.exponential(1, 500),
         rng.exponential(100, 500),
     )  # always right, by amounts that length does not tell
-    report = m.length_report(d, 10 + delta, np.full(500, 10.0))
+    report = length_report(d, 10 + delta, np.full(500, 10.0))
     assert report["spearman_within"] > 0.7 and length_flag(report) == "unknown"
-    assert length_flag(m.length_report(delta + 20 * d, 10 + delta, np.full(500, 10.0))) == "strong"
+    assert length_flag(length_report(delta + 20 * d, 10 + delta, np.full(500, 10.0))) == "strong"
 
 
 def test_rank_correlation_interval_covers():
@@ -242,12 +246,12 @@ def test_rank_correlation_interval_covers():
     true = 6 / math.pi * math.asin(r / 2)
     for _ in range(1000):
         x = rng.normal(size=n)
-        low, high = m.rank_correlation_interval(
+        low, high = rank_correlation_interval(
             m.spearman(x, r * x + math.sqrt(1 - r * r) * rng.normal(size=n)), n
         )
         hits += low <= true <= high
     assert 925 <= hits <= 975
-    assert m.rank_correlation_interval(0.9, 3) != (0.9, 0.9) and m.rank_correlation_interval(
+    assert rank_correlation_interval(0.9, 3) != (0.9, 0.9) and rank_correlation_interval(
         1.0, 9
     ) == (1.0, 1.0)
 
@@ -259,10 +263,10 @@ def test_calibration_of_a_calibrated_model():
     rng = np.random.default_rng(4)
     d = rng.normal(0, 2, 40000)
     d *= np.where(rng.random(d.size) < 1 / (1 + np.exp(-d)), 1, -1)  # right as often as it says
-    report = m.calibration(d)
+    report = calibration(d)
     assert report["ece"] < 0.01 and report["temperature"] == pytest.approx(1, abs=0.04)
     assert report["low"] < 1 < report["high"]
-    hot = m.calibration(3 * d)
+    hot = calibration(3 * d)
     assert (
         hot["temperature"] == pytest.approx(3 * report["temperature"], rel=1e-6)
         and hot["ece"] > 0.08
@@ -273,11 +277,11 @@ def test_calibration_of_a_calibrated_model():
 def test_calibration_by_hand():
     d = np.array([0.2, -0.2, 3.0, 3.0])
     s = 1 / (1 + np.exp(-np.abs(d)))
-    report = m.calibration(d)
+    report = calibration(d)
     assert report["ece"] == pytest.approx((2 * abs(0.5 - s[0]) + 2 * (1 - s[2])) / 4)
     assert report["brier"] == pytest.approx(((1 - s[0]) ** 2 + s[0] ** 2 + 2 * (1 - s[2]) ** 2) / 4)
     assert [b["num_pairs"] for b in report["reliability"]] == [2, 2]
-    chance = m.calibration(np.zeros(7))
+    chance = calibration(np.zeros(7))
     assert (chance["ece"], chance["brier"]) == (0.0, 0.25) and chance["log_loss"] == pytest.approx(
         math.log(2)
     )
@@ -285,14 +289,14 @@ def test_calibration_by_hand():
 
 def test_temperature_is_the_minimum():
     d = np.random.default_rng(5).normal(0.7, 2, 500)
-    t = m.fit_temperature(d)["temperature"]
+    t = fit_temperature(d)["temperature"]
     loss = [np.logaddexp(0, -d / x).mean() for x in (0.99 * t, t, 1.01 * t)]
     assert loss[1] < min(loss[0], loss[2])
     # a scale of the rewards only scales it, also where sigmoid(d) is all 0 and 1
-    assert m.fit_temperature(1e6 * d)["temperature"] == pytest.approx(1e6 * t, rel=1e-6)
-    assert m.fit_temperature(np.array([1.0, 2.0]))["reason"] == "no errors"
-    assert m.fit_temperature(np.array([1.0, -2.0]))["reason"] == "no signal"
-    assert m.fit_temperature(np.array([]))["reason"] == "no pairs"
+    assert fit_temperature(1e6 * d)["temperature"] == pytest.approx(1e6 * t, rel=1e-6)
+    assert fit_temperature(np.array([1.0, 2.0]))["reason"] == "no errors"
+    assert fit_temperature(np.array([1.0, -2.0]))["reason"] == "no signal"
+    assert fit_temperature(np.array([]))["reason"] == "no pairs"
 
 
 # ---- more than two responses, prompts

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy as np
 from rmega.cli import parse_args, run_tool
 from rmega.config import NONE
 from rmega.evaluation.probes import NUM_PROBED
-from rmega.io import write_durably
+from rmega.io import refuse_repeated, write_durably
 
 NUM_NAMED = 10
 """Rows without a reward that are named one by one."""
@@ -77,24 +77,23 @@ def main(args: EvaluateArgs) -> None:
     from rmega.evaluation.results import evaluate, to_json, worst_mistakes
     from rmega.evaluation.rows import read_eval_set, scored
     from rmega.evaluation.table import table_of
-    from rmega.preferences.sources import resolve
+    from rmega.preferences.resolve import check_split, resolve
 
     if args.join:
         from rmega.evaluation.joined import join
 
-        default = EvaluateArgs(join=args.join)
-        for option in fields(args):
-            if getattr(args, option.name) != getattr(default, option.name):
-                raise ValueError(
-                    f"--{option.name.replace('_', '-')} does not go with --join, which reads"
-                    " evaluations"
-                )
+        others = [option.name for option in fields(args) if option.name != "join"]
+        refuse_others(args, others, "--join", "reads evaluations")
         print(join(args.join))
         return
     if not args.data:
         raise ValueError("--data: files to evaluate on were expected")
     if (args.model is None) == (args.scores is None):
         raise ValueError("give either --model or --scores")
+    if args.scores is not None:
+        names = ["dtype", "reward_token", *(["probes"] if args.probes else [])]
+        refuse_others(args, names, "--scores", "computes no rewards")
+    check_split(args.split, args.data)
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: must be at least 1")
     if args.report:
@@ -103,10 +102,9 @@ def main(args: EvaluateArgs) -> None:
         require_matplotlib("--report")  # before an hour of scoring, not after it
     speaks = os.environ.get("RANK", "0") == "0"  # under torchrun every rank scores, one speaks
     say: Callable[[str], None] = print if speaks else lambda line: None
-    sets = [
-        read_eval_set(source, args.format, args.limit)
-        for source in resolve(args.data, split=args.split, flag="--data")
-    ]
+    sources = resolve(args.data, split=args.split, flag="--data")
+    refuse_repeated("--data", [source.name for source in sources])
+    sets = [read_eval_set(source, args.format, args.limit) for source in sources]
     labels = [d.label if [s.label for s in sets].count(d.label) == 1 else d.name for d in sets]
     for data in sets:
         say(data.summary())
@@ -171,6 +169,15 @@ def main(args: EvaluateArgs) -> None:
             {label: worst_mistakes(own) for label, own in items.items()},
         )
         say(f"\nreport: {page}")
+
+
+def refuse_others(args: EvaluateArgs, names: Iterable[str], chosen: str, does: str) -> None:
+    """ValueError where one of the flags ``names`` is given, which has no effect with the flag
+    ``chosen``."""
+    default = EvaluateArgs()
+    for name in names:
+        if getattr(args, name) != getattr(default, name):
+            raise ValueError(f"--{name.replace('_', '-')} does not go with {chosen}, which {does}")
 
 
 def length_counter(tokenizer: str | None) -> tuple[Callable[[str], int], str]:

@@ -45,12 +45,27 @@ class InspectArgs:
     """show: colors."""
 
 
+READ_BY = {
+    "tokenizer": ("show", "verify", "report"),
+    "output": ("report",),
+    "force": ("report",),
+    "json": ("stats",),
+    "color": ("show",),
+}
+"""Which actions read a flag."""
+
+
 def main(args: InspectArgs) -> int:
     from rmega.data.indexed import open_preferences
     from rmega.data.stats import describe, show, summarize
 
     if args.rest and args.action != "show":
         raise ValueError(f"{args.action}: takes no further arguments ({' '.join(args.rest)})")
+    for name, actions in READ_BY.items():
+        if getattr(args, name) != getattr(InspectArgs, name) and args.action not in actions:
+            raise ValueError(
+                f"--{name} has no effect on {args.action}, only on {', '.join(actions)}"
+            )
     dataset = open_preferences(args.prefix)
     if args.action == "stats":
         summary = summarize(dataset)

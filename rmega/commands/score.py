@@ -75,6 +75,8 @@ def main(args: ScoreArgs) -> int:
         )
     if args.resume and args.force:
         raise ValueError("give one of --resume and --force")
+    if args.force and args.output is None:
+        raise ValueError("--force needs --output, the file to replace")
     try:
         return score(args, rank)
     except (ValueError, OSError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -110,46 +111,30 @@ class Mixture:
         return self.datasets[i].get(number - int(self._firsts[i]))
 
 
+@dataclass(eq=False)
 class Batcher:
     """The packs of any step for any data-parallel rank, without state: position is a count of
     consumed comparisons."""
 
-    def __init__(
-        self,
-        dataset,
-        *,
-        global_batch_size: int,
-        max_tokens: int,
-        seed: int,
-        cost: CostModel | None = None,
-        num_ranks: int = 1,
-        rank: int = 0,
-        share_prefix: bool = True,
-        ties: bool = False,
-        with_keys: bool = False,
-        token_multiple: int = 1,
-        microbatch_multiple: int = 1,
-        max_consumed: int | None = None,
-        same_length: bool = False,
-    ) -> None:
-        """``ties``: packs hold tied pairs. ``with_keys``: the packs of a step hold keys for
-        dropout. ``same_length``: the packs of a step are padded to as many tokens as the longest of
-        this rank's has."""
-        self.dataset = dataset
-        self.global_batch_size = global_batch_size
-        self.max_tokens = max_tokens
-        self.seed = seed
-        self.cost = cost or CostModel()
-        self.num_ranks = num_ranks
-        self.rank = rank
-        self.share_prefix = share_prefix
-        self.ties = ties
-        self.with_keys = with_keys
-        self.token_multiple = token_multiple
-        self.microbatch_multiple = microbatch_multiple
-        self.max_consumed = max_consumed
-        self.same_length = same_length
-        self._epoch: tuple[int, np.ndarray] | None = None
+    dataset: Any
+    _: KW_ONLY
+    global_batch_size: int
+    max_tokens: int
+    seed: int
+    cost: CostModel = CostModel()
+    num_ranks: int = 1
+    rank: int = 0
+    share_prefix: bool = True
+    ties: bool = False
+    """Packs hold tied pairs."""
+    with_keys: bool = False
+    """The packs of a step hold keys for dropout."""
+    token_multiple: int = 1
+    microbatch_multiple: int = 1
+    max_consumed: int | None = None
+    same_length: bool = False
+    """The packs of a step are padded to as many tokens as the longest of this rank's has."""
+    _epoch: tuple[int, np.ndarray] | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def of(
@@ -184,19 +169,7 @@ class Batcher:
 
     def over(self, dataset) -> Batcher:
         """The same cutting into packs for another dataset, from its beginning to its end."""
-        return Batcher(
-            dataset,
-            global_batch_size=self.global_batch_size,
-            max_tokens=self.max_tokens,
-            seed=self.seed,
-            cost=self.cost,
-            num_ranks=self.num_ranks,
-            rank=self.rank,
-            share_prefix=self.share_prefix,
-            token_multiple=self.token_multiple,
-            microbatch_multiple=self.microbatch_multiple,
-            same_length=self.same_length,
-        )
+        return replace(self, dataset=dataset, ties=False, with_keys=False, max_consumed=None)
 
     def documents(self, consumed: int) -> np.ndarray:
         """The comparisons of the step that starts after ``consumed`` of them: int64 [<=

@@ -54,50 +54,36 @@ class StoredComparison:
     source: str
 
 
+@dataclass(eq=False, repr=False)
 class PreferenceDataset:
     """A dataset of comparisons, memory-mapped: opening it costs the same for any size. See
     `open_preferences`."""
 
-    def __init__(
-        self,
-        prefix: str,
-        manifest: dict[str, Any],
-        tokens: np.ndarray,
-        sequence_lengths: np.ndarray,
-        sequence_pointers: np.ndarray,
-        document_indices: np.ndarray,
-        scores: np.ndarray,
-        source_ids: np.ndarray,
-    ) -> None:
-        self.prefix = prefix
-        self.manifest = manifest
-        self.sequence_lengths = sequence_lengths
-        """int32 [S], tokens of each sequence."""
-        self.document_indices = document_indices
-        """int64 [N + 1], first sequence of each document; the last entry is S."""
-        self.scores = scores
-        """float64 [S], see the head of this file."""
-        self.source_ids = source_ids
-        """uint16 [N], index into ``sources``."""
-        self.sources: list[str] = list(manifest["sources"])
-        self.tokens = tokens
-        """int32, all ids behind one another."""
-        self.sequence_pointers = sequence_pointers
-        """int64 [S], byte at which each sequence begins."""
+    prefix: str
+    manifest: dict[str, Any]
+    tokens: np.ndarray
+    """int32, all ids one after another."""
+    sequence_lengths: np.ndarray
+    """int32 [S], tokens of each sequence."""
+    sequence_pointers: np.ndarray
+    """int64 [S], byte at which each sequence begins."""
+    document_indices: np.ndarray
+    """int64 [N + 1], first sequence of each document; the last entry is S."""
+    scores: np.ndarray
+    """float64 [S], see the head of this file."""
+    source_ids: np.ndarray
+    """uint16 [N], index into ``sources``."""
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of the sources."""
+        return self.manifest["sources"]
 
     def __len__(self) -> int:
         return len(self.document_indices) - 1
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_preferences, (self.prefix,)
-
-    def num_responses(self, index: int) -> int:
-        return int(self.document_indices[index + 1] - self.document_indices[index]) - 1
-
-    @property
-    def prefix_lengths(self) -> np.ndarray:
-        """int32 [N], tokens of each comparison's shared prefix (computed at each call)."""
-        return self.sequence_lengths[self.document_indices[:-1]]
 
     @property
     def num_tied_pairs(self) -> int:

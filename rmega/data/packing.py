@@ -94,14 +94,8 @@ class PackedBatch:
 
 
 def _segments(rows: Sequence[Sequence[int]]) -> Segments:
-    q_start, q_len, k_start, k_len, prefix_start, prefix_len = (
-        _int32(list(column)) for column in zip(*rows, strict=True)
-    )
-    return Segments(q_start, q_len, k_start, k_len, prefix_start, prefix_len)
-
-
-def _int32(values: list[int]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
+    columns = torch.tensor(rows, dtype=torch.int32).T.contiguous()  # [6, s]
+    return Segments(*columns)
 
 
 class _Builder:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from rmega.evaluation.files import FORMAT_VERSION
 from rmega.evaluation.table import number
+from rmega.io import refuse_repeated
 
 COLUMNS = (
     ("accuracy", ("accuracy",)),
@@ -43,11 +43,7 @@ def join(paths: Sequence[str]) -> str:
     ValueError where the files are not about the same sets with the same pairs."""
     if len(paths) < 2:
         raise ValueError("--join: two or more files were expected")
-    seen: set[str] = set()
-    for path in paths:
-        if (real := os.path.realpath(path)) in seen:
-            raise ValueError(f"--join {path}: is named twice")
-        seen.add(real)
+    refuse_repeated("--join", paths)
     runs = [read(path) for path in paths]
     for path, run in zip(paths[1:], runs[1:], strict=True):
         if (sets := _pairs(run)) != (expected := _pairs(runs[0])):

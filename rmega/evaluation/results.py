@@ -16,7 +16,9 @@ import numpy as np
 from rmega import metrics
 from rmega.data.pairs import response_pairs
 from rmega.evaluation.benchmarks import reward_bench_2_report, reward_bench_report, rm_bench_report
+from rmega.evaluation.calibration import calibration
 from rmega.evaluation.findings import findings
+from rmega.evaluation.length_bias import length_report
 
 if TYPE_CHECKING:
     from rmega.preferences.comparison import Comparison
@@ -111,7 +113,7 @@ def evaluate(
             raise ValueError(f"{item.where}: a reward is not finite: {item.rewards.tolist()}")
     pairs = pairs_of(items)
     d = pairs.d
-    length = metrics.length_report(d, pairs.chosen_length, pairs.rejected_length)
+    length = length_report(d, pairs.chosen_length, pairs.rejected_length)
     rewards = [item.rewards for item in items]
     if items:
         flat = (
@@ -129,7 +131,7 @@ def evaluate(
         "rejected_score_mean": float(pairs.rejected_reward.mean()) if d.size else math.nan,
         "length_unit": length_unit,
         "length": length,
-        "calibration": metrics.calibration(d),
+        "calibration": calibration(d),
         "by_source": metrics.accuracy_by_group(d, sources, pairs.comparison),
         "by_margin": metrics.accuracy_by_margin(d, pairs.margin, pairs.comparison),
         "swap": {"accuracy": swapped["accuracy"], **(probes or {}).get("swap", {})},
@@ -191,7 +193,7 @@ def flat_summary(result: dict[str, Any]) -> dict[str, float | int | None]:
     Where there are several sources (at most ``MAX_LOGGED_SOURCES``), also each one's accuracy, as
     "accuracy/SOURCE"; of a training's result also the mean and the spread of all rewards.
     """
-    length, calibration = result["length"], result["calibration"]
+    length, calibrated = result["length"], result["calibration"]
     flat = {
         key: result[key]
         for key in (
@@ -206,10 +208,10 @@ def flat_summary(result: dict[str, Any]) -> dict[str, float | int | None]:
         )
     }
     flat |= {
-        "ece": calibration["ece"],
-        "brier": calibration["brier"],
-        "log_loss": calibration["log_loss"],
-        "temperature": calibration["temperature"],
+        "ece": calibrated["ece"],
+        "brier": calibrated["brier"],
+        "log_loss": calibrated["log_loss"],
+        "temperature": calibrated["temperature"],
         "length_gap": length["gap"],
         "length_spearman": length["spearman_within"],
         "always_longer": length["always_longer"],

@@ -19,6 +19,7 @@ import numpy as np
 from rmega.data.indexed import StoredComparison
 from rmega.evaluation.probes import pick, prompt_numbers, swap_numbers
 from rmega.evaluation.results import ScoredComparison
+from rmega.preferences.overlong import common_length
 
 
 class View:
@@ -127,12 +128,3 @@ def wrong_prompts(
             prefix = np.concatenate([prefix[:first], prefix[len(prefix) - (keep - first) :]])
         out.append(replace(c, prefix=prefix))
     return out, cut
-
-
-def common_length(sequences: Sequence[np.ndarray]) -> int:
-    """How many ids all sequences begin with."""
-    length = min(map(len, sequences))
-    for other in sequences[1:]:
-        differ = sequences[0][:length] != other[:length]
-        length = int(differ.argmax()) if differ.any() else length
-    return length

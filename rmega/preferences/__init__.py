@@ -2,6 +2,6 @@
 preprocessing run.
 
 resolve (what --input names), sources and tables (reading rows), schemas, ranked and closest_schema
-(recognizing them), comparison, scorable (rows to score), tokenizer and fast_bpe (ids), preprocess,
-worker, dedup and assemble (the run).
+(recognizing them), prompts, comparison, scorable (rows to score), tokenizer, fitting and fast_bpe
+(ids), preprocess, worker, dedup, assemble and printed (the run).
 """

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import heapq
 import json
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import rmega
+from rmega.data.indexed import exists
 from rmega.data.writer import PreferenceWriter
 from rmega.preferences import dedup
 from rmega.preferences.comparison import NOT_FAULTS, REASONS
@@ -53,22 +55,36 @@ class WorkFolder:
         self.first_fault = ""
         self._names: dict[str, int] = {}
         names = (*_TYPES, "rejected")
-        self.folder.mkdir(parents=True, exist_ok=True)  # may be there, of a run that was killed
+        self._lock = self._locked()
         if foreign := sorted(set(os.listdir(self.folder)) - set(names)):
+            os.close(self._lock)
             raise ValueError(
                 f"--output-prefix {prefix}: {self.folder} is needed for the work, but holds"
                 f" {foreign[0]}, which preprocessing did not write; choose another prefix"
             )
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # a file system without locks
+        self._streams = {name: open(self.folder / name, "wb") for name in names}
+
+    def _locked(self) -> int:
+        """Make the folder, which a run that was killed may have left, and lock it; a descriptor."""
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(self._lock)
-                raise ValueError(
-                    f"--output-prefix {prefix}: another process is writing it ({self.folder})"
-                ) from None
-        self._streams = {name: open(self._path(name), "wb") for name in names}
+                lock = os.open(self.folder, os.O_RDONLY)
+            except FileNotFoundError:  # the process that held it has just removed it
+                continue
+            with contextlib.suppress(OSError):  # a file system without locks
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    os.close(lock)
+                    raise ValueError(
+                        f"--output-prefix {self.prefix}: another process is writing it"
+                        f" ({self.folder})"
+                    ) from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), os.stat(self.folder)):
+                    return lock
+            os.close(lock)  # of a folder that was removed before it was locked
 
     def __enter__(self) -> WorkFolder:
         return self
@@ -78,9 +94,6 @@ class WorkFolder:
             stream.close()
         shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
-
-    def _path(self, name: str) -> Path:
-        return self.folder / name
 
     def append(self, chunk: Chunk, result: ChunkResult) -> None:
         """Add a chunk's result."""
@@ -136,8 +149,8 @@ class WorkFolder:
         self._flush()
         return {
             name: (
-                np.memmap(self._path(name), dtype, "r").view(np.ndarray)
-                if self._path(name).stat().st_size
+                np.memmap(self.folder / name, dtype, "r").view(np.ndarray)
+                if (self.folder / name).stat().st_size
                 else np.zeros(0, dtype)
             )
             for name, dtype in _TYPES.items()
@@ -154,9 +167,16 @@ class WorkFolder:
             Path(path).unlink(missing_ok=True)
             return None
         self._flush()
-        further = sorted(further)
-        with open(f"{path}.tmp", "w", encoding="utf-8") as out:
-            for index, line, reason, detail, text in self._merged(further):
+        with (
+            open(self.folder / "rejected", encoding="utf-8") as stream,
+            open(f"{path}.tmp", "w", encoding="utf-8") as out,
+        ):
+            rows = heapq.merge(
+                map(json.loads, stream),
+                ([*entry, ""] for entry in sorted(further)),
+                key=lambda row: row[:2],  # input, line
+            )
+            for index, line, reason, detail, text in rows:
                 source = self.inputs[index]
                 out.write(
                     json.dumps(
@@ -173,19 +193,15 @@ class WorkFolder:
         os.replace(f"{path}.tmp", path)
         return path
 
-    def _merged(
-        self, further: list[tuple[int, int, str, str]]
-    ) -> Iterator[tuple[int, int, str, str, str]]:
-        later = 0
-        with open(self._path("rejected"), encoding="utf-8") as stream:
-            for text in stream:
-                index, line, reason, detail, raw = json.loads(text)
-                while later < len(further) and further[later][:2] < (index, line):
-                    yield *further[later], ""
-                    later += 1
-                yield index, line, reason, detail, raw
-        for entry in further[later:]:
-            yield *entry, ""
+
+def check_outputs(outputs: Sequence[str], *, force: bool) -> None:
+    """ValueError where one of the ``outputs`` exists and is not to be replaced."""
+    for output in outputs:
+        if exists(output) and not force:
+            raise ValueError(
+                f"--output-prefix {outputs[0]}: a dataset is there already ({output}.*); --force"
+                " replaces it"
+            )
 
 
 def select(
@@ -231,6 +247,7 @@ def finish(
     work: WorkFolder,
     *,
     outputs: Sequence[str],
+    force: bool,
     settings: dict[str, Any],
     schemas: Sequence[str],
     keep_duplicates: bool,
@@ -278,12 +295,12 @@ def finish(
         ],
     }
     manifests, writers = [], []
-    try:
+    with contextlib.ExitStack() as stack:
         for part, output, mask in zip(
             ("train", "valid"), outputs, (keep & ~valid, keep & valid), strict=False
         ):
             chosen = np.flatnonzero(mask)
-            writer = PreferenceWriter(output)
+            writer = stack.enter_context(PreferenceWriter(output))
             writers.append(writer)
             _copy(arrays, chosen, source_ids, writer)
             manifests.append(
@@ -303,12 +320,9 @@ def finish(
                     }
                 )
             )
+        check_outputs(outputs, force=force)  # at the start nobody had written them
         for writer in reversed(writers):
             writer.publish()
-    except BaseException:
-        for writer in writers:
-            writer.abort()
-        raise
     return manifests
 
 

@@ -36,32 +36,20 @@ DOCUMENT = np.dtype(
 """One comparison: where it came from, its size, 64-bit hashes of its texts, the position heuristic,
 its script."""
 
-SCRIPTS = (
-    "Latin",
-    "Han",
-    "Kana",
-    "Hangul",
-    "Cyrillic",
-    "Arabic",
-    "Devanagari",
-    "Greek",
-    "Hebrew",
-    "Thai",
-    "other",
-)
-_SCRIPT_RANGES = (
-    "A-Za-z\u00c0-\u024f\u1e00-\u1eff",
-    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff",
-    "\u3040-\u30ff",
-    "\u1100-\u11ff\uac00-\ud7af",
-    "\u0400-\u052f",
-    "\u0600-\u06ff\u0750-\u077f",
-    "\u0900-\u097f",
-    "\u0370-\u03ff",
-    "\u0590-\u05ff",
-    "\u0e00-\u0e7f",
-)
-_SCRIPT_RUNS = [re.compile(f"[{r}]+") for r in _SCRIPT_RANGES]
+_SCRIPT_RANGES = {
+    "Latin": "A-Za-z\u00c0-\u024f\u1e00-\u1eff",
+    "Han": "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff",
+    "Kana": "\u3040-\u30ff",
+    "Hangul": "\u1100-\u11ff\uac00-\ud7af",
+    "Cyrillic": "\u0400-\u052f",
+    "Arabic": "\u0600-\u06ff\u0750-\u077f",
+    "Devanagari": "\u0900-\u097f",
+    "Greek": "\u0370-\u03ff",
+    "Hebrew": "\u0590-\u05ff",
+    "Thai": "\u0e00-\u0e7f",
+}
+SCRIPTS = (*_SCRIPT_RANGES, "other")
+_SCRIPT_RUNS = [re.compile(f"[{r}]+") for r in _SCRIPT_RANGES.values()]
 _NOT_ASCII = re.compile("[^\x00-\x7f]+")
 _KANA = SCRIPTS.index("Kana")
 _MASK = (1 << 64) - 1

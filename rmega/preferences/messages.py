@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rmega.preferences.comparison import Message, Rejected, assistant, user
+from rmega.preferences.comparison import Message, Rejected, assistant
 from rmega.preferences.written import value_of
 
 Row = dict[str, Any]
@@ -30,18 +30,6 @@ _ROLE_NAMES = {
     "observation": "tool",
     "function_call": "assistant",
 }
-PROMPTS = (
-    "prompt",
-    "question",
-    "instruction",
-    "query",
-    "context",
-    "input",
-    "conversations",
-    "conversation",
-    "messages",
-)
-"""Columns that may hold the prompt, the first that is not null."""
 FIELDS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
 """Further keys of a message that a chat template may write."""
 _MESSAGE_KEYS = frozenset({"role", "from", "content", "value", "function_call", *FIELDS})
@@ -63,19 +51,24 @@ class _MessageWithout(dict):  # type: ignore[type-arg]
     left_out: Sequence[str] = ()
 
 
+def first_of(row: Row, *names: str) -> Any:
+    """The first of the columns that is not null; None if all are."""
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
 def field_of(row: Row, *names: str) -> Any:
-    """The first of the columns that is there and not null."""
-    for name in names:
-        if row.get(name) is not None:
-            return row[name]
-    raise Rejected("missing_field", " or ".join(names))
+    """As `first_of`; raises `Rejected` if all are null."""
+    value = first_of(row, *names)
+    if value is None:
+        raise Rejected("missing_field", " or ".join(names))
+    return value
 
 
 def as_text(value: Any, name: str) -> str:
     """A text; the text parts of a list of parts are joined."""
     if isinstance(value, str):
         return value
-    if _is_parts(value):
+    if is_parts(value):
         texts = [part.get("text") for part in value if (part.get("type") or "text") == "text"]
         if len(texts) == len(value) and all(isinstance(text, str) for text in texts):
             return "".join(texts)
@@ -83,7 +76,7 @@ def as_text(value: Any, name: str) -> str:
     raise Rejected("wrong_type", f"{name} is {type(value).__name__}, not text")
 
 
-def _is_parts(value: Any) -> bool:
+def is_parts(value: Any) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
@@ -111,13 +104,12 @@ def as_message(value: Any, name: str) -> Message:
     """A message from ``{role, content}`` or sharegpt's ``{from, value}``."""
     if not isinstance(value, dict):
         raise Rejected("wrong_type", f"{name} is {type(value).__name__}, not a message")
-    role = _first(value, "role", "from")
-    if not isinstance(role, str):
+    role = _role_of(value)
+    if role is None:
         raise Rejected("missing_field", f"{name}: role")
-    role = _ROLE_NAMES.get(role.lower(), role.lower())
     if role not in ROLES:
         raise Rejected("unknown_role", f"{name}: {role[:60]!r}")
-    content = _first(value, "content", "value")
+    content = first_of(value, "content", "value")
     if len(value) == 2 and content is not None:
         return {"role": role, "content": as_text(content, name)}
     fields = {key: value[key] for key in FIELDS if value.get(key) is not None}
@@ -134,8 +126,10 @@ def as_message(value: Any, name: str) -> Message:
     return message if message.left_out else dict(message)
 
 
-def _first(value: Row, *names: str) -> Any:
-    return next((value[name] for name in names if value.get(name) is not None), None)
+def _role_of(value: Row) -> str | None:
+    """The role by its usual name; None where there is none."""
+    role = first_of(value, "role", "from")
+    return _ROLE_NAMES.get(role.lower(), role.lower()) if isinstance(role, str) else None
 
 
 def as_messages(value: Any, name: str) -> list[Message]:
@@ -178,9 +172,8 @@ def is_messages(value: Any) -> bool:
 
 
 def _has_known_role(part: Row) -> bool:
-    role = _first(part, "role", "from")
-    known = isinstance(role, str) and _ROLE_NAMES.get(role.lower(), role.lower()) in ROLES
-    return known and bool({"content", "value", "tool_calls", "function_call"} & part.keys())
+    has_content = bool({"content", "value", "tool_calls", "function_call"} & part.keys())
+    return has_content and _role_of(part) in ROLES
 
 
 def reply(value: Any, name: str) -> list[Message]:
@@ -258,7 +251,7 @@ def _with_arguments(call: Row) -> Row:
 
 def tools_of(row: Row) -> tuple[list[Any] | None, list[str]]:
     """The row's tool descriptions for the chat template, and notes."""
-    tools = _first(row, "tools", "functions")
+    tools = first_of(row, "tools", "functions")
     if isinstance(tools, str):
         if not tools.strip():
             return None, []
@@ -270,83 +263,3 @@ def tools_of(row: Row) -> tuple[list[Any] | None, list[str]]:
     if not isinstance(tools, list):
         return None, []
     return [_call(tool) for tool in tools if tool is not None] or None, []
-
-
-# ---- whole conversations
-
-
-def prompt_of_value(value: Any, name: str = "prompt") -> list[Message]:
-    """Messages of a prompt: as such, as text that stands for them, as a dialogue of HH-RLHF or
-    HelpSteer, or one question."""
-    if _is_parts(value) or isinstance(value, dict) and not is_messages(value):
-        return [user(as_text(value, name))]
-    if not isinstance(value, str) or is_messages(value):
-        return as_messages(value, name)
-    if value.lstrip().startswith("Human:"):
-        messages = parse_hh(value if value.startswith("\n\n") else "\n\n" + value.lstrip(), name)
-        if messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
-            messages.pop()
-        return messages
-    if "<extra_id_1>" in value:  # HelpSteer's turns
-        first, *turns = re.split(r"\n?<extra_id_1>(User|Assistant)\n", value)
-        return [user(first)] + [
-            {"role": role.lower(), "content": content}
-            for role, content in zip(turns[::2], turns[1::2], strict=True)
-        ]
-    return [user(value)]
-
-
-def prompt_of(row: Row) -> list[Message]:
-    """The prompt in whichever of `PROMPTS` is not null; raises `Rejected`."""
-    name = next((name for name in PROMPTS if row.get(name) is not None), None)
-    if name == "instruction" and isinstance(row["instruction"], str):
-        return prompt_of_value(instruction_of(row))
-    return prompt_of_value(field_of(row, *PROMPTS))
-
-
-def instruction_of(row: Row) -> str:
-    """Alpaca's instruction with its input."""
-    question, extra = as_text(field_of(row, "instruction"), "instruction"), row.get("input")
-    if extra is None or not as_text(extra, "input"):
-        return question
-    return f"{question}\n{extra}" if question else extra
-
-
-def split_prompt(
-    conversations: Sequence[list[Message]],
-) -> tuple[list[Message], list[list[Message]]]:
-    """Whole conversations -> (the messages they share, the rest of each). At least one message is
-    left to each."""
-    shortest = min(len(c) for c in conversations)
-    shared, first = 0, conversations[0]
-    while shared < shortest - 1 and all(c[shared] == first[shared] for c in conversations):
-        shared += 1
-    return list(first[:shared]), [list(c[shared:]) for c in conversations]
-
-
-def with_system(row: Row, prompt: list[Message]) -> list[Message]:
-    """Put the row's ``system`` (or ``system_prompt``) column first, unless the prompt has a system
-    turn."""
-    system = row.get("system") or row.get("system_prompt")
-    if (
-        isinstance(system, str)
-        and system.strip()
-        and not (prompt and prompt[0]["role"] == "system")
-    ):
-        return [{"role": "system", "content": system}, *prompt]
-    return prompt
-
-
-_HH_TURN = re.compile(r"(?:\A|\n\n) ?(Human|Assistant|System):")
-_HH_ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
-
-
-def parse_hh(text: str, name: str) -> list[Message]:
-    """Messages of a dialogue written with ``\\n\\nHuman:`` and ``\\n\\nAssistant:``."""
-    parts = _HH_TURN.split(text)
-    if parts[0].strip() or len(parts) < 3:
-        raise Rejected("wrong_type", f"{name} does not begin with Human: or Assistant:")
-    return [
-        {"role": _HH_ROLES[role], "content": content.strip()}
-        for role, content in zip(parts[1::2], parts[2::2], strict=True)
-    ]

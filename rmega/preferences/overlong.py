@@ -56,16 +56,19 @@ def cut_end(ids: np.ndarray, limit: int, reward_token_id: int | None) -> np.ndar
     return np.append(ids[: limit - 1], np.int32(reward_token_id))
 
 
-def common_prefix_length(sequences: Sequence[np.ndarray]) -> int:
-    """Length of the longest common prefix, at least one less than the shortest sequence's
-    length."""
-    first = sequences[0]
-    length = min(map(len, sequences)) - 1
+def common_length(sequences: Sequence[np.ndarray]) -> int:
+    """How many ids all sequences begin with."""
+    length = min(map(len, sequences))
     for other in sequences[1:]:
-        differ = first[:length] != other[:length]
+        differ = sequences[0][:length] != other[:length]
         if differ.any():
             length = int(differ.argmax())
     return length
+
+
+def common_prefix_length(sequences: Sequence[np.ndarray]) -> int:
+    """Length of the longest common prefix that leaves at least one id to each sequence."""
+    return min(common_length(sequences), min(map(len, sequences)) - 1)
 
 
 def _first_turn(prompt: Sequence[Message]) -> int:

@@ -7,21 +7,17 @@ from typing import Any
 
 from rmega.preferences.comparison import Message, Parsed, Rejected, assistant, user
 from rmega.preferences.messages import (
-    PROMPTS,
     Row,
     as_message,
     as_messages,
     as_number,
     as_text,
     field_of,
-    instruction_of,
     is_messages,
-    parse_hh,
-    prompt_of,
     reply,
-    split_prompt,
     tools_of,
 )
+from rmega.preferences.prompts import PROMPTS, instruction_of, parse_hh, prompt_of, split_prompt
 from rmega.preferences.written import as_list, value_of
 
 SIDES = ("chosen", "rejected")

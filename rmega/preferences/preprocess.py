@@ -19,22 +19,22 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Annotated, Any
 
 import numpy as np
 
 from rmega.cli import num_cores
 from rmega.config import NONE
-from rmega.data.indexed import exists, open_preferences
 from rmega.preferences import dedup, sources
-from rmega.preferences.assemble import WorkFolder, finish
+from rmega.preferences.assemble import WorkFolder, check_outputs, finish
 from rmega.preferences.chunks import CHUNK_BYTES
-from rmega.preferences.closest_schema import left_out
-from rmega.preferences.comparison import REASONS, Comparison, Parsed, Rejected
-from rmega.preferences.pairs import IMPLICIT_PROMPT
+from rmega.preferences.comparison import Rejected
+from rmega.preferences.printed import announce, progress_bar, report, say
 from rmega.preferences.reader import Plan, plan_input
+from rmega.preferences.resolve import check_split
 from rmega.preferences.schemas import schema_named
-from rmega.preferences.tokenizer import BROKEN_UP, PairTokenizer
+from rmega.preferences.tokenizer import PairTokenizer
 from rmega.preferences.worker import ChunkResult, Converter
 
 
@@ -91,16 +91,9 @@ def preprocess(args: PreprocessArgs) -> dict[str, Any]:
     _check(args)
     prefix = args.output_prefix
     outputs = [prefix] + ([f"{prefix}.valid"] if args.valid_fraction else [])
-    for output in outputs:
-        if exists(output) and not args.force:
-            raise ValueError(
-                f"--output-prefix {prefix}: a dataset is there already ({output}.*); --force"
-                " replaces it"
-            )
+    check_outputs(outputs, force=args.force)
     inputs = sources.resolve(args.input, split=args.split)
-    holdout = (
-        sources.resolve(args.holdout, split=args.split, flag="--holdout") if args.holdout else []
-    )
+    holdout = sources.resolve(args.holdout, split=args.split, flag="--holdout")
     tokenizer = PairTokenizer.load(
         args.tokenizer,
         reward_token=args.reward_token,
@@ -112,13 +105,16 @@ def preprocess(args: PreprocessArgs) -> dict[str, Any]:
         say(f"note: {message}")
     plans = [plan_input(s, args.format, mapped=args.map is not None) for s in inputs]
     converter = Converter(tokenizer, plans, args.map, "ties" in args.keep)
-    _announce(plans, tokenizer, converter)
-    with WorkFolder(prefix, inputs) as work:
+    announce(plans, tokenizer, converter)
+    with contextlib.ExitStack() as stack:
+        work, *_ = [stack.enter_context(WorkFolder(output, inputs)) for output in outputs]
+        check_outputs(outputs, force=args.force)  # another process may have written it since
         _convert_all(converter, plans, work, args)
         held_out = _prompts_of(holdout) if holdout else None
         manifests = finish(
             work,
             outputs=outputs,
+            force=args.force,
             settings={**tokenizer.manifest(), **({"ties": "keep"} if "ties" in args.keep else {})},
             keep_duplicates="duplicates" in args.keep,
             schemas=[p.schema.name if p.schema else str(args.map) for p in plans],
@@ -126,48 +122,8 @@ def preprocess(args: PreprocessArgs) -> dict[str, Any]:
             valid_fraction=args.valid_fraction,
             max_rejected=args.max_rejected,
         )
-    _report(manifests, outputs)
-    if args.format == "auto" and manifests[0]["input"]["notes"].get(IMPLICIT_PROMPT):
-        say(
-            "warning: where the prompt ends is a guess: words with which both responses begin count"
-            " as the prompt. Name the prompt in a column of its own, or accept it with"
-            " --format strings-with-prompt"
-        )
+    report(manifests, outputs, recognized=args.format == "auto")
     return manifests[0]
-
-
-def _report(manifests: list[dict[str, Any]], outputs: list[str]) -> None:
-    run = manifests[0]["input"]
-    for reason, num in sorted(run["rejected"].items(), key=lambda item: (-item[1], item[0])):
-        say(f"left out: {num:,} x {left_out(REASONS[reason], reason, run['missing'])}")
-    if run["rejected"]:
-        say(f"    listed with file and line in {outputs[0]}.rejected.jsonl")
-    for note, num in sorted(run["notes"].items(), key=lambda item: (-item[1], item[0])):
-        say(f"note: {num:,} x {note}")
-    if run["notes"].get(BROKEN_UP, 0) * 2 > run["rows"]:
-        say(
-            "warning: most rows hold special-token text: a chat template seems to have been applied"
-            " to them already. Better give the messages themselves (--format chatml reads"
-            " <|im_start|> turns; --map for others)"
-        )
-    overlap = manifests[0]["holdout"]
-    if overlap:
-        say(
-            f"held-out data: {overlap['prompts']:,} of its {overlap['held_out_prompts']:,} prompts"
-            f" also occur here; their {overlap['comparisons']:,} comparisons are left out"
-        )
-    for manifest, output in zip(manifests, outputs, strict=True):
-        tied = ""
-        if manifest.get("ties") == "keep":
-            tied = f", {open_preferences(output).num_tied_pairs:,} tied pairs"
-        say(
-            f"{output}: {manifest['num_comparisons']:,} comparisons, {manifest['num_pairs']:,}"
-            f" pairs{tied}, {manifest['num_tokens']:,} tokens"
-        )
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _check(args: PreprocessArgs) -> None:
@@ -178,6 +134,7 @@ def _check(args: PreprocessArgs) -> None:
             f"--output-prefix {args.output_prefix}: is a folder; add the name that the files begin"
             " with"
         )
+    check_split(args.split, [*args.input, *args.holdout])
     if not 0 <= args.valid_fraction < 1:
         raise ValueError(f"--valid-fraction {args.valid_fraction}: must lie from 0 to below 1")
     if not 0 <= args.max_rejected <= 1:
@@ -191,71 +148,6 @@ def _check(args: PreprocessArgs) -> None:
         schema_named(args.format)
         if args.map is not None:
             raise ValueError("--format: the schema of what --map returns is recognized")
-
-
-def _announce(plans: list[Plan], tokenizer: PairTokenizer, converter: Converter) -> None:
-    """Say what was recognized, with an example, before the work starts."""
-    say(
-        f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} ids; {tokenizer.reading}, pad id"
-        f" {tokenizer.pad_token_id}"
-    )
-    shown: set[str] = set()
-    for plan in plans:
-        name = plan.schema.name if plan.schema else "--map"
-        say(f"{plan.source.name}: {name}")
-        if name in shown:
-            continue
-        shown.add(name)
-        for row in plan.sample:
-            with contextlib.suppress(Rejected, UnicodeEncodeError):
-                if plan.schema is not None and plan.schema.groups_by:
-                    _show_example(plan.schema.parse(row))
-                else:
-                    _show_example(converter.comparison(row, plan))
-                break
-        unused = _unused_columns(plan)
-        if unused:
-            say(f"    columns not used: {', '.join(unused)}"[:200])
-
-
-class _Watched(dict):  # type: ignore[type-arg]
-    """A row that notes which columns are looked at."""
-
-    def __init__(self, row: dict[str, Any], seen: set[str]) -> None:
-        super().__init__(row)
-        self._seen = seen
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self._seen.add(name)
-        return super().get(name, default)
-
-    def __getitem__(self, name: str) -> Any:
-        self._seen.add(name)
-        return super().__getitem__(name)
-
-
-def _unused_columns(plan: Plan) -> list[str]:
-    """Columns with values in the first rows that the schema does not look at."""
-    if plan.schema is None:
-        return []
-    seen = {"source", "subset", "domain"}
-    for row in plan.sample:
-        with contextlib.suppress(Rejected):
-            plan.schema.parse(_Watched(row, seen))
-    given = {name for row in plan.sample for name, value in row.items() if value is not None}
-    return sorted(map(str, given - seen))
-
-
-def _show_example(example: Parsed | Comparison) -> None:
-    def short(text: str) -> str:
-        text = " ".join(text.split())
-        return text if len(text) <= 100 else f"{text[:97]}..."
-
-    for message in example.prompt[-2:]:
-        say(f"    {message['role']}: {short(message['content'])}")
-    for score, response in zip(example.scores, example.responses, strict=True):
-        if response and score is not None:
-            say(f"    [{score:g}] {response[-1]['role']}: {short(response[-1]['content'])}")
 
 
 _CONVERTER: Converter | None = None
@@ -287,10 +179,8 @@ def _convert_all(
     total = sum(p.source.num_bytes for p in plans)
     workers = args.workers or (1 if 0 < total <= CHUNK_BYTES else num_cores())
     start, size = time.monotonic(), 0
-    with _progress(total) as bar:
-        before = [0]
-        for plan in plans:
-            before.append(before[-1] + plan.source.num_bytes)
+    with progress_bar(total) as bar:
+        before = list(accumulate((p.source.num_bytes for p in plans), initial=0))
         for chunk, result in _results(converter, chunks, workers):
             work.append(chunk, result)
             bar.update(
@@ -334,9 +224,8 @@ def _results(
                 if len(waiting) >= 2 * workers + 2:
                     first, future = waiting.popleft()
                     yield first, future.result()
-            while waiting:
-                first, future = waiting.popleft()
-                yield first, future.result()
+            for last, future in waiting:
+                yield last, future.result()
         except BrokenProcessPool:
             raise OSError(
                 "a worker process died (out of memory?); try again with fewer --workers"
@@ -344,21 +233,6 @@ def _results(
         finally:
             gc.unfreeze()
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _progress(total: int) -> Any:
-    from tqdm import tqdm
-
-    quiet = not sys.stderr.isatty()
-    return tqdm(
-        total=total or None,
-        unit="B",
-        unit_scale=True,
-        mininterval=10 if quiet else 0.2,
-        desc="tokenize",
-        file=sys.stderr,
-        dynamic_ncols=True,
-    )
 
 
 def _prompts_of(holdout: list[sources.Input]) -> np.ndarray:

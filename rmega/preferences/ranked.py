@@ -13,11 +13,11 @@ from rmega.preferences.messages import (
     as_number,
     as_text,
     field_of,
-    prompt_of,
+    first_of,
     refuse_media,
     reply,
-    split_prompt,
 )
+from rmega.preferences.prompts import prompt_of, split_prompt
 from rmega.preferences.written import as_list
 
 RESPONSE_LISTS = ("responses", "answers", "completions", "candidates", "generations")
@@ -69,7 +69,7 @@ def ranked(row: Row) -> Parsed:
     inside = bool(objects) and all(v is None or isinstance(v, dict) for v in values)
     for value in objects if inside else ():
         refuse_media(value, "responses: ")
-    texts = [_first(v or {}, RESPONSE_TEXTS) for v in values] if inside else values
+    texts = [first_of(v or {}, *RESPONSE_TEXTS) for v in values] if inside else values
     scores = _numbers(row, values if inside else [], len(values), *SCORES)
     ranks = _numbers(row, values if inside else [], len(values), *RANKS)
     # Whichever is given for more of the responses.
@@ -89,15 +89,11 @@ def ranked(row: Row) -> Parsed:
     )
 
 
-def _first(value: Row, names: Sequence[str]) -> Any:
-    return next((value[name] for name in names if value.get(name) is not None), None)
-
-
 def _numbers(
     row: Row, objects: Sequence[Row | None], num: int, own: Sequence[str], columns: Sequence[str]
 ) -> list[float | None]:
     """A number per response: its own, or that of a column which lists them for all."""
-    given = [_first(value or {}, own) for value in objects]
+    given = [first_of(value or {}, *own) for value in objects]
     if given.count(None) == len(given):
         lists = (as_list(row.get(name)) for name in columns)
         given = next((values for values in lists if values is not None), [None] * num)

@@ -18,6 +18,7 @@ PADDING = "padding left out of the text"
 DOUBLED = "a second beginning-of-text token left out"
 NO_BEGINNING = "the beginning-of-text token put back"
 DATED = "the date in the text replaced by that of the training"
+RENDERED_AGAIN = "the chat template renders the turns of the text otherwise: its rendering counts"
 OPEN_END = "the text does not end as the chat template ends a turn"
 _ANY_DATE = r"[\w ,./:-]{4,40}?"
 
@@ -129,6 +130,21 @@ class RenderedText:
         body = body.removesuffix(core)
         before = end[: len(end) - len(end.lstrip())]
         return body + (end.removeprefix(before) if body.endswith(before) else end)
+
+    def messages(self, text: str, notes: list[str]) -> list[Message]:
+        """The turns of a rendered text; [] where they cannot be told apart."""
+        texts = []
+        for messages in self.conversations(text):
+            try:
+                [again] = self._template.render([messages], None)
+            except Exception:  # the template refuses these turns, so it did not make the text
+                continue
+            if again == text:
+                return messages
+            texts.append(messages)
+        if texts:
+            notes.append(RENDERED_AGAIN)
+        return texts[0] if texts else []
 
     def conversations(self, text: str) -> list[list[Message]]:
         """The conversations that the text may be a rendering of: none where its turns cannot be

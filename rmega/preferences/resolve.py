@@ -64,6 +64,23 @@ def resolve(
     return [source for spec in specs for source in _resolve_one(spec, split, flag, note)]
 
 
+def check_split(split: str | None, specs: list[str]) -> None:
+    """ValueError where ``--split`` has no effect: all ``specs`` are files or globs."""
+    if split is not None and not any(os.path.isdir(spec) or _is_hub_name(spec) for spec in specs):
+        raise ValueError(
+            f"--split {split} has no effect on {' '.join(specs)}: files have no splits, only"
+            " folders and hub datasets do"
+        )
+
+
+def _is_hub_name(spec: str) -> bool:
+    return spec.startswith("modelscope:") or bool(
+        not os.path.exists(spec)
+        and _HUB_NAME.fullmatch(spec)
+        and not any(spec.endswith(s) for s in (*_KINDS, *_COMPRESSIONS))
+    )
+
+
 def _resolve_one(
     spec: str, split: str | None, flag: str, note: Callable[[str], None]
 ) -> list[Input]:
@@ -77,7 +94,7 @@ def _resolve_one(
         paths = sorted(p for p in glob.glob(spec, recursive=True) if os.path.isfile(p))
         if not paths:
             raise ValueError(f"{flag} {spec}: no file matches")
-    elif _HUB_NAME.fullmatch(spec) and not any(spec.endswith(s) for s in (*_KINDS, *_COMPRESSIONS)):
+    elif _is_hub_name(spec):
         return [_hub_input(spec, "hub", split)]
     else:
         raise ValueError(f"{flag} {spec}: no such file or folder")

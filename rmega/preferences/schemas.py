@@ -8,17 +8,9 @@ from typing import Any
 
 from rmega.preferences import pairs, ranked
 from rmega.preferences.comparison import Comparison, Message, Parsed, Rejected, validate
-from rmega.preferences.messages import (
-    PROMPTS,
-    Row,
-    is_messages,
-    notes_of,
-    prompt_of,
-    refuse_media,
-    tools_of,
-    with_system,
-)
+from rmega.preferences.messages import Row, first_of, is_messages, notes_of, refuse_media, tools_of
 from rmega.preferences.pairs import texts
+from rmega.preferences.prompts import PROMPTS, prompt_of, with_system
 from rmega.preferences.written import as_list
 
 
@@ -82,7 +74,7 @@ def _pair_of_messages(row: Row) -> bool:
 
 def _given(row: Row, *names: str) -> bool:
     """Whether any of the columns has a value: null is absent."""
-    return any(row.get(name) is not None for name in names)
+    return first_of(row, *names) is not None
 
 
 def _is_alpaca(row: Row) -> bool:

@@ -14,18 +14,17 @@ from rmega.preferences import sources
 from rmega.preferences.closest_schema import columns_of, what_is_missing
 from rmega.preferences.comparison import Message, Rejected
 from rmega.preferences.messages import (
-    PROMPTS,
     Row,
     as_messages,
     field_of,
+    first_of,
     is_messages,
-    prompt_of,
     refuse_media,
     reply,
     tools_of,
-    with_system,
 )
 from rmega.preferences.pairs import history
+from rmega.preferences.prompts import PROMPTS, prompt_of, with_system
 from rmega.preferences.ranked import RESPONSE_LISTS, RESPONSE_TEXTS, response_list
 from rmega.preferences.reader import plan_input
 from rmega.preferences.schemas import Schema, recognize
@@ -76,8 +75,7 @@ def scorable(
     """
     try:
         refuse_media(row)
-        pair = any(row.get(name) is not None for name in _SIDES)
-        plain = None if pair else _plain(row)
+        plain = _plain(row) if first_of(row, *_SIDES) is None else None
         if plain is not None:
             (found, several), tools = plain, tools_of(row)[0]
         else:
@@ -93,9 +91,9 @@ def scorable(
 
 def _plain(row: Row) -> tuple[list[Conversation], bool] | None:
     """(conversations, several) of a row that is no preference; None for other rows."""
-    given = next((row[name] for name in _CONVERSATIONS if row.get(name) is not None), None)
+    given = first_of(row, *_CONVERSATIONS)
     responses = response_list(row)
-    one = next((row[name] for name in _ONE_RESPONSE if row.get(name) is not None), None)
+    one = first_of(row, *_ONE_RESPONSE)
     two = next(
         (
             [row[n] for n in names]

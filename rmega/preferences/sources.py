@@ -135,37 +135,28 @@ def _is_one_value(block: bytes) -> bool:
 def _json_chunks(source: Input, index: int, stream: Any) -> Iterator[Chunk]:
     data = stream.read()
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        if source.kind == "lines":
-            yield from _line_chunks(_as_lines(source), index, io.BytesIO(data))
+        value = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        # JSON lines under the name of JSON; as that kind, whose lines are not taken for one value
+        if source.kind == "lines" or (
+            isinstance(error, json.JSONDecodeError)
+            and _is_json_object(error.doc.lstrip().split("\n", 1)[0])
+        ):
+            yield from _line_chunks(replace(source, kind="json"), index, io.BytesIO(data))
             return
-        raise ValueError(f"{source.name}: byte {error.start} is not UTF-8") from None
-    try:
-        value = json.loads(text)
-    except RecursionError:
-        if source.kind == "lines":
-            yield from _line_chunks(_as_lines(source), index, io.BytesIO(data))
-            return
-        raise ValueError(f"{source.name}: nested too deeply to be read") from None
-    except ValueError as error:
-        # JSON lines under the name of JSON
-        if source.kind == "lines" or _is_json_object(text.lstrip().split("\n", 1)[0]):
-            yield from _line_chunks(_as_lines(source), index, io.BytesIO(data))
-            return
-        line = getattr(error, "lineno", 0)
-        raise ValueError(f"{source.name}:{line}: broken JSON ({one_line(error)})") from None
+        if isinstance(error, UnicodeDecodeError):
+            problem = f": byte {error.start} is not UTF-8"
+        elif isinstance(error, RecursionError):
+            problem = ": nested too deeply to be read"
+        else:
+            problem = f":{getattr(error, 'lineno', 0)}: broken JSON ({one_line(error)})"
+        raise ValueError(source.name + problem) from None
     rows = value if isinstance(value, list) else rows_of(value)
     if rows is None and isinstance(value, dict):
         rows = [value]
     if not rows:
         raise ValueError(f"{source.name}: no rows: expected a list of objects")
     yield from _item_chunks(index, rows, len(data) // len(rows))
-
-
-def _as_lines(source: Input) -> Input:
-    """The input with lines that are certainly such, as `_line_chunks` need not ask again."""
-    return replace(source, kind="json")
 
 
 def rows_of(value: Any) -> list[Any] | None:
@@ -214,7 +205,7 @@ def _item_chunks(index: int, rows: list[Any], row_bytes: int) -> Iterator[Chunk]
         yield Chunk(
             index,
             start + 1,
-            [_as_item(start + 1 + i, r) for i, r in enumerate(part)],
+            [_as_item(number, row) for number, row in enumerate(part, start + 1)],
             row_bytes * len(part),
         )
 

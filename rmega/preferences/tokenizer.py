@@ -10,7 +10,6 @@ its conversations and a suffix per response; a suffix holds at least one token.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from rmega.io import one_line
 from rmega.preferences.chat_template import CHECK_EVERY, DEFAULT_TEMPLATE, ChatTemplate
 from rmega.preferences.comparison import Comparison, Message, Rejected
 from rmega.preferences.fast_bpe import make_word_encoder
-from rmega.preferences.messages import FIELDS
+from rmega.preferences.fitting import BROKEN_UP, LEFT_OUT, fit
 from rmega.preferences.overlong import (
     OVERLONG_POLICIES,
     Overlong,
@@ -48,12 +47,6 @@ from rmega.preferences.special_tokens import (
     find_reward_token,
     without_end,
 )
-
-BROKEN_UP = "special-token text in the data, broken up"
-RENDERED_AGAIN = "the chat template renders the turns of the text otherwise: its rendering counts"
-LEFT_OUT = "left out: the chat template has no place for it"
-_REASONING = ("reasoning_content", "reasoning", "thinking")
-"""What templates call the same field."""
 
 
 class NotEncoded(ValueError):
@@ -267,7 +260,7 @@ class PairTokenizer:
         text = self._rendered.clean(text, notes)
         if not text.strip():
             raise ValueError("no text")
-        if messages := self._messages_of(text, notes):
+        if messages := self._rendered.messages(text, notes):
             return self.encode_conversation(messages, max_length=limit, notes=notes)
         if self.template != DEFAULT_TEMPLATE:  # which is a stand-in: the text has its own format
             text, breaks = break_up(text, self._control, self._rendered.written)
@@ -284,21 +277,6 @@ class PairTokenizer:
         if self.overlong == "left-prompt":
             return ids[-limit:].tolist()
         return self._end(cut_end(ids, limit, self.reward_token_id)).tolist()
-
-    def _messages_of(self, text: str, notes: list[str]) -> list[Message]:
-        """The turns of a rendered text; [] where they cannot be told apart."""
-        texts = []
-        for messages in self._rendered.conversations(text):
-            try:
-                [again] = self._chat.render([messages], None)
-            except Exception:  # the template refuses these turns, so it did not make the text
-                continue
-            if again == text:
-                return messages
-            texts.append(messages)
-        if texts:
-            notes.append(RENDERED_AGAIN)
-        return texts[0] if texts else []
 
     def encode_comparison(self, comparison: Comparison) -> Encoded:
         """Prefix and suffixes; raises `Rejected`."""
@@ -321,7 +299,7 @@ class PairTokenizer:
         notes = list(comparison.notes)
         known: dict[str, bytes] = {}
         try:
-            comparison = self._clean(comparison, notes)
+            comparison = fit(comparison, self._chat, self._control, notes)
             ids = self._render(comparison, known)
         except RecursionError:
             raise Rejected("too_deep") from None
@@ -337,62 +315,6 @@ class PairTokenizer:
             )
             ids = [self._end(i) for i in ids]
         return ids, notes
-
-    def _clean(self, comparison: Comparison, notes: list[str]) -> Comparison:
-        """Escape control-token text everywhere; write tool calls as text where the template would
-        lose them, and leave out, noted, what else it has no place for."""
-        breaks = 0
-
-        def walk(value: Any) -> Any:
-            nonlocal breaks
-            if isinstance(value, str):
-                if self._control.search(value):
-                    value, num = self.escape(value)
-                    breaks += num
-                return value
-            if isinstance(value, dict):
-                return {k: walk(v) for k, v in value.items()}
-            return [walk(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-        def clean(messages: list[Message]) -> list[Message]:
-            cleaned = []
-            for message in messages:
-                if len(message) > 2:
-                    message = {k: v if k == "role" else walk(v) for k, v in message.items()}
-                    self._fit(message, notes)
-                elif self._control.search(message["content"]):
-                    message = {"role": message["role"], "content": walk(message["content"])}
-                cleaned.append(message)
-            return cleaned
-
-        tools = comparison.tools
-        if tools is not None and not self._chat.takes("tools"):
-            tools = None
-            notes.append("tool descriptions left out: the chat template has no place for them")
-        cleaned = Comparison(
-            prompt=clean(comparison.prompt),
-            responses=[clean(r) for r in comparison.responses],
-            scores=comparison.scores,
-            tools=walk(tools),
-        )
-        if breaks:
-            notes.append(BROKEN_UP)
-        return cleaned
-
-    def _fit(self, message: Message, notes: list[str]) -> None:
-        """Change a message with further fields to what the chat template writes."""
-        for key in [k for k in message if k in FIELDS and not self._chat.takes(k)]:
-            value = message.pop(key)
-            alike = [k for k in _REASONING if self._chat.takes(k) and k not in message]
-            if key in _REASONING and alike:
-                message[alike[0]] = value
-            elif key == "tool_calls":
-                calls = json.dumps(value, ensure_ascii=False, default=str)
-                content = message["content"]
-                message["content"] = f"{content}\n{calls}" if content else calls
-                notes.append("tool calls written as text: the chat template has no place for them")
-            else:
-                notes.append(f"message field {key} {LEFT_OUT}")
 
     def _render(self, comparison: Comparison, known: dict[str, bytes]) -> list[np.ndarray]:
         """int32 ids [tokens] of each conversation, with the reward token. ``known``: see

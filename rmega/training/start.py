@@ -12,7 +12,7 @@ import torch
 from rmega import distributed, precision
 from rmega.checkpointing import base_model, checkpoint, run_folder
 from rmega.checkpointing.find import check_exports
-from rmega.config import MIN_COMPARISONS, TrainingConfig
+from rmega.config import MIN_COMPARISONS, OptimizerArgs, TrainingConfig
 from rmega.data.batching import Batcher, Mixture
 from rmega.data.indexed import PreferenceDataset, open_preferences, split_label
 from rmega.distributed import log
@@ -133,6 +133,12 @@ def prepare(config: TrainingConfig, base: Base) -> Start:
     chosen = precision.choose_together(
         resume.precision_to_use(info, c.train.precision), c.train.matmul_precision, base.device
     )
+    scale = c.optimizer.initial_loss_scale
+    if chosen.dtype != torch.float16 and scale != OptimizerArgs.initial_loss_scale:
+        raise ValueError(
+            f"--initial-loss-scale {scale} has no effect: the run computes in"
+            f" {precision.dtype_name(chosen.dtype)}"
+        )
     dataset, valid = _open_data(c, geometry, folder)
     evaluated: set[str] = set()
     if found:

@@ -85,8 +85,10 @@ def test_round_trip(tmp_path: Path) -> None:
     items = some(50)
     dataset = open_preferences(write(tmp_path / "deep" / "er" / "d", items))
     assert len(dataset) == 50 and all(same(dataset.get(i), item) for i, item in enumerate(items))
-    assert [dataset.num_responses(i) for i in range(50)] == [len(i.suffixes) for i in items]
-    assert dataset.prefix_lengths.tolist() == [len(i.prefix) for i in items]
+    assert (np.diff(dataset.document_indices) - 1).tolist() == [len(i.suffixes) for i in items]
+    assert dataset.sequence_lengths[dataset.document_indices[:-1]].tolist() == [
+        len(i.prefix) for i in items
+    ]
     assert dataset.document_indices[-1] == len(dataset.sequence_lengths) == len(dataset.scores)
     again = pickle.loads(pickle.dumps(dataset))
     assert same(again[49], items[49]) and again.sources == ["a", "b"]

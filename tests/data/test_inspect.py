@@ -162,6 +162,21 @@ def tool(capsys: pytest.CaptureFixture[str]) -> Any:
     return call
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--output", "page.html"], "--output has no effect on stats, only on report"),
+        (["show", "--json"], "--json has no effect on show, only on stats"),
+        (["verify", "--color", "never"], "--color has no effect on verify, only on show"),
+        (["verify", "--force"], "--force has no effect on verify, only on report"),
+        (["--tokenizer", "t"], "--tokenizer has no effect on stats, only on show, verify, report"),
+    ],
+)
+def test_flags_of_another_action(tool: Any, flags: list[str], message: str) -> None:
+    code, _, err = tool("prefix", *flags)
+    assert code == 2 and message in err
+
+
 def test_the_tool_on_tokens_of_a_tokenizer(tool: Any, tmp_path: Path, small_llama: Path) -> None:
     bad = "Bad <b>answer</b>."
     rows = [

@@ -426,6 +426,34 @@ def test_several_files_and_flags(tmp_path):
     assert evaluate(tmp_path, data=[a], scores=[first], limit=1)["a"]["num_pairs"] == 1
 
 
+def test_a_file_counts_once(tmp_path):
+    """Named twice, also by another path or by a folder around it."""
+    (tmp_path / "in").mkdir()
+    a = write(tmp_path / "in" / "a.jsonl", [pair("long answer", "no")])
+    s = write(tmp_path / "s.jsonl", [{"scores": [1, 0]}])
+    (tmp_path / "link.jsonl").symlink_to(a)
+    for other in (a, f"{tmp_path}/./in/a.jsonl", tmp_path / "link.jsonl", tmp_path / "in"):
+        with pytest.raises(ValueError, match="--data .*: is named twice"):
+            evaluate(tmp_path, data=[a, str(other)], scores=[s, s])
+
+
+@pytest.mark.parametrize("flag", [{"dtype": "bf16"}, {"reward_token": "1"}, {"probes": 4}])
+def test_scores_are_not_computed(tmp_path, flag):
+    a = write(tmp_path / "a.jsonl", [pair("long answer", "no")])
+    s = write(tmp_path / "s.jsonl", [{"scores": [1, 0]}])
+    name = next(iter(flag)).replace("_", "-")
+    with pytest.raises(ValueError, match=f"--{name} does not go with --scores"):
+        evaluate(tmp_path, data=[a], scores=[s], **flag)
+    assert evaluate(tmp_path, data=[a], scores=[s], probes=0)["a"]["num_pairs"] == 1
+
+
+def test_files_have_no_splits(tmp_path):
+    a = write(tmp_path / "a.jsonl", [pair("long answer", "no")])
+    s = write(tmp_path / "s.jsonl", [{"scores": [1, 0]}])
+    with pytest.raises(ValueError, match="--split test has no effect on .*a.jsonl"):
+        evaluate(tmp_path, data=[a], scores=[s], split="test")
+
+
 def test_sample_and_rest_of_a_file_are_read_once(tmp_path):
     rows = [pair(f"a{i}" * 400, "b", id=str(i)) for i in range(3000)]  # several chunks
     data = read_eval_set(resolve([write(tmp_path / "d.jsonl", rows)], flag="--data")[0])

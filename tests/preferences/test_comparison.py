@@ -19,7 +19,8 @@ from rmega.preferences.comparison import (
     user,
     validate,
 )
-from rmega.preferences.messages import as_message, as_number, parse_hh, split_prompt
+from rmega.preferences.messages import as_message, as_number
+from rmega.preferences.prompts import parse_hh, split_prompt
 from rmega.preferences.schemas import SCHEMAS, recognize, schema_named, source_of
 from tests.made_rows import FILES
 

@@ -9,6 +9,7 @@ import gzip
 import json
 import multiprocessing.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -756,6 +757,50 @@ def test_the_work_folder_is_shared_with_nobody(run: Any, tmp_path: Path) -> None
     ):
         run(path)
     assert len(run(path)) == 20
+
+
+@pytest.mark.parametrize("moment", ["announce", "_convert_all"])
+@pytest.mark.parametrize("output", ["out", "out.valid"])
+def test_what_came_there_meanwhile_stays(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, output: str
+) -> None:
+    """Nothing was there at the start: of two processes that began together the second is refused,
+    as if it began now. ``_convert_all``: a dataset that was copied."""
+    path = write(tmp_path / "d.jsonl", rows(40))
+    first = run(write(tmp_path / "e.jsonl", rows(30)), "elsewhere")
+    original = getattr(preprocess, moment)
+
+    def meanwhile(*args: Any) -> Any:
+        result = original(*args)
+        for file in tmp_path.glob("elsewhere.*"):
+            shutil.copy(file, tmp_path / f"{output}{file.name.removeprefix('elsewhere')}")
+        return result
+
+    monkeypatch.setattr(preprocess, moment, meanwhile)
+    with pytest.raises(ValueError, match=rf"a dataset is there already \(.*/{output}\.\*\)"):
+        run(path, valid_fraction=0.5)
+    assert len(open_preferences(tmp_path / output)) == len(first) == 30
+    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*.partial"))
+
+
+def test_the_validation_part_is_not_shared_either(run: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", rows(20))
+    with (
+        WorkFolder(str(tmp_path / "out.valid"), []),
+        pytest.raises(ValueError, match="another process is writing it"),
+    ):
+        run(path, valid_fraction=0.5)
+
+
+def test_a_split_needs_a_folder(run: Any, tmp_path: Path) -> None:
+    """One of --input or of --holdout."""
+    path, held_out = write(tmp_path / "d.jsonl", rows(20)), tmp_path / "h" / "test.jsonl"
+    for files in ([path], [f"{tmp_path}/*.jsonl"]):
+        with pytest.raises(ValueError, match="--split test has no effect on .*jsonl"):
+            run(files, split="test")
+    held_out.parent.mkdir()
+    write(held_out, rows(5))
+    assert len(run(path, split="test", holdout=[str(held_out.parent)])) == 15
 
 
 @pytest.mark.parametrize("prefix", ["", ".", "data/", "data/.."])

@@ -261,6 +261,7 @@ def test_bad_rows_skipped_keep_their_place(model, tmp_path, capsys):
         ({"input": ("/nowhere.jsonl",)}, "no such file"),
         ({"max_tokens": 0}, "--max-tokens 0"),
         ({"resume": True}, "--resume needs --output"),
+        ({"force": True}, "--force needs --output"),
         ({"format": "odd"}, "--format odd"),
         ({"resume": True, "force": True}, "--resume and --force"),
     ],

@@ -217,3 +217,12 @@ def test_what_is_bound_is_refused(flag, value, says, run, small_llama, data) -> 
         refused, 1, [*runs.flags(small_llama, data, run, steps=5), flag, value]
     )
     assert says in said
+
+
+def test_a_loss_scale_in_fp32_is_refused(run, small_llama, data) -> None:
+    """Which precision auto keeps is known only from the checkpoint."""
+    flags = ["--precision", "auto", "--initial-loss-scale", "1024"]
+    (said,) = run_distributed(
+        refused, 1, [*runs.flags(small_llama, data, run, steps=5, precision=None), *flags]
+    )
+    assert "--initial-loss-scale 1024.0 has no effect: the run computes in fp32" in said
