@@ -65,8 +65,8 @@ def convert(
 
     The folder appears complete or not at all, with a file UNVERIFIED if its rewards have not been
     confirmed. An older export is replaced only with ``force``, and removed only after the new one
-    has been verified. Raises ValueError or OSError, with nothing written, on anything that stands
-    in the way.
+    has been verified. Raises ValueError or OSError, with nothing written, on anything that
+    prevents it.
     """
     shard_bytes = parse_size(max_shard_size)
     if hub_name is not None:
@@ -177,7 +177,7 @@ def verify_only(
 
 
 def _check_checkpoint(part: Part) -> None:
-    """ValueError for a damaged checkpoint; says where the run has not come to its end."""
+    """ValueError for a damaged checkpoint; a note where the run is not complete."""
     if part.is_export:  # read_parts has checked it
         return
     folder, info = part.folder, part.info

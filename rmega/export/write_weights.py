@@ -147,8 +147,8 @@ class CheckpointTensors:
         ).view(shell.shape)
 
     def rows(self, rule: WeightRule) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, rows [n, ...] with all their columns) of the tensor of ``rule``, without the
-        engine's padding.
+        """(first row, rows [n, ...] with all their columns) of the tensor of ``rule``, without
+        Megatron-Core's padding.
 
         Raises ValueError if the tensor is absent, too small, or if its padding is not zero.
         """

@@ -31,13 +31,13 @@ def check_save(config: TrainingConfig) -> None:
     save, load = config.checkpoint.save, config.checkpoint.load
     if not save:
         return
-    there = Path(save).absolute()
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        raise ValueError(f"--save {save}: {there} is a file, not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"--save {save}: no permission to write in {there}")
+    parent = Path(save).absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise ValueError(f"--save {save}: {parent} is a file, not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"--save {save}: no permission to write in {parent}")
     if resumes_in_place(config):
         if run_folder.ABANDONED in Path(load).name:
             raise ValueError(
@@ -118,7 +118,7 @@ def _tokenizer_of(folder: Path) -> Any:
 
 
 def check_reward_token(dataset, folder: Path) -> None:
-    """Say where the head of ``--hf-model`` was trained to be read at another token than the
+    """Warn where the head of ``--hf-model`` was trained to be read at another token than the
     data's."""
     recorded, token = recorded_reward_token(folder), dataset.manifest["reward_token_id"]
     if recorded in (None, "none" if token is None else str(token)):
@@ -195,7 +195,7 @@ def check_ties(mixture, valid, loss: LossArgs) -> None:
 
 
 def check_positions(flag: str, dataset, geometry: Geometry) -> None:
-    """Say how many comparisons have a text beyond the model's positions; refuse where its scaling
+    """Warn of comparisons with a text beyond the model's positions; refuse where its scaling
     depends on them."""
     lengths, known = longest_texts(dataset), geometry.max_position_embeddings
     if not len(lengths) or lengths.max() <= known:
@@ -251,11 +251,11 @@ def evaluated_before(config: TrainingConfig, step: int) -> set[str]:
 def check_same_model(info: dict[str, Any], found: Path, geometry: Geometry, folder: Path) -> None:
     """Report a checkpoint of another backbone by its geometry, not by the first tensor that does
     not fit."""
-    then = info["geometry"]
-    for field, now in json.loads(json.dumps(dataclasses.asdict(geometry))).items():
-        if field != "has_reward_head" and then.get(field, now) != now:
+    saved = info["geometry"]
+    for field, value in json.loads(json.dumps(dataclasses.asdict(geometry))).items():
+        if field != "has_reward_head" and saved.get(field, value) != value:
             raise ValueError(
-                f"--load {found}: is of another model: {field} {then[field]} there, {now} in "
+                f"--load {found}: is of another model: {field} {saved[field]} there, {value} in "
                 f"--hf-model {folder}"
             )
 
@@ -263,8 +263,8 @@ def check_same_model(info: dict[str, Any], found: Path, geometry: Geometry, fold
 def check_same_data(info: dict[str, Any], found: Path, dataset) -> None:
     """Other data, or the same in another order, would give other comparisons than the ones that are
     left."""
-    now_data = dataset.identity
-    if info["num_comparisons"] != len(dataset) or info.get("data", now_data) != now_data:
+    saved = info.get("data", dataset.identity)
+    if info["num_comparisons"] != len(dataset) or saved != dataset.identity:
         raise ValueError(
             f"--data-path: {found} was trained on other data ({info['num_comparisons']} comparisons"
             f" per epoch then, {len(dataset)} now; weights and contents must be the same, in the"

@@ -43,7 +43,7 @@ _TIMEOUTS = ("Timed out waiting", "timeout", "Timeout")
 
 
 class StopRequest:
-    """Wishes to stop early: a signal (SIGTERM, SIGUSR1, SIGINT) or the end of the allotted time.
+    """Requests to stop early: a signal (SIGTERM, SIGUSR1, SIGINT) or the end of the allotted time.
 
     Signals are noted when they come and acted on between steps, by all ranks together: each rank's
     wishes travel with the sums of a step. One that comes later than a step's backward pass is acted
@@ -104,8 +104,8 @@ def run_ranks(main: Callable[..., Any], *args: Any) -> int:
     - A rank that only lost its peers waits for a moment to be ended by its launcher, and else says
       so in one line.
 
-    The line also goes to torchrun's error file, so that it stands as the root cause in torchrun's
-    own report.
+    The line also goes to torchrun's error file, so that torchrun's own report shows it as the root
+    cause.
     """
     try:
         return int(main(*args) or 0)

@@ -1,4 +1,4 @@
-"""One training step; rewards of a data set; one evaluation.
+"""One training step; rewards of a dataset; one evaluation.
 
 Shape letters: t tokens of a pack, n responses, m pairs. The loss is a sum over pairs with a count
 (design rule 5): the summed gradient is divided by the count of the whole global batch, so no layout
@@ -87,7 +87,7 @@ def _forward_rewards(iterator: Iterator[PackedBatch], model):
 def run_schedule(
     wrapped: Sequence, packs: list[PackedBatch], forward: Callable, *, forward_only: bool
 ) -> list[Any]:
-    """Send the packs of a step through megatron-core's pipeline schedule; what the last stage
+    """Run the packs of a step through Megatron-Core's pipeline schedule; what the last stage
     reported per pack."""
     iterators = [iter(packs) for _ in wrapped]
     single = len(wrapped) == 1
@@ -246,10 +246,8 @@ def compute_rewards(
                 if is_reporting_rank():
                     real = numbers >= 0
                     out[numbers[real]] = rewards[real]
-            if progress:
-                progress(
-                    batcher.global_batch_size
-                )  # on every rank after every batch; what it raises ends the sweep
+            if progress:  # on every rank after every batch; what it raises ends the sweep
+                progress(batcher.global_batch_size)
     return sum_over_ranks(out).cpu().numpy()
 
 
