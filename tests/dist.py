@@ -13,7 +13,6 @@ import gc
 import importlib
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 
@@ -46,6 +45,7 @@ def _serve(pipe, gpus: bool, environment: dict[str, str]) -> None:
             WORLD_SIZE=str(world_size),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
+            TORCHELASTIC_USE_AGENT_STORE="True",  # rank 0 starts none: the test's process has one
         )
         try:
             fn = getattr(importlib.import_module(module), name)
@@ -70,22 +70,13 @@ atexit.register(_stop)
 
 
 def run_distributed(fn, world_size: int, *args, timeout: float = 240.0, gpus: bool = False) -> list:
-    """``_run_once``, a second time where another program took the port between its choice and its
-    use."""
-    try:
-        return _run_once(fn, world_size, *args, timeout=timeout, gpus=gpus)
-    except RuntimeError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        return _run_once(fn, world_size, *args, timeout=timeout, gpus=gpus)
-
-
-def _run_once(fn, world_size: int, *args, timeout: float, gpus: bool) -> list:
     """Call the module-level ``fn(rank, world_size, *args)`` on ``world_size`` processes; their
     results in rank order.
 
     Raises RuntimeError with the first failing rank's traceback, or after ``timeout`` seconds.
     """
+    from torch.distributed import TCPStore
+
     workers = _workers[gpus]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     while len(workers) < world_size:
@@ -94,11 +85,10 @@ def _run_once(fn, world_size: int, *args, timeout: float, gpus: bool) -> list:
         process.start()
         far_end.close()
         workers.append((process, pipe))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # A rank that looked for a store before rank 0 had started it would wait a second.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for rank in range(world_size):
-        workers[rank][1].send((rank, world_size, port, fn.__module__, fn.__qualname__, args))
+        workers[rank][1].send((rank, world_size, store.port, fn.__module__, fn.__qualname__, args))
     results: dict[int, object] = {}
     deadline = time.monotonic() + timeout
     while len(results) < world_size:

@@ -54,7 +54,7 @@ def sentencepiece_file(tmp_path_factory) -> Path:
 def lay_out_as_the_hub(folder: Path, model: Path, *, witness: Path | None = None) -> Path:
     """InternLM2's way: tokenizer.model, no tokenizer.json, ``auto_map`` to code. With ``witness``
     the code is there, and writes that file where it runs."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     shutil.copy(model, folder / "tokenizer.model")
     special = {**SPECIAL, 600: "<|im_start|>", 601: "<|im_end|>"}
     names = ["tokenization_internlm2.InternLM2Tokenizer", "tokenization_internlm2_fast.Fast"]
@@ -142,38 +142,42 @@ from rmega.commands.inspect_data import load_tokenizer
 from rmega.models.hf import read_geometry
 from rmega.preferences.tokenizer import PairTokenizer
 from rmega.training import preflight
-folder = sys.argv[1]
-for load in (
+loaders = (
     hub.load_tokenizer,
     PairTokenizer.load,
     lambda f: preflight._tokenizer_of(Path(f)),
     length_counter,
     lambda f: load_tokenizer(f, {}, needed=True),
     read_geometry,
-):
-    try:
-        load(folder)
-    except ValueError as error:
-        assert "\\n" not in str(error), error
+)
+for folder in sys.argv[1:]:
+    for load in loaders:
+        try:
+            load(folder)
+        except ValueError as error:
+            assert "\\n" not in str(error), error
 """
 
 
-@pytest.mark.parametrize("model_type", ["internlm2", "of_their_own"])
-@pytest.mark.parametrize("vocabulary", ["tokenizer.model", "tokenizer.json"])
 def test_no_code_of_a_folder_runs(
-    model_type: str, vocabulary: str, sentencepiece_file: Path, small_llama: Path, tmp_path: Path
+    sentencepiece_file: Path, small_llama: Path, tmp_path: Path
 ) -> None:
     """In no loader, whatever would be typed: nothing is asked."""
-    witness = tmp_path / "it ran"
-    folder = lay_out_as_the_hub(tmp_path / "folder", sentencepiece_file, witness=witness)
-    config = json.loads((folder / "config.json").read_text()) | {"model_type": model_type}
-    (folder / "config.json").write_text(json.dumps(config))
-    if vocabulary == "tokenizer.json":
-        (folder / "tokenizer.model").unlink()
-        shutil.copy(small_llama / "tokenizer.json", folder)
+    witness, folders = tmp_path / "it ran", {}
+    for model_type in ("internlm2", "of_their_own"):
+        for vocabulary in ("tokenizer.model", "tokenizer.json"):
+            folder = lay_out_as_the_hub(
+                tmp_path / model_type / vocabulary, sentencepiece_file, witness=witness
+            )
+            config = json.loads((folder / "config.json").read_text()) | {"model_type": model_type}
+            (folder / "config.json").write_text(json.dumps(config))
+            if vocabulary == "tokenizer.json":
+                (folder / "tokenizer.model").unlink()
+                shutil.copy(small_llama / "tokenizer.json", folder)
+            folders[model_type, vocabulary] = folder
     done = subprocess.run(
-        [sys.executable, "-c", LOADS, str(folder)],
-        input="y\n" * 20,
+        [sys.executable, "-c", LOADS, *map(str, folders.values())],
+        input="y\n" * 80,
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -182,14 +186,11 @@ def test_no_code_of_a_folder_runs(
     )
     assert done.returncode == 0, done.stderr
     assert "y/N" not in done.stdout + done.stderr and not witness.exists()
-    if model_type == "of_their_own":
-        if vocabulary == "tokenizer.json":
-            messages: list[str] = []
-            hub.load_tokenizer(folder, messages=messages)
-            assert "tokenizer.json alone is read" in messages[0]
-        else:
-            with pytest.raises(ValueError, match="never run"):
-                hub.load_tokenizer(folder)
+    messages: list[str] = []
+    hub.load_tokenizer(folders["of_their_own", "tokenizer.json"], messages=messages)
+    assert "tokenizer.json alone is read" in messages[0]
+    with pytest.raises(ValueError, match="never run"):
+        hub.load_tokenizer(folders["of_their_own", "tokenizer.model"])
 
 
 def test_pointers_of_git_lfs_are_named(small_llama: Path, tmp_path: Path) -> None:

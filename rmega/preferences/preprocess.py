@@ -27,7 +27,7 @@ import numpy as np
 from rmega.cli import num_cores
 from rmega.config import NONE
 from rmega.preferences import dedup, sources
-from rmega.preferences.assemble import WorkFolder, check_outputs, finish
+from rmega.preferences.assemble import check_outputs, finish
 from rmega.preferences.chunks import CHUNK_BYTES
 from rmega.preferences.comparison import Rejected
 from rmega.preferences.printed import announce, progress_bar, report, say
@@ -35,6 +35,7 @@ from rmega.preferences.reader import Plan, plan_input
 from rmega.preferences.resolve import check_split
 from rmega.preferences.schemas import schema_named
 from rmega.preferences.tokenizer import PairTokenizer
+from rmega.preferences.work_folder import WorkFolder
 from rmega.preferences.worker import ChunkResult, Converter
 
 

@@ -10,22 +10,18 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, BinaryIO
 
 from rmega.hub import one_line_for_retries
 from rmega.io import checksum, one_line
-from rmega.preferences.chunks import CHUNK_BYTES, CHUNK_ROWS, MAX_ROW_BYTES, Chunk, Item
-from rmega.preferences.comparison import Rejected
+from rmega.preferences.chunks import CHUNK_ROWS, Chunk, Item
+from rmega.preferences.json_files import as_item, decode_line, json_chunks, line_chunks
 from rmega.preferences.resolve import Input, resolve
 from rmega.preferences.tables import arrow_chunks, csv_chunks, decode_batch
 
 __all__ = ["Chunk", "Input", "Item", "decode", "group_rows", "read_chunks", "resolve"]
-
-MAX_DEPTH = 100
 
 
 class HashingFile(io.RawIOBase):
@@ -80,7 +76,7 @@ def _stream_chunks(source: Input, index: int, raw: HashingFile, buffered: Any) -
         import pyarrow as pa
 
         stream = pa.CompressedInputStream(pa.PythonFile(stream, "r"), "zstd")
-    cut = {"csv": csv_chunks, "json": _json_chunks}.get(source.kind, _line_chunks)
+    cut = {"csv": csv_chunks, "json": json_chunks}.get(source.kind, line_chunks)
     last = 0
     try:
         for chunk in cut(source, index, stream):
@@ -94,142 +90,6 @@ def _stream_chunks(source: Input, index: int, raw: HashingFile, buffered: Any) -
             f"{source.name}: {source.compression or 'the file'} cannot be read on after"
             f" {source.unit} {last} ({one_line(error)}): cut short or damaged"
         ) from None
-
-
-def _line_chunks(source: Input, index: int, stream: Any) -> Iterator[Chunk]:
-    line, rest = 1, b""
-    block = stream.read(CHUNK_BYTES).removeprefix(b"\xef\xbb\xbf")
-    if source.kind == "lines" and _is_one_value(block):
-        yield from _json_chunks(source, index, io.BytesIO(block + stream.read()))
-        return
-    while True:
-        end = block.rfind(b"\n") + 1
-        if end == 0 and block:
-            if len(rest) <= MAX_ROW_BYTES:
-                rest += block  # else the row is rejected as too large; its end is enough of it
-        else:
-            data = rest + block[:end]
-            rest = block[end:]
-            if data:
-                yield Chunk(index, line, data, len(data))
-                line += data.count(b"\n")
-            if not block:
-                return
-        block = stream.read(CHUNK_BYTES)
-
-
-def _is_one_value(block: bytes) -> bool:
-    """Whether a file under the name of JSON lines begins like one list, or one object over several
-    lines; or is an object of columns."""
-    first, _, rest = block.lstrip().partition(b"\n")
-    if first.startswith(b"[") or first.strip() == b"{":
-        return True
-    if not first.startswith(b"{") or rest.strip() or len(block) >= CHUNK_BYTES:
-        return False
-    try:
-        return isinstance(rows_of(json.loads(first)), list)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _json_chunks(source: Input, index: int, stream: Any) -> Iterator[Chunk]:
-    data = stream.read()
-    try:
-        value = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        # JSON lines under the name of JSON; as that kind, whose lines are not taken for one value
-        if source.kind == "lines" or (
-            isinstance(error, json.JSONDecodeError)
-            and _is_json_object(error.doc.lstrip().split("\n", 1)[0])
-        ):
-            yield from _line_chunks(replace(source, kind="json"), index, io.BytesIO(data))
-            return
-        if isinstance(error, UnicodeDecodeError):
-            problem = f": byte {error.start} is not UTF-8"
-        elif isinstance(error, RecursionError):
-            problem = ": nested too deeply to be read"
-        else:
-            problem = f":{getattr(error, 'lineno', 0)}: broken JSON ({one_line(error)})"
-        raise ValueError(source.name + problem) from None
-    rows = value if isinstance(value, list) else rows_of(value)
-    if rows is None and isinstance(value, dict):
-        rows = [value]
-    if not rows:
-        raise ValueError(f"{source.name}: no rows: expected a list of objects")
-    yield from _item_chunks(index, rows, len(data) // len(rows))
-
-
-def rows_of(value: Any) -> list[Any] | None:
-    """The rows of an object that holds them: as its one list of objects, by column (also as pandas
-    writes them, and its index and split forms); None of an object that is a row itself."""
-    if not isinstance(value, dict) or not value:
-        return None
-    columns = list(value.values())
-    lists = [v for v in columns if isinstance(v, list) and v and all(map(_is_object, v))]
-    if len(lists) == 1 and _ROW_COLUMNS.isdisjoint(value):
-        return lists[0]
-    if value.keys() >= {"columns", "data"} and isinstance(value["data"], list):
-        if all(isinstance(row, list) for row in value["data"]):
-            return [dict(zip(value["columns"], row, strict=False)) for row in value["data"]]
-    if all(map(_is_object, columns)) and columns[0]:
-        if all(str(key).isdecimal() for key in value):
-            return columns
-        numbers = columns[0].keys()
-        if all(str(n).isdecimal() for n in numbers) and all(c.keys() == numbers for c in columns):
-            columns = [list(column.values()) for column in columns]
-    sizes = {len(column) if isinstance(column, list) else -1 for column in columns}
-    objects = any(isinstance(c, list) and c and _is_object(c[0]) for c in columns)
-    if len(columns) > 1 and len(sizes) == 1 and min(sizes) > 0 and not objects:
-        return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
-    return None
-
-
-_ROW_COLUMNS = frozenset({"chosen", "rejected", "responses", "conversations", "answers", "prompt"})
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_json_object(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _item_chunks(index: int, rows: list[Any], row_bytes: int) -> Iterator[Chunk]:
-    step = max(1, min(CHUNK_ROWS, CHUNK_BYTES // max(1, row_bytes)))
-    for start in range(0, len(rows), step):
-        part = rows[start : start + step]
-        yield Chunk(
-            index,
-            start + 1,
-            [_as_item(number, row) for number, row in enumerate(part, start + 1)],
-            row_bytes * len(part),
-        )
-
-
-def _as_item(number: int, row: Any) -> Item:
-    if isinstance(row, dict):
-        if _deeper_than(row, MAX_DEPTH):  # it could not be sent to a worker
-            return number, Rejected("too_deep"), ""
-        return number, row, ""
-    return number, Rejected("broken_row", f"{type(row).__name__}, not an object"), str(row)[:2000]
-
-
-def _deeper_than(value: Any, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit):
-        level = [
-            v
-            for x in level
-            if isinstance(x, (dict, list))
-            for v in (x.values() if isinstance(x, dict) else x)
-        ]
-        if not level:
-            return False
-    return True
 
 
 def _hub_chunks(source: Input, index: int) -> Iterator[Chunk]:
@@ -274,7 +134,7 @@ def _modelscope_chunks(source: Input, index: int) -> Iterator[Chunk]:
 def _dict_chunks(index: int, rows: Iterator[dict[str, Any]]) -> Iterator[Chunk]:
     items: list[Item] = []
     for number, row in enumerate(rows, 1):
-        items.append(_as_item(number, dict(row)))
+        items.append(as_item(number, dict(row)))
         if len(items) == CHUNK_ROWS:
             yield Chunk(index, items[0][0], items)
             items = []
@@ -290,27 +150,11 @@ def decode(chunk: Chunk) -> Iterator[Item]:
     if isinstance(chunk.payload, bytes):
         for number, line in enumerate(chunk.payload.split(b"\n"), chunk.first):
             if line and not line.isspace():
-                yield _decode_line(number, line)
+                yield decode_line(number, line)
     elif isinstance(chunk.payload, list):
         yield from chunk.payload
     else:
         yield from decode_batch(chunk)
-
-
-def _decode_line(number: int, line: bytes) -> Item:
-    if len(line) > MAX_ROW_BYTES:
-        return number, Rejected("broken_row", f"longer than {MAX_ROW_BYTES >> 20} MiB"), ""
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return number, Rejected("not_utf8", f"byte {error.start + 1} of the line"), _raw(line)
-    except RecursionError:
-        return number, Rejected("too_deep"), _raw(line)
-    except ValueError as error:
-        return number, Rejected("broken_row", one_line(error)), _raw(line)
-    if not isinstance(row, dict):
-        return number, Rejected("broken_row", f"{type(row).__name__}, not an object"), _raw(line)
-    return number, row, ""
 
 
 def group_rows(chunks: Iterator[Chunk], column: str) -> Iterator[Chunk]:
@@ -336,7 +180,3 @@ def group_rows(chunks: Iterator[Chunk], column: str) -> Iterator[Chunk]:
         last = chunk
     if group and last is not None:
         yield Chunk(last.input_index, first, [(first, {"rows": group}, "")], 0, last.position)
-
-
-def _raw(line: bytes) -> str:
-    return line[:2000].decode("utf-8", "backslashreplace")

@@ -92,13 +92,15 @@ def run(
     # uvicorn puts its own handlers in their place while it runs, and raises the signal again when
     # it has stopped: that one must not end the program with the signal's exit code.
     timers: list[threading.Timer] = []
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals = signal.SIGINT, signal.SIGTERM
+    for number in signals:
+        signal.signal(number, stop)
     handle_exit = server.handle_exit
     server.handle_exit = lambda *args: (stop(), handle_exit(*args))
     service.queue.start(on_failure=stop)
     server.run(sockets)
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    for number in signals:  # nor may one that is repeated while the program ends
+        signal.signal(number, signal.SIG_IGN)
     finished = service.queue.scorer is not None and not service.queue.abandoned
     if service.queue.failure or finished:
         for timer in timers:

@@ -8,6 +8,7 @@ matmuls). The bubble is (pp - 1) / (m vpp + pp - 1) of a step of m micro-batches
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from rmega import distributed
 from rmega.config import TrainingConfig
@@ -16,6 +17,7 @@ from rmega.hub import model_config_folder
 from rmega.models.geometry import Geometry
 from rmega.models.hf import read_geometry
 from rmega.training import components, preflight
+from rmega.training.logs import duration
 from rmega.training.plan import GB, StagePlan, plan_stages, refuse_what_cannot_fit
 
 H100_FLOPS = 989e12
@@ -165,7 +167,7 @@ def _hours(config: TrainingConfig, step: StepPlan, gpus: int) -> str:
     return (
         f"computing: {step.flops:.3g} FLOP per step, {whole:.3g} in {steps:,} steps; H100s at"
         f" {100 * USUAL_MFU:.0f} % MFU (assumed, not measured) would take"
-        f" {seconds / 3600:.3g} hours on {gpus}, {gpus * seconds / 3600:.3g} GPU hours"
+        f" {duration(math.ceil(seconds))} on {gpus} ({gpus * seconds / 3600:,.2f} GPU hours)"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import time
@@ -38,9 +39,7 @@ COLUMNS = {
 
 def duration(seconds: float) -> str:
     """``2:59:41``; days in front where there are any."""
-    days, rest = divmod(max(0, round(seconds)), 86400)
-    clock = f"{rest // 3600}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
-    return f"{days} day{'s' if days > 1 else ''}, {clock}" if days else clock
+    return str(datetime.timedelta(seconds=max(0, round(seconds))))
 
 
 class TimeSpent:

@@ -22,10 +22,10 @@ import pytest
 from rmega.data.indexed import exists, open_preferences
 from rmega.data.integrity import verify
 from rmega.data.stats import describe, summarize
-from rmega.preferences import dedup, preprocess, reader, sources, worker
-from rmega.preferences.assemble import WorkFolder
+from rmega.preferences import dedup, json_files, preprocess, reader, sources, worker
 from rmega.preferences.preprocess import PreprocessArgs
 from rmega.preferences.tokenizer import PairTokenizer
+from rmega.preferences.work_folder import WorkFolder
 from tests.conftest import ROOT
 from tests.made_rows import FILES
 from tests.preferences.test_sources import write_all
@@ -125,7 +125,7 @@ def test_rows_come_out_in_order(
 def test_any_number_of_workers_writes_the_same_bytes(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(json_files, "CHUNK_BYTES", 2000)
     data = rows(300) + [b"{broken", {"prompt": "x"}] + rows(5)
     path = write(tmp_path / "d.jsonl", data)
     for workers in (1, 2, 3):
@@ -312,7 +312,7 @@ def test_the_missing_column_is_named(
 
 
 def test_grouped_rows(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(json_files, "CHUNK_BYTES", 300)
     data = [
         {"prompt": f"prompt {i // 2}", "response": f"reply {i}", "helpfulness": i % 2}
         for i in range(60)

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rmega import hub
-from rmega.preferences import sources
+from rmega.preferences import json_files, sources
 from rmega.preferences.comparison import Rejected
 from rmega.preferences.schemas import schema_named
 
@@ -142,7 +142,7 @@ def test_broken_lines_keep_their_numbers(tmp_path: Path) -> None:
 
 
 def test_huge_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_ROW_BYTES", 1 << 20)
+    monkeypatch.setattr(json_files, "MAX_ROW_BYTES", 1 << 20)
     path = tmp_path / "a.jsonl"
     fits = json.dumps({"a": "x" * 900_000})
     path.write_text(f'{fits}\n{json.dumps({"a": "x" * 5_000_000})}\n{{"a": 2}}\n')
@@ -155,7 +155,7 @@ def test_chunks_do_not_split_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path = tmp_path / "a.jsonl"
     path.write_bytes(JSONL)
     for size in (1, 7, 100, 10_000):
-        monkeypatch.setattr(sources, "CHUNK_BYTES", size)
+        monkeypatch.setattr(json_files, "CHUNK_BYTES", size)
         assert read(path) == list(enumerate(ROWS, 1))
 
 

@@ -625,7 +625,7 @@ def test_both_endpoints_agree(server, model):
 
 def test_sigterm_answers_what_was_taken(server):
     """The last test of the server: requests that are waiting when the signal comes are answered;
-    exit code 0."""
+    exit code 0, however often the signal is repeated while the program ends."""
 
     async def burst():
         body = {"query": [f"<s>user: {i}\nassistant: {'word ' * 60}" for i in range(150)]}
@@ -641,6 +641,8 @@ def test_sigterm_answers_what_was_taken(server):
     assert [status for status, _ in answers] == [200] * 8 and all(
         len(a["rewards"]) == 150 for _, a in answers
     )
+    while server.process.poll() is None:
+        server.process.send_signal(signal.SIGTERM)
     code, out, err = server.stop()
     assert code == 0 and "stopped after" in out, err
     assert "no chat template" in err and "warn" not in err.lower() and "Traceback" not in err, err
