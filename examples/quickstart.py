@@ -27,6 +27,7 @@ def check(model: str, data: str, valid_data: str, nproc: str, tp: str, *flags: s
 
     tp = tp or ("1" if nproc and int(nproc) % 2 else "2")  # as quickstart.sh chooses without GPUs
     fixed = ["--hf-model", model or "demo", "--data-path", "demo", "--global-batch-size", "16"]
+    fixed += ["--valid-data-path", "demo", "--save", "demo"]
     config = parse_args(
         TrainingConfig, [*fixed, "--tp", tp, *flags], prog="examples/quickstart.sh", also=OWN
     )

@@ -250,15 +250,15 @@ TINY = {
         "1",
         "--global-batch-size",
         "16",
-        "--eval-interval",
-        "2",
         "--precision",
         "fp32",
         "--tensorboard",
         "off",
     ],
-    "tools/evaluate.py": ["--limit", "24", "--probes", "4"],
+    "tools/evaluate.py": ["--limit", "24"],
 }
+# The same beside a flag without which it has no effect.
+TINY_BESIDE = {"--valid-data-path": ["--eval-interval", "2"], "--model": ["--probes", "4"]}
 # Words that stand for something of the reader's own.
 PLACEHOLDERS = {"PREFIX": "runs/data/train", "RUN": "runs/placeholder"}
 
@@ -328,6 +328,8 @@ class Workspace:
             for w in command.words
         ]
         words += TINY.get(command.program, [])
+        if command.program in ("examples/pretrain_reward.py", "tools/evaluate.py"):
+            words += [w for flag, more in TINY_BESIDE.items() if flag in words for w in more]
         if command.program == "tools/serve.py":
             return self.serve(words[1:])
         if command.program == "examples/pretrain_reward.py":

@@ -72,6 +72,9 @@ def as_text(value: Any, name: str) -> str:
         texts = [part.get("text") for part in value if (part.get("type") or "text") == "text"]
         if len(texts) == len(value) and all(isinstance(text, str) for text in texts):
             return "".join(texts)
+        if len(texts) == len(value):
+            wrong = next(text for text in texts if not isinstance(text, str))
+            raise Rejected("wrong_type", f"{name}: text of a part is {type(wrong).__name__}")
         raise Rejected("not_text", f"{name}: parts that are not text")
     raise Rejected("wrong_type", f"{name} is {type(value).__name__}, not text")
 
@@ -106,6 +109,8 @@ def as_message(value: Any, name: str) -> Message:
         raise Rejected("wrong_type", f"{name} is {type(value).__name__}, not a message")
     role = _role_of(value)
     if role is None:
+        if (given := first_of(value, "role", "from")) is not None:
+            raise Rejected("wrong_type", f"{name}: role is {type(given).__name__}, not text")
         raise Rejected("missing_field", f"{name}: role")
     if role not in ROLES:
         raise Rejected("unknown_role", f"{name}: {role[:60]!r}")
@@ -249,6 +254,9 @@ def _with_arguments(call: Row) -> Row:
     return {k: without_nulls(_decoded(v)) if k in _ARGUMENTS else v for k, v in call.items()}
 
 
+UNREADABLE_TOOLS = "a tools column that cannot be read: left out"
+
+
 def tools_of(row: Row) -> tuple[list[Any] | None, list[str]]:
     """The row's tool descriptions for the chat template, and notes."""
     tools = first_of(row, "tools", "functions")
@@ -257,9 +265,9 @@ def tools_of(row: Row) -> tuple[list[Any] | None, list[str]]:
             return None, []
         tools = value_of(tools)
         if tools is None:
-            return None, ["a tools column that cannot be read: left out"]
+            return None, [UNREADABLE_TOOLS]
     if isinstance(tools, dict):
         tools = [tools]
     if not isinstance(tools, list):
-        return None, []
+        return None, [] if _is_absent(tools) else [UNREADABLE_TOOLS]
     return [_call(tool) for tool in tools if tool is not None] or None, []

@@ -77,7 +77,9 @@ def scorable(
         refuse_media(row)
         plain = _plain(row) if first_of(row, *_SIDES) is None else None
         if plain is not None:
-            (found, several), tools = plain, tools_of(row)[0]
+            (found, several), (tools, unreadable) = plain, tools_of(row)
+            if unreadable:
+                raise Rejected("wrong_type", "tools, not a list of tools")
         else:
             found, tools = _preference(row, schema, forced)
             several = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from typing import Annotated, Any, Literal, TypeVar
@@ -30,10 +31,31 @@ class Problem(Exception):
         self.status, self.message, self.retry_after = status, message, retry_after
 
 
+HARMLESS = frozenset({"model", "user", "request_id", "priority", "metadata", "add_special_tokens"})
+"""Fields that clients send to any server, and that change no reward."""
+
+OPTIONS = frozenset(
+    "chat_template chat_template_kwargs add_generation_prompt continue_final_message max_length"
+    " truncate_prompt_tokens truncation_side use_activation activation softmax normalize dimensions"
+    " reward_token".split()
+)
+"""Fields by which other servers are asked for another reward; here nobody is."""
+
+BESIDE_CONVERSATIONS = HARMLESS | {
+    *("conversations", "id", "tools", "functions", "system", "system_prompt")
+}
+"""Fields of a body with a list of conversations. A row has columns of any name."""
+
+
+def _listed_text(value: Any) -> Any:
+    """One text as a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
 def _listed(value: Any) -> Any:
     """One text, or the ids of one, as a list of one."""
-    single = isinstance(value, str) or isinstance(value, list) and value and _is_id(value[0])
-    return [value] if single else value
+    ids = isinstance(value, list) and value and _is_id(value[0])
+    return [value] if ids else _listed_text(value)
 
 
 def _is_id(value: Any) -> bool:
@@ -48,17 +70,34 @@ Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast
 # ---- requests
 
 
-class RewardRequest(BaseModel):
+class Request(BaseModel):
+    """A request whose fields are known. Null stands for an absent field."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_harmless(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {
+            name: value
+            for name, value in data.items()
+            if name in cls.model_fields or not (value is None or name in HARMLESS)
+        }
+
+
+class RewardRequest(Request):
     """OpenRLHF's request: texts to which the chat template was applied, prompt and response in one.
 
     ``prompts`` and ``labels`` are not needed for a reward; their number must be that of the texts.
     """
 
     model_config = ConfigDict(
-        strict=True, json_schema_extra={"example": {"query": ["<s>user: Hi\nassistant: Hello!\n"]}}
+        json_schema_extra={"example": {"query": ["<s>user: Hi\nassistant: Hello!\n"]}}
     )
 
-    query: Annotated[list[Text], Field(fail_fast=True), BeforeValidator(_listed)]
+    query: Annotated[list[Text], Field(fail_fast=True), BeforeValidator(_listed_text)]
     prompts: Any = None
     labels: Any = None
 
@@ -71,7 +110,7 @@ class RewardRequest(BaseModel):
         return self
 
 
-class ClassifyRequest(BaseModel):
+class ClassifyRequest(Request):
     """vLLM's request for ``/classify``: texts to which the chat template was applied, token ids, or
     the messages of one conversation.
 
@@ -79,8 +118,6 @@ class ClassifyRequest(BaseModel):
     """
 
     model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
         json_schema_extra={"example": {"messages": [
             {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
         ]}},
@@ -149,13 +186,14 @@ def parse(model: type[M], data: bytes) -> M:
     except UnicodeDecodeError as error:
         raise Problem(400, f"the body is not UTF-8 (byte {error.start + 1})") from None
     except ValidationError as error:
-        raise _problem(error.errors(include_url=False)) from None
+        raise _problem(error.errors(include_url=False), data) from None
 
 
-def _problem(errors: list[Any]) -> Problem:
-    """The first error of a body in one line, such as "query[1]: Input should be a valid string, not
-    int"."""
-    error = max(errors[:9], key=lambda e: len(e["loc"]))  # of a list's forms the one that fits best
+def _problem(errors: list[Any], data: bytes) -> Problem:
+    """The first error of the body ``data`` in one line, such as "query[1]: Input should be a valid
+    string, not int"."""
+    # Of the forms of a value the one that fits best: it fails furthest inside, or not by its type.
+    error = max(errors[:9], key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
     message, kind = str(error.get("ctx", {}).get("error", error["msg"])), error["type"]
     if kind == "json_invalid":
         deep = "recursion limit" in message
@@ -163,15 +201,26 @@ def _problem(errors: list[Any]) -> Problem:
         return Problem(400, f"the body is {message}")
     if kind == "value_error":
         return Problem(422, message)
+    if kind == "extra_forbidden":
+        message = "is not supported"
     if kind.endswith("_type"):
-        message += f", not {type(error['input']).__name__}"
-    field, *places = error["loc"] or ["the body"]  # behind the numbers in a list: names of forms
-    where = str(field)[:80] + "".join(f"[{i}]" for i in places if isinstance(i, int))
-    return Problem(422, f"{where}: {message}")
+        message += f", not {_name_of_type(error['input'])}"
+    field, *places = error["loc"] or ["the body"]
+    numbers = [i for i in places if isinstance(i, int)]  # the others are names of forms
+    if numbers:
+        value = json.loads(data)[field]
+        if isinstance(value, str) or (len(numbers) > 1 and _listed(value) is not value):
+            del numbers[0]  # of the list that was made around the value
+    return Problem(422, f"{str(field)[:80]}{''.join(f'[{i}]' for i in numbers)}: {message}")
+
+
+def _name_of_type(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
 
 
 def conversations_of(row: dict[str, Any]) -> tuple[list[Any], list[Any] | None]:
     """The conversations of a row in any form, and the tools that they share. Raises `Problem`."""
+    _check_fields(row)
     if row.get("conversations") == []:
         return [], None
     try:
@@ -181,6 +230,20 @@ def conversations_of(row: dict[str, Any]) -> tuple[list[Any], list[Any] | None]:
     except RecursionError:
         raise Problem(422, "the row is nested too deeply") from None
     return conversations, tools
+
+
+def _check_fields(row: dict[str, Any]) -> None:
+    """Raise `Problem` at a field that asks for another reward, or that nobody would read."""
+    given = row.get("conversations")
+    several = isinstance(given, list) and all(isinstance(one, list) for one in given)
+    for name, value in row.items():
+        if value is None or (value is False and name in OPTIONS):
+            continue
+        if name in OPTIONS or (several and name not in BESIDE_CONVERSATIONS):
+            raise Problem(422, f"{name[:80]}: is not supported")
+    for name in ("system", "system_prompt"):
+        if not isinstance(row.get(name) or "", str):
+            raise Problem(422, f"{name} is {_name_of_type(row[name])}, not text")
 
 
 # ---- answers

@@ -9,8 +9,8 @@ or a result with a warning; never another traceback.
 
 Checkpoints, runs and exports have checksums: no other result is allowed. A plain model folder has
 none, so a changed value that leaves its files well-formed (a bit of a weight, rope_theta, a piece
-of the vocabulary, the text of the chat template) makes another model that nobody can tell from the
-right one. Those inputs are counted apart, as "another model"; all other damage must be noticed
+of the vocabulary, the text of the chat template) cannot be told from a model that was published
+like that. Those inputs are counted apart, as "undetectable"; all other damage must be noticed
 there, too. A model that refuses every conversation, with the reason, counts as refused.
 
 Prints the counts by input and by kind of damage; ends with 1 where there was a breach, whose folder
@@ -469,7 +469,7 @@ def damage_one(subject: Subject, kind: str, work: Path, rng: random.Random) -> t
 
 
 def outcome(subject: Subject, path: Path, file: Path, kind: str) -> str:
-    """right, refused, warned or another model. Raises `Breach`."""
+    """right, refused, warned or undetectable. Raises `Breach`."""
     from rmega.preferences.tokenizer import NotEncoded
 
     try:
@@ -492,7 +492,7 @@ def outcome(subject: Subject, path: Path, file: Path, kind: str) -> str:
     if set(result.warnings) - set(subject.healthy.warnings):
         return "warned"
     if not subject.has_checksums and (kind in ANOTHER_MODEL or file.suffix in WITHOUT_FORM):
-        return "another model"
+        return "undetectable"
     raise Breach(f"another result without a warning: {result.warnings}")
 
 
@@ -533,7 +533,7 @@ def fuzz(count: int, seed: int, folder: Path) -> Counter[tuple[str, str, str]]:
 
 
 BREACH = "breach"
-OUTCOMES = ("right", "refused", "warned", "another model")
+OUTCOMES = ("right", "refused", "warned", "undetectable")
 
 
 def table(counts: Counter[tuple[str, str, str]], by: int) -> list[str]:

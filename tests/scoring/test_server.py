@@ -254,7 +254,13 @@ def test_the_openapi_page(client):
             422,
             "query[1]: Input should be a valid string, not int",
         ),
+        ("/get_reward", {"query": [1]}, 422, "query[0]: Input should be a valid string, not int"),
+        ("/get_reward", {"query": [[1]]}, 422, "query[0]: Input should be a valid string, not lis"),
+        ("/get_reward", {"query": [None]}, 422, "query[0]: Input should be a valid string, not nu"),
+        ("/get_reward", {"query": ""}, 422, "query: String should have at least 1 ch"),
         ("/get_reward", {"query": ["a", ""]}, 422, "query[1]: String should have at least 1 ch"),
+        ("/get_reward", {"query": ["a"], "max_length": 3}, 422, "max_length: is not supported"),
+        ("/get_reward", {"query": ["a"], "normalise": True}, 422, "normalise: is not supported"),
         ("/get_reward", {"query": ["a", "b"], "prompts": ["a"]}, 422, "prompts: 1 for 2"),
         ("/get_reward", {"query": ["a", "b" * 101]}, 422, "query[1]: 101 tokens, at most 100"),
         ("/get_reward", {"query": ["b" * 26_000]}, 422, "query[0]: 26,000 characters"),
@@ -270,6 +276,27 @@ def test_the_openapi_page(client):
         ("/score", {"messages": [{"role": "x", "content": "y"}]}, 422, "'x'"),
         ("/score", {"conversations": [chat("q", "a"), "text"]}, 422, "conversation 2"),
         ("/score", {"conversations": 3}, 422, "conversations is int, not a list of messages"),
+        *(
+            ("/score", {"messages": chat("q", "a"), name: value}, 422, f"{name}: is not supported")
+            for name, value in (
+                ("normalize", True),
+                ("chat_template", "x"),
+                ("truncate_prompt_tokens", 3),
+                ("use_activation", True),
+            )
+        ),
+        ("/score", {"conversations": [chat("q", "a")], "normalise": 1}, 422, "normalise: is not"),
+        ("/score", {"conversations": [], "tokens": 3}, 422, "tokens: is not supported"),
+        ("/score", {"conversations": [chat("q", "a")], "tools": 1}, 422, "tools, not a list"),
+        ("/score", {"messages": chat("q", "a"), "tools": "x"}, 422, "tools, not a list of tools"),
+        ("/score", {"messages": chat("q", "a"), "system": 5}, 422, "system is int, not text"),
+        ("/score", {"messages": [{"role": 1, "content": "q"}]}, 422, "1[0]: role is int, not text"),
+        (
+            "/score",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]},
+            422,
+            "conversation 1[0]: text of a part is int",
+        ),
         ("/score", {"messages": chat("q", "a" * 101)}, 422, "conversation 1: 101 tokens"),
         ("/score", {"messages": chat("q", "a" * 5000)}, 413, "larger than 4,000 bytes"),
         ("/classify", {}, 422, "give one of input and messages"),
@@ -277,7 +304,10 @@ def test_the_openapi_page(client):
         ("/classify", {"input": ["a", 3]}, 422, "input[1]: Input should be a valid string"),
         ("/classify", {"input": [[1], [2, "a"]]}, 422, "input[1][1]: Input should be a valid int"),
         ("/classify", {"input": [[1, -2]]}, 422, "input[0][1]: Input should be greater than or"),
-        ("/classify", {"input": [[1], []]}, 422, "input[1]"),
+        ("/classify", {"input": [[1], []]}, 422, "input[1]: List should have at least 1 item"),
+        ("/classify", {"input": [1, "a"]}, 422, "input[1]: Input should be a valid int"),
+        ("/classify", {"input": [-1]}, 422, "input[0]: Input should be greater than or"),
+        ("/classify", {"input": "a", "max_length": 5}, 422, "max_length: is not supported"),
         ("/classify", {"input": [[1] * 101]}, 422, "input[0]: 101 tokens, at most 100"),
         ("/classify", {"input": "a", "use_activation": True}, 422, "use_activation"),
         ("/classify", {"input": "a", "truncate_prompt_tokens": 5}, 422, "truncate_prompt_tokens"),
@@ -300,6 +330,29 @@ def test_bad_requests(client, path, body, status, says):
         3.0
     ]  # and the server continues
     assert one.service.in_flight == one.service.bodies.buffered == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/get_reward", {"query": ["abc"], "prompts": ["q"], "labels": [None]}),
+        ("/score", {"conversations": [chat("q", "abc")], "id": 7}),
+        ("/score", {"messages": chat("q", "abc"), "source": "a column", "normalize": False}),
+        ("/classify", {"input": "abc", "add_special_tokens": False}),
+        ("/pooling", {"messages": chat("q", "abc")}),
+        ("/v1/embeddings", {"input": ["abc"]}),
+    ],
+)
+def test_fields_that_change_no_reward_are_accepted(client, path, body):
+    """As OpenAI-compatible servers accept them; null stands for an absent field."""
+    more = {"model": "m", "user": "u", "request_id": "r", "priority": 0, "metadata": {"a": "b"}}
+    one = client()
+    status, answer, _ = one.ask(path, {**body, **more, "truncate_prompt_tokens": None})
+    assert status == 200 and answer == {**one.ask(path, body)[1], **_of_one_answer(answer)}
+
+
+def _of_one_answer(answer):
+    return {name: answer[name] for name in ("id", "created") if name in answer}
 
 
 def test_a_body_of_errors_costs_no_more_than_one():
