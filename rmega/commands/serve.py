@@ -109,9 +109,10 @@ def main(args: ServeArgs) -> None:
         LimitedConnection,
         allowed_connections,
     )
+    from rmega.scoring.limits import Limits
     from rmega.scoring.queue import ScoringQueue
     from rmega.scoring.server import listen, make_app, run
-    from rmega.scoring.service import Limits, RewardService
+    from rmega.scoring.service import RewardService
 
     pool = ConnectionPool(allowed_connections(args.max_connections), args.header_seconds)
     sockets = [listen(args.host, args.port)]  # before the model is read

@@ -21,7 +21,7 @@ RANK, ALPHA = 4, 6.0
 def gradients(rank: int, world_size: int, folder: str) -> tuple:
     """Of a step from an adapter folder: rewards, gradients in peft's names, loss."""
     from rmega.config import LoraArgs, LossArgs
-    from rmega.models.lora import adapter_table
+    from rmega.models.lora_weights import adapter_table
     from rmega.training import components, train
     from rmega.training.parity import Layout, build, gather_global, layout_config
 
