@@ -124,11 +124,11 @@ def validate(parsed: Parsed, *, keep_ties: bool = False) -> Comparison:
     if len(kept) < 2 or len(responses) == 2:
         if len(responses) < 2:
             raise Rejected("too_few_responses", f"{len(responses)} response")
-        for i in unrated[:1]:
-            reason = "missing_field" if scores[i] is None else "wrong_type"
-            raise Rejected(reason, f"the score of response {i + 1}")
-        for i in empty[:1]:
-            raise Rejected("empty_response", f"response {i + 1}")
+        if unrated:
+            reason = "missing_field" if scores[unrated[0]] is None else "wrong_type"
+            raise Rejected(reason, f"the score of response {unrated[0] + 1}")
+        if empty:
+            raise Rejected("empty_response", f"response {empty[0] + 1}")
     notes += [UNRATED] * len(unrated) + [NO_TEXT] * len(empty)
     for i in kept:
         _check_turns(responses[i], i + 1)
