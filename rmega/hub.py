@@ -1,5 +1,5 @@
-"""A folder, a Hugging Face hub name or ``modelscope:NAME`` -> a local folder; what its model
-records of its tokens.
+"""A folder, a Hugging Face hub name or ``modelscope:NAME`` -> a local folder; the tokens that
+its model records.
 
 Code that comes with a folder is never run, and nothing asks on the terminal.
 """
@@ -81,7 +81,7 @@ def resolve_model(name: str, *, flag: str = "--hf-model", weights: bool = True) 
 
 
 def resolve_start(name: str, *, flag: str = "--hf-model") -> tuple[Path, Path | None]:
-    """(folder of a model, None), or (folder of its base model, folder) of an adapter of peft.
+    """(folder of a model, None), or (folder of its base model, folder) of a peft adapter.
 
     A base model that its adapter names by a relative path is looked for beside the adapter, too.
     """
@@ -250,14 +250,14 @@ def recorded_reward_token(folder: Path) -> str | None:
 
 
 def recorded_pad_token(folder: Path) -> int | None:
-    """The pad token in the config.json beside a tokenizer; None where it does not say."""
+    """The pad token in the config.json beside a tokenizer; None where it has none."""
     token = _json_of(folder / "config.json").get("pad_token_id")
     return token if isinstance(token, int) and token >= 0 else None
 
 
 def recorded_vocab_size(folder: Path) -> int | None:
-    """Rows of the embedding, as the config.json beside a tokenizer has it; None where it does not
-    say."""
+    """Rows of the embedding, as the config.json beside a tokenizer has it; None where it has
+    none."""
     size = _json_of(folder / "config.json").get("vocab_size")
     return size if isinstance(size, int) and size > 0 else None
 

@@ -100,7 +100,7 @@ def main(args: EvaluateArgs) -> None:
         from rmega.report.figures import require_matplotlib
 
         require_matplotlib("--report")  # before an hour of scoring, not after it
-    speaks = os.environ.get("RANK", "0") == "0"  # under torchrun every rank scores, one speaks
+    speaks = os.environ.get("RANK", "0") == "0"  # under torchrun every rank scores, one prints
     say: Callable[[str], None] = print if speaks else lambda line: None
     sources = resolve(args.data, split=args.split, flag="--data")
     refuse_repeated("--data", [source.name for source in sources])

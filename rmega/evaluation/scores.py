@@ -257,5 +257,5 @@ def match_scores(rows: Sequence[ScoreRow], ids: Sequence[str | None], data: str)
         )
     for row, id_ in zip(rows, ids, strict=True):
         if row.id is not None and id_ is not None and row.id != id_:
-            raise ValueError(f"--scores {row.where}: id {row.id!r} stands where {data} has {id_!r}")
+            raise ValueError(f"--scores {row.where}: id {row.id!r} where {data} has {id_!r}")
     return list(rows)

@@ -25,7 +25,7 @@ _BESIDE_VOCABULARY = (
 )
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _ABOUT_MODELS = re.compile("model of type|rope_scaling|rope_parameters")
-"""What transformers warns of on the way to a tokenizer that concerns only the model's weights."""
+"""Warnings of transformers while it loads a tokenizer that concern only the model's weights."""
 
 
 def load_tokenizer(
@@ -34,7 +34,7 @@ def load_tokenizer(
     """The transformers tokenizer of a folder or hub name (as `resolve_model`).
 
     ``messages`` is extended by a line for each thing that transformers warns of. Raises ValueError
-    that names ``flag`` and says what to do.
+    that names ``flag`` and the remedy.
     """
     # one process per core is the parallelism
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -79,7 +79,7 @@ def load_tokenizer(
 
 
 def _need_to_read_sentencepiece(what: str) -> None:
-    """transformers speaks of tiktoken where one of the two libraries is missing."""
+    """ValueError if a library is missing, for which transformers would blame tiktoken."""
     for module, package in (("google.protobuf", "protobuf"), ("sentencepiece", "sentencepiece")):
         try:
             found = importlib.util.find_spec(module)
@@ -94,7 +94,7 @@ def _need_to_read_sentencepiece(what: str) -> None:
 
 @contextlib.contextmanager
 def _transformers_warnings() -> Iterator[list[str]]:
-    """Collects what transformers would log inside, a line each, but for what concerns weights."""
+    """Collects what transformers would log inside, one line each, except what concerns weights."""
     from transformers.utils.logging import get_logger
 
     lines: list[str] = []

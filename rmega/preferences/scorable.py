@@ -1,7 +1,7 @@
 """Rows to score: conversations, a prompt with responses, or any preference schema.
 
-Unlike training, scoring asks nothing of the responses: ties, equal responses and empty ones have
-rewards too.
+Unlike training, scoring accepts any responses: ties, equal responses and empty ones have rewards
+too.
 """
 
 from __future__ import annotations
@@ -196,8 +196,8 @@ def read_rows(
 
 
 def _with_position(plan: Plan) -> Iterator[tuple[int, dict[str, Any] | Rejected, float]]:
-    """(line, row, bytes of the file up to its end) of every row; the last is estimated within a
-    chunk. Rows are not grouped: each response is scored by itself."""
+    """(line, row, position of its end in the file in bytes, interpolated within a chunk) of every
+    row. Rows are not grouped: each response is scored by itself."""
     start = 0
     for chunk in sources.read_chunks(plan.source, 0) if plan.stream is None else plan.stream:
         end = min(chunk.position, plan.source.num_bytes)
