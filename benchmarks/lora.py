@@ -60,8 +60,8 @@ def measure(args: Args) -> dict[str, float]:
     from rmega.config import DataArgs, LoraArgs, ModelArgs, TrainArgs, TrainingConfig
     from rmega.data.indexed import StoredComparison
     from rmega.data.packing import pack
-    from rmega.models import lora
     from rmega.models.hf import load_hf, read_geometry
+    from rmega.models.lora_weights import initialize
     from rmega.training import components, train
 
     device = distributed.initialize()
@@ -81,7 +81,7 @@ def measure(args: Args) -> dict[str, float]:
     else:
         load_hf(model, args.hf_model, geometry)
     if config.lora.lora_rank:
-        lora.initialize(model, geometry, config.lora)
+        initialize(model, geometry, config.lora)
     wrapped = components.wrap_model([model], config)
     optimizer, _ = components.build_optimizer(wrapped, config, 10**6)
     rng = np.random.default_rng(0)

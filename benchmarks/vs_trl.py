@@ -213,8 +213,8 @@ def run_rmega(args: Args) -> list[float]:
     from rmega.data.balance import CostModel, balanced_bins
     from rmega.data.indexed import StoredComparison
     from rmega.data.packing import pack
-    from rmega.models import lora
     from rmega.models.hf import load_hf, read_geometry
+    from rmega.models.lora_weights import initialize
     from rmega.training import components, train
 
     device = distributed.initialize()
@@ -232,7 +232,7 @@ def run_rmega(args: Args) -> list[float]:
     chunks = components.build_model(config, geometry, dtype=dtype, device=device)
     load_hf(chunks[0], args.hf_model, geometry)
     if args.lora_rank:
-        lora.initialize(chunks[0], geometry, config.lora)
+        initialize(chunks[0], geometry, config.lora)
     wrapped = components.wrap_model(chunks, config)
     optimizer, _ = components.build_optimizer(wrapped, config, 10**6)
     stored = [

@@ -80,7 +80,7 @@ void sum_plain(const T* const* sources, int64_t count, int64_t offset, T* out, i
   }
 }
 
-// Source rows between two neighbouring starts or ends of runs are held by the same segments: there
+// Source rows between two neighboring starts or ends of runs are held by the same segments: there
 // the sum of rows is one sum over contiguous memory. sum(sources, count, offset, out, n) adds in
 // the order of sources, that of segments.
 template <typename T, typename F>

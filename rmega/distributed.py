@@ -11,12 +11,17 @@ import socket
 import struct
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from rmega.config import ParallelArgs
 from rmega.megatron import versions
+
+T = TypeVar("T")
 
 _timeout = datetime.timedelta(minutes=10)  # of every group; ``initialize`` sets it
 
@@ -48,7 +53,7 @@ def prepare_cuda(tp: int, *, deterministic: bool = False) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over each new tensor
     if tp > 1:
         # Collectives of tensor parallelism are to start before the matmul that runs beside them
-        # (megatron-core's linear_with_grad_accumulation_and_async_allreduce).
+        # (Megatron-Core's linear_with_grad_accumulation_and_async_allreduce).
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         # Every pack has another number of tokens: segments of fixed size would be cut to pieces.
@@ -98,21 +103,16 @@ def quiet_engine() -> None:
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
 
 
-def initialize(
-    *,
-    tp: int = 1,
-    pp: int = 1,
-    vpp: int | None = None,
-    seed: int = 42,
-    timeout_minutes: float = 10.0,
-) -> torch.device:
-    """Join the process group and build megatron-core's groups; data parallel takes the ranks that
-    tp x pp leave.
+def initialize(parallel: ParallelArgs | None = None, *, seed: int = 42) -> torch.device:
+    """Join the process group and build Megatron-Core's groups; data parallel takes the ranks that
+    tp x pp leave (``parallel`` None: all).
 
     Uses torchrun's environment, or makes a group of one process without it. gloo on a CPU (through
     ``rmega.megatron.cpu``), NCCL on CUDA. Raises ValueError when tp x pp does not divide the number
     of processes.
     """
+    p = parallel or ParallelArgs()
+    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
     if world_size() % (tp * pp):
         raise ValueError(
             f"--tp {tp} x --pp {pp} = {tp * pp} does not divide the {world_size()} processes that"
@@ -140,7 +140,7 @@ def initialize(
         ):
             os.environ["GLOO_SOCKET_IFNAME"] = name
             log(f"network: gloo goes over {name} (GLOO_SOCKET_IFNAME names another)")
-        timeout = _timeout = datetime.timedelta(minutes=timeout_minutes)
+        timeout = _timeout = datetime.timedelta(minutes=p.distributed_timeout_minutes)
         backend = "nccl" if where.type == "cuda" else "gloo"
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
@@ -152,20 +152,16 @@ def initialize(
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
-            virtual_pipeline_model_parallel_size=vpp,
+            virtual_pipeline_model_parallel_size=p.virtual_pipeline_model_parallel_size,
             create_gloo_process_groups=where.type == "cuda",
-            distributed_timeout_minutes=timeout_minutes,
+            distributed_timeout_minutes=p.distributed_timeout_minutes,
         )
-        _print_notes()
+        if rank() == 0:
+            for note in versions.notes():
+                print(note, file=sys.stderr)  # stdout may be a program's results
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     return where
-
-
-def _print_notes() -> None:
-    if rank() == 0:
-        for note in versions.notes():
-            print(note, file=sys.stderr)  # stdout may be a program's results
 
 
 def interface_towards(host: str) -> str | None:
@@ -211,6 +207,36 @@ def is_reporting_rank() -> bool:
         parallel_state.is_pipeline_last_stage()
         and parallel_state.get_tensor_model_parallel_rank() == 0
     )
+
+
+def from_rank_0(compute: Callable[[], T]) -> T:
+    """``compute()`` as rank 0 gets it (it may see files that others do not), on every rank. Just
+    ``compute()`` without a process group."""
+    if not dist.is_initialized():
+        return compute()
+    box: list[Any] = [compute() if rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: T) -> list[T]:
+    """The ``value`` of every rank, in order, on every rank; [value] without a process group."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def own_share() -> tuple[int, int]:
+    """(i, n): this rank's share of work that the n ranks of the process group divide; (0, 1)
+    without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def first_problem(problem: str | None) -> str | None:
+    """The ``problem`` of the first rank that has one, on every rank."""
+    return next(filter(None, gather(problem)), None)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

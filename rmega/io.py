@@ -70,6 +70,14 @@ def publish(partial: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def free_name(path: Path) -> Path:
+    """``path``, or ``path-2``, ``path-3``, ...: the first name that is not taken."""
+    free, number = path, 2
+    while os.path.lexists(free):
+        free, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return free
+
+
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that no half of it is ever found under its own name: it is
     ``NAME.removing`` first."""

@@ -198,9 +198,10 @@ def ask(model: Scorer, path: str, body: dict) -> dict:
     """The server's answer, without a network."""
     pytest.importorskip("fastapi", reason="the extra serve is not installed")
     pytest.importorskip("prometheus_client", reason="the extra serve is not installed")
+    from rmega.scoring.limits import Limits
     from rmega.scoring.queue import ScoringQueue
     from rmega.scoring.server import make_app
-    from rmega.scoring.service import Limits, RewardService
+    from rmega.scoring.service import RewardService
 
     queue = ScoringQueue([model].pop, max_tokens=8192, wait=0.0)
     service = RewardService(queue, Limits(), model="m")

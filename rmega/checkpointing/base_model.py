@@ -6,9 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from rmega.distributed import rank, world_size
+from rmega import distributed
 from rmega.hub import resolve_model
 from rmega.io import fingerprint
 from rmega.models.hf import HfFolder
@@ -17,13 +15,9 @@ from rmega.models.hf import HfFolder
 def record(folder: Path) -> dict[str, Any]:
     """The field ``base`` of rmega.json: the folder, and [bytes, crc32] of each of its weight files.
     The ranks of a process group, all of which call it, share the reading."""
-    files = sorted(set(HfFolder(folder).files.values()))
-    together = dist.is_initialized()
-    first, count = (rank(), world_size()) if together else (0, 1)
-    parts: list[Any] = [{name: list(fingerprint(folder / name)) for name in files[first::count]}]
-    if together:
-        own, parts = parts[0], [None] * count
-        dist.all_gather_object(parts, own)
+    files, (first, count) = sorted(set(HfFolder(folder).files.values())), distributed.own_share()
+    own = {name: fingerprint(folder / name) for name in files[first::count]}
+    parts = distributed.gather(own)
     return {
         "folder": str(folder.resolve()),
         "files": {name: value for part in parts for name, value in sorted(part.items())},

@@ -34,7 +34,7 @@ from rmega.checkpointing import optimizer_state, run_folder
 from rmega.checkpointing.find import damage
 from rmega.checkpointing.metadata import EXTRA_STATE, read_metadata
 from rmega.checkpointing.snapshot import Gatherer, Snapshot
-from rmega.distributed import rank
+from rmega.distributed import from_rank_0, own_share, rank
 from rmega.io import fingerprint, one_line, sync_tree
 from rmega.megatron import param_gather
 
@@ -131,8 +131,9 @@ class Saver:
 
     def _verify(self, iterations: list[int]) -> dict[int, str | None]:
         """Iteration -> what is wrong with this rank's share of its files; run by the thread."""
-        share = (rank(), dist.get_world_size())
-        return {i: damage(run_folder.iteration_dir(self.run, i), share=share) for i in iterations}
+        return {
+            i: damage(run_folder.iteration_dir(self.run, i), share=own_share()) for i in iterations
+        }
 
     def start(
         self,
@@ -150,20 +151,19 @@ class Saver:
         self.wait()
         final = run_folder.iteration_dir(self.run, state.iteration)
         partial_folder = final.with_name(final.name + ".partial")
-        prepared: list[Any] = [None, []]
-        if rank() == 0:
+
+        def prepare() -> list[int] | str:
             try:
                 shutil.rmtree(partial_folder, ignore_errors=True)
                 partial_folder.mkdir(parents=True)
-                prepared[1] = run_folder.to_verify(
+                return run_folder.to_verify(
                     self.run, self.keep_last, best=best, damaged=self._damaged
                 )
             except OSError as error:
-                prepared[0] = str(error)
-        dist.broadcast_object_list(prepared, src=0)
-        failure, to_verify = prepared
-        if failure:
-            raise OSError(f"{final}: checkpoint not written: {failure}")
+                return str(error)
+
+        if isinstance(to_verify := from_rank_0(prepare), str):
+            raise OSError(f"{final}: checkpoint not written: {to_verify}")
         self._snapshot = self._take(partial_folder, state, to_verify, wrapped, optimizer, scheduler)
         self._finish_with = (
             dataclasses.asdict(state),
@@ -202,8 +202,9 @@ class Saver:
         ranks: list[Any] | None = [None] * dist.get_world_size() if rank() == 0 else None
         dist.gather_object(own, ranks, dst=0)
         self.warnings = []
-        failure: list[str | None] = [None]
-        if rank() == 0:
+
+        def publish() -> str | None:
+            """Run by rank 0; why the checkpoint is not written."""
             try:
                 for number, (error, *_) in enumerate(ranks):
                     if error:
@@ -217,13 +218,13 @@ class Saver:
                 if not final.exists():
                     run_folder.withdraw(self.run)
                 shutil.rmtree(partial_folder, ignore_errors=True)
-                failure = [one_line(error)]
-            else:
-                self._prune(state["iteration"], [found for *_, found in ranks], best)
-        dist.broadcast_object_list(failure, src=0)
-        if failure[0]:
+                return one_line(error)
+            self._prune(state["iteration"], [found for *_, found in ranks], best)
+            return None
+
+        if failure := from_rank_0(publish):
             raise OSError(
-                f"{final}: checkpoint not written; earlier ones are untouched ({failure[0]})"
+                f"{final}: checkpoint not written; earlier ones are untouched ({failure})"
             )
         return final
 
@@ -250,8 +251,8 @@ class Saver:
         """Remove what ``keep_last`` allows; a failure to do so is a warning, for the checkpoint is
         written."""
         verified = {iteration, *(found[0] or ())}
-        for share in found:
-            for i, problem in (share or {}).items():
+        for problems in found:
+            for i, problem in (problems or {}).items():
                 if problem:
                     self._damaged.setdefault(i, problem)
                     self.warnings.append(f"warning: damaged checkpoint: {problem}")

@@ -6,11 +6,7 @@ several GB/s, so every reader checks it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any
-
-import torch.distributed as dist
 
 from rmega.checkpointing.run_folder import (
     ABANDONED,
@@ -24,7 +20,7 @@ from rmega.checkpointing.run_folder import (
     read_info,
     tracked_iteration,
 )
-from rmega.distributed import log, rank
+from rmega.distributed import first_problem, from_rank_0, log, own_share
 from rmega.hub import export_damage
 from rmega.io import fingerprint
 
@@ -64,34 +60,15 @@ def damage(folder: Path | str, *, share: tuple[int, int] = (0, 1)) -> str | None
 
 def _damage_together(folder: Path) -> str | None:
     """``damage`` with the files divided among the ranks; every rank gets the first answer."""
-    return _first_answer(lambda share: damage(folder, share=share))
-
-
-def _first_answer(check: Callable[[tuple[int, int]], str | None]) -> str | None:
-    """The first problem that a check finds whose work the ranks share, on every rank; ``check``
-    gets the share (i, n)."""
-    if not dist.is_initialized():
-        return check((0, 1))
-    answers: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, check((rank(), dist.get_world_size())))
-    return next((answer for answer in answers if answer), None)
+    return first_problem(damage(folder, share=own_share()))
 
 
 def check_exports(flag: str, *folders: Path | None) -> None:
     """ValueError where a model folder is an export that has changed since it was written. The ranks
     of a process group, all of which call it, share the reading."""
     for folder in filter(None, folders):
-        if problem := _first_answer(lambda share, f=folder: export_damage(f, share=share)):
+        if problem := first_problem(export_damage(folder, share=own_share())):
             raise ValueError(f"{flag} {problem}")
-
-
-def _on_rank_0(compute) -> Any:
-    """``compute()`` as rank 0 sees the file system, on every rank of a process group."""
-    if not dist.is_initialized():
-        return compute()
-    box = [compute() if rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def find(load_dir: Path | str, flag: str = "--load", purpose: str = "resuming from") -> Path | None:
@@ -105,7 +82,7 @@ def find(load_dir: Path | str, flag: str = "--load", purpose: str = "resuming fr
     folder belongs to another program, and where a damaged checkpoint was itself named.
     """
     path = Path(load_dir)
-    if _on_rank_0(lambda: _is_checkpoint(path)):
+    if from_rank_0(lambda: _is_checkpoint(path)):
         if (problem := _damage_together(path)) is None:
             return path
         other = _newest_healthy(path.parent, but=iteration_of(path))
@@ -117,7 +94,7 @@ def find(load_dir: Path | str, flag: str = "--load", purpose: str = "resuming fr
                 else "there is no other healthy one"
             )
         )
-    tracked, folders, finished = _on_rank_0(
+    tracked, folders, finished = from_rank_0(
         lambda: (tracked_iteration(path), list_folders(path), list_iterations(path))
     )
     if folders and not finished:
@@ -158,7 +135,7 @@ def _split(
     """(iterations to try, newest first; names of the newer ones that the run has left). Reports a
     tracker that names a folder which is gone."""
     if tracked is None:
-        if folders and _on_rank_0((path / TRACKER).is_file):
+        if folders and from_rank_0((path / TRACKER).is_file):
             log(f"warning: {path / TRACKER} cannot be read: the newest checkpoint is taken")
         return folders[::-1], []
     candidates = [i for i in reversed(folders) if i <= tracked]
@@ -179,7 +156,7 @@ def _split(
 
 
 def _newest_healthy(run: Path, but: int | None) -> Path | None:
-    for iteration in reversed(_on_rank_0(lambda: list_iterations(run))):
+    for iteration in reversed(from_rank_0(lambda: list_iterations(run))):
         if iteration != but and _damage_together(iteration_dir(run, iteration)) is None:
             return iteration_dir(run, iteration)
     return None

@@ -21,9 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from rmega.distributed import log, rank
+from rmega.distributed import from_rank_0, log
 
 NAME = "run.lock"
 BEAT = 10.0
@@ -42,16 +40,17 @@ def hold(run: Path | str | None, patience: float = PATIENCE) -> Iterator[None]:
         yield
         return
     lock = RunLock(run, patience)
-    outcome: list[Any] = [False]
-    while outcome[0] is False:  # a second at a time, so that no rank waits long in a collective
-        if rank() == 0:
-            try:
-                outcome = [lock.acquire(1.0)]
-            except (OSError, ValueError) as error:
-                outcome = [str(error)]
-        dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not True:
-        raise ValueError(outcome[0])
+
+    def acquire() -> bool | str:
+        try:
+            return lock.acquire(1.0)
+        except (OSError, ValueError) as error:
+            return str(error)
+
+    while (outcome := from_rank_0(acquire)) is False:
+        pass  # a second at a time, so that no rank waits long in a collective
+    if outcome is not True:
+        raise ValueError(outcome)
     try:
         yield
     finally:

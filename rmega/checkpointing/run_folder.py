@@ -24,10 +24,16 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from rmega.distributed import rank, spans_machines, world_size
-from rmega.io import json_checksum, one_line, publish, remove_folder, sync_folder, write_durably
+from rmega.distributed import from_rank_0, gather, rank, spans_machines
+from rmega.io import (
+    free_name,
+    json_checksum,
+    one_line,
+    publish,
+    remove_folder,
+    sync_folder,
+    write_durably,
+)
 
 FORMAT_VERSION = 1
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -156,11 +162,11 @@ def set_aside_newer(run: Path | str, iteration: int) -> str | None:
     withdraw(run)
     metrics = run / "metrics.jsonl"
     if metrics.is_file():
-        shutil.copyfile(metrics, _free_name(run / f"metrics.jsonl{ABANDONED}"))
+        shutil.copyfile(metrics, free_name(run / f"metrics.jsonl{ABANDONED}"))
     names = []
     for i in reversed(newer):
         folder = iteration_dir(run, i)
-        aside = _free_name(folder.with_name(folder.name + ABANDONED))
+        aside = free_name(folder.with_name(folder.name + ABANDONED))
         os.replace(folder, aside)
         names.insert(0, aside.name)
     sync_folder(run)
@@ -168,14 +174,6 @@ def set_aside_newer(run: Path | str, iteration: int) -> str | None:
         f"set aside in {run}: {', '.join(names)} (newer than iteration {iteration}, from which this"
         " run continues; remove them when they are no longer needed)"
     )
-
-
-def _free_name(path: Path) -> Path:
-    numbers = iter(range(2, 1 << 20))
-    free = path
-    while free.exists():
-        free = path.with_name(f"{path.name}-{next(numbers)}")
-    return free
 
 
 def clean(run: Path | str) -> None:
@@ -233,22 +231,20 @@ def check_shared(run: Path | str, patience: float = 30.0) -> None:
     makes. Waits up to ``patience`` seconds for a network file system to show it."""
     if not spans_machines():
         return
-    mark: list[str | None] = [None]
+    mark = Path(run, from_rank_0(lambda: f".seen-by-all-{uuid.uuid4().hex}"))
     if rank() == 0:
-        mark[0] = f".seen-by-all-{uuid.uuid4().hex}"
-        Path(run).mkdir(parents=True, exist_ok=True)
-        Path(run, mark[0]).touch()
-    dist.broadcast_object_list(mark, src=0)
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
     end = time.monotonic() + patience
-    while (
-        not (seen := mark[0] in (os.listdir(run) if os.path.isdir(run) else ()))
-        and time.monotonic() < end
-    ):
+
+    def is_seen() -> bool:  # by the listing: some network file systems cache that a file is absent
+        return mark.parent.is_dir() and mark.name in os.listdir(mark.parent)
+
+    while not (seen := is_seen()) and time.monotonic() < end:
         time.sleep(0.2)
-    without: list[str | None] = [None] * world_size()
-    dist.all_gather_object(without, None if seen else f"rank {rank()} on {socket.gethostname()}")
+    without = gather(None if seen else f"rank {rank()} on {socket.gethostname()}")
     if rank() == 0:
-        Path(run, mark[0]).unlink()
+        mark.unlink()
     if any(without):
         raise ValueError(
             f"--save {run}: {', '.join(filter(None, without))} cannot see there what rank 0 on"

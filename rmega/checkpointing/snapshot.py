@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.filesystem import (
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
-from rmega.distributed import new_gloo_group
+from rmega.distributed import gather, new_gloo_group
 from rmega.io import fingerprint
 
 KEYS = ("param", "exp_avg", "exp_avg_sq")
@@ -86,11 +86,9 @@ class Gatherer:
         own_groups = {
             tuple(dist.get_process_group_ranks(part.data_parallel_group)) for part in self.parts
         }
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, sorted(own_groups))
         self.groups = {
             ranks: new_gloo_group(list(ranks))
-            for ranks in sorted({r for groups in gathered for r in groups})
+            for ranks in sorted(set().union(*gather(own_groups)))
             if len(ranks) > 1
         }
         # Buffers are kept from one checkpoint to the next. Shapes: n elements of a parameter, s of

@@ -11,7 +11,7 @@ def main(argv: list[str] | None = None, *, prog: str | None = None) -> int:
     config = parse_args(TrainingConfig, argv, prog=prog)
 
     if config.parallel.dry_run:
-        from rmega.training.plan import dry_run
+        from rmega.training.dry_run import dry_run
 
         return dry_run(config)
 

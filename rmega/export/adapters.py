@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,12 @@ from typing import Any
 import torch
 
 from rmega.config import LoraArgs
-from rmega.export.write_weights import CheckpointTensors, SafetensorsWriter
+from rmega.export.write_weights import CheckpointTensors, SafetensorsWriter, write_tensors
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
 from rmega.models.hf import REWARD_HEAD, HfFolder, fill, source_names
-from rmega.models.lora import adapter_table, delta
+from rmega.models.lora import delta
+from rmega.models.lora_weights import adapter_table
 from rmega.models.peft_folder import PREFIX, PeftFolder, write_adapter_config
 from rmega.models.weights import WeightRule, hf_shapes, whole
 
@@ -56,8 +56,8 @@ class MergedTensors:
         target = kind.partition(".")[0]
         own = f"{place}.lora_{target}."
         if kind.endswith(".weight") and own + "a" in self._own:
-            names = [name for name in self._own if name.startswith(own + "b")]
-            a, *parts = (tensor(self.adapters, self._own[name]) for name in (own + "a", *names))
+            names = [name for name in self._own if name.startswith(own)]  # a, b0, b1, ...
+            a, *parts = (tensor(self.adapters, self._own[name]) for name in names)
             groups = self.geometry.num_query_groups if target == "qkv" else 1
             values += delta(a, parts, groups=groups, scale=self.args.scale)
         yield 0, values
@@ -99,16 +99,15 @@ def write_peft(
 ) -> SafetensorsWriter:
     """``adapter_config.json`` and ``adapter_model.safetensors`` (fp32) of a checkpoint."""
     args = check_peft(info, geometry)
-    source, table = CheckpointTensors(folder), peft_table(geometry, args)
-    shapes = {PREFIX + name: shape for name, shape in hf_shapes(table).items()}
-    writer = SafetensorsWriter(partial, shapes, "float32", 2**62, stem="adapter_model")
-    with contextlib.closing(writer):
-        for rule in table:
-            values = tensor(source, rule)
-            for offset, part in rule.overlaps(0, len(values)):
-                rows = values[offset : offset + part.stop - part.start]
-                writer.write(PREFIX + part.name, part.start, rows)
-    writer.check_complete()
+    writer = write_tensors(
+        CheckpointTensors(folder),
+        peft_table(geometry, args),
+        partial,
+        dtype="float32",
+        max_shard_bytes=2**62,
+        prefix=PREFIX,
+        stem="adapter_model",
+    )
     write_adapter_config(partial, args, geometry, base_name(info))
     return writer
 

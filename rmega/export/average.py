@@ -16,7 +16,7 @@ from rmega.checkpointing.run_folder import read_info
 from rmega.config import LoraArgs
 from rmega.export.adapters import HfTensors, MergedTensors
 from rmega.export.destination import is_marked, read_recipe
-from rmega.export.write_weights import CheckpointTensors
+from rmega.export.write_weights import CheckpointTensors, GlobalTensors
 from rmega.hub import RECIPE, export_damage
 from rmega.models.geometry import Geometry
 from rmega.models.hf import read_geometry
@@ -50,7 +50,7 @@ class Part:
             return None
         return base_model.find(self.info, self.folder, self.flag)
 
-    def tensors(self) -> CheckpointTensors | HfTensors | MergedTensors:
+    def tensors(self) -> GlobalTensors:
         """Its weights; adapters are merged into their base model."""
         geometry = Geometry.from_dict(self.info["geometry"])
         if self.is_export:
@@ -157,8 +157,6 @@ class MeanTensors:
         yield 0, total.div_(len(self._sources))
 
 
-def weights_of(
-    parts: Sequence[Part],
-) -> CheckpointTensors | HfTensors | MergedTensors | MeanTensors:
+def weights_of(parts: Sequence[Part]) -> GlobalTensors:
     """The weights of one checkpoint, or the mean of several parts."""
     return MeanTensors(parts) if len(parts) > 1 else parts[0].tensors()

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rmega.checkpointing.find import damage
 from rmega.config import TrainArgs
+from rmega.distributed import log
 from rmega.export import destination
 from rmega.export import push as hub
-from rmega.export.adapters import base_name, check_peft, tensor, write_peft
-from rmega.export.average import Part, read_part, read_parts, weights_of
+from rmega.export.adapters import check_peft
+from rmega.export.average import Part, read_part, read_parts
 from rmega.export.destination import RECIPE, UNVERIFIED, mark_unverified
-from rmega.export.folder import check_pad, make_recipe, write_config, write_recipe
+from rmega.export.folder import write_recipe
 from rmega.export.model_card import kept_comparisons, write_card
-from rmega.export.tokenizer import write_tokenizer
 from rmega.export.usage import client_duties, usage
-from rmega.export.write_weights import DTYPES, CheckpointTensors, export_weights, parse_size
+from rmega.export.write_folder import write_folder
+from rmega.export.write_weights import DTYPES, parse_size
 from rmega.io import fingerprint, one_line
-from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
-from rmega.models.hf import TIE_THRESHOLD
-from rmega.models.weights import WeightRule
+from rmega.models.hf import read_geometry
 
 ADAPTER = "adapter"
 """The --format of a folder of peft."""
@@ -35,10 +30,6 @@ NO_VERIFY = (
     "Its rewards have not been compared with those of the training (--no-verify);"
     " tools/convert_to_hf.py --verify-only does that."
 )
-
-
-def say(text: str = "") -> None:
-    print(text, flush=True)
 
 
 def planned_steps(info: dict[str, Any]) -> int | None:
@@ -74,8 +65,8 @@ def convert(
 
     The folder appears complete or not at all, with a file UNVERIFIED if its rewards have not been
     confirmed. An older export is replaced only with ``force``, and removed only after the new one
-    has been verified. Raises ValueError or OSError, with nothing written, on anything that stands
-    in the way.
+    has been verified. Raises ValueError or OSError, with nothing written, on anything that
+    prevents it.
     """
     shard_bytes = parse_size(max_shard_size)
     if hub_name is not None:
@@ -111,7 +102,7 @@ def convert(
         geometry = dataclasses.replace(geometry, family=family)
     dtype = info.get("dtype", "float32") if dtype == "auto" else dtype
     with destination.being_written(target) as partial:
-        recipe = _write(parts, partial, geometry, dtype, shard_bytes, output, as_adapter)
+        recipe = write_folder(parts, partial, geometry, dtype, shard_bytes, as_adapter, output)
         passed = verify and _verify(parts, partial, geometry, recipe)
         mark_unverified(partial, recipe["verification"]["reason"] if verify else NO_VERIFY)
         write_card(partial, output.resolve().name, recipe, parts[0].files, hub_name)
@@ -124,18 +115,11 @@ def convert(
     if verify and not passed:
         _report_failure(shown, recipe["verification"]["reason"])
         if shown != output:
-            say(f"The older export stays: {output}")
+            log(f"The older export stays: {output}")
         return 1
-    say("verified" if passed else f"not verified (--no-verify): {shown / UNVERIFIED}")
-    _show_usage(recipe, str(output))
-    _push(output, recipe, hub_name)
+    log("verified" if passed else f"not verified (--no-verify): {shown / UNVERIFIED}")
+    _hand_over(output, recipe, hub_name)
     return 0
-
-
-def _push(output: Path, recipe: dict[str, Any], hub_name: str | None) -> None:
-    if hub_name is not None:
-        message = f"rmega: step {recipe['iteration']}, {recipe['dtype']}"
-        say(f"\nuploaded: {hub.push(output, hub_name, message)}")
 
 
 def verify_only(
@@ -177,7 +161,7 @@ def verify_only(
         reason = f"Changed since the export: {', '.join(others)}."
         recipe["verification"]["reason"] = f"{recipe['verification']['reason']} {reason}".strip()
     if "README.md" in changed:
-        say(f"{output / 'README.md'} has been edited: it keeps its text")
+        log(f"{output / 'README.md'} has been edited: it keeps its text")
     else:
         write_card(output, output.resolve().name, recipe, part.files, hub_name)
         recipe["files"]["README.md"] = fingerprint(output / "README.md")
@@ -187,14 +171,13 @@ def verify_only(
         _report_failure(output, recipe["verification"]["reason"])
         return 1
     (output / UNVERIFIED).unlink()
-    say("verified")
-    _show_usage(recipe, str(output))
-    _push(output, recipe, hub_name)
+    log("verified")
+    _hand_over(output, recipe, hub_name)
     return 0
 
 
 def _check_checkpoint(part: Part) -> None:
-    """ValueError for a damaged checkpoint; says where the run has not come to its end."""
+    """ValueError for a damaged checkpoint; a note where the run is not complete."""
     if part.is_export:  # read_parts has checked it
         return
     folder, info = part.folder, part.info
@@ -203,7 +186,7 @@ def _check_checkpoint(part: Part) -> None:
             f"{folder}: damaged ({problem}); another checkpoint of the run can be named"
         )
     if (planned := planned_steps(info)) and info["iteration"] < planned:
-        say(
+        log(
             f"note: {folder} is step {info['iteration']:,} of the {planned:,} that the run is"
             " planned for"
         )
@@ -211,8 +194,6 @@ def _check_checkpoint(part: Part) -> None:
 
 def _read_export(output: Path, trained: Geometry, recipe: dict[str, Any]) -> Geometry:
     """The geometry of a folder that was written before."""
-    from rmega.models.hf import read_geometry
-
     if recipe.get("adapter_of"):
         return trained
     geometry, config = read_geometry(output)
@@ -224,95 +205,6 @@ def _read_export(output: Path, trained: Geometry, recipe: dict[str, Any]) -> Geo
     if geometry != expected:
         raise ValueError(f"{output}/config.json: describes another model than the checkpoint")
     return geometry
-
-
-def _write(
-    parts: Sequence[Part],
-    partial: Path,
-    geometry: Geometry,
-    dtype: str,
-    shard_bytes: int,
-    output: Path,
-    as_adapter: bool,
-) -> dict[str, Any]:
-    """Write all files but card and recipe; returns the recipe as far as it is known."""
-    started, folders = time.perf_counter(), [part.folder for part in parts]
-    folder, info, files = parts[0].folder, parts[0].info, parts[0].files
-    render_only = not BACKBONES[geometry.family].code
-    example = write_tokenizer(files, partial, info, render_only=render_only)
-    if example is None:
-        say(
-            f"{files} holds no tokenizer: put the one of the training into the output folder"
-            " yourself"
-        )
-    elif example["template_ends_with_pad_token"]:
-        say(
-            f"the chat template ends with the pad token {example['pad_token']} (id"
-            f" {info['pad_token_id']}): rewards are read before it, as in the model that the"
-            " training began with"
-        )
-    elif example["pad_token_id"] != info["pad_token_id"]:
-        say(
-            f"pad token: {example['pad_token']} (id {example['pad_token_id']}), because id"
-            f" {info['pad_token_id']} occurs in texts, where transformers 4 would read the"
-            " reward before it"
-        )
-        info = {**info, "pad_token_id": example["pad_token_id"]}
-    elif info["pad_token_id"] in example["token_ids"] and not BACKBONES[geometry.family].code:
-        say(
-            f"warning: pad token {example['pad_token']} (id {info['pad_token_id']}) occurs in"
-            " texts and the tokenizer has no free one: transformers 4 would read rewards too"
-            " early (5 does not; nor does --format internlm2)"
-        )
-    check_pad(info)
-    if as_adapter:
-        writer = write_peft(folder, info, geometry, partial)
-    else:
-        write_config(partial, geometry, info, dtype)
-        writer = export_weights(
-            weights_of(parts), geometry, partial, dtype=dtype, max_shard_bytes=shard_bytes
-        )
-    for file in sorted(files.glob("LICENSE*")):
-        shutil.copyfile(file, partial / file.name)
-    recipe = make_recipe(info=info, geometry=geometry, dtype=dtype, checkpoint=folder.resolve())
-    if as_adapter:
-        recipe["adapter_of"] = base_name(info)
-    if (threshold := _tie_threshold(parts)) is not None:
-        recipe["tie_threshold"] = threshold
-    if len(parts) > 1:  # nothing that was measured of the first is true of the mean
-        recipe |= {
-            "average_of": [f"{f.resolve().parent.name}/{f.resolve().name}" for f in folders],
-            "evaluation": [],
-            "held_out_rewards": None,
-            "comparisons_seen": None,
-        }
-    if example:
-        recipe |= {
-            key: example[key]
-            for key in (
-                "reward_token",
-                "pad_token",
-                "template_writes_reward_token",
-                "template_ends_with_pad_token",
-            )
-        }
-        recipe["example"] = {key: example[key] for key in ("messages", "text", "token_ids")}
-    say(
-        f"wrote {output}: {'adapter of ' * as_adapter}{recipe['architecture']}, {dtype},"
-        f" {writer.total_size / 1e9:.2f} GB in"
-        f" {len(writer.files)} file{'s' if len(writer.files) > 1 else ''},"
-        f" {time.perf_counter() - started:.1f} s, from {', '.join(map(str, folders))}"
-    )
-    return recipe
-
-
-def _tie_threshold(parts: Sequence[Part]) -> float | None:
-    """eta of a run with ``--loss rao_kupper``, None for others and for means. Rewards do not depend
-    on it; the probability of a tie does."""
-    if len(parts) > 1 or TIE_THRESHOLD not in (source := CheckpointTensors(parts[0].folder)):
-        return None
-    value = tensor(source, WeightRule(TIE_THRESHOLD, (1,), ()))
-    return torch.nn.functional.softplus(value).item()
 
 
 def _verify(
@@ -330,25 +222,25 @@ def _verify(
         pad_token_id=recipe["pad_token_id"],
         as_adapter=bool(recipe.get("adapter_of")),
         example=example["token_ids"] if example else None,
-        say=say,
+        say=log,
     )
     if example:
         example["reward"] = result.example_reward
     recipe["verification"] = dataclasses.asdict(result)
-    say(f"verification: {result.weights}")
+    log(f"verification: {result.weights}")
     kept = kept_comparisons(result.comparisons, result.held_out, result.random)
-    say(
+    log(
         f"verification: {result.responses} responses of {kept}: largest difference"
         f" {result.largest_difference:.3g} on rewards up to {result.largest_reward:.3g} ="
         f" {result.relative_difference:.2g} relative, tolerance {result.tolerance:.0e}"
     )
     if result.training_difference is not None:
-        say(
+        log(
             "verification: rewards that the training computed:"
             f" {result.training_difference:.2g} relative"
         )
     if result.rounding_effect:
-        say(
+        log(
             f"verification: rounding the weights to {recipe['dtype']} moves a reward by"
             f" {result.rounding_effect:.3g} at most"
         )
@@ -356,15 +248,19 @@ def _verify(
 
 
 def _report_failure(folder: Path, reason: str) -> None:
-    say(f"NOT VERIFIED: {reason} The folder is marked: {folder / UNVERIFIED}")
+    log(f"NOT VERIFIED: {reason} The folder is marked: {folder / UNVERIFIED}")
 
 
-def _show_usage(recipe: dict[str, Any], folder: str) -> None:
-    for title, command, code in usage(recipe, folder):
-        say(f"\n---- score with {title}")
+def _hand_over(output: Path, recipe: dict[str, Any], hub_name: str | None) -> None:
+    """Print how to score with a finished export, and upload it where a name is given."""
+    for title, command, code in usage(recipe, str(output)):
+        log(f"\n---- score with {title}")
         if command:
-            say(f"{command}\n")
-        say(code)
-    say("\nWhat a client must do:")
+            log(f"{command}\n")
+        log(code)
+    log("\nWhat a client must do:")
     for number, duty in enumerate(client_duties(recipe), 1):
-        say(f"{number}. {duty}")
+        log(f"{number}. {duty}")
+    if hub_name is not None:
+        message = f"rmega: step {recipe['iteration']}, {recipe['dtype']}"
+        log(f"\nuploaded: {hub.push(output, hub_name, message)}")

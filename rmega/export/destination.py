@@ -20,7 +20,7 @@ from typing import Any
 from rmega import hub
 from rmega.checkpointing import run_folder
 from rmega.hub import RECIPE
-from rmega.io import fingerprint, sync_folder, sync_tree
+from rmega.io import fingerprint, free_name, sync_folder, sync_tree
 
 UNVERIFIED = "UNVERIFIED"
 MARK = "Written by rmega and not verified."  # first line of UNVERIFIED
@@ -242,10 +242,10 @@ def publish(partial: Path, folder: Path) -> Path:
         sync_folder(folder.parent)
         return folder
     if is_marked(partial) and not is_marked(folder):
-        beside = _free(folder.with_name(folder.name + ".unverified"))
+        beside = free_name(folder.with_name(folder.name + ".unverified"))
         os.replace(partial, beside)
         return beside
-    aside = _free(folder.with_name(folder.name + ".old"))
+    aside = free_name(folder.with_name(folder.name + ".old"))
     os.replace(folder, aside)
     try:
         os.replace(partial, folder)
@@ -256,10 +256,3 @@ def publish(partial: Path, folder: Path) -> Path:
     if not_ours(aside) is None:  # files may have been added while the new one was written
         shutil.rmtree(aside, ignore_errors=True)
     return folder
-
-
-def _free(path: Path) -> Path:
-    free, number = path, 2
-    while os.path.lexists(free):
-        free, number = path.with_name(f"{path.name}-{number}"), number + 1
-    return free

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from rmega.config import MIN_COMPARISONS
-from rmega.export.adapters import HfTensors, MergedTensors, compare_peft, load_with_peft
+from rmega.export.adapters import compare_peft, load_with_peft
 from rmega.export.average import MeanTensors, Part, weights_of
-from rmega.export.write_weights import DTYPES, CheckpointTensors
+from rmega.export.write_weights import DTYPES, GlobalTensors, hf_rows
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
 from rmega.models.hf import HfFolder, source_names
@@ -68,10 +68,7 @@ class Verification:
 
 
 def compare_weights(
-    source: CheckpointTensors | HfTensors | MergedTensors | MeanTensors,
-    folder: Path,
-    geometry: Geometry,
-    dtype: str,
+    source: GlobalTensors, folder: Path, geometry: Geometry, dtype: str
 ) -> tuple[str, bool]:
     """Read the written files again, one tensor at a time: (a sentence, whether every value is that
     of ``source``)."""
@@ -79,20 +76,16 @@ def compare_weights(
     kind = DTYPES[dtype][0]
     bits = {2: torch.int16, 4: torch.int32}[kind.itemsize]
     table, compared = BACKBONES[geometry.family].weight_table(geometry), 0
-    with HfFolder(folder) as written:
-        names = source_names(written.files, geometry, folder)
-        for rule in table:
-            for first, rows in source.rows(rule):
-                for offset, part in rule.overlaps(first, first + len(rows)):
-                    theirs = written.read(names[part.name], part.start, part.stop)
-                    ours = rows[offset : offset + part.stop - part.start].to(kind)
-                    if theirs.dtype != kind or not torch.equal(
-                        ours.view(bits), theirs.contiguous().view(bits)
-                    ):
-                        file = written.files[names[part.name]]
-                        return f"{part.name} in {file} is not the {owner}'s.", False
-                    compared += ours.numel()
-                    del theirs, ours
+    written = HfFolder(folder)
+    names = source_names(written.files, geometry, folder)
+    for part, rows in hf_rows(source, table):
+        theirs = written.read(names[part.name], part.start, part.stop)
+        ours = rows.to(kind)
+        if theirs.dtype != kind or not torch.equal(ours.view(bits), theirs.contiguous().view(bits)):
+            file = written.files[names[part.name]]
+            return f"{part.name} in {file} is not the {owner}'s.", False
+        compared += ours.numel()
+        del rows, theirs, ours  # before the next are read
     return f"All {compared:,} written values are the {owner}'s, rounded to {dtype}.", True
 
 

@@ -6,13 +6,14 @@ read, so each piece of a checkpoint goes straight to where it belongs, whatever 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from tqdm import tqdm
@@ -20,11 +21,7 @@ from tqdm import tqdm
 from rmega.io import one_line
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
-from rmega.models.weights import WeightRule, hf_shapes
-
-if TYPE_CHECKING:
-    from rmega.export.adapters import HfTensors, MergedTensors
-    from rmega.export.average import MeanTensors
+from rmega.models.weights import Part, WeightRule, hf_shapes
 
 DTYPES = {
     "float32": (torch.float32, "F32"),
@@ -37,16 +34,21 @@ CAST_BYTES = 32 * 2**20  # rows are cast to the output's dtype in blocks of at m
 def parse_size(text: str, *, flag: str = "--max-shard-size") -> int:
     """``5GB`` (10^9), ``500MB``, ``2GiB`` or a plain number of bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    size = (
-        int(
-            float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
-        )
-        if match
-        else 0
-    )
+    size = 0
+    if match:
+        base, exponent = 1024 if match[3] else 1000, " KMGT".index(match[2].upper() or " ")
+        size = int(float(match[1]) * base**exponent)
     if size <= 0:
         raise ValueError(f"{flag} {text}: a size such as 5GB or 500MB was expected")
     return size
+
+
+class GlobalTensors(Protocol):
+    """The global tensors of a model."""
+
+    def rows(self, rule: WeightRule) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, rows [n, ...] with all their columns) of the tensor of ``rule``, until it is
+        whole."""
 
 
 class CheckpointTensors:
@@ -145,8 +147,8 @@ class CheckpointTensors:
         ).view(shell.shape)
 
     def rows(self, rule: WeightRule) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, rows [n, ...] with all their columns) of the tensor of ``rule``, without the
-        engine's padding.
+        """(first row, rows [n, ...] with all their columns) of the tensor of ``rule``, without
+        Megatron-Core's padding.
 
         Raises ValueError if the tensor is absent, too small, or if its padding is not zero.
         """
@@ -205,11 +207,11 @@ class SafetensorsWriter:
         stem: str = "model",
     ) -> None:
         self.folder, self.dtype = folder, DTYPES[dtype][0]
-        self._place: dict[str, tuple[int, int]] = {}  # name -> (file, byte offset)
-        self._row_bytes: dict[str, int] = {}
+        self._place: dict[str, tuple[int, int]] = {}  # name -> (file's descriptor, byte offset)
         self._missing = {name: shape[0] for name, shape in shapes.items()}
         item = self.dtype.itemsize
         size = {name: torch.Size(shape).numel() * item for name, shape in shapes.items()}
+        self._row_bytes = {name: size[name] // shape[0] for name, shape in shapes.items()}
         shards: list[list[str]] = [[]]
         filled = 0
         for name in shapes:
@@ -224,10 +226,9 @@ class SafetensorsWriter:
             for i in range(count)
         ]
         self._handles: list[int] = []
+        weight_map = {}
         for file, names in zip(self.files, shards, strict=True):
-            header: dict[str, Any] = {
-                "__metadata__": {"format": "pt"}
-            }  # transformers 4 asks for it
+            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # for transformers 4
             at = 0
             for name in names:
                 header[name] = {
@@ -243,78 +244,85 @@ class SafetensorsWriter:
             os.posix_fallocate(handle, 0, 8 + len(text) + at)
             os.pwrite(handle, len(text).to_bytes(8, "little") + text, 0)
             for name in names:
-                self._place[name] = (
-                    len(self._handles) - 1,
-                    8 + len(text) + header[name]["data_offsets"][0],
-                )
-                self._row_bytes[name] = size[name] // shapes[name][0]
+                self._place[name] = (handle, 8 + len(text) + header[name]["data_offsets"][0])
+                weight_map[name] = file
         self.total_size = sum(size.values())
         if count > 1:
-            weight_map = {name: self.files[self._place[name][0]] for name in shapes}
-            (folder / f"{stem}.safetensors.index.json").write_text(
-                json.dumps(
-                    {"metadata": {"total_size": self.total_size}, "weight_map": weight_map},
-                    indent=1,
-                )
-            )
+            index = {"metadata": {"total_size": self.total_size}, "weight_map": weight_map}
+            (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
     def write(self, name: str, row: int, rows: torch.Tensor) -> None:
         """Put ``rows`` at ``row`` of a tensor, cast to the dtype of the files."""
-        file, start = self._place[name]
+        handle, start = self._place[name]
         step = max(1, CAST_BYTES // max(1, self._row_bytes[name]))
         for i in range(0, len(rows), step):
             block = rows[i : i + step]
             cast = block.to(self.dtype).contiguous()
-            if (
-                self.dtype == torch.float16
-                and bool(cast.isinf().any())
-                and bool(block.isfinite().all())
-            ):
+            if self.dtype == torch.float16 and cast.isinf().any() and block.isfinite().all():
                 raise ValueError(
                     f"--dtype float16: {name} has values beyond its range; use bfloat16"
                 )
             data = memoryview(cast.view(-1).view(torch.uint8).numpy())
             at = start + (row + i) * self._row_bytes[name]
             while data:
-                written = os.pwrite(self._handles[file], data, at)
+                written = os.pwrite(handle, data, at)
                 data, at = data[written:], at + written
         self._missing[name] -= len(rows)
 
     def close(self) -> None:
-        """Close the files; every row of every tensor must have been written."""
+        """Close the files."""
         for handle in self._handles:
             os.close(handle)
         self._handles = []
 
     def check_complete(self) -> None:
+        """Every row of every tensor must have been written, once."""
         short = {name: rows for name, rows in self._missing.items() if rows}
         assert not short, f"rows missing or written twice: {short}"
 
 
-def export_weights(
-    source: CheckpointTensors | HfTensors | MergedTensors | MeanTensors,
-    geometry: Geometry,
+def hf_rows(
+    source: GlobalTensors, table: Iterable[WeightRule]
+) -> Iterator[tuple[Part, torch.Tensor]]:
+    """(part, its rows) of all Hugging Face tensors of the table, in pieces as ``source`` has them.
+    Whoever lets go of the rows before asking for the next holds one stored piece at a time."""
+    for rule in table:
+        for first, rows in source.rows(rule):
+            for offset, part in rule.overlaps(first, first + len(rows)):
+                yield part, rows[offset : offset + part.stop - part.start]
+            del rows
+
+
+def write_tensors(
+    source: GlobalTensors,
+    table: Sequence[WeightRule],
     folder: Path,
     *,
     dtype: str,
     max_shard_bytes: int,
+    prefix: str = "",
+    stem: str = "model",
 ) -> SafetensorsWriter:
-    """Write all weights of a checkpoint into ``folder`` under the names of ``geometry.family``.
+    """Write all tensors of a table into ``folder``, with ``prefix`` before their Hugging Face
+    names.
 
     Holds at most one stored piece, the tensor that it belongs to where columns were cut over ranks,
     and a block of ``CAST_BYTES``.
     """
-    table = BACKBONES[geometry.family].weight_table(geometry)
-    writer = SafetensorsWriter(folder, hf_shapes(table), dtype, max_shard_bytes)
-    try:
-        for rule in tqdm(table, desc="writing", unit="tensor", leave=False, disable=None):
-            for first, rows in source.rows(rule):
-                for offset, part in rule.overlaps(first, first + len(rows)):
-                    writer.write(
-                        part.name, part.start, rows[offset : offset + part.stop - part.start]
-                    )
-                del rows
-    finally:
-        writer.close()
+    shapes = {prefix + name: shape for name, shape in hf_shapes(table).items()}
+    writer = SafetensorsWriter(folder, shapes, dtype, max_shard_bytes, stem)
+    shown = tqdm(table, desc="writing", unit="tensor", leave=False, disable=None)
+    with contextlib.closing(writer):
+        for part, rows in hf_rows(source, shown):
+            writer.write(prefix + part.name, part.start, rows)
+            del rows
     writer.check_complete()
     return writer
+
+
+def export_weights(
+    source: GlobalTensors, geometry: Geometry, folder: Path, *, dtype: str, max_shard_bytes: int
+) -> SafetensorsWriter:
+    """``write_tensors`` of all weights of a model, under the names of ``geometry.family``."""
+    table = BACKBONES[geometry.family].weight_table(geometry)
+    return write_tensors(source, table, folder, dtype=dtype, max_shard_bytes=max_shard_bytes)

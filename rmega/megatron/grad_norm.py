@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 
 ROW = 4096
-"""Values whose squares are added up in one go on a CPU."""
+"""Values whose squares are summed at once on a CPU."""
 
 
 def grad_norm(optimizer) -> torch.Tensor:
     """Euclidean norm of the gradients that the steps of ``optimizer`` (a ``ChainedOptimizer``) use,
-    over all ranks: [] fp64 on the device, which nobody waits for. Called by every rank.
-    Megatron-Core says which tensors count: shards of this rank, copies of tensor parallelism
+    over all ranks: [] fp64 on the device, without waiting for it. Called by every rank.
+    Megatron-Core decides which tensors count: shards of this rank, copies of tensor parallelism
     once."""
     grads = [grad for part in optimizer.chained_optimizers for grad in _grads(part)]
     if grads:

@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -66,24 +65,11 @@ class HfFolder:
         self._open: tuple[str, Any, frozenset[str]] | None = None
         self._bytes_read = 0
 
-    def __enter__(self) -> HfFolder:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._open = None
-
     def _index(self) -> dict[str, str]:
         """Tensor name -> file name."""
         for stem, suffix in zip(self.stems, ("safetensors", "bin"), strict=True):
-            single, index = (
-                self.folder / f"{stem}.{suffix}",
-                self.folder / f"{stem}.{suffix}.index.json",
-            )
+            single = self.folder / f"{stem}.{suffix}"
+            index = self.folder / f"{stem}.{suffix}.index.json"
             if index.is_file():
                 refuse_pointer(index)
                 files = read_json(index).get("weight_map")
@@ -98,15 +84,11 @@ class HfFolder:
                     raise ValueError(f"{index}: names {missing[0]}, which is not in the folder")
                 return files
             if single.is_file():
-                return {name: single.name for name in self._names(single)}
+                return dict.fromkeys(self._load(single).keys(), single.name)
         raise ValueError(
             f"{self.folder}: no weights ({self.stems[0]}.safetensors, {self.stems[1]}.bin, or one"
             " of their indices)"
         )
-
-    def _names(self, path: Path) -> list[str]:
-        handle = self._load(path)
-        return list(handle.keys())
 
     def _load(self, path: Path) -> Any:
         refuse_pointer(path)
@@ -213,12 +195,12 @@ def rule_name(parameter: str, layer_numbers: dict[int, int]) -> str:
     """The global rmega tensor of a parameter of one stage; ``layer_numbers``: place in the stage ->
     global index.
 
-    Wrappers put ``module.`` in front; Transformer Engine keeps a norm's weight inside the linear
-    layer after it.
+    Transformer Engine keeps a norm's weight inside the linear layer after it.
     """
-    name = re.sub(r"^(module\.)+", "", parameter)
     name = re.sub(
-        r"^decoder\.layers\.(\d+)\.", lambda m: f"decoder.layers.{layer_numbers[int(m[1])]}.", name
+        r"^decoder\.layers\.(\d+)\.",
+        lambda m: f"decoder.layers.{layer_numbers[int(m[1])]}.",
+        parameter,
     )
     return name.replace(
         "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"
@@ -267,30 +249,28 @@ def load_hf(
     table = BACKBONES[geometry.family].weight_table(geometry)
     head = BACKBONES[geometry.family].names.head
     rules, shapes = {rule.name: rule for rule in table}, hf_shapes(table)
-    with HfFolder(folder) as source:
-        names = source_names(source.files, geometry, source.folder)
-        for name, parameter in global_parameters(model):
-            if ".lora_" in name or name == TIE_THRESHOLD:
-                continue  # rmega.models.lora.initialize; no folder has a threshold
-            rule = rules.get(name)
-            assert rule is not None, f"no weight rule for parameter {name}"
-            if rule.name == REWARD_HEAD and head not in names:
-                init_head(parameter, head_init, head_std, head_seed)
-                continue
-            fill(parameter, rule, source, names, shapes, tp_rank, tp_size)
-        if head in names:
-            return f"head from {source.files[names[head]]}"
+    source = HfFolder(folder)
+    names = source_names(source.files, geometry, source.folder)
+    for name, parameter in global_parameters(model):
+        if ".lora_" in name or name == TIE_THRESHOLD:
+            continue  # rmega.models.lora_weights.initialize; no folder has a threshold
+        if name == REWARD_HEAD and head not in names:
+            init_head(parameter, head_init, head_std, head_seed)
+        else:
+            fill(parameter, rules[name], source, names, shapes, tp_rank, tp_size)
+    if head in names:
+        return f"head from {source.files[names[head]]}"
     return f"new head ({head_init})"
 
 
 def init_head(weight: torch.Tensor, init: str, std: float | None, seed: int) -> None:
     """A new reward head [1, h]: ``zero``, or ``normal`` with ``std`` (default 1 / sqrt(h + 1)) from
     ``seed``."""
-    if init not in ("zero", "normal"):
-        raise ValueError(f"--head-init {init}: zero or normal was expected")
     if init == "zero":
         weight.zero_()
         return
+    if init != "normal":
+        raise ValueError(f"--head-init {init}: zero or normal was expected")
     generator = torch.Generator().manual_seed(seed)
     std = (weight.shape[-1] + 1) ** -0.5 if std is None else std
     weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float32) * std)

@@ -30,7 +30,7 @@ UNCHANGED = (None, False, "none", {}, [], "")
 
 class PeftFolder:
     """An adapter as peft saves it, for a backbone of ``geometry``. Tensors have the names of
-    ``rmega.models.lora.adapter_table``. Raises ValueError, naming the file, on what rmega's
+    ``rmega.models.lora_weights.adapter_table``. Raises ValueError, naming the file, on what rmega's
     adapters are not."""
 
     def __init__(self, folder: Path | str, geometry: Geometry) -> None:

@@ -19,9 +19,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from rmega.config import ParallelArgs
 from rmega.data.packing import PackedBatch
 from rmega.models.geometry import Geometry
-from rmega.models.layers import PackedRewardParams, block_spec, link_norms, pool_rows
+from rmega.models.layer_specs import block_spec
+from rmega.models.layers import PackedRewardParams, link_norms
+from rmega.models.pooled_layer import pool_rows
 from rmega.models.rotary import inverse_frequencies, rotary_tables
 
 
@@ -30,9 +33,10 @@ def padded_groups(geometry: Geometry, tp: int) -> int:
     return -(-geometry.num_query_groups // tp) * tp
 
 
-def check_divides(geometry: Geometry, *, tp: int, pad_attention_heads: bool = False) -> None:
+def _check_divides(geometry: Geometry, parallel: ParallelArgs) -> None:
     """Raise ValueError, naming the flag, where tensor parallelism does not divide the backbone."""
-    if geometry.num_query_groups % tp and not pad_attention_heads:
+    tp = parallel.tensor_model_parallel_size
+    if geometry.num_query_groups % tp and not parallel.pad_attention_heads:
         added = padded_groups(geometry, tp) - geometry.num_query_groups
         raise ValueError(
             f"--tp {tp} does not divide the model's {geometry.num_query_groups} key/value heads "
@@ -51,16 +55,9 @@ def check_divides(geometry: Geometry, *, tp: int, pad_attention_heads: bool = Fa
 
 def transformer_config(
     geometry: Geometry,
+    parallel: ParallelArgs | None = None,
     *,
-    tp: int = 1,
-    pp: int = 1,
-    vpp: int | None = None,
-    sp: bool = False,
     dtype: torch.dtype = torch.float32,
-    pad_attention_heads: bool = False,
-    recompute: str = "none",
-    first_stage_layers: int | None = None,
-    last_stage_layers: int | None = None,
     deterministic: bool = False,
     on_cpu: bool = True,
     fp8_format: str = "none",
@@ -68,9 +65,12 @@ def transformer_config(
     prune_last_layer: bool = True,
     same_length: bool = False,
 ) -> TransformerConfig:
-    """Megatron-Core's configuration of a backbone in a layout. Raises ValueError where they do not
-    fit. ``same_length``: the packs of a step are as long as each other."""
-    check_divides(geometry, tp=tp, pad_attention_heads=pad_attention_heads)
+    """Megatron-Core's configuration of a backbone in a layout (None: one rank). Raises ValueError
+    where they do not fit. ``same_length``: the packs of a step are as long as each other."""
+    p = parallel or ParallelArgs()
+    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    vpp = p.virtual_pipeline_model_parallel_size
+    _check_divides(geometry, p)
     groups = padded_groups(geometry, tp)
     heads = groups * (geometry.num_attention_heads // geometry.num_query_groups)
     pipeline = {}
@@ -81,10 +81,10 @@ def transformer_config(
             overlap_p2p_comm=bool(vpp),
             batch_p2p_comm=not vpp,
             pipeline_dtype=dtype,
-            num_layers_in_first_pipeline_stage=first_stage_layers,
-            num_layers_in_last_pipeline_stage=last_stage_layers,
+            num_layers_in_first_pipeline_stage=p.num_layers_in_first_pipeline_stage,
+            num_layers_in_last_pipeline_stage=p.num_layers_in_last_pipeline_stage,
         )
-        _check_stages(geometry, pp=pp, vpp=vpp, first=first_stage_layers, last=last_stage_layers)
+        _check_stages(geometry, p)
     return TransformerConfig(
         num_layers=geometry.num_layers,
         hidden_size=geometry.hidden_size,
@@ -111,16 +111,16 @@ def transformer_config(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp,
-        sequence_parallel=sp and tp > 1,
+        sequence_parallel=p.sequence_parallel and tp > 1,
         variable_seq_lengths=not same_length,
         # asked for with variable lengths, in dense models too
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,  # must be set before the data-parallel wrapper is built
         gradient_accumulation_fusion=False,
         deterministic_mode=deterministic or on_cpu,
-        recompute_granularity=None if recompute == "none" else recompute,
-        recompute_method="uniform" if recompute == "full" else None,
-        recompute_num_layers=1 if recompute == "full" else None,
+        recompute_granularity=None if p.recompute == "none" else p.recompute,
+        recompute_method="uniform" if p.recompute == "full" else None,
+        recompute_num_layers=1 if p.recompute == "full" else None,
         fp8=None if fp8_format == "none" else fp8_format,
         fp8_recipe=fp8_recipe,
         # The rows of a pruned layer are as many as there are responses: no multiple of anything.
@@ -131,9 +131,10 @@ def transformer_config(
     )
 
 
-def _check_stages(
-    geometry: Geometry, *, pp: int, vpp: int | None, first: int | None, last: int | None
-) -> None:
+def _check_stages(geometry: Geometry, parallel: ParallelArgs) -> None:
+    pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    first = parallel.num_layers_in_first_pipeline_stage
+    last = parallel.num_layers_in_last_pipeline_stage
     layers, stages = geometry.num_layers, pp
     for given in (first, last):
         if given is not None:

@@ -58,16 +58,15 @@ def attention_parts(segments: SegmentsLike) -> list[Part]:
     """Cut the attention of a pack into blocks that are full or square causal; each block is
     computed by itself.
 
-    The suffixes of a comparison read the same prefix from neighbouring query rows, so they share
+    The suffixes of a comparison read the same prefix from neighboring query rows, so they share
     one full block.
     """
     if "attention_parts" not in segments.cache:
         own: list[Part] = []
         shared: list[Part] = []
         for s in segment_list(segments):
-            seen = (
-                s.k_len - s.q_len if s.q_len > 1 else s.k_len
-            )  # own keys that every query of the segment sees
+            # own keys that every query of the segment sees
+            seen = s.k_len - s.q_len if s.q_len > 1 else s.k_len
             if seen:
                 own.append(Part(s.q_start, s.q_len, s.k_start, seen, False))
             if s.q_len > 1:

@@ -12,7 +12,7 @@ g, d head dimension.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from rmega.models.geometry import Geometry
 
@@ -142,56 +142,49 @@ def weight_table(geometry: Geometry, names: Names) -> list[WeightRule]:
     a, g, vocab = geometry.num_attention_heads, geometry.num_query_groups, geometry.vocab_size
     qkv = (a + 2 * g) * d
 
-    rules = [
-        WeightRule("embedding.word_embeddings.weight", (vocab, h), whole(names.embedding, vocab), 0)
-    ]
-    for i in range(geometry.num_layers):
-        theirs, attention = names.layer.format(i=i), f"decoder.layers.{i}.self_attention."
-        fused = [theirs + module for module in names.qkv]
-        weights, biases = (tuple(f"{m}.{kind}" for m in fused) for kind in ("weight", "bias"))
-        gate_up = (Part(theirs + names.gate, 0, f), Part(theirs + names.up, 0, f))
+    def norm(name: str, hf_name: str, width: int = h) -> WeightRule:
+        return WeightRule(name, (width,), whole(hf_name, width))
 
+    embedding = whole(names.embedding, vocab)
+    rules = [WeightRule("embedding.word_embeddings.weight", (vocab, h), embedding, 0)]
+    for i in range(geometry.num_layers):
+        layer, hf = f"decoder.layers.{i}.", names.layer.format(i=i)
+        attention, mlp = layer + "self_attention.", layer + "mlp."
+        weights, biases = (
+            grouped_qkv(tuple(f"{hf}{module}.{kind}" for module in names.qkv), geometry)
+            for kind in ("weight", "bias")
+        )
+        gate_up = (*whole(hf + names.gate, f), *whole(hf + names.up, f))
         rules += [
-            _norm(f"decoder.layers.{i}.input_layernorm.weight", theirs + names.attention_norm, h),
-            WeightRule(
-                attention + "linear_qkv.weight", (qkv, h), grouped_qkv(weights, geometry), 0
-            ),
+            norm(layer + "input_layernorm.weight", hf + names.attention_norm),
+            WeightRule(attention + "linear_qkv.weight", (qkv, h), weights, 0),
         ]
         if geometry.qkv_bias:
-            rules.append(
-                WeightRule(attention + "linear_qkv.bias", (qkv,), grouped_qkv(biases, geometry), 0)
-            )
+            rules.append(WeightRule(attention + "linear_qkv.bias", (qkv,), biases, 0))
         if geometry.qk_norm:
             rules += [
-                _norm(attention + "q_layernorm.weight", theirs + names.q_norm, d),
-                _norm(attention + "k_layernorm.weight", theirs + names.k_norm, d),
+                norm(attention + "q_layernorm.weight", hf + names.q_norm, d),
+                norm(attention + "k_layernorm.weight", hf + names.k_norm, d),
             ]
-        mlp = f"decoder.layers.{i}.mlp."
+        projection, down = whole(hf + names.projection, h), whole(hf + names.down, h)
         rules += [
-            WeightRule(
-                attention + "linear_proj.weight", (h, a * d), whole(theirs + names.projection, h), 1
-            ),
-            _norm(f"decoder.layers.{i}.pre_mlp_layernorm.weight", theirs + names.mlp_norm, h),
+            WeightRule(attention + "linear_proj.weight", (h, a * d), projection, 1),
+            norm(layer + "pre_mlp_layernorm.weight", hf + names.mlp_norm),
             WeightRule(mlp + "linear_fc1.weight", (2 * f, h), gate_up, 0, shard_blocks=2),
-            WeightRule(mlp + "linear_fc2.weight", (h, f), whole(theirs + names.down, h), 1),
+            WeightRule(mlp + "linear_fc2.weight", (h, f), down, 1),
         ]
-    return rules + [
-        _norm("decoder.final_layernorm.weight", names.final_norm, h),
+    return [
+        *rules,
+        norm("decoder.final_layernorm.weight", names.final_norm),
         WeightRule("reward_head.weight", (1, h), whole(names.head, 1)),
     ]
 
 
-def _norm(ours: str, theirs: str, width: int) -> WeightRule:
-    return WeightRule(ours, (width,), whole(theirs, width))
-
-
-def hf_shapes(table: list[WeightRule]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every Hugging Face tensor that the table speaks of, in the table's
-    order."""
-    rows: dict[str, int] = {}
-    tail: dict[str, tuple[int, ...]] = {}
+def hf_shapes(table: Iterable[WeightRule]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every Hugging Face tensor in the table, in the table's order."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for rule in table:
         for part in rule.parts:
-            rows[part.name] = max(rows.get(part.name, 0), part.stop)
-            tail[part.name] = rule.shape[1:]
-    return {name: (count, *tail[name]) for name, count in rows.items()}
+            rows = max(part.stop, *shapes.get(part.name, (0,))[:1])
+            shapes[part.name] = (rows, *rule.shape[1:])
+    return shapes

@@ -131,9 +131,8 @@ def _histogram(title: str, values: np.ndarray, unit: str, counted: str) -> str:
     low = min(low, 0.0)
     edges = np.linspace(low, high if high > low else low + 1, 41)
     mean = float(values.mean())
-    with drawing(title) as fig:
-        fig.axes.hist(np.clip(values, edges[0], edges[-1]), edges, color=BLUE)
-        fig.axes.axvline(np.clip(mean, edges[0], edges[-1]), color=GREY, linestyle="--")
-        fig.axes.set_xlabel(unit)
-        fig.axes.set_ylabel(counted)
+    with drawing(title) as (fig, ax):
+        ax.hist(np.clip(values, edges[0], edges[-1]), edges, color=BLUE)
+        ax.axvline(np.clip(mean, edges[0], edges[-1]), color=GREY, linestyle="--")
+        ax.set(xlabel=unit, ylabel=counted)
     return page.figure(fig.svg, f"Mean {mean:,.4g} (dashed), median {np.median(values):,.4g}.")

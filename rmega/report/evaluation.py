@@ -13,7 +13,7 @@ from rmega.evaluation.findings import length_flag, percent
 from rmega.evaluation.results import ScoredComparison, pairs_of
 from rmega.evaluation.table import number
 from rmega.metrics import accuracy
-from rmega.report import page, panels
+from rmega.report import page, panels, tables
 from rmega.report.figures import BLUE, GREEN, GREY, ORANGE, SMALL, WIDE, drawing, require_matplotlib
 
 MAX_TEXT = 1500
@@ -45,7 +45,7 @@ def write_evaluation_report(
                         n,
                         f"{results[n]['num_pairs']:,}",
                         percent(results[n]["accuracy"]),
-                        panels.interval(results[n]),
+                        tables.interval(results[n]),
                         length_flag(results[n]["length"]),
                         number(results[n]["calibration"]["ece"]),
                     ]
@@ -57,7 +57,7 @@ def write_evaluation_report(
         body.append(
             _section(i, name, results[name], items[name], worst[name], alone=len(names) == 1)
         )
-    body.append(panels.explanations(results[names[0]]["length_unit"]))
+    body.append(tables.explanations(results[names[0]]["length_unit"]))
     return page.write_page(folder / "report.html", f"Evaluation of {subject}", "".join(body))
 
 
@@ -86,7 +86,7 @@ def _section(
         return "".join(out)
     out.append(panels.tiles(j))
     out.append(page.figures(_figures(f"set {i} ", j, items)))
-    out.append(panels.tables(j))
+    out.append(tables.tables(j))
     out.append(f"<h3>The {len(worst)} worst mistakes</h3>\n" if worst else "<h3>No mistakes</h3>\n")
     if worst:
         out.append(
@@ -123,9 +123,7 @@ def _range(values: np.ndarray) -> tuple[float, float]:
 def _scores_figure(prefix: str, pairs: Any) -> str:
     both = np.concatenate([pairs.chosen_reward, pairs.rejected_reward])
     edges = np.linspace(*_range(both), 41)
-    with drawing(f"{prefix}Rewards") as fig:
-        ax = fig.axes
-        ax.set_title("Rewards of chosen and rejected")
+    with drawing("Rewards of chosen and rejected", prefix=prefix) as (fig, ax):
         for values, color, style, name in (
             (pairs.chosen_reward, BLUE, "-", "chosen"),
             (pairs.rejected_reward, ORANGE, "--", "rejected"),
@@ -140,8 +138,7 @@ def _scores_figure(prefix: str, pairs: Any) -> str:
                 linewidth=1.6,
                 label=f"{name}, mean {values.mean():.3g}",
             )
-        ax.set_xlabel("reward")
-        ax.set_ylabel("responses in pairs")
+        ax.set(xlabel="reward", ylabel="responses in pairs")
         fig.legend_below()
     return page.figure(
         fig.svg,
@@ -155,9 +152,7 @@ def _margins_figure(prefix: str, d: np.ndarray) -> str:
     edges = np.linspace(-limit, limit, 41)  # 0 is one of them
     inside = np.clip(d, -limit, limit)
     wrong, right = float((d < 0).mean()), float((d > 0).mean())
-    with drawing(f"{prefix}Margins") as fig:
-        ax = fig.axes
-        ax.set_title("Margin: chosen minus rejected")
+    with drawing("Margin: chosen minus rejected", prefix=prefix) as (fig, ax):
         ax.hist(
             inside[inside < 0],
             edges,
@@ -175,8 +170,7 @@ def _margins_figure(prefix: str, d: np.ndarray) -> str:
             linestyle="--",
             label=f"mean {d.mean():.3g}",
         )
-        ax.set_xlabel("margin")
-        ax.set_ylabel("pairs")
+        ax.set(xlabel="margin", ylabel="pairs")
         ax.legend()
     return page.figure(
         fig.svg,
@@ -184,19 +178,11 @@ def _margins_figure(prefix: str, d: np.ndarray) -> str:
     )
 
 
-def _length_axis(values: np.ndarray) -> bool:
-    """Logarithmic where lengths span more than a factor of 20."""
-    low, high = np.quantile(values, [0.02, 0.98])
-    return high > 20 * max(low, 1)
-
-
 def _reward_length_figure(prefix: str, pairs: Any, unit: str) -> str:
     lengths = np.concatenate([pairs.chosen_length, pairs.rejected_length])
     rewards = np.concatenate([pairs.chosen_reward, pairs.rejected_reward])
     step = max(1, math.ceil(pairs.d.size / MAX_POINTS))
-    with drawing(f"{prefix}Length") as fig:
-        ax = fig.axes
-        ax.set_title("Reward against length")
+    with drawing("Reward against length", prefix=prefix) as (fig, ax):
         for x, y, color, marker, name in (
             (pairs.chosen_length, pairs.chosen_reward, BLUE, "o", "chosen"),
             (pairs.rejected_length, pairs.rejected_reward, ORANGE, "x", "rejected"),
@@ -226,22 +212,19 @@ def _reward_length_figure(prefix: str, pairs: Any, unit: str) -> str:
             linewidth=1.6,
             label="mean of a tenth",
         )
-        if _length_axis(lengths):
+        short, long = np.quantile(lengths, [0.02, 0.98])
+        if long > 20 * max(short, 1):
             ax.set_xscale("log")
             ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-        ax.set_ylim(*_widen(_range(rewards)))
-        ax.set_xlabel(f"length of the response in {unit}")
-        ax.set_ylabel("reward")
+        low, high = _range(rewards)
+        room = 0.06 * (high - low)
+        ax.set_ylim(low - room, high + room)
+        ax.set(xlabel=f"length of the response in {unit}", ylabel="reward")
         fig.legend_below()
     shown = "" if step == 1 else f" One point in {step} is drawn."
     return page.figure(
         fig.svg, f"A rising line means that longer responses get higher rewards.{shown}"
     )
-
-
-def _widen(limits: tuple[float, float]) -> tuple[float, float]:
-    room = 0.06 * (limits[1] - limits[0])
-    return limits[0] - room, limits[1] + room
 
 
 def _length_figure(prefix: str, pairs: Any, j: dict[str, Any], *, wide: bool) -> str:
@@ -258,9 +241,8 @@ def _length_figure(prefix: str, pairs: Any, j: dict[str, Any], *, wide: bool) ->
         "over\n3",
     ]
     index = np.searchsorted(edges, ratio, side="right") - 1
-    with drawing(f"{prefix}Ratio", WIDE if wide else SMALL) as fig:
-        ax = fig.axes
-        ax.set_title("Accuracy by how long the chosen is")
+    size = WIDE if wide else SMALL
+    with drawing("Accuracy by how long the chosen is", size, prefix=prefix) as (fig, ax):
         for b in range(len(names)):
             row = accuracy(pairs.d[index == b], pairs.comparison[index == b])
             if row["num_pairs"]:
@@ -277,11 +259,9 @@ def _length_figure(prefix: str, pairs: Any, j: dict[str, Any], *, wide: bool) ->
         ax.axhline(j["accuracy"], color=BLUE, linestyle="--", linewidth=1.2)
         ax.text(len(names) - 0.4, j["accuracy"], "all", color=BLUE, va="center", fontsize=9)
         ax.set_xticks(range(len(names)), names, fontsize=8)
-        ax.set_xlim(-0.6, len(names) - 0.4)
-        ax.set_ylim(-0.04, 1.14)
         ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
-        ax.set_xlabel("length of chosen / length of rejected")
-        ax.set_ylabel("accuracy")
+        ax.set(xlim=(-0.6, len(names) - 0.4), ylim=(-0.04, 1.14))
+        ax.set(xlabel="length of chosen / length of rejected", ylabel="accuracy")
     return page.figure(
         fig.svg,
         "Flat: length plays no part. Rising to the right: longer wins, right or wrong. Grey "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import warnings
@@ -14,9 +15,8 @@ BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#aa4499", 
 SMALL, WIDE = (5.2, 3.3), (10.6, 3.3)
 
 _STYLE = {
-    "svg.fonttype": (
-        "none"
-    ),  # text stays text: small, selectable, and the browser has the glyphs of any script
+    # text stays text: small, selectable, and the browser has the glyphs of any script
+    "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.titlesize": 11,
@@ -43,12 +43,13 @@ def require_matplotlib(flag: str) -> None:
         )
 
 
+@dataclasses.dataclass
 class Drawing:
     """A figure while it is drawn; ``svg`` holds the markup once the ``with`` block of ``drawing``
     is left."""
 
-    def __init__(self, figure: Any, axes: Any) -> None:
-        self.figure, self.axes, self.svg = figure, axes, ""
+    figure: Any
+    svg: str = ""
 
     def legend_below(self) -> None:
         """The legend under the plot, where it hides no data; its marks in full color."""
@@ -58,25 +59,27 @@ class Drawing:
 
 
 @contextmanager
-def drawing(title: str, size: tuple[float, float] = SMALL, **subplots: Any) -> Iterator[Drawing]:
-    """``with drawing("Loss") as d: d.axes.plot(...)``; afterwards ``d.svg``. Size in inches."""
+def drawing(
+    title: str, size: tuple[float, float] = SMALL, *, prefix: str = "", **subplots: Any
+) -> Iterator[tuple[Drawing, Any]]:
+    """``with drawing("Loss") as (fig, ax): ax.plot(...)``; afterwards ``fig.svg``. Size in inches.
+    ``prefix`` and title together are no other figure's of the page."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib.figure import Figure
 
-    salt = re.sub(r"\W+", "-", title)
+    salt = re.sub(r"\W+", "-", prefix + title)
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(**subplots)
-        d = Drawing(figure, axes)
-        first = axes if hasattr(axes, "plot") else axes.flat[0]
-        first.set_title(title)
-        yield d
+        figure.axes[0].set_title(title)
+        fig = Drawing(figure)
+        yield fig, axes
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    d.svg = _inline(buffer.getvalue(), salt)
+    fig.svg = _inline(buffer.getvalue(), salt)
 
 
 def _inline(svg: str, salt: str) -> str:
@@ -88,9 +91,5 @@ def _inline(svg: str, salt: str) -> str:
     svg = re.sub(r'(xlink:href|href)="#([^"]+)"', rf'\1="#{salt}-\2"', svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{salt}-\1)", svg)
     # width and height come from the page; the view box keeps the shape
-    return re.sub(
-        r'(<svg[^>]*?) height="[^"]*"',
-        r"\1",
-        re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1),
-        count=1,
-    )
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    return re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rmega.evaluation.findings import percent
-from rmega.report import page, panels
+from rmega.report import page, panels, tables
 from rmega.report.figures import BLUE, GREY, ORANGE, drawing
 
 Result = dict[str, Any]
@@ -28,7 +28,7 @@ def sections(evaluations: Mapping[str, Mapping[int, Result]], order: Iterable[st
         out.append(f"<nav>{links}</nav>\n")
     out += [_section(i, name, evaluations[name]) for i, name in enumerate(names)]
     last = evaluations[names[0]]
-    return "".join([*out, panels.explanations(last[max(last)]["length_unit"])])
+    return "".join([*out, tables.explanations(last[max(last)]["length_unit"])])
 
 
 def _section(i: int, name: str, steps: Mapping[int, Result]) -> str:
@@ -45,7 +45,7 @@ def _section(i: int, name: str, steps: Mapping[int, Result]) -> str:
         page.findings(j["findings"]),
     ]
     if j["num_pairs"]:
-        out += [panels.tiles(j), page.figures(_figures(prefix, j, steps)), panels.tables(j)]
+        out += [panels.tiles(j), page.figures(_figures(prefix, j, steps)), tables.tables(j)]
     return "".join(out)
 
 
@@ -89,21 +89,12 @@ def _curves(prefix: str, steps: Mapping[int, Result]) -> list[str]:
     out = []
     gap = column("length", "gap")
     if not all(map(math.isnan, gap)):
-        with drawing(f"{prefix}Length gap") as fig:
-            ax = fig.axes
-            ax.set_title("Length gap over the steps")
-            ax.fill_between(
-                known,
-                column("length", "gap_low"),
-                column("length", "gap_high"),
-                color=BLUE,
-                alpha=0.13,
-                linewidth=0,
-            )
+        with drawing("Length gap over the steps", prefix=prefix) as (fig, ax):
+            low, high = column("length", "gap_low"), column("length", "gap_high")
+            ax.fill_between(known, low, high, color=BLUE, alpha=0.13, linewidth=0)
             ax.plot(known, gap, "o-", color=BLUE, markersize=5)
             ax.axhline(0, color=GREY, linestyle=":")
-            ax.set_xlabel("step")
-            ax.set_ylabel("difference of accuracies")
+            ax.set(xlabel="step", ylabel="difference of accuracies")
         out.append(
             page.figure(
                 fig.svg,
@@ -111,20 +102,16 @@ def _curves(prefix: str, steps: Mapping[int, Result]) -> list[str]:
                 "is the shorter one, with its 95 % interval; dotted: no length bias.",
             )
         )
-    with drawing(f"{prefix}Calibration") as fig:
-        ax = fig.axes
-        ax.set_title("Calibration error over the steps")
-        ax.plot(
-            known, column("calibration", "ece"), "o-", color=BLUE, markersize=5, label="as it is"
-        )
+    with drawing("Calibration error over the steps", prefix=prefix) as (fig, ax):
+        ece = column("calibration", "ece")
+        ax.plot(known, ece, "o-", color=BLUE, markersize=5, label="as it is")
         scaled = column("calibration", "ece_scaled")
         if not all(map(math.isnan, scaled)):
             ax.plot(
                 known, scaled, "s--", color=ORANGE, markersize=5, label="with the best temperature"
             )
         ax.set_ylim(bottom=0)
-        ax.set_xlabel("step")
-        ax.set_ylabel("ECE")
+        ax.set(xlabel="step", ylabel="ECE")
         ax.legend()
     out.append(
         page.figure(

@@ -119,8 +119,8 @@ def head(train: Sequence[dict[str, Any]], config: dict[str, Any]) -> list[str]:
 def time_taken(train: Sequence[dict[str, Any]]) -> float:
     """Seconds of the run up to its last row: as the row says, or the sum of its steps (a row has
     their mean since the row before it)."""
-    if said := train[-1].get("train_seconds"):
-        return said
+    if recorded := train[-1].get("train_seconds"):
+        return recorded
     steps = [0, *(row["step"] for row in train)]
     return sum(
         (row.get("time") or 0.0) * (end - start)

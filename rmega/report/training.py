@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from rmega.report.run_metrics import (
     running_median,
     smoothed,
 )
+from rmega.report.tables import between
 
 
 def write_run_report(run: str | Path, out: str | Path | None = None) -> Path:
@@ -80,16 +80,8 @@ def _tiles(train: list[Row], evals: list[Row]) -> str:
     rows: list[tuple[str, str, str]] = []
     latest = {row["name"]: row for row in evals}
     for name, last in list(latest.items())[:3]:
-        rows.append(
-            (
-                f"Accuracy, {name}",
-                percent(last["accuracy"]),
-                (
-                    f"95 %: {100 * last.get('accuracy_low', math.nan):.1f} to"
-                    f" {percent(last.get('accuracy_high'))}"
-                ),
-            )
-        )
+        interval = between(last.get("accuracy_low"), last.get("accuracy_high"))
+        rows.append((f"Accuracy, {name}", percent(last["accuracy"]), f"95 %: {interval}"))
     if train:
         part = max(1, len(train) // 10)
         rate, seconds = column(train, "pairs_per_second"), column(train, "time")
@@ -185,9 +177,7 @@ def _curve(
     columns = [(label, column(train, *names), color) for label, names, color in series]
     if all(np.isnan(y).all() for _, y, _ in columns):
         return ""
-    with drawing(f"run {title}") as fig:
-        ax = fig.axes
-        ax.set_title(title)
+    with drawing(title, prefix="run ") as (fig, ax):
         for (label, y, color), style in zip(columns, ("-", "--"), strict=False):
             window = 1 if raw else _window(train)
             if window > 1:
@@ -222,9 +212,7 @@ def _curve(
 
 def _eval_figure(evals: list[Row]) -> str:
     names = list(dict.fromkeys(row["name"] for row in evals))
-    with drawing("run Evaluation", WIDE) as fig:
-        ax = fig.axes
-        ax.set_title("Accuracy on held-out pairs")
+    with drawing("Accuracy on held-out pairs", WIDE, prefix="run ") as (fig, ax):
         for i, name in enumerate(names[:8]):
             rows = [row for row in evals if row["name"] == name]
             color = (BLUE, ORANGE, GREEN, PURPLE, "#56b4e9", "#8a6d00", GREY, "#1c2026")[i]
@@ -242,8 +230,7 @@ def _eval_figure(evals: list[Row]) -> str:
                 label=f"{name}: {percent(y[-1])}",
             )
         ax.axhline(0.5, color=GREY, linestyle=":")
-        ax.set_xlabel("step")
-        ax.set_ylabel("accuracy, 95 % interval")
+        ax.set(xlabel="step", ylabel="accuracy, 95 % interval")
         ax.legend(loc="best")
     more = f" The first 8 of {len(names)} sets; all are in the table." if len(names) > 8 else ""
     return page.figure(
@@ -256,44 +243,31 @@ def _eval_figure(evals: list[Row]) -> str:
 def _eval_table(evals: list[Row]) -> str:
     if not evals:
         return ""
-    keys = [
-        k
-        for k in (
-            "num_pairs",
-            "ties",
-            "num_ties",
-            "mean_margin",
-            "ece",
-            "temperature",
-            "length_gap",
-            "length_controlled_accuracy",
-            "reward_mean",
-            "reward_std",
-        )
-        if any(k in row for row in evals)
-    ]
     names = {
         "num_pairs": "pairs",
+        "ties": "ties",
         "num_ties": "ties",
         "mean_margin": "mean margin",
         "ece": "ECE",
+        "temperature": "temperature",
         "length_gap": "length gap",
         "length_controlled_accuracy": "at equal length",
         "reward_mean": "mean reward",
         "reward_std": "spread of rewards",
     }
+    keys = [k for k in names if any(k in row for row in evals)]
     rows = [
         [
             row["name"],
             f"{row['step']:,}",
             percent(row["accuracy"]),
-            f"{100 * row.get('accuracy_low', math.nan):.1f} to {percent(row.get('accuracy_high'))}",
+            between(row.get("accuracy_low"), row.get("accuracy_high")),
             *(f"{row[k]:,}" if isinstance(row.get(k), int) else number(row.get(k)) for k in keys),
         ]
         for row in evals
     ]
     return "<h2>Evaluations</h2>\n" + page.table(
-        ["set", "step", "accuracy", "95 % interval", *(names.get(k, k) for k in keys)], rows
+        ["set", "step", "accuracy", "95 % interval", *(names[k] for k in keys)], rows
     )
 
 

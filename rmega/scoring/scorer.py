@@ -27,7 +27,7 @@ from rmega.config import LoraArgs
 from rmega.data.balance import CostModel, balanced_bins
 from rmega.data.packing import pack
 from rmega.hub import RECIPE, has_tokenizer, read_recipe, recorded_reward_token, resolve_start
-from rmega.models import lora
+from rmega.models import lora, lora_weights
 from rmega.models.geometry import Geometry
 from rmega.models.hf import load_hf, read_geometry
 from rmega.models.peft_folder import PeftFolder
@@ -117,7 +117,7 @@ def load_scorer(
     load_hf(model, base, geometry)
     if adapter:
         lora.attach(model, adapter.args)
-        lora.initialize(model, geometry, adapter.args, start=adapter)
+        lora_weights.initialize(model, geometry, adapter.args, start=adapter)
         lora.merge(model)
     folder = folder if folder and has_tokenizer(folder) else base
     recipe = read_recipe(folder)

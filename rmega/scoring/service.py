@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 import rmega
@@ -39,7 +39,7 @@ from rmega.scoring.bodies import (
     conversations_of,
     parse,
 )
-from rmega.scoring.connections import MIN_VALUES, VALUES_PER_CONVERSATION, ValueCounter
+from rmega.scoring.limits import BodyReader, Limits
 from rmega.scoring.metrics import Metrics
 from rmega.scoring.queue import Abandoned, ScoringQueue
 
@@ -47,26 +47,8 @@ T = TypeVar("T")
 R = TypeVar("R", bound=ClassifyRequest)
 
 MAX_CHARS_PER_TOKEN = 256  # of any text; spares the tokenizer a body full of one word
-MAX_BODIES = 8  # bodies of the largest size that may be arriving at once
 NO_LIMIT = 2**40  # tokens
 ENCODED_AT_ONCE = 32  # conversations, so that a small request does not wait for a large one
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What the server takes."""
-
-    max_body_bytes: int = 32 * 2**20
-    max_conversations: int = 1024
-    """Per request."""
-    max_length: int | None = None
-    """Tokens of a conversation; None: as in training, else the model's positions."""
-    cut: bool = True
-    """Cut what is longer, as in training, instead of refusing it; token ids are refused."""
-    max_queue: int = 8192
-    """Conversations that are waiting or being scored."""
-    body_seconds: float = 60.0
-    """Longest time that a body may take to arrive."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +83,9 @@ class RewardService:
         self.metrics = Metrics(queue)
         self.stopping = False
         """Reported by /health; requests that were accepted before are still answered."""
-        self.in_flight = self.buffered = 0
+        self.in_flight = 0
         self.num_requests = self.num_refused = 0
+        self.bodies = BodyReader(limits, queue.seconds_to_wait)
         self._encoder = ThreadPoolExecutor(1, "tokens")
 
     # ---- endpoints
@@ -235,46 +218,11 @@ class RewardService:
         return await asyncio.get_running_loop().run_in_executor(self._encoder, function)
 
     async def _body(self, request: Request) -> bytes:
-        """The body of a request, read no further than the limits on bytes and JSON values."""
+        """The body of a request that is counted and has its key."""
         self.num_requests += 1
         self._check_key(request)
         self._scorer()
-        limit = self.limits.max_body_bytes
-        too_large = Problem(413, f"the body is larger than {limit:,} bytes")
-        length = request.headers.get("content-length", "")
-        if length.isdigit() and int(length) > limit:
-            raise too_large
-        data, values = bytearray(), ValueCounter()
-        most_values = max(MIN_VALUES, VALUES_PER_CONVERSATION * self.limits.max_conversations)
-
-        async def read() -> None:
-            async for part in request.stream():
-                data.extend(part)
-                self.buffered += len(part)
-                if len(data) > limit:
-                    raise too_large
-                if values.add(part) > most_values:
-                    raise Problem(
-                        413,
-                        f"the body has more than {most_values:,} JSON values; a request may have"
-                        f" {self.limits.max_conversations:,} conversations",
-                    )
-                if self.buffered > MAX_BODIES * limit:
-                    raise Problem(
-                        503, "too many large requests at once", self.queue.seconds_to_wait()
-                    )
-
-        try:
-            await asyncio.wait_for(read(), self.limits.body_seconds)
-        except asyncio.TimeoutError:
-            raise Problem(
-                408, f"the body took longer than {self.limits.body_seconds:g} s"
-            ) from None
-        except ClientDisconnect:
-            raise Problem(400, "the client left") from None
-        finally:
-            self.buffered -= len(data)
-        return bytes(data)
+        return await self.bodies.read(request)
 
     async def _score(
         self,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +107,7 @@ class Checkpointer:
         if self.saved_at != self.model.state.iteration:
             self.save(last=True)
         elif self._saver:
-            self._report(self._saver.wait)
+            self._wait()
 
     def save(self, *, last: bool = False) -> None:
         """Begin a checkpoint; wait for it if it is the process's ``last``. A failure is a warning,
@@ -116,7 +115,7 @@ class Checkpointer:
         if self._saver is None:
             return
         stalled = time.monotonic()  # also for one that is still being written
-        self._report(self._saver.wait)
+        self._wait()
         self._begun = time.monotonic()
         try:
             self._saver.start(
@@ -134,7 +133,7 @@ class Checkpointer:
         self.saved_at = self.model.state.iteration
         self._stall = time.monotonic() - stalled
         if last or not self.start.config.checkpoint.async_save:
-            self._report(self._saver.wait, raises=last)
+            self._wait(raises=last)
 
     @property
     def is_writing(self) -> bool:
@@ -145,11 +144,12 @@ class Checkpointer:
         """Report a checkpoint that is done. Called by every rank, with the sum of ``is_writing``
         over them, which travels with the sums of a step."""
         if self._saver and not some_rank_writes:
-            self._report(self._saver.wait)
+            self._wait()
 
-    def _report(self, finish: Callable[[], Path | None], raises: bool = False) -> None:
+    def _wait(self, *, raises: bool = False) -> None:
+        """Wait for a checkpoint that is being written, and report it."""
         try:
-            folder = finish()
+            folder = self._saver.wait()
         except OSError as error:
             if raises:
                 raise
@@ -169,7 +169,7 @@ class Checkpointer:
         step, limit = self.model.state.iteration, self.start.config.optimizer.max_skipped_steps
         where = "without --save there is no file to replay the batch from"
         if self._saver:
-            self._report(self._saver.wait)
+            self._wait()
             # No update was made since the weights went wrong, if they did: these are the ones that
             # the batch met.
             run = Path(self.run)

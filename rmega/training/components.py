@@ -18,6 +18,7 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.utils import get_te_version
 
 from rmega import ops
 from rmega.config import TrainingConfig
@@ -84,20 +85,12 @@ def pads_packs(config: TrainingConfig, *, on_cpu: bool) -> bool:
 def transformer_layout(
     config: TrainingConfig, geometry: Geometry, *, dtype: torch.dtype = torch.float32, on_cpu: bool
 ):
-    """megatron-core's configuration for these flags; ValueError where backbone and layout do not
+    """Megatron-Core's configuration for these flags; ValueError where backbone and layout do not
     fit."""
-    p = config.parallel
     return transformer_config(
         geometry,
-        tp=p.tensor_model_parallel_size,
-        pp=p.pipeline_model_parallel_size,
-        vpp=p.virtual_pipeline_model_parallel_size,
-        sp=p.sequence_parallel,
+        config.parallel,
         dtype=dtype,
-        pad_attention_heads=p.pad_attention_heads,
-        recompute=p.recompute,
-        first_stage_layers=p.num_layers_in_first_pipeline_stage,
-        last_stage_layers=p.num_layers_in_last_pipeline_stage,
         deterministic=config.train.deterministic,
         on_cpu=on_cpu,
         fp8_format=config.model.fp8_format,
@@ -114,9 +107,9 @@ def implementations(config: TrainingConfig, wrapped, optimizer, device: torch.de
     inner = type(optimizer.chained_optimizers[0].optimizer)
     linear, fp8 = "megatron-core", config.model.fp8_format
     if use_transformer_engine(config, device):
-        linear = f"transformer_engine {te_version()}" + (
-            "" if fp8 == "none" else f" in fp8 ({fp8}, {config.model.fp8_recipe})"
-        )
+        linear = f"transformer_engine {get_te_version()}"
+        if fp8 != "none":
+            linear += f" in fp8 ({fp8}, {config.model.fp8_recipe})"
     if (kind := ops.active_matmul(device, dtype)) != "torch":
         linear += f" with {kind} matmuls"
     # Without fusion a half-precision gradient is rounded before it is added: slower, less exact.
@@ -138,13 +131,6 @@ def implementations(config: TrainingConfig, wrapped, optimizer, device: torch.de
         + (f"; {why_not}" if why_not else "")
         + (f"; not installed: {', '.join(absent)}" if absent else "")
     )
-
-
-def te_version() -> str:
-    """Transformer Engine's release."""
-    from megatron.core.utils import get_te_version
-
-    return str(get_te_version())
 
 
 def transformer_engine_obstacle() -> str:
@@ -182,7 +168,7 @@ def use_transformer_engine(config: TrainingConfig, device: torch.device) -> bool
 
 
 def wrap_model(chunks: list[RewardModel], config: TrainingConfig) -> list[DistributedDataParallel]:
-    """Give each chunk megatron-core's gradient buffers and data-parallel reduction."""
+    """Give each chunk Megatron-Core's gradient buffers and data-parallel reduction."""
     p = config.parallel
     overlap, gather_late = p.overlap_grad_reduce, p.overlap_param_gather
     on_gpu = next(chunks[0].parameters()).is_cuda
@@ -213,7 +199,7 @@ def wrap_model(chunks: list[RewardModel], config: TrainingConfig) -> list[Distri
 
 
 def _finalize(model, num_tokens=None, **groups) -> None:
-    """megatron-core's reduction of gradients without its division by the count of pairs: the
+    """Megatron-Core's reduction of gradients without its division by the count of pairs: the
     optimizer divides by the count and the clipping factor at once, instead of two more passes
     over all gradients."""
     finalize_model_grads(model, None, **groups)
@@ -223,7 +209,7 @@ def _finalize(model, num_tokens=None, **groups) -> None:
 def build_optimizer(
     wrapped: list[DistributedDataParallel], config: TrainingConfig, total_steps: int
 ):
-    """megatron-core's Adam and its schedule: (optimizer, scheduler)."""
+    """Megatron-Core's Adam and its schedule: (optimizer, scheduler)."""
     o = config.optimizer
     dtype = wrapped[0].config.params_dtype
     settings = OptimizerConfig(
@@ -262,9 +248,7 @@ def build_optimizer(
         use_gloo_process_groups=torch.cuda.is_available(),
     )
     for group in optimizer.param_groups:
-        if (
-            "foreach" in group
-        ):  # torch's AdamW (no apex or Transformer Engine): one pass over memory instead of ten
+        if "foreach" in group:  # torch's AdamW: one pass over memory instead of ten
             group["fused"], group["foreach"] = True, False
     wrapped[0].config.grad_scale_func = optimizer.scale_loss if dtype == torch.float16 else None
     # The schedule divides by both lengths.

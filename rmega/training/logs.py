@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -81,12 +81,15 @@ def memory_mb() -> int:
 
 def train_line(step: int, total: int, row: Mapping[str, Any]) -> str:
     """``Iter(train) [   10/15230]  lr: 3.9580e-07  eta: 2:59:41  time: 0.7083 ...``"""
-    parts = []
-    for name, form in COLUMNS.items():
-        value = row.get(name)
-        if value is not None:
-            parts.append(f"{name}: {format(value, form)}")
+    parts = [f"{k}: {row[k]:{form}}" for k, form in COLUMNS.items() if row.get(k) is not None]
     return f"Iter(train) [{step:>{len(str(total))}}/{total}]  " + "  ".join(parts)
+
+
+class Tracker(NamedTuple):
+    """A program that draws curves: takes the numbers of a step, and is closed."""
+
+    note: Callable[[dict[str, float], int], object]
+    close: Callable[[], object]
 
 
 class MetricsLog:
@@ -107,7 +110,8 @@ class MetricsLog:
         wandb_project: str | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        self._file = self._board = self._wandb = None
+        self._file = None
+        self._trackers: dict[str, Tracker] = {}
         if rank() != 0:
             return
         if run is not None:
@@ -119,9 +123,11 @@ class MetricsLog:
         if tensorboard == "on" and run is None:
             raise ValueError("--tensorboard needs --save, where its files go")
         if tensorboard != "off" and run is not None:
-            self._board = _board(Path(run) / "tensorboard", resumed_at, named=tensorboard == "on")
+            board = _board(Path(run) / "tensorboard", resumed_at, named=tensorboard == "on")
+            if board is not None:
+                self._trackers["tensorboard"] = board
         if wandb_project:
-            self._wandb = _wandb_run(wandb_project, run, resumed_at, config)
+            self._trackers["wandb"] = _wandb_run(wandb_project, run, resumed_at, config)
 
     @classmethod
     def of(cls, config: TrainingConfig, *, resumed_at: int | None) -> MetricsLog:
@@ -147,31 +153,21 @@ class MetricsLog:
                 log(f"warning: metrics.jsonl: {error}; training continues")
         name = f"{kind}/{values['name']}" if "name" in values else kind
         numbers = {f"{name}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
-        if self._board:
-            self._board = self._kept(
-                self._board,
-                "tensorboard",
-                lambda board: [
-                    board.add_scalar(key, value, step) for key, value in numbers.items()
-                ],
-            )
-        if self._wandb:
-            self._wandb = self._kept(self._wandb, "wandb", lambda run: run.log(numbers, step=step))
+        for name, tracker in list(self._trackers.items()):
+            self._use(name, tracker.note, numbers, step)
 
-    @staticmethod
-    def _kept(tracker: Any, name: str, use: Callable[[Any], object]) -> Any:
-        """``use(tracker)``; the tracker, or None if it failed. Curves are no reason to end a
-        training."""
+    def _use(self, name: str, action: Callable[..., object], *args: Any) -> None:
+        """``action(*args)`` of a tracker, which is dropped if it fails. Curves are no reason to end
+        a training."""
         try:
-            use(tracker)
-            return tracker
+            action(*args)
         except Exception as error:
+            del self._trackers[name]
             log(
                 f"warning: {name}:"
                 f" {str(error).splitlines()[0] if str(error) else type(error).__name__}; off from"
                 " here on, training continues"
             )
-            return None
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -180,11 +176,9 @@ class MetricsLog:
                 self._file.close()
             except OSError as error:
                 log(f"warning: metrics.jsonl: {error}; its last rows are lost")
-        if self._board:
-            self._kept(self._board, "tensorboard", lambda board: board.close())
-        if self._wandb:
-            self._kept(self._wandb, "wandb", lambda run: run.finish())
-        self._file = self._board = self._wandb = None
+        for name, tracker in list(self._trackers.items()):
+            self._use(name, tracker.close)
+        self._file, self._trackers = None, {}
 
 
 def _no_nan(value: Any) -> Any:
@@ -196,7 +190,7 @@ def _no_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _board(folder: Path, resumed_at: int | None, *, named: bool) -> Any:
+def _board(folder: Path, resumed_at: int | None, *, named: bool) -> Tracker | None:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except Exception as error:  # also an installation that is broken: nobody asked for it by name
@@ -205,12 +199,18 @@ def _board(folder: Path, resumed_at: int | None, *, named: bool) -> Any:
         log(f"tensorboard: off, {error}; tools/report_run.py draws metrics.jsonl")
         return None
     # What a resumed run repeats is hidden from this step on; the checkpoint's own step stays.
-    return SummaryWriter(str(folder), purge_step=None if resumed_at is None else resumed_at + 1)
+    board = SummaryWriter(str(folder), purge_step=None if resumed_at is None else resumed_at + 1)
+
+    def note(numbers: dict[str, float], step: int) -> None:
+        for key, value in numbers.items():
+            board.add_scalar(key, value, step)
+
+    return Tracker(note, board.close)
 
 
 def _wandb_run(
     project: str, run: str | None, resumed_at: int | None, config: Mapping[str, Any] | None
-) -> Any:
+) -> Tracker:
     try:
         import wandb
     except ImportError:
@@ -218,9 +218,9 @@ def _wandb_run(
             "--wandb-project: wandb is not installed (pip install 'rmega[track]')"
         ) from None
     noted = Path(run) / "wandb_run_id" if run is not None else None
-    known = (
-        noted.read_text().strip() if noted and resumed_at is not None and noted.is_file() else None
-    )
+    known = None
+    if noted and resumed_at is not None and noted.is_file():
+        known = noted.read_text().strip()
     started = wandb.init(
         project=project,
         dir=run,
@@ -230,7 +230,7 @@ def _wandb_run(
     )
     if noted:
         noted.write_text(f"{started.id}\n")
-    return started
+    return Tracker(lambda numbers, step: started.log(numbers, step=step), started.finish)
 
 
 def _drop_rows_after(path: Path, step: int | None) -> None:

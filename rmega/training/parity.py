@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 
 from rmega import distributed
@@ -25,13 +26,31 @@ from rmega.config import (
 )
 from rmega.hub import resolve_start
 from rmega.megatron import param_gather
+from rmega.models import BACKBONES
 from rmega.models.hf import TIE_THRESHOLD, global_parameters, load_hf, read_geometry
-from rmega.models.lora import adapter_table, initialize
+from rmega.models.lora_weights import adapter_table, initialize
 from rmega.models.peft_folder import PeftFolder
 from rmega.models.weights import WeightRule
 from rmega.training import components, train
 
 REWARD_BATCHES = 8  # of the dataset, which may be of any size
+SIZES = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "first": "num_layers_in_first_pipeline_stage",
+    "last": "num_layers_in_last_pipeline_stage",
+}
+SWITCHES: dict[str, dict[str, Any]] = {
+    "sp": {"sequence_parallel": True},
+    "overlap": {"overlap_grad_reduce": True},
+    "gather": {"overlap_grad_reduce": True, "overlap_param_gather": True},
+    "pad": {"pad_attention_heads": True},
+    "plainopt": {"use_distributed_optimizer": False},
+    "recompute": {"recompute": "full"},
+    "selective": {"recompute": "selective"},
+    "1": {"overlap_grad_reduce": False, "overlap_param_gather": False},  # on GPUs, too
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,54 +58,38 @@ class Layout:
     """A layout as it is written on a command line: ``tp2,sp,pp2,vpp2,dp2,recompute``."""
 
     text: str
-    tp: int = 1
-    pp: int = 1
-    vpp: int | None = None
-    dp: int = 1
-    sp: bool = False
-    distributed_optimizer: bool = True
-    overlap: bool = False
-    gather: bool = False
-    recompute: str = "none"
-    pad_heads: bool = False
-    first: int | None = None
-    last: int | None = None
+    dp: int
+    parallel: ParallelArgs
 
     @classmethod
     def parse(cls, text: str) -> Layout:
         """ValueError names a part that is not understood."""
-        values: dict[str, Any] = {}
-        flags = {
-            "sp": {"sp": True},
-            "overlap": {"overlap": True},
-            "gather": {"gather": True},
-            "pad": {"pad_heads": True},
-            "plainopt": {"distributed_optimizer": False},
-            "recompute": {"recompute": "full"},
-            "selective": {"recompute": "selective"},
-            "1": {},
-        }
+        dp = 1
+        values: dict[str, Any] = {"distributed_timeout_minutes": 2, **SWITCHES["1"]}
         for part in text.split(","):
-            number = re.fullmatch(r"(tp|pp|vpp|dp|first|last|cp)(\d+)", part)
+            number = re.fullmatch(r"([a-z]+)(\d+)", part)
             if number and number[1] == "cp":
                 raise ValueError(
                     f"--layouts {text}: context parallelism is not supported for reward models"
                 )
-            if number:
-                values[number[1]] = int(number[2])
-            elif part in flags:
-                values.update(flags[part])
+            if number and number[1] == "dp":
+                dp = int(number[2])
+            elif number and number[1] in SIZES:
+                values[SIZES[number[1]]] = int(number[2])
+            elif part in SWITCHES:
+                values |= SWITCHES[part]
             else:
                 raise ValueError(
                     f"--layouts {text}: {part!r} is not one of tpN, ppN, vppN, dpN, firstN, lastN, "
-                    f"{', '.join(f for f in flags if f != '1')}"
+                    f"{', '.join(switch for switch in SWITCHES if switch != '1')}"
                 )
-        return cls(text=text, **values)
+        return cls(text, dp, ParallelArgs(**values))
 
     @property
     def world_size(self) -> int:
         """Processes that it takes."""
-        return self.tp * self.pp * self.dp
+        p = self.parallel
+        return p.tensor_model_parallel_size * p.pipeline_model_parallel_size * self.dp
 
 
 def layout_config(
@@ -121,19 +124,7 @@ def layout_config(
             lr_warmup_fraction=0.0,
             weight_decay=0.01,
         ),
-        parallel=ParallelArgs(
-            tensor_model_parallel_size=layout.tp,
-            pipeline_model_parallel_size=layout.pp,
-            virtual_pipeline_model_parallel_size=layout.vpp,
-            sequence_parallel=layout.sp,
-            use_distributed_optimizer=layout.distributed_optimizer,
-            overlap_grad_reduce=layout.overlap or layout.gather,
-            overlap_param_gather=layout.gather,
-            recompute=layout.recompute,
-            pad_attention_heads=layout.pad_heads,
-            num_layers_in_first_pipeline_stage=layout.first,
-            num_layers_in_last_pipeline_stage=layout.last,
-        ),
+        parallel=layout.parallel,
     )
 
 
@@ -143,13 +134,7 @@ def build(config: TrainingConfig, dtype: torch.dtype = torch.float32):
     config.check(distributed.world_size())
     p = config.parallel
     distributed.prepare_cuda(p.tensor_model_parallel_size, deterministic=config.train.deterministic)
-    device = distributed.initialize(
-        tp=p.tensor_model_parallel_size,
-        pp=p.pipeline_model_parallel_size,
-        vpp=p.virtual_pipeline_model_parallel_size,
-        seed=config.train.seed,
-        timeout_minutes=2,
-    )
+    device = distributed.initialize(p, seed=config.train.seed)
     folder, adapter = resolve_start(config.model.hf_model)
     geometry, _ = read_geometry(folder)
     start = PeftFolder(adapter, geometry) if adapter else None
@@ -171,12 +156,7 @@ def gather_global(
 
     Padding of vocabulary and heads is cut away. Returned on rank 0; empty elsewhere.
     """
-    import torch.distributed as dist
-
-    from rmega.models import BACKBONES
-
     param_gather.finish(wrapped)
-
     table = BACKBONES[geometry.family].weight_table(geometry)
     rules = {TIE_THRESHOLD: WeightRule(TIE_THRESHOLD, (1,), ())}
     rules |= {rule.name: rule for rule in [*table, *adapter_table(geometry, lora or LoraArgs())]}
@@ -185,20 +165,15 @@ def gather_global(
         for name, parameter in global_parameters(chunk):
             if parameter.requires_grad:
                 own[name] = value(parameter).detach().float().cpu().clone()
-    gathered: list[Any] = [None] * dist.get_world_size()
-    where = (
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_data_parallel_rank(),
-        own,
-    )
-    dist.all_gather_object(gathered, where)
-    if dist.get_rank() != 0:
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    first_replica = parallel_state.get_data_parallel_rank() == 0
+    gathered = distributed.gather((tp_rank, own if first_replica else {}))
+    if distributed.rank() != 0:
         return {}
     shards: dict[str, dict[int, torch.Tensor]] = {}
-    for tp_rank, dp_rank, tensors in gathered:
-        if dp_rank == 0:
-            for name, tensor in tensors.items():
-                shards.setdefault(name, {})[tp_rank] = tensor
+    for tp_rank, tensors in gathered:
+        for name, tensor in tensors.items():
+            shards.setdefault(name, {})[tp_rank] = tensor
     return {
         name: _join(rules[name], [parts[r] for r in sorted(parts)])
         for name, parts in sorted(shards.items())
@@ -266,8 +241,6 @@ def _first_gradients(wrapped, packs, config: TrainingConfig, geometry) -> dict[s
     train.forward_backward(wrapped, packs, config.loss)
     replicas = parallel_state.get_data_parallel_world_size()
     if config.parallel.use_distributed_optimizer and replicas > 1:
-        import torch.distributed as dist
-
         for chunk in wrapped:
             for buffer in chunk.buffers:
                 for bucket in buffer.buckets:
@@ -280,23 +253,20 @@ def _first_gradients(wrapped, packs, config: TrainingConfig, geometry) -> dict[s
     return gather_global(wrapped, geometry, lambda p: p.main_grad, config.lora)
 
 
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference, relative to the largest value of ``b``."""
+    return ((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).item()
+
+
 def worst_gradient(result: LayoutResult, reference: LayoutResult) -> str:
     """Name of the tensor whose gradient differs most, relative to its own largest value."""
-
-    def differs(name: str) -> float:
-        a, b = result.grads[name], reference.grads[name]
-        return ((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).item()
-
-    return max(reference.grads, key=differs)
+    grads = reference.grads
+    return max(grads, key=lambda name: _difference(result.grads[name], grads[name]))
 
 
 def compare(result: LayoutResult, reference: LayoutResult) -> dict[str, float]:
     """Largest differences relative to the reference's largest value: losses, norms, gradients,
     parameters, rewards."""
-
-    def largest(a: torch.Tensor, b: torch.Tensor) -> float:
-        return ((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).item()
-
     assert result.grads.keys() == reference.grads.keys()
     return {
         "loss": max(
@@ -306,10 +276,10 @@ def compare(result: LayoutResult, reference: LayoutResult) -> dict[str, float]:
             abs(a - b) / b for a, b in zip(result.grad_norms, reference.grad_norms, strict=True)
         ),
         "gradient": max(
-            largest(result.grads[name], reference.grads[name]) for name in reference.grads
+            _difference(result.grads[name], reference.grads[name]) for name in reference.grads
         ),
         "parameter": max(
-            largest(result.params[name], reference.params[name]) for name in reference.params
+            _difference(result.params[name], reference.params[name]) for name in reference.params
         ),
-        "reward": largest(result.rewards, reference.rewards),
+        "reward": _difference(result.rewards, reference.rewards),
     }

@@ -21,9 +21,10 @@ from rmega.data import integrity
 from rmega.data.fingerprint import is_tokenizer_of, tokenizer_fingerprint
 from rmega.distributed import log
 from rmega.evaluation.files import eval_rows
-from rmega.hub import has_tokenizer, load_tokenizer, recorded_reward_token
+from rmega.hub import has_tokenizer, recorded_reward_token
 from rmega.models.geometry import Geometry
 from rmega.models.rotary import check_length
+from rmega.preferences.load_tokenizer import load_tokenizer
 
 
 def check_save(config: TrainingConfig) -> None:
@@ -31,13 +32,13 @@ def check_save(config: TrainingConfig) -> None:
     save, load = config.checkpoint.save, config.checkpoint.load
     if not save:
         return
-    there = Path(save).absolute()
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        raise ValueError(f"--save {save}: {there} is a file, not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"--save {save}: no permission to write in {there}")
+    parent = Path(save).absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise ValueError(f"--save {save}: {parent} is a file, not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"--save {save}: no permission to write in {parent}")
     if resumes_in_place(config):
         if run_folder.ABANDONED in Path(load).name:
             raise ValueError(
@@ -118,7 +119,7 @@ def _tokenizer_of(folder: Path) -> Any:
 
 
 def check_reward_token(dataset, folder: Path) -> None:
-    """Say where the head of ``--hf-model`` was trained to be read at another token than the
+    """Warn where the head of ``--hf-model`` was trained to be read at another token than the
     data's."""
     recorded, token = recorded_reward_token(folder), dataset.manifest["reward_token_id"]
     if recorded in (None, "none" if token is None else str(token)):
@@ -137,12 +138,8 @@ def check_reward_token(dataset, folder: Path) -> None:
 
 def check_content(flag: str, dataset) -> None:
     """The files of a dataset must be those that were written; every rank reads its share."""
-    import torch.distributed as dist
-
-    problems: list[str | None] = [None] * dist.get_world_size()
-    share = (dist.get_rank(), dist.get_world_size())
-    dist.all_gather_object(problems, integrity.damage(dataset, share=share))
-    if problem := next((p for p in problems if p), None):
+    own = integrity.damage(dataset, share=distributed.own_share())
+    if problem := distributed.first_problem(own):
         raise ValueError(f"{flag} {problem}")
 
 
@@ -199,7 +196,7 @@ def check_ties(mixture, valid, loss: LossArgs) -> None:
 
 
 def check_positions(flag: str, dataset, geometry: Geometry) -> None:
-    """Say how many comparisons have a text beyond the model's positions; refuse where its scaling
+    """Warn of comparisons with a text beyond the model's positions; refuse where its scaling
     depends on them."""
     lengths, known = longest_texts(dataset), geometry.max_position_embeddings
     if not len(lengths) or lengths.max() <= known:
@@ -227,43 +224,39 @@ def longest_texts(dataset) -> np.ndarray:
 def check_tokenizer(dataset, folder: Path) -> None:
     """The data must have been written with the model's own tokenizer. Read on rank 0, known to
     all."""
-    import torch.distributed as dist
+    manifest = dataset.manifest
 
-    problem: list[str | None] = [None]
-    tokenizer = _tokenizer_of(folder) if distributed.rank() == 0 else None
-    if tokenizer is not None and not is_tokenizer_of(tokenizer, dataset.manifest):
-        written = dataset.manifest
-        problem = [
-            f"--data-path {dataset.prefix}: was written with the tokenizer {written['tokenizer']}"
-            f" ({written['tokenizer_fingerprint']}), which is not that of --hf-model {folder}"
+    def compare() -> str | None:
+        tokenizer = _tokenizer_of(folder)
+        if tokenizer is None or is_tokenizer_of(tokenizer, manifest):
+            return None
+        return (
+            f"--data-path {dataset.prefix}: was written with the tokenizer {manifest['tokenizer']}"
+            f" ({manifest['tokenizer_fingerprint']}), which is not that of --hf-model {folder}"
             f" ({tokenizer_fingerprint(tokenizer)}); tools/preprocess_pref.py --tokenizer {folder}"
             " writes data for this model"
-        ]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0]:
-        raise ValueError(problem[0])
+        )
+
+    if problem := distributed.from_rank_0(compare):
+        raise ValueError(problem)
 
 
 def evaluated_before(config: TrainingConfig, step: int) -> set[str]:
     """Validation sets that ``--save`` has an evaluation of at the step that a run resumes at. Read
     on rank 0, known to all."""
-    import torch.distributed as dist
-
     run = config.checkpoint.save
-    rows = eval_rows(run) if run and distributed.rank() == 0 else []
-    names = [{str(row.get("name")) for row in rows if row.get("step") == step}]
-    dist.broadcast_object_list(names, src=0)
-    return names[0]
+    rows = distributed.from_rank_0(lambda: eval_rows(run)) if run else []
+    return {str(row.get("name")) for row in rows if row.get("step") == step}
 
 
 def check_same_model(info: dict[str, Any], found: Path, geometry: Geometry, folder: Path) -> None:
     """Report a checkpoint of another backbone by its geometry, not by the first tensor that does
     not fit."""
-    then = info["geometry"]
-    for field, now in json.loads(json.dumps(dataclasses.asdict(geometry))).items():
-        if field != "has_reward_head" and then.get(field, now) != now:
+    saved = info["geometry"]
+    for field, value in json.loads(json.dumps(dataclasses.asdict(geometry))).items():
+        if field != "has_reward_head" and saved.get(field, value) != value:
             raise ValueError(
-                f"--load {found}: is of another model: {field} {then[field]} there, {now} in "
+                f"--load {found}: is of another model: {field} {saved[field]} there, {value} in "
                 f"--hf-model {folder}"
             )
 
@@ -271,8 +264,8 @@ def check_same_model(info: dict[str, Any], found: Path, geometry: Geometry, fold
 def check_same_data(info: dict[str, Any], found: Path, dataset) -> None:
     """Other data, or the same in another order, would give other comparisons than the ones that are
     left."""
-    now_data = dataset.identity
-    if info["num_comparisons"] != len(dataset) or info.get("data", now_data) != now_data:
+    saved = info.get("data", dataset.identity)
+    if info["num_comparisons"] != len(dataset) or saved != dataset.identity:
         raise ValueError(
             f"--data-path: {found} was trained on other data ({info['num_comparisons']} comparisons"
             f" per epoch then, {len(dataset)} now; weights and contents must be the same, in the"

@@ -16,115 +16,48 @@ import torch
 from rmega.config import LoraArgs, TrainingConfig
 from rmega.precision import dtype_name
 
-BOUND, EFFECT, CONTENT, HARMLESS = "bound", "takes effect", "compared by content", "harmless"
-
-CLASSES = {
-    "model": {
-        "hf_model": EFFECT,  # its geometry is bound (preflight.check_same_model)
-        "head_init": BOUND,
-        "prune_last_layer": EFFECT,
-        "transformer_impl": EFFECT,
-        "fp8_format": EFFECT,
-        "fp8_recipe": EFFECT,
-    },
-    "data": {
-        "data_path": CONTENT,  # preflight.check_same_data: weights and checksums, in order
-        "valid_data_path": EFFECT,
-        "share_prefix": EFFECT,
-        "max_tokens_per_microbatch": EFFECT,
-    },
-    "lora": {
-        **dict.fromkeys(("lora_rank", "lora_alpha", "lora_target", "lora_rslora"), BOUND),
-        "lora_dropout": EFFECT,
-    },
-    "loss": dict.fromkeys(
-        (
-            "loss",
-            "penalty",
-            "penalty_weight",
-            "label_smoothing",
-            "use_margin",
-            "scale_by_rating",
-            "length_penalty",
-            "batch_centering",
-            "barrier_clamp",
-        ),
-        EFFECT,
-    ),
-    "train": {
-        "train_steps": EFFECT,
-        "train_epochs": EFFECT,
-        "global_batch_size": BOUND,
-        "seed": BOUND,
-        "precision": CONTENT,  # precision_to_use
-        "matmul_precision": EFFECT,
-        "deterministic": EFFECT,
-        "log_interval": HARMLESS,
-        "eval_interval": EFFECT,
-        "eval_probes": HARMLESS,
-        "tensorboard": HARMLESS,
-        "wandb_project": HARMLESS,
-    },
-    "optimizer": dict.fromkeys(
-        (
-            "lr",
-            "head_lr",
-            "min_lr",
-            "lr_warmup_fraction",
-            "lr_decay_style",
-            "weight_decay",
-            "adam_beta1",
-            "adam_beta2",
-            "adam_eps",
-            "clip_grad",
-            "max_skipped_steps",
-        ),
-        EFFECT,
-    )
-    | {"initial_loss_scale": BOUND},
-    "parallel": {
-        "tensor_model_parallel_size": EFFECT,
-        "pipeline_model_parallel_size": EFFECT,
-        "virtual_pipeline_model_parallel_size": EFFECT,
-        "sequence_parallel": EFFECT,
-        "context_parallel_size": EFFECT,
-        "data_parallel_size": EFFECT,
-        "num_layers_in_first_pipeline_stage": EFFECT,
-        "num_layers_in_last_pipeline_stage": EFFECT,
-        "pad_attention_heads": EFFECT,
-        "use_distributed_optimizer": BOUND,
-        "overlap_grad_reduce": EFFECT,
-        "overlap_param_gather": EFFECT,
-        "recompute": EFFECT,
-        "distributed_timeout_minutes": HARMLESS,
-        "dry_run": HARMLESS,
-        "device_memory_gb": HARMLESS,
-    },
-    "checkpoint": {
-        "save": HARMLESS,
-        "load": HARMLESS,
-        "save_interval": EFFECT,
-        "async_save": EFFECT,
-        "keep_last": EFFECT,
-        "save_best": EFFECT,
-        "exit_duration_min": HARMLESS,
-        "num_verification_comparisons": EFFECT,
-    },
-}
-"""What a flag that differs from the checkpoint's run does. HARMLESS ones say where a process
-writes or when it ends, and are not listed."""
-
-_WHY_BOUND = {
-    **dict.fromkeys(
-        ("lora_rank", "lora_alpha", "lora_target", "lora_rslora"),
-        "its adapters are those of the checkpoint",
-    ),
+_ADAPTERS = "its adapters are those of the checkpoint"
+_ORDER = "the order of the data depends on it"
+BOUND = {
+    "lora_rank": _ADAPTERS,
+    "lora_alpha": _ADAPTERS,
+    "lora_target": _ADAPTERS,
+    "lora_rslora": _ADAPTERS,
     "head_init": "a head is initialized at the start of a run only",
     "initial_loss_scale": "its current loss scale is part of the checkpoint",
-    "global_batch_size": "the order of the data depends on it",
-    "seed": "the order of the data depends on it",
+    "global_batch_size": _ORDER,
+    "seed": _ORDER,
     "use_distributed_optimizer": "the two optimizers store different state",
 }
+"""Flags that must be as in the checkpoint's run, and why."""
+CONTENT = {
+    "data_path",  # preflight.check_same_data: weights and checksums, in order
+    "precision",  # precision_to_use
+}
+"""Flags that are compared by what they stand for."""
+EFFECT = {
+    "hf_model",  # its geometry is bound (preflight.check_same_model)
+    *("prune_last_layer", "transformer_impl", "fp8_format", "fp8_recipe"),
+    *("valid_data_path", "share_prefix", "max_tokens_per_microbatch", "lora_dropout"),
+    *("loss", "penalty", "penalty_weight", "label_smoothing", "use_margin", "scale_by_rating"),
+    *("length_penalty", "batch_centering", "barrier_clamp"),
+    *("train_steps", "train_epochs", "matmul_precision", "deterministic", "eval_interval"),
+    *("lr", "head_lr", "min_lr", "lr_warmup_fraction", "lr_decay_style", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "max_skipped_steps"),
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    *("virtual_pipeline_model_parallel_size", "sequence_parallel", "context_parallel_size"),
+    *("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"),
+    *("data_parallel_size", "pad_attention_heads", "overlap_grad_reduce", "overlap_param_gather"),
+    *("recompute", "save_interval", "async_save", "keep_last", "save_best"),
+    "num_verification_comparisons",
+}
+"""Flags that take effect from the resume on, and are logged where they differ."""
+HARMLESS = {
+    *("log_interval", "eval_probes", "tensorboard", "wandb_project"),
+    *("distributed_timeout_minutes", "dry_run", "device_memory_gb"),
+    *("save", "load", "exit_duration_min"),
+}
+"""Flags that say where a process writes or when it ends: not listed."""
 
 
 def changes(info: dict[str, Any], config: TrainingConfig) -> dict[str, list[Any]]:
@@ -133,22 +66,21 @@ def changes(info: dict[str, Any], config: TrainingConfig) -> dict[str, list[Any]
     is not compared."""
     now = json.loads(json.dumps(config.as_dict()))
     found: dict[str, list[Any]] = {}
-    for group, fields in CLASSES.items():
+    for group, values in now.items():
         saved = info["config"].get(group, {})
         if group == "lora":  # a run of a version without it trained all weights
             saved = saved or dataclasses.asdict(LoraArgs())
-        for field, kind in fields.items():
-            if field not in saved or saved[field] == now[group][field]:
+        for field, value in values.items():
+            if field not in saved or saved[field] == value:
                 continue
             if field == "initial_loss_scale" and precision_of(info) != "fp16":
                 continue  # no such state, and nothing that it would change
-            flag, value = "--" + field.replace("_", "-"), now[group][field]
-            if kind == BOUND:
+            flag = "--" + field.replace("_", "-")
+            if field in BOUND:
                 raise ValueError(
-                    f"{flag} {value}: the checkpoint's run has {saved[field]}, and"
-                    f" {_WHY_BOUND[field]}"
+                    f"{flag} {value}: the checkpoint's run has {saved[field]}, and {BOUND[field]}"
                 )
-            if kind == EFFECT:
+            if field in EFFECT:
                 found[flag] = [saved[field], value]
     saved, named = precision_of(info), config.train.precision
     if named not in ("auto", saved):

@@ -18,7 +18,7 @@ from rmega.data.indexed import PreferenceDataset, open_preferences, split_label
 from rmega.distributed import log
 from rmega.hub import adapter_base, resolve_start
 from rmega.io import write_durably
-from rmega.models import lora
+from rmega.models import lora_weights
 from rmega.models.geometry import Geometry
 from rmega.models.hf import load_hf, read_geometry
 from rmega.models.peft_folder import PeftFolder
@@ -92,13 +92,7 @@ def join(config: TrainingConfig) -> Base:
         adapter.check_flags(config.lora)
     components.transformer_layout(config, geometry, on_cpu=not torch.cuda.is_available())
     plan.check_memory(config, geometry)
-    device = distributed.initialize(
-        tp=p.tensor_model_parallel_size,
-        pp=p.pipeline_model_parallel_size,
-        vpp=p.virtual_pipeline_model_parallel_size,
-        seed=config.train.seed,
-        timeout_minutes=p.distributed_timeout_minutes,
-    )
+    device = distributed.initialize(p, seed=config.train.seed)
     check_exports("--hf-model", folder, adapter_folder)
     return Base(
         name=name,
@@ -251,12 +245,12 @@ def build(start: Start) -> Model:
     head, adapter = "; ".join(dict.fromkeys(heads)), start.adapter
     if c.lora.lora_rank:
         for chunk in chunks:
-            lora.initialize(chunk, start.geometry, c.lora, seed=c.train.seed, start=adapter)
+            lora_weights.initialize(chunk, start.geometry, c.lora, seed=c.train.seed, start=adapter)
         if adapter is not None and adapter.has_head:
             head = f"head from {adapter.folder}"
         origin = "new" if adapter is None else adapter.describe()
         log(f"adapters: {c.lora.describe()}; {'from the checkpoint' if start.found else origin}")
-        if layers := lora.above_dimensions(start.geometry, c.lora):
+        if layers := lora_weights.above_dimensions(start.geometry, c.lora):
             log(
                 f"warning: --lora-rank {c.lora.lora_rank} is larger than the smaller dimension of"
                 f" matrices of {layers}: their update has at most that rank, the rest costs memory"

@@ -6,6 +6,7 @@ Imports no torch before it is needed: a program can wrap itself in ``run_ranks``
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 EXIT_REQUEUE = 75
@@ -41,7 +43,7 @@ _TIMEOUTS = ("Timed out waiting", "timeout", "Timeout")
 
 
 class StopRequest:
-    """Wishes to stop early: a signal (SIGTERM, SIGUSR1, SIGINT) or the end of the allotted time.
+    """Requests to stop early: a signal (SIGTERM, SIGUSR1, SIGINT) or the end of the allotted time.
 
     Signals are noted when they come and acted on between steps, by all ranks together: each rank's
     wishes travel with the sums of a step. One that comes later than a step's backward pass is acted
@@ -102,8 +104,8 @@ def run_ranks(main: Callable[..., Any], *args: Any) -> int:
     - A rank that only lost its peers waits for a moment to be ended by its launcher, and else says
       so in one line.
 
-    The line also goes to torchrun's error file, so that it stands as the root cause in torchrun's
-    own report.
+    The line also goes to torchrun's error file, so that torchrun's own report shows it as the root
+    cause.
     """
     try:
         return int(main(*args) or 0)
@@ -131,7 +133,7 @@ def _report(error: Exception) -> int:
             if slow
             else "lost the connection to another rank, whose own reason stands above if it had one"
         )
-        text = f"{what} ({_first_line(text)})"
+        text = f"{what} ({text.splitlines()[0][:200]})"
     if ranks > 1 and (echo or (user and rank > 0)):
         if StopRequest.noted:
             return 1  # the launcher is ending this rank because of another
@@ -150,23 +152,9 @@ def _report(error: Exception) -> int:
     return 2 if user else 1
 
 
-def _first_line(text: str) -> str:
-    return text.splitlines()[0][:200]
-
-
 def _write_error_file(line: str) -> None:
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        try:
-            with open(path, "w", encoding="utf-8") as file:
-                json.dump(
-                    {
-                        "message": {
-                            "message": line,
-                            "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))},
-                        }
-                    },
-                    file,
-                )
-        except OSError:
-            pass  # the line has been printed
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        content = {"message": {"message": line, "extraInfo": extra}}
+        with contextlib.suppress(OSError):  # the line has been printed
+            Path(path).write_text(json.dumps(content), encoding="utf-8")

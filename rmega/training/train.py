@@ -1,4 +1,4 @@
-"""One training step; rewards of a data set; one evaluation.
+"""One training step; rewards of a dataset; one evaluation.
 
 Shape letters: t tokens of a pack, n responses, m pairs. The loss is a sum over pairs with a count
 (design rule 5): the summed gradient is divided by the count of the whole global batch, so no layout
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
 
 from rmega.config import LossArgs
 from rmega.data.batching import Batcher
@@ -36,7 +37,8 @@ def _forward_train(args: LossArgs, sums, iterator: Iterator[PackedBatch], model)
     batch = next(iterator)
     loss_of = partial(pair_loss, args, batch)
     if args.loss == "rao_kupper":
-        loss_of = partial(rao_kupper_loss, args, batch, _threshold_of(model))
+        threshold = get_attr_wrapped_model(model, "tie_threshold")  # None but on the last stage
+        loss_of = partial(rao_kupper_loss, args, batch, threshold)
     if args.batch_centering:
         loss_of = partial(with_centering, loss_of, args.batch_centering, batch, sums)
     return model(batch), loss_of
@@ -73,13 +75,6 @@ def _evaluating(wrapped: Sequence) -> Iterator[None]:
             chunk.train(mode)
 
 
-def _threshold_of(model) -> torch.Tensor | None:
-    """The parameter on the last stage, of a wrapped chunk."""
-    while not hasattr(model, "tie_threshold"):
-        model = model.module
-    return model.tie_threshold
-
-
 def _rewards_of(batch: PackedBatch, rewards: torch.Tensor, non_loss_data: bool = True):
     return batch.responses, rewards.detach()
 
@@ -92,7 +87,7 @@ def _forward_rewards(iterator: Iterator[PackedBatch], model):
 def run_schedule(
     wrapped: Sequence, packs: list[PackedBatch], forward: Callable, *, forward_only: bool
 ) -> list[Any]:
-    """Send the packs of a step through megatron-core's pipeline schedule; what the last stage
+    """Run the packs of a step through Megatron-Core's pipeline schedule; what the last stage
     reported per pack."""
     iterators = [iter(packs) for _ in wrapped]
     single = len(wrapped) == 1
@@ -251,10 +246,8 @@ def compute_rewards(
                 if is_reporting_rank():
                     real = numbers >= 0
                     out[numbers[real]] = rewards[real]
-            if progress:
-                progress(
-                    batcher.global_batch_size
-                )  # on every rank after every batch; what it raises ends the sweep
+            if progress:  # on every rank after every batch; what it raises ends the sweep
+                progress(batcher.global_batch_size)
     return sum_over_ranks(out).cpu().numpy()
 
 

@@ -63,7 +63,7 @@ def test_every_value_is_the_mean(parts, tmp_path, capsys) -> None:
 
 
 def test_a_value_that_is_not_the_mean_fails(parts, tmp_path, monkeypatch, capsys) -> None:
-    from rmega.export import convert as steps
+    from rmega.export import write_folder as steps
 
     export_weights = steps.export_weights
 
@@ -188,8 +188,8 @@ def test_exports_are_averaged(exports, parts, tmp_path, capsys) -> None:
 
 def test_a_mean_of_exports_is_verified_by_its_rewards(exports, tmp_path, monkeypatch) -> None:
     """Values that are compared with themselves say nothing: the rewards are compared, too."""
-    from rmega.export import convert as steps
     from rmega.export import verify
+    from rmega.export import write_folder as steps
 
     def of_the_first_alone(parts):
         return parts[0].tensors()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rmega import ops
-from rmega.config import LoraArgs, LossArgs
+from rmega.config import LoraArgs, LossArgs, ParallelArgs
 from rmega.data.packing import pack
 from rmega.models import layers, lora, varlen
 from rmega.models.hf import load_hf, read_geometry
@@ -102,7 +102,9 @@ def test_recomputation(recompute, calls, tmp_path):
     for again in ("none", recompute):
         if again != "none":
             counts = calls()
-        model = RewardModel(transformer_config(geometry, recompute=again), geometry).train()
+        model = RewardModel(
+            transformer_config(geometry, ParallelArgs(recompute=again)), geometry
+        ).train()
         load_hf(model, folder, geometry)
         results.append(run(model, pack(random_comparisons(6, seed=2))))
     (expected, gradients), (found, found_gradients) = results

@@ -21,7 +21,7 @@ RANK, ALPHA = 4, 6.0
 def test_a_rank_above_a_matrix_is_named() -> None:
     """Hidden size 32; keys and values have 2 heads of 8."""
     from rmega.config import LoraArgs
-    from rmega.models.lora import above_dimensions
+    from rmega.models.lora_weights import above_dimensions
 
     named = {
         rank: above_dimensions(tiny("llama"), LoraArgs(lora_rank=rank)) for rank in (16, 32, 33)
@@ -34,7 +34,7 @@ def test_a_rank_above_a_matrix_is_named() -> None:
 def gradients(rank: int, world_size: int, folder: str) -> tuple:
     """Of a step from an adapter folder: rewards, gradients in peft's names, loss."""
     from rmega.config import LoraArgs, LossArgs
-    from rmega.models.lora import adapter_table
+    from rmega.models.lora_weights import adapter_table
     from rmega.training import components, train
     from rmega.training.parity import Layout, build, gather_global, layout_config
 

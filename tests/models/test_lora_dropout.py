@@ -79,7 +79,7 @@ def test_savings_are_exact(switches, folder, single):
 def step(rank: int, world_size: int, folder: str) -> tuple:
     """Rewards of evaluation, and of a training batch the loss and gradients in peft's names, of
     another step as well."""
-    from rmega.models.lora import adapter_table
+    from rmega.models.lora_weights import adapter_table
     from rmega.training import components, train
     from rmega.training.parity import build, gather_global
 

@@ -573,24 +573,30 @@ def test_a_head_of_zeros_needs_no_forward(folders, monkeypatch) -> None:
 
 
 def test_heads_that_do_not_divide_name_the_flag() -> None:
+    from rmega.config import ParallelArgs
     from rmega.models.reward_model import transformer_config
 
+    tp2 = ParallelArgs(tensor_model_parallel_size=2)
+    padded = ParallelArgs(tensor_model_parallel_size=2, pad_attention_heads=True)
+    pp2 = ParallelArgs(pipeline_model_parallel_size=2)
+    uneven = ParallelArgs(pipeline_model_parallel_size=2, num_layers_in_first_pipeline_stage=3)
     geometry = tiny(
         "llama", num_attention_heads=6, num_query_groups=3, head_dim=8, hidden_size=48, num_layers=5
     )
     with pytest.raises(
         ValueError, match="--tp 2 .*3 key/value heads .*--pad-attention-heads adds 1 group of"
     ):
-        transformer_config(geometry, tp=2)
-    assert transformer_config(geometry, tp=2, pad_attention_heads=True).num_query_groups == 4
+        transformer_config(geometry, tp2)
+    assert transformer_config(geometry, padded).num_query_groups == 4
     with pytest.raises(
         ValueError, match="--pp 2 does not divide the model's 5 layers.*--num-layers-in-first"
     ):
-        transformer_config(geometry, pp=2)
-    assert transformer_config(geometry, pp=2, first_stage_layers=3).num_layers == 5
+        transformer_config(geometry, pp2)
+    assert transformer_config(geometry, uneven).num_layers == 5
     with pytest.raises(ValueError, match="--tp 9 does not divide the model's MLP width 48"):
         transformer_config(
-            tiny("llama", num_query_groups=9, num_attention_heads=9, ffn_hidden_size=48), tp=9
+            tiny("llama", num_query_groups=9, num_attention_heads=9, ffn_hidden_size=48),
+            ParallelArgs(tensor_model_parallel_size=9),
         )
 
 

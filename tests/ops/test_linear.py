@@ -255,6 +255,7 @@ def gradients_in_process(
     rank: int, world_size: int, implementation: str, tp: int, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     from rmega import distributed
+    from rmega.config import ParallelArgs
 
-    distributed.initialize(tp=tp)
+    distributed.initialize(ParallelArgs(tensor_model_parallel_size=tp))
     return train_gradients(rank, world_size, implementation, tp, dtype)

@@ -27,9 +27,10 @@ pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
 from rmega import distributed  # noqa: E402
 from rmega.commands.serve import ServeArgs, main  # noqa: E402
+from rmega.scoring.limits import Limits  # noqa: E402
 from rmega.scoring.queue import ScoringQueue  # noqa: E402
 from rmega.scoring.server import make_app  # noqa: E402
-from rmega.scoring.service import Limits, RewardService  # noqa: E402
+from rmega.scoring.service import RewardService  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
 from tests.reward_fixture import Reference, chat, make_reward_model  # noqa: E402
 from tests.scoring.lengths import Lengths  # noqa: E402
@@ -328,7 +329,7 @@ def test_bad_requests(client, path, body, status, says):
     assert one.ask("/score", {"messages": chat("q", "abc")})[1]["rewards"] == [
         3.0
     ]  # and the server continues
-    assert one.service.in_flight == one.service.buffered == 0
+    assert one.service.in_flight == one.service.bodies.buffered == 0
 
 
 @pytest.mark.parametrize(

@@ -205,8 +205,8 @@ def test_the_flop_of_a_step_are_those_of_its_packs(changes, tmp_path):
     from benchmarks.common import step_flops
     from rmega.data.batching import Batcher
     from rmega.models.hf import read_geometry
+    from rmega.training.dry_run import flops_of
     from rmega.training.parity import Layout, layout_config
-    from rmega.training.plan import flops_of
     from tests.tiny import InMemory, random_comparisons, tiny_llama
 
     geometry, _ = read_geometry(tiny_llama(tmp_path))
