@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
+import functools
 import logging
 import os
 import socket
@@ -89,6 +90,12 @@ def log(message: str = "") -> None:
     if rank() == 0:
         with tqdm.external_write_mode():
             print(message, flush=True)
+
+
+@functools.cache
+def log_once(message: str) -> None:
+    """``log``, the first time that a message comes."""
+    log(message)
 
 
 def quiet_engine() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from rmega import distributed
 from rmega.hub import resolve_model
 from rmega.io import fingerprint
-from rmega.models.hf import HfFolder
+from rmega.models.hf_folder import HfFolder
 
 
 def record(folder: Path) -> dict[str, Any]:

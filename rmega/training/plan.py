@@ -44,7 +44,6 @@ class StagePlan:
     gradients: int
     optimizer: int
     activations: int
-    microbatches_in_flight: float
 
     @property
     def state(self) -> int:
@@ -159,7 +158,6 @@ def plan_stages(
                 gradients=4 * (trained + head),
                 optimizer=((8 + main_copy) * trained + 8 * head) // cut,
                 activations=int(activations),
-                microbatches_in_flight=held,
             )
         )
     return stages
