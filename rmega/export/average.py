@@ -84,7 +84,7 @@ def read_parts(paths: Sequence[Path]) -> list[Part]:
 
 
 def _read_export(folder: Path) -> Part:
-    """An export with what a checkpoint's rmega.json would say of it."""
+    """An export, with the content that a checkpoint's rmega.json would have."""
     recipe = read_recipe(folder)
     if recipe is None:
         raise ValueError(

@@ -35,7 +35,7 @@ def read_geometry(folder: Path | str) -> tuple[Geometry, dict[str, Any]]:
 
 
 def check_no_separate_head(folder: Path) -> None:
-    """ValueError where a head lies in a file of its own (LLaMA-Factory: value_head.safetensors)."""
+    """ValueError where a head is in a separate file (LLaMA-Factory: value_head.safetensors)."""
     for file in sorted(folder.glob("*head*")):
         if file.suffix in (".safetensors", ".bin", ".pt", ".pth"):
             raise ValueError(
@@ -132,8 +132,8 @@ def load_hf(
     head. A new head is ``zero`` or ``normal`` with standard deviation ``head_std`` (default 1 /
     sqrt(h + 1)), drawn from ``head_seed`` alone, so that replicas agree.
 
-    Raises ValueError naming folder and tensor if the folder lacks a tensor, has another shape, or
-    has one too many.
+    Raises ValueError naming folder and tensor if the folder lacks a tensor, has one of another
+    shape, or one too many.
     """
     if tp_rank is None or tp_size is None:
         from megatron.core import parallel_state

@@ -115,7 +115,7 @@ class PeftFolder:
 
 
 def modules_of(names: Names) -> dict[str, tuple[str, ...]]:
-    """Target of ``--lora-target`` -> the family's modules, some with ``.weight`` behind."""
+    """Target of ``--lora-target`` -> the family's modules, some ending with ``.weight``."""
     return {
         "qkv": names.qkv,
         "proj": (names.projection,),

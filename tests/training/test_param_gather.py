@@ -101,9 +101,9 @@ def steps(
     try:
         with a_bucket_per_weight():
             wrapped, optimizer, scheduler, geometry, device = build(config, DTYPES[dtype])
-        assert parsed.pp > 1 or len(wrapped[0].bucket_groups) > 1  # later stages have one bucket
-        assert wrapped[0].ddp_config.overlap_param_gather is parsed.gather
-        if parsed.gather:
+        assert parsed.parallel.pipeline_model_parallel_size > 1 or len(wrapped[0].bucket_groups) > 1  # later stages have one bucket
+        assert wrapped[0].ddp_config.overlap_param_gather is parsed.parallel.overlap_param_gather
+        if parsed.parallel.overlap_param_gather:
             late = weights_that_come_late(optimizer, wrapped)
         batcher = make_batcher(config, InMemory(random_comparisons(4 * STEPS, seed=3)), geometry)
         reports, rewards = [], []
