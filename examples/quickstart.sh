@@ -82,7 +82,7 @@ printf '%s\n' "$given" >"$output/command"
 
 step 1 model
 rate=() lora=""
-# Adapters start at zero and want a higher learning rate than the weights of a model.
+# Adapters start at zero and need a higher learning rate than the weights of a model.
 [[ ! " ${more[*]}" =~ " --lora-rank"[\ =]0*[1-9] ]] || lora=yes
 if [[ -z "$model" ]]; then
     # A high learning rate for so small a model, a higher one for the small demonstration set.

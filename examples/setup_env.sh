@@ -1,6 +1,6 @@
 # The set-up of examples/quickstart.sh and tests/run.sh. Source it, then call rmega_setup.
 #
-# Uses the active environment, else makes .venv; keeps a torch that is there, else installs one;
+# Uses the active environment, else makes .venv; keeps an installed torch, else installs one;
 # builds and installs rmega (editable) with the extras plots, serve and test; sets PYTHON. A second
 # call returns at once. The output of pip is in .cache/setup.log.
 
@@ -115,7 +115,7 @@ rmega_setup() {
 environment" || return
     echo "set-up: into ${PYTHON%/bin/python}, once; a later start takes seconds"
     rmega_install_torch || return
-    # The constraint: no requirement of another package replaces the torch that is there.
+    # The constraint: no requirement of another package replaces the installed torch.
     echo "torch==$(rmega_torch_of "$PYTHON")" >"$RMEGA_CACHE/constraints.txt"
     rmega_pip "what the build needs" "setuptools>=77" wheel "pybind11>=2.13,<4" ninja \
         "numpy>=1.26,<3" || return

@@ -40,7 +40,7 @@ def parse_args(
     of ``also``, which the caller reads itself. The last value of a repeated flag counts, as a
     script's ``"$@"`` needs it, but a list is given once.
     """
-    # tools/score.py from wherever it was called; an installed program by its name
+    # tools/score.py whatever the current folder; an installed program by its name
     called = Path(sys.argv[0])
     prog = prog or (
         called.name if called.name.startswith("rmega-") else "/".join(called.parts[-2:])
@@ -95,7 +95,7 @@ def _value_lost(cls: type, argv: Sequence[str]) -> str:
 
 
 def _drop_stdout() -> None:
-    """The reader of standard output, such as head, has what it wanted: nothing more goes there."""
+    """Discard further output: the reader of standard output, such as head, has closed it."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -220,7 +220,7 @@ class TrainArgs:
     """Also log to this Weights & Biases project (WANDB_MODE=offline works without network)."""
 
     def total_steps(self, num_comparisons: int) -> tuple[int, int]:
-        """(optimizer steps, comparisons) of the whole run, with so many comparisons per epoch."""
+        """(optimizer steps, comparisons) of the whole run, with ``num_comparisons`` per epoch."""
         if self.train_steps is not None:
             return self.train_steps, self.train_steps * self.global_batch_size
         assert self.train_epochs is not None  # one of the two is given, see check

@@ -1,40 +1,28 @@
-"""A folder, a Hugging Face hub name or ``modelscope:NAME`` -> a local folder; loading its
-tokenizer without running its code.
+"""A folder, a Hugging Face hub name or ``modelscope:NAME`` -> a local folder; the tokens that
+its model records.
 
-The only loader of tokenizers in rmega. Code that comes with a folder is never run, and nothing
-asks on the terminal.
+Code that comes with a folder is never run, and nothing asks on the terminal.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import os
 import re
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rmega.io import fingerprint, json_checksum, one_line, read_json, refuse_pointer
+from rmega.io import fingerprint, json_checksum, one_line, read_json
 
 # Files of a hub repository that a reward model is built from, without weights and code.
 HUB_FILES = ("*.json", "*.jinja", "*.model", "tokenizer*", "merges.txt", "LICENSE*", "README.md")
 RECIPE = "reward_recipe.json"
 ADAPTER_CONFIG = "adapter_config.json"
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_BESIDE_VOCABULARY = (
-    "config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
-_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_ABOUT_MODELS = re.compile("model of type|rope_scaling|rope_parameters")
-"""What transformers warns of on the way to a tokenizer that concerns only the model's weights."""
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Files that a tokenizer can be loaded from."""
 
 
 def check_folder_or_hub_name(name: str, flag: str) -> None:
@@ -93,7 +81,7 @@ def resolve_model(name: str, *, flag: str = "--hf-model", weights: bool = True) 
 
 
 def resolve_start(name: str, *, flag: str = "--hf-model") -> tuple[Path, Path | None]:
-    """(folder of a model, None), or (folder of its base model, folder) of an adapter of peft.
+    """(folder of a model, None), or (folder of its base model, folder) of a peft adapter.
 
     A base model that its adapter names by a relative path is looked for beside the adapter, too.
     """
@@ -262,112 +250,21 @@ def recorded_reward_token(folder: Path) -> str | None:
 
 
 def recorded_pad_token(folder: Path) -> int | None:
-    """The pad token in the config.json beside a tokenizer; None where it does not say."""
+    """The pad token in the config.json beside a tokenizer; None where it has none."""
     token = _json_of(folder / "config.json").get("pad_token_id")
     return token if isinstance(token, int) and token >= 0 else None
 
 
 def recorded_vocab_size(folder: Path) -> int | None:
-    """Rows of the embedding, as the config.json beside a tokenizer has it; None where it does not
-    say."""
+    """Rows of the embedding, as the config.json beside a tokenizer has it; None where it has
+    none."""
     size = _json_of(folder / "config.json").get("vocab_size")
     return size if isinstance(size, int) and size > 0 else None
 
 
-# ---- tokenizers
-
-
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a vocabulary that a tokenizer can be loaded from."""
-    return any((folder / name).is_file() for name in _VOCABULARIES)
-
-
-def load_tokenizer(
-    name: str | Path, *, flag: str = "--tokenizer", messages: list[str] | None = None
-) -> Any:
-    """The transformers tokenizer of a folder or hub name (as `resolve_model`).
-
-    ``messages`` is extended by a line for each thing that transformers warns of. Raises ValueError
-    that names ``flag`` and says what to do.
-    """
-    # one process per core is the parallelism
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    folder = resolve_model(str(name), flag=flag, weights=False)
-    vocabulary = next((n for n in _VOCABULARIES if (folder / n).is_file()), None)
-    if vocabulary is None:
-        raise ValueError(f"{flag} {name}: no tokenizer in it ({', '.join(_VOCABULARIES)})")
-    if problem := export_damage(folder, weights=False):
-        raise ValueError(problem)
-    for file in (*_VOCABULARIES, *_BESIDE_VOCABULARY):
-        path = folder / file
-        refuse_pointer(path)
-        # transformers would read on without a file that is a broken link.
-        if os.path.lexists(path) and not path.is_file():
-            raise ValueError(f"{flag} {path}: not a file that can be read")
-        if file in _SETTINGS and path.is_file():
-            read_json(path)
-    if vocabulary == "tokenizer.model":
-        _need_to_read_sentencepiece(f"{flag} {name}")
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    with _transformers_warnings() as lines:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-            tokenizer.encode("a")  # uses settings of other types than transformers checks
-        except Exception as error:  # json, the Rust layer and transformers raise their own kinds
-            if "custom code" not in str(error):
-                reasons = "; ".join([one_line(error), *lines[:1]])
-                raise ValueError(f"{flag} {name}: cannot be loaded ({reasons})") from None
-            if vocabulary != "tokenizer.json":
-                raise ValueError(
-                    f"{flag} {name}: its tokenizer is code of its own, which is never run;"
-                    " a folder with a tokenizer.json is read without it"
-                ) from None
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
-            lines.append("code of its own is not run; tokenizer.json alone is read")
-    if not (folder / "tokenizer_config.json").is_file():
-        lines.append("no tokenizer_config.json: no roles of tokens and no chat template are known")
-    if messages is not None:
-        messages += [f"tokenizer {name}: {line}" for line in dict.fromkeys(lines)]
-    return tokenizer
-
-
-def _need_to_read_sentencepiece(what: str) -> None:
-    """transformers speaks of tiktoken where one of the two libraries is missing."""
-    for module, package in (("google.protobuf", "protobuf"), ("sentencepiece", "sentencepiece")):
-        try:
-            found = importlib.util.find_spec(module)
-        except ModuleNotFoundError:  # not even a package "google"
-            found = None
-        if found is None:
-            raise ValueError(
-                f"{what}: tokenizer.model is read with {package}, which is not installed (pip"
-                f" install {package})"
-            )
-
-
-@contextlib.contextmanager
-def _transformers_warnings() -> Iterator[list[str]]:
-    """Collects what transformers would log inside, a line each, but for what concerns weights."""
-    from transformers.utils.logging import get_logger
-
-    lines: list[str] = []
-
-    class Collect(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            text = " ".join(record.getMessage().split())
-            if not _ABOUT_MODELS.search(text):
-                lines.append(text[:300])
-
-    root = get_logger("transformers")  # the library's handler is made by its first logger
-    handlers, propagate = root.handlers, root.propagate
-    root.handlers, root.propagate = [Collect(logging.WARNING)], False
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # on names of model configurations
-            yield lines
-    finally:
-        root.handlers, root.propagate = handlers, propagate
+    return any((folder / name).is_file() for name in VOCABULARIES)
 
 
 @contextlib.contextmanager

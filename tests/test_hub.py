@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from rmega import hub
 from rmega.models.hf import read_geometry
 from rmega.models.hf_folder import HfFolder
 from rmega.preferences.comparison import assistant, user
+from rmega.preferences.load_tokenizer import load_tokenizer
 from rmega.preferences.tokenizer import PairTokenizer
 from tests.conftest import ROOT
 from tests.tiny import tiny_llama
@@ -118,12 +120,12 @@ def test_missing_protobuf_is_named(sentencepiece_file: Path, tmp_path: Path, mon
     folder = lay_out_as_the_hub(tmp_path / "internlm2", sentencepiece_file)
     for package in ("protobuf", "sentencepiece"):
         module = {"protobuf": "google.protobuf"}.get(package, package)
-        find = hub.importlib.util.find_spec
+        find = importlib.util.find_spec
         monkeypatch.setattr(
-            hub.importlib.util, "find_spec", lambda n, m=module, f=find: None if n == m else f(n)
+            importlib.util, "find_spec", lambda n, m=module, f=find: None if n == m else f(n)
         )
         with pytest.raises(ValueError, match=f"--tokenizer .*: .*pip install {package}"):
-            hub.load_tokenizer(folder)
+            load_tokenizer(folder)
         monkeypatch.undo()
 
 
@@ -137,18 +139,18 @@ LOADS = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from rmega import hub
 from rmega.commands.evaluate import length_counter
-from rmega.commands.inspect_data import load_tokenizer
+from rmega.commands.inspect_data import tokenizer_of
 from rmega.models.hf import read_geometry
+from rmega.preferences.load_tokenizer import load_tokenizer
 from rmega.preferences.tokenizer import PairTokenizer
 from rmega.training import preflight
 loaders = (
-    hub.load_tokenizer,
+    load_tokenizer,
     PairTokenizer.load,
     lambda f: preflight._tokenizer_of(Path(f)),
     length_counter,
-    lambda f: load_tokenizer(f, {}, needed=True),
+    lambda f: tokenizer_of(f, {}, needed=True),
     read_geometry,
 )
 for folder in sys.argv[1:]:
@@ -188,10 +190,10 @@ def test_no_code_of_a_folder_runs(
     assert done.returncode == 0, done.stderr
     assert "y/N" not in done.stdout + done.stderr and not witness.exists()
     messages: list[str] = []
-    hub.load_tokenizer(folders["of_their_own", "tokenizer.json"], messages=messages)
+    load_tokenizer(folders["of_their_own", "tokenizer.json"], messages=messages)
     assert "tokenizer.json alone is read" in messages[0]
     with pytest.raises(ValueError, match="never run"):
-        hub.load_tokenizer(folders["of_their_own", "tokenizer.model"])
+        load_tokenizer(folders["of_their_own", "tokenizer.model"])
 
 
 def test_pointers_of_git_lfs_are_named(small_llama: Path, tmp_path: Path) -> None:
@@ -200,7 +202,7 @@ def test_pointers_of_git_lfs_are_named(small_llama: Path, tmp_path: Path) -> Non
         shutil.copytree(small_llama, folder)
         (folder / name).write_text(POINTER)
         with pytest.raises(ValueError, match=f"{name}: a Git LFS pointer.*git lfs pull"):
-            hub.load_tokenizer(folder)
+            load_tokenizer(folder)
             read_geometry(folder)
             HfFolder(folder)
     for file in folder.glob("tokenizer*"):  # not read for the weights, so no matter there
@@ -225,7 +227,7 @@ def test_what_is_no_model_folder_is_named(small_llama: Path, tmp_path: Path) -> 
     cache = tmp_path / "cache" / "models--org--name"
     snapshot = cache / "snapshots" / "0123abc"
     shutil.copytree(small_llama, snapshot)
-    for load, flag in ((hub.resolve_model, "--hf-model"), (hub.load_tokenizer, "--tokenizer")):
+    for load, flag in ((hub.resolve_model, "--hf-model"), (load_tokenizer, "--tokenizer")):
         with pytest.raises(ValueError, match=f"{flag} .*PEFT adapter.*org/base"):
             load(str(adapter), flag=flag)
         for folder in (cache, cache / "snapshots"):
@@ -241,7 +243,7 @@ def test_what_is_no_model_folder_is_named(small_llama: Path, tmp_path: Path) -> 
     assert hub.resolve_model(str(snapshot)) == snapshot
     for file in small_llama.glob("tokenizer*"):
         shutil.copy(file, adapter)
-    hub.load_tokenizer(adapter)
+    load_tokenizer(adapter)
     with pytest.raises(ValueError, match="PEFT adapter"):
         hub.resolve_model(str(adapter))
     shutil.copy(small_llama / "config.json", adapter)
@@ -251,7 +253,7 @@ def test_what_is_no_model_folder_is_named(small_llama: Path, tmp_path: Path) -> 
 
 def test_modelscope_names_are_those_of_hf_model(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "modelscope", None)
-    for load in (hub.resolve_model, hub.load_tokenizer, hub.model_config_folder):
+    for load in (hub.resolve_model, load_tokenizer, hub.model_config_folder):
         with pytest.raises(ValueError, match="pip install modelscope"):
             load("modelscope:org/name")
     with pytest.raises(ValueError, match="--tokenizer modelscope:org/name: pip install"):
@@ -282,7 +284,7 @@ def test_a_damaged_file_beside_the_vocabulary(damage, message, small_llama, tmp_
     folder = Path(shutil.copytree(small_llama, tmp_path / "model"))
     damage(folder / "tokenizer_config.json")
     with pytest.raises(ValueError, match=message) as error:
-        hub.load_tokenizer(folder)
+        load_tokenizer(folder)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -290,7 +292,7 @@ def test_a_folder_without_tokenizer_config_is_noted(small_llama, tmp_path) -> No
     folder = Path(shutil.copytree(small_llama, tmp_path / "model"))
     (folder / "tokenizer_config.json").unlink()
     messages: list[str] = []
-    hub.load_tokenizer(folder, messages=messages)
+    load_tokenizer(folder, messages=messages)
     assert any("no tokenizer_config.json" in line for line in messages)
 
 

@@ -26,7 +26,7 @@ TOLERANCE = 1e-5
 
 @dataclasses.dataclass(kw_only=True)
 class CheckArgs:
-    """Does a layout change anything?"""
+    """Compare layouts with a single rank."""
 
     hf_model: str
     """Model folder or hub name."""
@@ -94,7 +94,7 @@ def work(
         if result is not None:
             torch.save(dataclasses.asdict(result), Path(folder, "result.pt"))
         distributed.finish()
-    except BaseException as error:  # the parent says it
+    except BaseException as error:  # the parent reports it
         own = isinstance(error, (ValueError, OSError))
         Path(folder, f"failed_{rank}").write_text(
             str(error) if own else traceback.format_exc(), encoding="utf-8"
@@ -120,48 +120,30 @@ def run(text: str, args: CheckArgs, *, share_prefix: bool = True):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rmega.training.parity", "torch._dynamo"])
     with tempfile.TemporaryDirectory() as folder:
+        common = (layout.world_size, port, text, args, folder, share_prefix, dict(os.environ))
         ranks = [
-            context.Process(
-                target=work,
-                args=(
-                    r,
-                    layout.world_size,
-                    port,
-                    text,
-                    args,
-                    folder,
-                    share_prefix,
-                    dict(os.environ),
-                ),
-            )
-            for r in range(layout.world_size)
+            context.Process(target=work, args=(rank, *common)) for rank in range(layout.world_size)
         ]
         for process in ranks:
             process.start()
         deadline = time.monotonic() + args.timeout_s
         try:
-            while any(process.is_alive() for process in ranks):
-                if (
-                    any(process.exitcode not in (None, 0) for process in ranks)
-                    or time.monotonic() > deadline
-                ):
+            while any(p.is_alive() for p in ranks) and time.monotonic() <= deadline:
+                if any(p.exitcode for p in ranks):
                     break
                 time.sleep(0.05)
-            failed = next((p.exitcode for p in ranks if p.exitcode not in (None, 0)), None)
             reasons = sorted(
                 Path(folder).glob("failed_*"), key=lambda path: path.stat().st_mtime_ns
             )
             if reasons:
                 raise ValueError(f"layout {text}: {reasons[0].read_text(encoding='utf-8').strip()}")
-            if failed is not None or any(process.is_alive() for process in ranks):
-                raise ValueError(
-                    f"layout {text}: "
-                    + (
-                        f"a rank ended with exit code {failed}"
-                        if failed is not None
-                        else f"not done after {args.timeout_s:g} s"
+            for process in ranks:
+                if process.exitcode:
+                    raise ValueError(
+                        f"layout {text}: a rank ended with exit code {process.exitcode}"
                     )
-                )
+            if any(p.is_alive() for p in ranks):
+                raise ValueError(f"layout {text}: not done after {args.timeout_s:g} s")
         finally:
             for process in ranks:
                 process.kill()

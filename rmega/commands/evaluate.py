@@ -100,7 +100,7 @@ def main(args: EvaluateArgs) -> None:
         from rmega.report.figures import require_matplotlib
 
         require_matplotlib("--report")  # before an hour of scoring, not after it
-    speaks = os.environ.get("RANK", "0") == "0"  # under torchrun every rank scores, one speaks
+    speaks = os.environ.get("RANK", "0") == "0"  # under torchrun every rank scores, one prints
     say: Callable[[str], None] = print if speaks else lambda line: None
     sources = resolve(args.data, split=args.split, flag="--data")
     refuse_repeated("--data", [source.name for source in sources])
@@ -184,7 +184,7 @@ def length_counter(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
     """How long a text is, and the word for the unit."""
     if tokenizer is None:
         return len, "characters"
-    from rmega.hub import load_tokenizer
+    from rmega.preferences.load_tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
     return lambda text: len(loaded(text, add_special_tokens=False)["input_ids"]), "tokens"

@@ -71,7 +71,7 @@ def main(args: InspectArgs) -> int:
         summary = summarize(dataset)
         print(json.dumps(summary, indent=1) if args.json else "\n".join(describe(summary)))
     elif args.action == "show":
-        tokenizer = load_tokenizer(args.tokenizer, dataset.manifest, needed=True)
+        tokenizer = tokenizer_of(args.tokenizer, dataset.manifest, needed=True)
         color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
         for number in args.rest or ["0"]:
             if not number.isdigit():
@@ -80,7 +80,7 @@ def main(args: InspectArgs) -> int:
     elif args.action == "verify":
         from rmega.data.integrity import verify
 
-        tokenizer = load_tokenizer(args.tokenizer, dataset.manifest, needed=False)
+        tokenizer = tokenizer_of(args.tokenizer, dataset.manifest, needed=False)
         wrong = verify(dataset, tokenizer)
         checked = (
             "fingerprint of the tokenizer" if tokenizer else "tokenizer missing, fingerprint not"
@@ -94,13 +94,13 @@ def main(args: InspectArgs) -> int:
         output = Path(args.output or f"{args.prefix}.html")
         if output.exists() and not args.force:
             raise ValueError(f"--output {output}: exists already; --force replaces it")
-        tokenizer = load_tokenizer(args.tokenizer, dataset.manifest, needed=False)
+        tokenizer = tokenizer_of(args.tokenizer, dataset.manifest, needed=False)
         write_dataset_report(output, dataset, tokenizer)
         print(output)
     return 0
 
 
-def load_tokenizer(name: str | None, manifest: dict[str, Any], *, needed: bool) -> Any:
+def tokenizer_of(name: str | None, manifest: dict[str, Any], *, needed: bool) -> Any:
     """The transformers tokenizer, or None if it is not there and not needed."""
     wanted = name or manifest.get("tokenizer")
     if not wanted or (name is None and not os.path.isdir(wanted)):
@@ -109,9 +109,9 @@ def load_tokenizer(name: str | None, manifest: dict[str, Any], *, needed: bool) 
                 f"--tokenizer: {wanted or 'the tokenizer'} is not here; name its folder"
             )
         return None
-    from rmega import hub
+    from rmega.preferences.load_tokenizer import load_tokenizer
 
-    return hub.load_tokenizer(wanted)
+    return load_tokenizer(wanted)
 
 
 def cli() -> int:

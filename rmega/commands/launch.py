@@ -3,11 +3,11 @@
     python tools/launch.py --nproc-per-node 2 examples/pretrain_reward.py --tp 2 ...
 
 torchrun ends its ranks 30 seconds after a SIGTERM, ends itself on SIGUSR1, and exits with 1
-whatever its ranks said. Here SIGTERM, SIGUSR1 and SIGINT only reach the ranks, which save and leave
-in their own time (on Linux; elsewhere signals are not passed on). The exit code is that of the rank
-that ended first: 0, 2 for an error that the user can fix, 75 for "saved, start me again", 1 for any
-other error, 130 after a second SIGINT. OMP_NUM_THREADS, if it is not set, becomes what gives each
-rank its share of the cores.
+whatever the exit codes of its ranks. Here SIGTERM, SIGUSR1 and SIGINT are only passed on to the
+ranks, which save and exit in their own time (on Linux; elsewhere signals are not passed on). The
+exit code is that of the rank that ended first: 0, 2 for an error that the user can fix, 75 for
+"saved, start me again", 1 for any other error, 130 after a second SIGINT. OMP_NUM_THREADS, if it is
+not set, becomes each rank's share of the cores.
 """
 
 from __future__ import annotations

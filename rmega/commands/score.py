@@ -80,7 +80,7 @@ def main(args: ScoreArgs) -> int:
     try:
         return score(args, rank)
     except (ValueError, OSError):
-        if rank:  # every rank meets the same error, one speaks
+        if rank:  # every rank has the same error, one reports it
             return 2
         raise
 
@@ -111,7 +111,7 @@ def score(args: ScoreArgs, rank: int) -> int:
 
     if args.format != "auto":
         schema_named(args.format)
-    inputs = inputs_of(args)  # a wrong path is said before the model is read
+    inputs = inputs_of(args)  # a wrong path is reported before the model is read
 
     def say(line: str) -> None:
         if rank == 0:

@@ -48,7 +48,7 @@ def balanced_bins(
     evenly in cost.
 
     Returns ``bins[rank][microbatch]`` = indices into ``tokens``. Every rank gets the same number of
-    micro-batches (a multiple of ``multiple``, as interleaved pipelines ask for); one may be empty
+    micro-batches (a multiple of ``multiple``, as interleaved pipelines require); one may be empty
     when there are fewer comparisons than bins. A comparison of more than ``capacity`` tokens has a
     bin to itself. Deterministic.
 

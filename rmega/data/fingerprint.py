@@ -49,7 +49,7 @@ def freeze_date(template: str) -> str:
     frozen = _HAS_CLOCK.sub(lambda match: "false" if match[1] else "true", frozen)
     if "strftime_now" not in frozen:
         return frozen
-    # A format that only rendering knows: a macro of the clock's name stands in for the clock.
+    # A format that only rendering knows: a macro of the same name replaces the clock.
     chain = "".join(f".replace('{d}', '{TEMPLATE_DATE.strftime(d)}')" for d in _DIRECTIVES)
     return f"{{%- macro strftime_now(format) %}}{{{{ format{chain} }}}}{{% endmacro %}}\n{frozen}"
 
@@ -93,7 +93,7 @@ def is_tokenizer_of(tokenizer: Any, manifest: Mapping[str, Any]) -> bool:
 
 
 def _special_but_for_pad(tokenizer: Any) -> set[str]:
-    """Special tokens but for one that is nothing but the pad token."""
+    """Special tokens, except one whose only role is the pad token."""
     roles = dict(tokenizer.special_tokens_map)
     pad = roles.pop("pad_token", None)
     elsewhere = [
@@ -143,10 +143,10 @@ _REWARD_TOKEN = re.compile(
 
 
 def with_reward_token(template: str, token: str) -> str:
-    """The template with the text of the reward token behind the last turn, for clients that only
-    render it. `without_reward_token` takes it away again."""
+    """The template with the text of the reward token after the last turn, for clients that only
+    render it. `without_reward_token` removes it again."""
     mark = "{# reward token of rmega #}"
-    if template.endswith("\n"):  # which Jinja leaves out where nothing follows
+    if template.endswith("\n"):  # which Jinja drops where nothing follows
         template, mark = template[:-1], f"{{# reward token of rmega{_NEWLINE} #}}"
     return f"{template}{{{{ '' if add_generation_prompt else {json.dumps(token)} }}}}{mark}"
 

@@ -117,15 +117,15 @@ class PreferenceDataset:
 
 
 def exists(prefix: str | Path) -> bool:
-    """True if a finished dataset or any of its files lies at ``prefix``."""
+    """Whether a finished dataset or any of its files exists at ``prefix``."""
     return any(os.path.exists(f"{prefix}{suffix}") for suffix in (*DATA_SUFFIXES, MANIFEST_SUFFIX))
 
 
 def split_label(text: str) -> tuple[str | None, str]:
     """``LABEL=PREFIX`` or ``PREFIX`` of a flag -> (label or None, prefix); both may hold ``=``.
 
-    A dataset at the whole text comes first, then the longest one behind a ``=``. Where there is
-    none, the text is split at its first ``=``, unless that stands in the name of a folder.
+    A dataset at the whole text comes first, then the longest one after a ``=``. Where there is
+    none, the text is split at its first ``=``, unless that is in the name of a folder.
     """
     if exists(text):
         return None, text

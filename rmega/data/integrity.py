@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from rmega.data.fingerprint import is_tokenizer_of, tokenizer_fingerprint
 from rmega.data.indexed import DATA_SUFFIXES, PreferenceDataset
 from rmega.data.pairs import count_pairs
 from rmega.io import checksum
@@ -52,36 +54,40 @@ def verify(dataset: PreferenceDataset, tokenizer: Any = None) -> list[str]:
     sources, the counts of the manifest, and the fingerprint of ``tokenizer`` (transformers') if one
     is given.
     """
+    return list(_problems(dataset, tokenizer))
+
+
+def _problems(dataset: PreferenceDataset, tokenizer: Any) -> Iterator[str]:
     manifest, prefix = dataset.manifest, dataset.prefix
-    wrong: list[str] = []
     for suffix in DATA_SUFFIXES:
         if manifest.get("checksums", {}).get(suffix) != checksum(prefix + suffix):
-            wrong.append(f"{prefix}{suffix}: its checksum is not the manifest's")
+            yield f"{prefix}{suffix}: its checksum is not the manifest's"
+    # An index that is wrong ends the checks: all others read by it.
     lengths, indices = dataset.sequence_lengths, dataset.document_indices
     sizes = np.diff(indices)
     if len(sizes) and (int(sizes.min()) < 3 or int(indices[0]) != 0):
-        wrong.append(f"{prefix}.idx: comparison {int(sizes.argmin())} has fewer than two responses")
-        return wrong
+        yield f"{prefix}.idx: comparison {int(sizes.argmin())} has fewer than two responses"
+        return
     if len(lengths) and int(lengths.min()) < 0:
-        wrong.append(f"{prefix}.idx: sequence {int(lengths.argmin())} has a negative length")
-        return wrong
+        yield f"{prefix}.idx: sequence {int(lengths.argmin())} has a negative length"
+        return
     ends = np.cumsum(lengths, dtype=np.int64)
     if not np.array_equal(dataset.sequence_pointers, (ends - lengths) * 4):
-        wrong.append(f"{prefix}.idx: its pointers do not follow its lengths")
-        return wrong
+        yield f"{prefix}.idx: its pointers do not follow its lengths"
+        return
     total = int(ends[-1]) if len(ends) else 0
     if len(dataset.tokens) != total:
-        wrong.append(f"{prefix}.bin: {len(dataset.tokens)} tokens, the index has {total}")
+        yield f"{prefix}.bin: {len(dataset.tokens)} tokens, the index has {total}"
     is_prefix = np.zeros(len(lengths), bool)
     is_prefix[indices[:-1]] = True
     if (lengths[~is_prefix] < 1).any():
-        wrong.append(f"{prefix}.idx: a response without tokens")
-        return wrong
-    wrong += _verify_tokens(dataset, ends, ~is_prefix)
-    wrong += _verify_scores(dataset, is_prefix)
+        yield f"{prefix}.idx: a response without tokens"
+        return
+    yield from _problems_of_tokens(dataset, ends[~is_prefix])
+    yield from _problems_of_scores(dataset, is_prefix)
     longest = int((np.repeat(lengths[is_prefix], sizes - 1) + lengths[~is_prefix]).max(initial=0))
     if manifest.get("max_length") is not None and longest > manifest["max_length"]:
-        wrong.append(
+        yield (
             f"{prefix}: a conversation of {longest} tokens, --max-length was"
             f" {manifest['max_length']}"
         )
@@ -91,66 +97,46 @@ def verify(dataset: PreferenceDataset, tokenizer: Any = None) -> list[str]:
         "num_tokens": total,
         "num_pairs": int(count_pairs(indices, dataset.scores).sum()),
     }
-    wrong += [
-        f"{prefix}.json: {name} is {manifest[name]}, the data have {value}"
-        for name, value in counts.items()
-        if name in manifest and manifest[name] != value
-    ]
-    if tokenizer is not None:
-        from rmega.data.fingerprint import is_tokenizer_of, tokenizer_fingerprint
-
-        if not is_tokenizer_of(tokenizer, manifest):
-            found = tokenizer_fingerprint(tokenizer)
-            wrong.append(
-                f"--tokenizer: its fingerprint is {found}, the dataset was written with "
-                f"{manifest.get('tokenizer_fingerprint')} ({manifest.get('tokenizer')})"
-            )
-    return wrong
-
-
-def _verify_tokens(
-    dataset: PreferenceDataset, ends: np.ndarray, is_suffix: np.ndarray
-) -> list[str]:
-    manifest, wrong, num_reward = dataset.manifest, [], 0
-    if problem := _outside(dataset):
-        wrong.append(problem)
-    for start in range(0, len(dataset.tokens), _BLOCK):
-        block = dataset.tokens[start : start + _BLOCK]
-        num_reward += int((block == manifest["reward_token_id"]).sum())
-    last = (
-        dataset.tokens[ends[is_suffix] - 1]
-        if int(ends[-1]) <= len(dataset.tokens)
-        else np.zeros(0, np.int32)
-    )
-    if manifest["reward_token_id"] is None:  # read at whatever token a text ends with
-        return wrong
-    if (last != manifest["reward_token_id"]).any():
-        wrong.append(
-            f"{dataset.prefix}.bin: {int((last != manifest['reward_token_id']).sum())} responses do"
-            " not end with the reward token"
+    for name, value in counts.items():
+        if name in manifest and manifest[name] != value:
+            yield f"{prefix}.json: {name} is {manifest[name]}, the data have {value}"
+    if tokenizer is not None and not is_tokenizer_of(tokenizer, manifest):
+        yield (
+            f"--tokenizer: its fingerprint is {tokenizer_fingerprint(tokenizer)}, the dataset was"
+            f" written with {manifest.get('tokenizer_fingerprint')} ({manifest.get('tokenizer')})"
         )
-    elif not wrong and num_reward != len(last) and not manifest.get("template_writes_reward_token"):
-        wrong.append(
-            f"{dataset.prefix}.bin: the reward token occurs {num_reward} times, in {len(last)}"
-            " responses"
-        )
-    return wrong
 
 
-def _verify_scores(dataset: PreferenceDataset, is_prefix: np.ndarray) -> list[str]:
-    scores, wrong = np.asarray(dataset.scores), []
+def _problems_of_tokens(dataset: PreferenceDataset, ends: np.ndarray) -> Iterator[str]:
+    """``ends`` [responses]: where the tokens of each response end."""
+    path, reward_token = f"{dataset.prefix}.bin", dataset.manifest["reward_token_id"]
+    if outside := _outside(dataset):
+        yield outside
+    # Without a reward token a reward is read at whatever token a text ends with.
+    if reward_token is None or ends.max(initial=0) > len(dataset.tokens):
+        return
+    others = int((dataset.tokens[ends - 1] != reward_token).sum())
+    if others:
+        yield f"{path}: {others} responses do not end with the reward token"
+    elif not outside and not dataset.manifest.get("template_writes_reward_token"):
+        blocks = range(0, len(dataset.tokens), _BLOCK)
+        count = sum(int((dataset.tokens[b : b + _BLOCK] == reward_token).sum()) for b in blocks)
+        if count != len(ends):
+            yield f"{path}: the reward token occurs {count} times, in {len(ends)} responses"
+
+
+def _problems_of_scores(dataset: PreferenceDataset, is_prefix: np.ndarray) -> Iterator[str]:
+    """``is_prefix`` [S]: the sequences that are prefixes."""
+    path, scores = f"{dataset.prefix}.scores.npy", np.asarray(dataset.scores)
     if not np.isfinite(scores).all():
-        wrong.append(f"{dataset.prefix}.scores.npy: a score that is no number")
+        yield f"{path}: a score that is no number"
     if not np.isin(scores[is_prefix], (0.0, 1.0)).all():
-        wrong.append(f"{dataset.prefix}.scores.npy: a prefix whose entry is neither 0 nor 1")
+        yield f"{path}: a prefix whose entry is neither 0 nor 1"
     rises = (scores[1:] > scores[:-1]) & ~is_prefix[1:] & ~is_prefix[:-1]
     if rises.any():
-        wrong.append(
-            f"{dataset.prefix}.scores.npy: scores rise at sequence {int(rises.argmax()) + 1}"
-        )
+        yield f"{path}: scores rise at sequence {int(rises.argmax()) + 1}"
     if len(dataset.source_ids) and int(dataset.source_ids.max()) >= len(dataset.sources):
-        wrong.append(
+        yield (
             f"{dataset.prefix}.sources.npy: source {int(dataset.source_ids.max())} of"
             f" {len(dataset.sources)}"
         )
-    return wrong

@@ -167,7 +167,7 @@ def pack(
 
     ``ties``: responses with equal scores are tied pairs. ``responses`` holds the number of each
     comparison's first response in the dataset's list of all responses. The tokens are filled up to
-    ``length`` and rounded up to a ``multiple`` (sequence parallelism asks for the tensor-parallel
+    ``length`` and rounded up to a ``multiple`` (sequence parallelism needs the tensor-parallel
     size) by tokens that attend only to themselves. Without comparisons the pack is padding and no
     pairs, so that a rank with nothing to do still takes part in the step. ``draw``: seed and
     consumed comparisons, for ``token_keys``, which take ``documents``.

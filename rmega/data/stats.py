@@ -1,7 +1,7 @@
 """Statistics of a dataset: counts, lengths, savings, accuracy of trivial heuristics, decoded
 comparisons.
 
-Vectorised over memory maps: ten million comparisons need no Python object each.
+Vectorized over memory maps: ten million comparisons need no Python object each.
 
 Shapes: N comparisons, S sequences, M pairs (better, worse).
 """

@@ -1,4 +1,4 @@
-"""Whether the margins of rewards mean what they say as probabilities.
+"""Whether the margins of rewards are right as probabilities.
 
 Shape letters and ties as in rmega/metrics.py.
 """
@@ -53,8 +53,8 @@ def fit_temperature(d: np.ndarray) -> dict[str, Any]:
 
 
 def calibration(d: np.ndarray, num_bins: int = 10) -> dict[str, Any]:
-    """Does sigmoid(d) mean what it says? Confidence is max(p, 1 - p), p = sigmoid(d); being right
-    is d > 0.
+    """Is sigmoid(d) the probability of being right? Confidence is max(p, 1 - p), p = sigmoid(d);
+    being right is d > 0.
 
     ece      expected calibration error: sum over equal-width bins of [0.5, 1] of share *
              |accuracy - confidence| (M. P. Naeini et al., AAAI 2015). Some of it is noise: a

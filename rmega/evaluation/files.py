@@ -20,12 +20,11 @@ LONGEST_NAME = 120
 
 
 def folder_names(names: Iterable[str]) -> dict[str, str]:
-    """Name of each validation set -> name of its folder, which is the set's own wherever that is a
-    plain file name.
+    """Name of each validation set -> name of its folder, the same where that is a plain file name.
 
     Other characters are written as in a URL (%2F). A very long name, and one that differs from
     another by upper and lower case alone (one file to some file systems), ends with a checksum
-    behind "~", which no plain name holds.
+    after "~", which no plain name holds.
     """
     names = list(names)
     out = {}

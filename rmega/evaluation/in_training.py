@@ -23,7 +23,7 @@ from rmega.io import write_durably
 
 
 class Evaluations:
-    """The evaluations of a run. Every rank has one; rank 0 alone speaks and writes.
+    """The evaluations of a run. Every rank has one; rank 0 alone logs and writes.
 
     sets: name -> open dataset. probes: --eval-probes. run: the run folder, None without --save. A
     resumed run (``resumed_at``: the step it resumes from) loses the files of later steps, a run
@@ -51,9 +51,8 @@ class Evaluations:
         return min(NUM_PROBED, len(self.sets[name])) if wanted else 0
 
     def note(self, name: str, step: int, result: dict[str, Any], *, last: bool) -> None:
-        """Say what is to be said of a result, and keep it: at the last evaluation of the run its
-        whole findings, before that only a strong length bias that the evaluation before did not
-        show."""
+        """Log the findings of a result and keep it: all of them at the last evaluation of the run,
+        before that only a strong length bias that the previous evaluation did not show."""
         bias = _length_bias(result)
         for sentence in result["findings"] if last else [] if self._biased[name] else bias:
             mark = f"[{MARKS[sentence['level']]}]"
@@ -83,8 +82,8 @@ def _length_bias(result: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _origin(dataset: Any) -> dict[str, Any]:
-    """Of which files a dataset was made, as tools/evaluate.py says it. What was left out of one
-    that was split is not known for its parts."""
+    """The files that a dataset was made of, as tools/evaluate.py writes them. Of a set that was
+    split, what was left out is not known for its parts."""
     manifest = dataset.manifest
     made_of = manifest.get("input", {})
     schemas = dict.fromkeys(str(file.get("schema", "")) for file in made_of.get("files", ()))

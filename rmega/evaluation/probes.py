@@ -19,7 +19,7 @@ from rmega.preferences.comparison import Comparison
 T = TypeVar("T")
 
 NUM_PROBED = 16
-"""Comparisons that are scored again, unless somebody asks for another number."""
+"""Comparisons that are scored again by default."""
 
 Score = Callable[[list[Comparison]], list[list[float]]]
 """Comparisons -> rewards, one list per comparison in the order of its responses."""
@@ -72,8 +72,8 @@ def probe_texts(items: Sequence[ScoredComparison], score: Score) -> dict[str, di
 def swap_numbers(
     items: Sequence[ScoredComparison], again: Sequence[Sequence[float]]
 ) -> dict[str, Any]:
-    """What ``again``, the rewards [k] of each item's responses in reverse order, says: every reward
-    must stay what it was.
+    """Compare ``again``, the rewards [k] of each item's responses in reverse order: no reward may
+    change.
 
     {"num_comparisons", "max_difference" of a reward, "changed_share" of comparisons whose ranking
     changed, "rescored_accuracy": with the labels reversed too, so one minus the accuracy if all is
@@ -83,7 +83,7 @@ def swap_numbers(
     for item, rewards in zip(items, again, strict=True):
         values = np.asarray(rewards, dtype=np.float64)[::-1]
         largest = max(largest, float(np.abs(values - item.rewards).max()))
-        # two rewards that are equal but for rounding may fall either way
+        # two rewards that are equal up to rounding may be ordered either way
         contradicts = _signs(values) * _signs(item.rewards) < 0
         moved = (
             np.abs((values[:, None] - values) - (item.rewards[:, None] - item.rewards)) > tolerance
@@ -103,8 +103,8 @@ def prompt_numbers(
     blank: Sequence[Sequence[float]],
     shifted: Sequence[Sequence[float]],
 ) -> dict[str, Any]:
-    """What the rewards [k] of each item with every response blanked say (all pairs must tie, so the
-    accuracy must be a half), and those of its responses under another prompt.
+    """Accuracies of the rewards [k] of each item with every response blanked (all pairs must tie,
+    so it must be a half), and of its responses under another prompt.
 
     {"num_comparisons", "blank_accuracy", "shuffled_accuracy", "own_accuracy" on the same
     comparisons}.

@@ -29,7 +29,7 @@ MAX_LOGGED_SOURCES = 32
 
 @dataclass(kw_only=True, slots=True)
 class ScoredComparison:
-    """One comparison and what a model made of it. Arrays are [k], in the order of the responses."""
+    """One comparison and its rewards. Arrays are [k], in the order of the responses."""
 
     rewards: np.ndarray
     scores: np.ndarray

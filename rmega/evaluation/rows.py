@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,14 +82,8 @@ def read_eval_set(
     plan = plan_input(source, format_name, "--data")
     assert plan.schema is not None
     out = EvalSet(source.name, source.label, plan.schema.name)
-    for number, row, _ in plan.rows():
+    for number, row, _ in islice(plan.rows(), limit):
         out.rows.append(_eval_row(row, plan.schema, source, number))
-        if limit is not None and len(out.rows) == limit:
-            break
-    return _checked(out)
-
-
-def _checked(out: EvalSet) -> EvalSet:
     if not out.usable:
         reasons = ", ".join(out.reasons()) or "no rows"
         raise ValueError(f"--data {out.name}: nothing to evaluate ({reasons})")

@@ -72,11 +72,8 @@ def read_scores(path: str | Path) -> list[ScoreRow]:
         return _read_table(text, path)
     whole = _json(text)
     if isinstance(whole, dict):
-        whole = (
-            whole.get("results")
-            if isinstance(whole.get("results"), dict) and not _is_columns(whole)
-            else whole
-        )
+        if isinstance(whole.get("results"), dict) and not _is_columns(whole):
+            whole = whole["results"]
         if _is_columns(whole):
             return _read_columns(whole, path)
     if isinstance(whole, list) and whole and isinstance(whole[0], (dict, list)):
@@ -164,29 +161,20 @@ def _is_columns(value: Any) -> bool:
 
 
 def _read_columns(columns: dict[str, Any], path: Path) -> list[ScoreRow]:
-    names = _find_pair(columns)
-    if names is None:
-        values = next(columns[n] for n in LISTS if isinstance(columns.get(n), list))
-        ids = columns.get("id") if isinstance(columns.get("id"), list) else [None] * len(values)
-        if len(values) != len(ids):
-            raise ValueError(
-                f"--scores {path}: columns of different lengths: {len(values)} scores,"
-                f" {len(ids)} id"
-            )
-        return [
-            _row({"scores": v, "id": i}, f"{path}: row {n}")
-            for n, (v, i) in enumerate(zip(values, ids, strict=True), 1)
-        ]
-    chosen, rejected = columns[names[0]], columns[names[1]]
-    ids = columns.get("id") if isinstance(columns.get("id"), list) else [None] * len(chosen)
-    if not len(chosen) == len(rejected) == len(ids):
-        raise ValueError(
-            f"--scores {path}: columns of different lengths: {len(chosen)} {names[0]}, "
-            f"{len(rejected)} {names[1]}, {len(ids)} id"
-        )
+    pair = _find_pair(columns)
+    names = pair or [next(n for n in LISTS if isinstance(columns.get(n), list))]
+    given = [columns[name] for name in names]
+    ids = columns["id"] if isinstance(columns.get("id"), list) else [None] * len(given[0])
+    sizes = [
+        (len(values), name) for values, name in zip((*given, ids), (*names, "id"), strict=True)
+    ]
+    if len({size for size, _ in sizes}) > 1:
+        counts = ", ".join(f"{size} {name}" for size, name in sizes)
+        raise ValueError(f"--scores {path}: columns of different lengths: {counts}")
+    keys = ("chosen", "rejected") if pair else ("scores",)
     return [
-        _row({"chosen": c, "rejected": r, "id": i}, f"{path}: row {n}")
-        for n, (c, r, i) in enumerate(zip(chosen, rejected, ids, strict=True), 1)
+        _row({**dict(zip(keys, values, strict=True)), "id": id_}, f"{path}: row {number}")
+        for number, (id_, *values) in enumerate(zip(ids, *given, strict=True), 1)
     ]
 
 
@@ -269,5 +257,5 @@ def match_scores(rows: Sequence[ScoreRow], ids: Sequence[str | None], data: str)
         )
     for row, id_ in zip(rows, ids, strict=True):
         if row.id is not None and id_ is not None and row.id != id_:
-            raise ValueError(f"--scores {row.where}: id {row.id!r} stands where {data} has {id_!r}")
+            raise ValueError(f"--scores {row.where}: id {row.id!r} where {data} has {id_!r}")
     return list(rows)

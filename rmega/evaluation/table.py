@@ -23,7 +23,7 @@ def interval(row: dict[str, Any]) -> str:
 
 
 def table_of(name: str, j: dict[str, Any]) -> str:
-    """Findings first, then the numbers behind it."""
+    """The findings, then the numbers."""
     lines = [name, "=" * len(name)]
     for v in j["findings"]:
         mark = f"[{MARKS[v['level']]}]".ljust(5)

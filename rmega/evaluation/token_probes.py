@@ -23,7 +23,7 @@ from rmega.preferences.overlong import common_length
 
 
 class View:
-    """Comparisons in memory with what ``rmega.data.batching.Batcher`` asks of a stored dataset."""
+    """Comparisons in memory with what ``rmega.data.batching.Batcher`` reads of a stored dataset."""
 
     def __init__(self, comparisons: Sequence[StoredComparison]) -> None:
         self.comparisons = list(comparisons)
@@ -107,9 +107,9 @@ def wrong_prompts(
     prefixes were cut).
 
     No text becomes longer than the longest of ``comparisons`` and no pass larger than
-    ``max_tokens`` or than the comparison itself, so that neither the model's positions nor the
-    memory of the training are left: a prefix that is too long loses its oldest tokens, behind those
-    with which all of them begin.
+    ``max_tokens`` or than the comparison itself, so that neither the model's positions nor
+    the memory of the training are exceeded: a prefix that is too long loses its oldest tokens after
+    those with which all prefixes begin.
     """
     longest = max(len(c.prefix) + len(s) for c in comparisons for s in c.suffixes)
     head = common_length([c.prefix for c in comparisons])

@@ -20,7 +20,8 @@ import numpy as np
 
 from rmega.data.fingerprint import PROBES, with_reward_token
 from rmega.export.folder import write_json
-from rmega.hub import has_tokenizer, load_tokenizer
+from rmega.hub import has_tokenizer
+from rmega.preferences.load_tokenizer import load_tokenizer
 
 EXAMPLE = [
     {"role": "user", "content": "What is the capital of France?"},

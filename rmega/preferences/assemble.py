@@ -137,8 +137,8 @@ def finish(
 
 
 def _source_table(work: WorkFolder, documents: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Names of sources, and uint16 [N]. A source column with a value per row gives way to the
-    files' names."""
+    """Names of sources, and uint16 [N]. Where the source column has a value per row,
+    the files' names are used instead."""
     if len(work.source_names) <= MAX_SOURCES:
         return work.source_names, documents["source"].astype(np.uint16)
     labels = sorted({s.label for s in work.inputs})
@@ -150,7 +150,7 @@ def _source_table(work: WorkFolder, documents: np.ndarray) -> tuple[list[str], n
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """int64: the ranges ``start .. start + count`` behind one another."""
+    """int64: the ranges ``start .. start + count``, concatenated."""
     offsets = np.cumsum(counts) - counts
     return np.repeat(starts - offsets, counts) + np.arange(int(counts.sum()))
 

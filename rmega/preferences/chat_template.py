@@ -34,9 +34,9 @@ class Frame:
     to_answer: str = ""
     to_question: str = ""
     end: str = ""
-    """Behind the last answer: ``<|im_end|>`` and a new line, for example."""
+    """After the last answer: ``<|im_end|>`` and a newline, for example."""
     generation_prompt: str = ""
-    """What ``add_generation_prompt`` puts behind a question."""
+    """What ``add_generation_prompt`` appends to a question."""
 
 
 class ChatTemplate:
@@ -145,7 +145,7 @@ class ChatTemplate:
 
 
 def _between(text: str, *marks: str) -> list[str]:
-    """The parts before, between and behind the marks; empty ones where a mark is missing."""
+    """The parts before, between and after the marks; empty ones where a mark is missing."""
     parts = []
     for mark in marks:
         part, found, text = text.partition(mark)

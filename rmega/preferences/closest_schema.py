@@ -9,7 +9,7 @@ from rmega.preferences.comparison import Rejected
 from rmega.preferences.messages import Row
 from rmega.preferences.schemas import SCHEMA_NAMES, SCHEMAS, Schema
 
-# Where several lack as little, the plainest comes first.
+# Of several that lack equally little, the plainest comes first.
 _PLAIN = ("messages", "strings")
 _TWINS = {
     "chosen": "rejected",
@@ -29,8 +29,8 @@ def nearest(row: Row) -> tuple[Schema, list[str]] | None:
         missing = [options for options in needs if all(row.get(n) is None for n in options)]
         if len(missing) == len(needs):
             continue
-        # Several schemas want the same columns: that one counts which the row would be with the
-        # missing ones.
+        # Several schemas have the same columns: prefer the one that the row would be recognized
+        # as with the missing columns filled.
         filled = {
             **row,
             **{o[0]: row.get(_TWINS.get(o[0], ""), _OTHERS.get(o[0], "text")) for o in missing},

@@ -1,6 +1,6 @@
 """The ``Comparison`` type, and validation of a parsed row.
 
-A schema (schemas.py) parses a row into `Parsed`, which asks nothing of the responses; `validate`
+A schema (schemas.py) parses a row into `Parsed`, without any check of the responses; `validate`
 makes a `Comparison` of it. A row that cannot be parsed or is no preference raises `Rejected`, with
 a reason from `REASONS` and a detail for the person who repairs the data; it is counted and written
 out, never dropped silently.
@@ -52,7 +52,7 @@ NOT_FAULTS = frozenset(
 
 
 class Rejected(Exception):
-    """A row that is left out. ``reason`` is a key of `REASONS`, ``detail`` says what and where in
+    """A row that is left out. ``reason`` is a key of `REASONS`, ``detail`` names what and where in
     the row."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -76,7 +76,7 @@ class Parsed:
     graded: bool = False
     """Scores are ratings, so that their differences are margins; else only their order counts."""
     ordered: bool = True
-    """The order of the row is the label; else it says nothing of the preference."""
+    """The order of the row is the label; else it is unrelated to the preference."""
     tools: list[Any] | None = None
     """Tool descriptions for the chat template."""
     notes: list[str] = field(default_factory=list)
@@ -98,7 +98,7 @@ class Comparison:
     tools: list[Any] | None = None
     positions: list[int] | None = None
     """Where each response stood among the row's (without those left out), if the order of the row
-    says nothing of the preference; else None."""
+    is unrelated to the preference; else None."""
     left_out: list[int] = field(default_factory=list)
     """Places in the row of responses that were left out, with a note each."""
     notes: list[str] = field(default_factory=list)
@@ -124,11 +124,11 @@ def validate(parsed: Parsed, *, keep_ties: bool = False) -> Comparison:
     if len(kept) < 2 or len(responses) == 2:
         if len(responses) < 2:
             raise Rejected("too_few_responses", f"{len(responses)} response")
-        for i in unrated[:1]:
-            reason = "missing_field" if scores[i] is None else "wrong_type"
-            raise Rejected(reason, f"the score of response {i + 1}")
-        for i in empty[:1]:
-            raise Rejected("empty_response", f"response {i + 1}")
+        if unrated:
+            reason = "missing_field" if scores[unrated[0]] is None else "wrong_type"
+            raise Rejected(reason, f"the score of response {unrated[0] + 1}")
+        if empty:
+            raise Rejected("empty_response", f"response {empty[0] + 1}")
     notes += [UNRATED] * len(unrated) + [NO_TEXT] * len(empty)
     for i in kept:
         _check_turns(responses[i], i + 1)

@@ -132,8 +132,9 @@ def script_of(comparison: Comparison) -> int:
 def find_duplicates(documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(duplicate of an earlier one [N] bool, part of a contradiction [N] bool).
 
-    Two comparisons of the same responses to the same prompt are duplicates if they prefer alike. If
-    some of them prefer otherwise, all of them contradict each other: none can be told to be right.
+    Two comparisons of the same responses to the same prompt are duplicates if their
+    rankings agree. If some rankings differ, all of them contradict each other: nothing tells which
+    one is right.
     """
     num = len(documents)
     duplicate, contradiction = np.zeros(num, bool), np.zeros(num, bool)
@@ -156,7 +157,7 @@ def split_by_prompt(documents: np.ndarray, keep: np.ndarray, fraction: float) ->
     one opening.
 
     A group is all comparisons with the same first question (without the system prompt), so that
-    neither a prompt nor the earlier turns of a dialogue sit on both sides.
+    neither a prompt nor the earlier turns of a dialogue are on both sides.
     """
     openings = documents["opening"][keep]
     unique, inverse, counts = np.unique(openings, return_inverse=True, return_counts=True)

@@ -2,7 +2,7 @@
 
 Byte-pair merges never cross certain borders: a special token; in a byte-level tokenizer what its
 pre-tokenizer cuts apart; in a sentencepiece-like one (whole text, no pre-tokenizer) any two
-neighbouring characters that stand side by side in no token of the vocabulary. Text cut only at such
+adjacent characters that are adjacent in no token of the vocabulary. Text cut only at such
 borders gives exactly the ids of the whole text, and its pieces repeat, so most are found in a
 table. What is not known to be safe is encoded whole by the tokenizer itself.
 """
@@ -42,8 +42,8 @@ _ODD = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\xa0\u1680\u180e\u2000-\u200f\u2028-\u202f\u205f-\u2064"
     "\u3000\ufeff]"
 )
-"""Characters whose being white space is a matter of opinion between regex engines: their text is
-encoded whole."""
+"""Characters that not all regex engines count as white space: text with one of them is encoded
+whole."""
 _ENDINGS = ".,!?:;\"')"
 _DIGIT = re.compile(r"([0-9])")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -135,7 +135,7 @@ class WordEncoder:
 def make_word_encoder(tokenizer: Any, probes: tuple[str, ...]) -> WordEncoder | None:
     """The fast encoder of a transformers tokenizer, or None where none is known to be exact.
 
-    ``probes`` are texts on which it must equal the tokenizer, whatever the analysis says.
+    ``probes`` are texts on which it must equal the tokenizer, whatever the analysis finds.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or type(backend.model).__name__ != "BPE":
@@ -200,7 +200,7 @@ def _byte_level(backend: Any, specials: dict[str, int], pre: dict[str, Any]) -> 
     )
 
     def encode_word(piece: str) -> bytes:
-        if not piece.isascii():  # what is a letter there is the tokenizer's own business
+        if not piece.isascii():  # what counts as a letter is up to the tokenizer
             return array("i", backend.encode(piece, add_special_tokens=False).ids).tobytes()
         parts = [p for p in _DIGIT.split(piece) if p] if digits else [piece]
         return b"".join([table[token] for part in parts for token in inner.findall(part)])
@@ -234,7 +234,7 @@ def _sentencepiece(
     again = f"(?:(?<=[{joins}]) +[^ ]*)*"
     words = re.compile(
         f" +[^ ]*{again}|[^ ]+{again}"
-    ).findall  # up to a space that no token has behind that character
+    ).findall  # up to a space that follows that character in no token
     model = backend.model
     table = _Table(lambda piece: array("i", [t.id for t in model.tokenize(piece)]).tobytes())
 
@@ -247,7 +247,7 @@ def _sentencepiece(
             if (
                 stem[-1],
                 word[len(stem)],
-            ) not in beside:  # most words that are new: a known one and its full stop
+            ) not in beside:  # most new words: a known one and a period
                 return table[stem] + table[word[len(stem) :]]
         borders = [
             i for i, pair in enumerate(zip(word, word[1:], strict=False), 1) if pair not in beside
@@ -259,5 +259,5 @@ def _sentencepiece(
         )
 
     if not {a for a, b in beside if b == "▁"} <= set("▁\n\t\r"):
-        return None  # a token has a space behind a visible character
+        return None  # a token has a space after a visible character
     return WordEncoder(backend, specials, words, encode_word, None, prefix)

@@ -52,12 +52,9 @@ def files_of_folder(
         if path.name in _NOT_DATA:
             continue
         saved = _saved_files(path.parent)
-        if any(_HIDDEN.fullmatch(part) for part in parts) or _CACHE.fullmatch(path.name):
-            left_out.append(path)
-        elif saved is not None and path.name not in saved:
-            left_out.append(path)
-        else:
-            paths.append(path)
+        hidden = any(_HIDDEN.fullmatch(part) for part in parts) or _CACHE.fullmatch(path.name)
+        unnamed = saved is not None and path.name not in saved
+        (left_out if hidden or unnamed else paths).append(path)
     for parent in {path.parent for path in paths}:
         for name in _saved_files(parent) or ():
             if not (parent / name).is_file():

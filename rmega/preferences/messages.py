@@ -156,9 +156,9 @@ def as_messages(value: Any, name: str) -> list[Message]:
 
 
 def is_messages(value: Any) -> bool:
-    """Looks like messages: a dict or a list of dicts with a role; or a text that stands for such.
+    """Looks like messages: a dict or a list of dicts with a role; or text that encodes such.
 
-    An answer that is JSON is a text: only one with the roles of messages stands for messages.
+    An answer that is JSON is a text: only text with known roles is read as messages.
     """
     if isinstance(value, str):
         if not _WRITTEN_OBJECTS.match(value):
@@ -207,7 +207,7 @@ def refuse_media(row: Row, where: str = "") -> None:
 
 
 def _is_absent(value: Any) -> bool:
-    """Null, empty, false, NaN, or nothing but such inside."""
+    """Null, empty, false or NaN, or a container of nothing else."""
     if isinstance(value, (list, dict)):
         return all(map(_is_absent, value.values() if isinstance(value, dict) else value))
     return not value or value != value
@@ -221,7 +221,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def _decoded(value: Any) -> Any:
-    """The list or object that a text stands for (JSON may be encoded twice); else the value."""
+    """The list or object that a text encodes (JSON may be encoded twice); else the value."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("{", "[", '"'):
         return value
     found = value_of(value)

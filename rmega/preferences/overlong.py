@@ -81,7 +81,7 @@ def _first_turn(prompt: Sequence[Message]) -> int:
 def _drop_turns(
     comparison: Comparison, ids: list[np.ndarray], limit: int, render: Render, notes: list[str]
 ) -> tuple[Comparison, list[np.ndarray]]:
-    """Leave out as few as possible of the oldest turns; the system prompt and the last question
+    """Leave out as few of the oldest turns as possible; the system prompt and the last question
     stay."""
     prompt = comparison.prompt
     keep = _first_turn(prompt)

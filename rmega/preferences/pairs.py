@@ -167,8 +167,8 @@ def sharegpt(row: Row) -> Parsed:
 
 
 def swift(row: Row) -> Parsed:
-    """ms-swift: a conversation that ends with the chosen reply, and what is to stand in its place
-    (or the other conversation); or query, response, history."""
+    """ms-swift: a conversation that ends with the chosen reply, and the reply that would replace
+    it (or the other conversation); or query, response, history."""
     rejected = field_of(row, "rejected_response", "rejected_messages")
     if row.get("messages") is None:
         prompt = [*history(row), user(as_text(field_of(row, "query", "instruction"), "query"))]

@@ -48,7 +48,7 @@ def announce(plans: list[Plan], tokenizer: PairTokenizer, converter: Converter) 
 
 
 class _Watched(dict):  # type: ignore[type-arg]
-    """A row that notes which columns are looked at."""
+    """A row that records which columns are read."""
 
     def __init__(self, row: dict[str, Any], seen: set[str]) -> None:
         super().__init__(row)
@@ -64,7 +64,7 @@ class _Watched(dict):  # type: ignore[type-arg]
 
 
 def _unused_columns(plan: Plan) -> list[str]:
-    """Columns with values in the first rows that the schema does not look at."""
+    """Columns with values in the first rows that the schema does not read."""
     if plan.schema is None:
         return []
     seen = {"source", "subset", "domain"}

@@ -24,8 +24,8 @@ PROMPTS = (
 
 
 def prompt_of_value(value: Any, name: str = "prompt") -> list[Message]:
-    """Messages of a prompt: as such, as text that stands for them, as a dialogue of HH-RLHF or
-    HelpSteer, or one question."""
+    """Messages of a prompt: a list, text that encodes one, a dialogue of HH-RLHF or HelpSteer, or
+    one question."""
     if is_parts(value) or isinstance(value, dict) and not is_messages(value):
         return [user(as_text(value, name))]
     if not isinstance(value, str) or is_messages(value):

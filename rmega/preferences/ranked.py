@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rmega.preferences.comparison import Parsed, Rejected, assistant
+from rmega.preferences.comparison import Message, Parsed, Rejected, assistant
 from rmega.preferences.messages import (
     Row,
     as_messages,
@@ -114,11 +114,15 @@ def _score(value: Any, index: int) -> float | None:
     return number
 
 
+def _replies(row: Row, *columns: tuple[str, ...]) -> list[list[Message]]:
+    """The responses in columns of their own, of which several names are known."""
+    return [[assistant(as_text(field_of(row, *names), names[0]))] for names in columns]
+
+
 def two_rated(row: Row) -> Parsed:
     """HelpSteer 2 and 3 preferences: a strength from -3 (the first is much better) to 3 (the second
     is)."""
-    sides = (("response_1", "response1"), ("response_2", "response2"))
-    responses = [[assistant(as_text(field_of(row, *names), names[0]))] for names in sides]
+    responses = _replies(row, ("response_1", "response1"), ("response_2", "response2"))
     strength = as_number(field_of(row, "preference_strength", "overall_preference"))
     if strength is None:
         raise Rejected("wrong_type", "the strength of the preference is not a number")
@@ -137,10 +141,9 @@ def labeled(row: Row) -> Parsed:
     label = as_number(given)
     if label not in (0, 1):
         raise Rejected("wrong_type", f"better_response_id is {given!r:.40}, not 0 or 1")
-    names = ("response_0", "response_1")
     return Parsed(
         prompt=prompt_of(row),
-        responses=[[assistant(as_text(field_of(row, name), name))] for name in names],
+        responses=_replies(row, ("response_0",), ("response_1",)),
         scores=[float(label == i) for i in (0, 1)],
         ordered=False,
     )
@@ -167,10 +170,9 @@ def judgebench(row: Row) -> Parsed:
     scores = JUDGEBENCH_LABELS.get(label.replace(" ", "") if isinstance(label, str) else "")
     if scores is None:
         raise Rejected("wrong_type", f"label is {label!r:.40}, not one of A>B, B>A, A=B")
-    names = ("response_A", "response_B")
     return Parsed(
         prompt=prompt_of(row),
-        responses=[[assistant(as_text(field_of(row, name), name))] for name in names],
+        responses=_replies(row, ("response_A",), ("response_B",)),
         scores=list(scores),
         ordered=False,
     )

@@ -14,7 +14,7 @@ from rmega.preferences.closest_schema import columns_of, what_is_missing
 from rmega.preferences.schemas import Schema, recognize, schema_named
 
 SAMPLE_ROWS, SAMPLE_CHUNKS = 50, 8
-"""The schema is that of the first rows: so many of them, from at most so many chunks."""
+"""The schema is recognized from this many of the first rows, in at most this many chunks."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Plan:
         return Plan, (self.source, self.schema)
 
     def chunks(self, index: int = 0, hashes: dict[str, str] | None = None) -> Iterator[Any]:
-        """All chunks, with rows grouped where the schema asks for it; see
+        """All chunks, with rows grouped where the schema requires it; see
         ``sources.read_chunks``."""
         chunks = self.stream
         if chunks is None:

@@ -1,9 +1,9 @@
 """Text that a chat template has already rendered -> its conversation.
 
 Clients render conversations themselves: samplers stop before the last white space, padding is
-decoded with the text, a second beginning-of-text token gets in, the day of the clock is printed.
-None of this may give another reward than the messages do, so the turns are recovered where the
-template's own frame shows them; what is changed on the way is noted.
+decoded with the text, a second beginning-of-text token is added, today's date is printed. None of
+this may change the reward that the messages have, so the turns are recovered where the template's
+own frame shows them; every change is noted.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class RenderedText:
         return self._with_end(self._with_date(text, notes), notes)
 
     def _without_padding(self, text: str, notes: list[str]) -> str:
-        """Padding tokens at both ends go, but for one that the template ends with."""
+        """Without padding tokens at both ends, except one that the template ends with."""
         if not self._pads:
             return text
         pads = "|".join(map(re.escape, self._pads))
@@ -117,7 +117,7 @@ class RenderedText:
         return text
 
     def _with_end(self, text: str, notes: list[str]) -> str:
-        """A text that ends with a turn's end but for white space ends exactly so."""
+        """Where the text ends with a turn's end up to white space, exactly the template's end."""
         end = self.frame.end
         if not end or text.endswith(end):
             return text

@@ -1,13 +1,14 @@
 """Rows to score: conversations, a prompt with responses, or any preference schema.
 
-Unlike training, scoring asks nothing of the responses: ties, equal responses and empty ones have
-rewards too.
+Unlike training, scoring accepts any responses: ties, equal responses and empty ones have rewards
+too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from rmega.preferences import sources
@@ -26,7 +27,7 @@ from rmega.preferences.messages import (
 from rmega.preferences.pairs import history
 from rmega.preferences.prompts import PROMPTS, prompt_of, with_system
 from rmega.preferences.ranked import RESPONSE_LISTS, RESPONSE_TEXTS, response_list
-from rmega.preferences.reader import plan_input
+from rmega.preferences.reader import Plan, plan_input
 from rmega.preferences.schemas import Schema, recognize
 from rmega.preferences.written import as_list
 
@@ -184,23 +185,26 @@ def read_rows(
     total = sum(s.num_bytes for s in inputs) if all(s.num_bytes for s in inputs) else 0
     index, before = 0, 0
     for source in inputs:
-        plan, count, start = plan_input(source, format_name, needed=False), 0, 0
+        plan = plan_input(source, format_name, needed=False)
         name = source.label if source.name == "/dev/stdin" else source.name
-        for chunk in sources.read_chunks(source, 0) if plan.stream is None else plan.stream:
-            position = min(chunk.position, source.num_bytes)
-            items = list(sources.decode(chunk))
-            for i, (number, row, _) in enumerate(items, 1):
-                done = start + (position - start) * i / len(items)
-                share = (before + done) / total if total else None
-                forced = format_name != "auto"
-                yield _row(row, plan.schema, forced, index, f"{name}:{number}"), share
-                index, count = index + 1, count + 1
-                if count == limit:
-                    break
-            start = position
-            if count == limit:
-                break
+        for number, row, position in islice(_with_position(plan), limit):
+            share = (before + position) / total if total else None
+            forced = format_name != "auto"
+            yield _row(row, plan.schema, forced, index, f"{name}:{number}"), share
+            index += 1
         before += source.num_bytes
+
+
+def _with_position(plan: Plan) -> Iterator[tuple[int, dict[str, Any] | Rejected, float]]:
+    """(line, row, position of its end in the file in bytes, interpolated within a chunk) of every
+    row. Rows are not grouped: each response is scored by itself."""
+    start = 0
+    for chunk in sources.read_chunks(plan.source, 0) if plan.stream is None else plan.stream:
+        end = min(chunk.position, plan.source.num_bytes)
+        items = list(sources.decode(chunk))
+        for i, (number, row, _) in enumerate(items, 1):
+            yield number, row, start + (end - start) * i / len(items)
+        start = end
 
 
 def _row(

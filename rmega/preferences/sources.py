@@ -83,7 +83,7 @@ def _stream_chunks(source: Input, index: int, raw: HashingFile, buffered: Any) -
             last = chunk.first
             chunk.position = raw.position
             yield chunk
-        while buffered.read(1 << 20):  # what a reader leaves behind counts for the hash
+        while buffered.read(1 << 20):  # what a reader leaves unread is part of the hash
             pass
     except (EOFError, zlib.error, gzip.BadGzipFile, OSError) as error:
         raise ValueError(

@@ -61,9 +61,7 @@ def arrow_chunks(source: Input, index: int) -> Iterator[Chunk]:
     row = 1
     try:
         for batch, total in _arrow_batches(source):
-            batch.validate(
-                full=True
-            )  # damaged offsets would otherwise be followed out of the buffer
+            batch.validate(full=True)  # damaged offsets would be followed out of the buffer
             for start in range(0, batch.num_rows, CHUNK_ROWS):
                 part = batch.slice(start, CHUNK_ROWS)
                 done = (row - 1 + part.num_rows) / total if total else 0.0

@@ -19,18 +19,13 @@ from typing import Any
 import numpy as np
 
 from rmega.data.fingerprint import PROBES, TEMPLATE_DATE, given_template, tokenizer_fingerprint
-from rmega.hub import (
-    load_tokenizer,
-    recorded_pad_token,
-    recorded_reward_token,
-    recorded_vocab_size,
-    resolve_model,
-)
+from rmega.hub import recorded_pad_token, recorded_reward_token, recorded_vocab_size, resolve_model
 from rmega.io import one_line
 from rmega.preferences.chat_template import CHECK_EVERY, DEFAULT_TEMPLATE, ChatTemplate
 from rmega.preferences.comparison import Comparison, Message, Rejected
 from rmega.preferences.fast_bpe import make_word_encoder
 from rmega.preferences.fitting import BROKEN_UP, LEFT_OUT, fit
+from rmega.preferences.load_tokenizer import load_tokenizer
 from rmega.preferences.overlong import (
     OVERLONG_POLICIES,
     Overlong,

@@ -22,7 +22,7 @@ from rmega.preferences.tokenizer import PairTokenizer
 
 @dataclass
 class ChunkResult:
-    """What a worker hands back for a chunk."""
+    """What a worker returns for a chunk."""
 
     tokens: bytes = b""
     lengths: bytes = b""

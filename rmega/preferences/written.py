@@ -26,7 +26,7 @@ _NAMES = {"nan": "None", "null": "None", "true": "True", "false": "False", "inf"
 
 
 def value_of(text: str) -> Any:
-    """The list or object that a text stands for; None if it stands for none."""
+    """The list or object that a text encodes; None if it encodes none."""
     for parse in (json.loads, lambda text: ast.literal_eval(_with_commas(text))):
         try:
             value = parse(text)

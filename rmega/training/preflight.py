@@ -21,9 +21,10 @@ from rmega.data import integrity
 from rmega.data.fingerprint import is_tokenizer_of, tokenizer_fingerprint
 from rmega.distributed import log
 from rmega.evaluation.files import eval_rows
-from rmega.hub import has_tokenizer, load_tokenizer, recorded_reward_token
+from rmega.hub import has_tokenizer, recorded_reward_token
 from rmega.models.geometry import Geometry
 from rmega.models.rotary import check_length
+from rmega.preferences.load_tokenizer import load_tokenizer
 
 
 def check_save(config: TrainingConfig) -> None:

@@ -234,7 +234,7 @@ def test_match_by_id_or_order(tmp_path):
         match_scores(rows, ["a", "c"], "d")
     with pytest.raises(ValueError, match="2 rows of scores for 3 rows of d"):
         match_scores(rows, [None, None, None], "d")
-    with pytest.raises(ValueError, match=r"s:1: id 'b' stands where d has 'a'"):
+    with pytest.raises(ValueError, match=r"s:1: id 'b' where d has 'a'"):
         match_scores(rows, ["a", None], "d")
     assert match_scores(rows, [None, None], "d") == rows
 

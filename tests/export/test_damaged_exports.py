@@ -10,7 +10,7 @@ import pytest
 
 from rmega.export.convert import convert, verify_only
 from rmega.export.destination import RECIPE, UNVERIFIED, not_ours
-from rmega.hub import load_tokenizer
+from rmega.preferences.load_tokenizer import load_tokenizer
 from rmega.scoring.scorer import scorer
 from tests import runs
 from tests.dist import run_distributed

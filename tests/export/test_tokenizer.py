@@ -17,7 +17,7 @@ import pytest
 
 from rmega.data.fingerprint import PROBES, is_tokenizer_of, with_reward_token, without_reward_token
 from rmega.export.tokenizer import EXAMPLE, write_tokenizer
-from rmega.hub import load_tokenizer
+from rmega.preferences.load_tokenizer import load_tokenizer
 from rmega.preferences.tokenizer import PairTokenizer
 from tests import clients
 
