@@ -34,7 +34,7 @@ sys.path.insert(0, __file__.rsplit("/", 2)[0])
 from benchmarks import common  # noqa: E402
 from rmega.cli import parse_args, run_tool  # noqa: E402
 from rmega.data.packing import Segments  # noqa: E402
-from rmega.models import attention  # noqa: E402
+from rmega.models import attention, attention_cpu  # noqa: E402
 
 SHAPES = {"SmolLM2-135M": (9, 3, 64), "hidden 2048": (16, 8, 128)}  # a, g, d
 LENGTHS = {
@@ -130,10 +130,10 @@ def measure(
     comparisons = draw_lengths(kind, 10 if on_cuda else 1)
     packs = {share: make_segments(comparisons, share) for share in (True, False)}
     paths = {
-        "native": (attention.packed_attention_native, True),
-        "flash": (attention.packed_attention_flash, True),
+        "native": (attention_cpu.packed_attention_native, True),
+        "flash": (attention_cpu.packed_attention_flash, True),
         "tree": (tree_attention, True),
-        "copies": (attention.packed_attention_native, False),
+        "copies": (attention_cpu.packed_attention_native, False),
     }
     if on_cuda:
         paths = {

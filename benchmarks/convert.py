@@ -124,7 +124,8 @@ def out(args: Args) -> None:
     """Write the weights once and say how long it took and how much memory it had."""
     import torch.distributed.checkpoint  # noqa: F401  (its import is no part of the copying)
 
-    from rmega.export.write_weights import CheckpointTensors, export_weights
+    from rmega.export.checkpoint_tensors import CheckpointTensors
+    from rmega.export.write_weights import export_weights
 
     target = Path(args.folder) / "out"
     shutil.rmtree(target, ignore_errors=True)

@@ -49,16 +49,16 @@ def train(config: TrainingConfig) -> int:
         logger = Logger(run, metrics, spent)
         ahead = PacksAhead(run.batcher, run.device)
 
-        def wishes() -> list[float]:
-            return [*stop.wishes(), float(checkpoints.is_writing)]
+        def requests() -> list[float]:
+            return [*stop.requests(), float(checkpoints.is_writing)]
 
         while state.iteration < run.steps and not reason:
             documents, packs = ahead.take(state.consumed)
             data_time, lr = logger.clock.lap(), model.lr
             report = compute.train_step(
-                model.wrapped, model.optimizer, packs, config.loss, len(documents), wishes
+                model.wrapped, model.optimizer, packs, config.loss, len(documents), requests
             )
-            *stops, writing = report.wishes
+            *stops, writing = report.requests
             model.advance(len(documents))
             if not logger.step(state.iteration, report, documents, data_time):
                 checkpoints.give_up(report, documents)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
+import functools
 import logging
 import os
 import socket
@@ -91,9 +92,15 @@ def log(message: str = "") -> None:
             print(message, flush=True)
 
 
-def quiet_engine() -> None:
-    """Silence Megatron-Core's remarks on packages that are not installed; what is active is printed
-    by the run itself."""
+@functools.cache
+def log_once(message: str) -> None:
+    """``log``, the first time that a message comes."""
+    log(message)
+
+
+def quiet_megatron() -> None:
+    """Silence Megatron-Core's warnings about packages that are not installed; a run prints what is
+    active itself."""
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     warnings.filterwarnings(
         "ignore", message=r".*(ffn_hidden_size|barrier\(\)|no_c10d|tensor_parallel.*deprecated).*"
@@ -118,7 +125,7 @@ def initialize(parallel: ParallelArgs | None = None, *, seed: int = 42) -> torch
             f"--tp {tp} x --pp {pp} = {tp * pp} does not divide the {world_size()} processes that"
             " were started (torchrun --nproc-per-node)"
         )
-    quiet_engine()
+    quiet_megatron()
     prepare_cuda(tp)
     where = device()
     if where.type == "cuda":
@@ -240,7 +247,7 @@ def first_problem(problem: str | None) -> str | None:
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor in place over all ranks (those with nothing to say pass zeros) and return it."""
+    """Sum a tensor in place over all ranks (those with nothing to add pass zeros) and return it."""
     dist.all_reduce(values)
     return values
 
@@ -256,5 +263,5 @@ def finish() -> None:
 
 
 # Programs import this module before those that import Megatron-Core.
-quiet_engine()
-versions.import_engine()
+quiet_megatron()
+versions.import_megatron()

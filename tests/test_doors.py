@@ -606,7 +606,7 @@ def test_a_head_that_was_read_elsewhere_is_reported(tmp_path: Path, capsys) -> N
 
 
 def test_verifying_runs_only_the_code_that_an_export_writes(tmp_path: Path) -> None:
-    from rmega.export.verify import check_code
+    from rmega.export.rewards import check_code
     from rmega.models import BACKBONES
 
     code = BACKBONES["internlm2"].code

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from rmega import hub
-from rmega.models.hf import HfFolder, read_geometry
+from rmega.models.hf import read_geometry
+from rmega.models.hf_folder import HfFolder
 from rmega.preferences.comparison import assistant, user
 from rmega.preferences.load_tokenizer import load_tokenizer
 from rmega.preferences.tokenizer import PairTokenizer

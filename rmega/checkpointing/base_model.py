@@ -9,7 +9,7 @@ from typing import Any
 from rmega import distributed
 from rmega.hub import resolve_model
 from rmega.io import fingerprint
-from rmega.models.hf import HfFolder
+from rmega.models.hf_folder import HfFolder
 
 
 def record(folder: Path) -> dict[str, Any]:
@@ -37,8 +37,8 @@ def check(info: dict[str, Any], found: Path, own: dict[str, Any], flag: str) -> 
 
 
 def find(info: dict[str, Any], found: Path, flag: str) -> Path:
-    """The folder of the base model of checkpoint ``found``: where it was, or under its name.
-    ``flag``, which may be empty, begins messages."""
+    """The folder of the base model of checkpoint ``found``: where it was, or what its name resolves
+    to. ``flag``, which may be empty, begins messages."""
     folder, named = Path(info["base"]["folder"]), f"{flag.rstrip()} {found}: base model".lstrip()
     if not folder.is_dir():
         folder = resolve_model(info["base_model"], flag=named)

@@ -248,7 +248,7 @@ class Saver:
         sync_tree(folder)
 
     def _prune(self, iteration: int, found: list[dict[int, str | None]], best: int | None) -> None:
-        """Remove what ``keep_last`` allows; a failure to do so is a warning, for the checkpoint is
+        """Remove what ``keep_last`` allows. A failure is only a warning, because the checkpoint is
         written."""
         verified = {iteration, *(found[0] or ())}
         for problems in found:

@@ -80,7 +80,7 @@ def work(
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, num_cores() // world_size))
         torch.set_float32_matmul_precision("highest")
-        distributed.quiet_engine()
+        distributed.quiet_megatron()
         config = parity.layout_config(
             parity.Layout.parse(text),
             hf_model=str(resolve_model(args.hf_model)),

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from rmega.config import LoraArgs
-from rmega.export.write_weights import CheckpointTensors, SafetensorsWriter, write_tensors
+from rmega.export.checkpoint_tensors import CheckpointTensors
+from rmega.export.write_weights import SafetensorsWriter, write_tensors
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
-from rmega.models.hf import REWARD_HEAD, HfFolder, fill, source_names
+from rmega.models.hf import REWARD_HEAD, fill, source_names
+from rmega.models.hf_folder import HfFolder
 from rmega.models.lora import delta
 from rmega.models.lora_weights import adapter_table
 from rmega.models.peft_folder import PREFIX, PeftFolder, write_adapter_config

@@ -15,8 +15,8 @@ from rmega.checkpointing.find import find_checkpoint
 from rmega.checkpointing.run_folder import read_info
 from rmega.config import LoraArgs
 from rmega.export.adapters import HfTensors, MergedTensors
+from rmega.export.checkpoint_tensors import CheckpointTensors, GlobalTensors
 from rmega.export.destination import is_marked, read_recipe
-from rmega.export.write_weights import CheckpointTensors, GlobalTensors
 from rmega.hub import RECIPE, export_damage
 from rmega.models.geometry import Geometry
 from rmega.models.hf import read_geometry
@@ -84,7 +84,7 @@ def read_parts(paths: Sequence[Path]) -> list[Part]:
 
 
 def _read_export(folder: Path) -> Part:
-    """An export with what a checkpoint's rmega.json would say of it."""
+    """An export, with the content that a checkpoint's rmega.json would have."""
     recipe = read_recipe(folder)
     if recipe is None:
         raise ValueError(

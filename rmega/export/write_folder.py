@@ -14,9 +14,10 @@ import torch
 from rmega.distributed import log
 from rmega.export.adapters import base_name, tensor, write_peft
 from rmega.export.average import Part, weights_of
+from rmega.export.checkpoint_tensors import CheckpointTensors
 from rmega.export.folder import check_pad, make_recipe, write_config
 from rmega.export.tokenizer import write_tokenizer
-from rmega.export.write_weights import CheckpointTensors, export_weights
+from rmega.export.write_weights import export_weights
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
 from rmega.models.hf import TIE_THRESHOLD

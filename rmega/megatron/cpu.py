@@ -43,7 +43,7 @@ FACTORIES = (
 
 # Every module of Megatron-Core that a run reaches, also those that are imported only inside
 # functions, so that they exist before the replacement.
-ENGINE_MODULES = (
+MEGATRON_MODULES = (
     "megatron.core",
     "megatron.core.dist_checkpointing",
     "megatron.core.dist_checkpointing.exchange_utils",
@@ -126,7 +126,7 @@ def _cpu_torch() -> types.ModuleType:
     )
 
 
-def _called_by_engine() -> bool:
+def _called_by_megatron() -> bool:
     return sys._getframe(2).f_globals.get("__name__", "").startswith("megatron.core")
 
 
@@ -136,12 +136,12 @@ def _patch_tensor() -> None:
     def type_(self, *args, **kwargs):
         # The optimizer sorts parameters by names such as 'torch.cuda.FloatTensor'.
         name = tensor_type(self, *args, **kwargs)
-        if not args and not kwargs and _called_by_engine():
+        if not args and not kwargs and _called_by_megatron():
             return name.replace("torch.", "torch.cuda.", 1)
         return name
 
     def cuda(self, *args, **kwargs):
-        return self if _called_by_engine() else tensor_cuda(self, *args, **kwargs)
+        return self if _called_by_megatron() else tensor_cuda(self, *args, **kwargs)
 
     torch.Tensor.type, torch.Tensor.cuda = type_, cuda
 
@@ -149,7 +149,7 @@ def _patch_tensor() -> None:
 def install() -> None:
     """Make Megatron-Core use the CPU. Call before models, wrappers or optimizers are built;
     harmless when repeated."""
-    for name in ENGINE_MODULES:
+    for name in MEGATRON_MODULES:
         importlib.import_module(name)
     if not _replaced:
         _patch_tensor()

@@ -39,8 +39,8 @@ def notes() -> list[str]:
 
 def check_importable() -> None:
     """ValueError, with a way out, where importing Megatron-Core would fail in another package."""
-    installed, engine = release(RESILIENCY), release("megatron-core")
-    if not installed or installed >= RESILIENCY_NEEDED or not engine or engine < (0, 17):
+    installed, core = release(RESILIENCY), release("megatron-core")
+    if not installed or installed >= RESILIENCY_NEEDED or not core or core < (0, 17):
         return
     try:
         importlib.import_module("nvidia_resiliency_ext.checkpointing.async_ckpt.core")
@@ -53,7 +53,7 @@ def check_importable() -> None:
     )
 
 
-def import_engine() -> None:
+def import_megatron() -> None:
     """Import Megatron-Core without torch's compiler, the larger part of what it would import.
 
     It decorates its fused activations with ``torch.compile``, and decorating is enough to import

@@ -177,8 +177,8 @@ def drop_mask(token_keys: torch.Tensor, channel_keys: torch.Tensor, p: float) ->
 
 
 def _give_keys(layer: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-    """Before each forward of a layer, which recomputation repeats: its pack's keys, for its
-    adapters."""
+    """Forward pre-hook of a layer, run again by recomputation: hands the pack's token keys to the
+    layer's adapters."""
     pack = kwargs["packed_seq_params"]
     behind_qkv = pack.token_keys
     if behind_qkv is not None and isinstance(layer, PooledLastLayer):
@@ -189,9 +189,9 @@ def _give_keys(layer: torch.nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 def attach(model: torch.nn.Module, args: LoraArgs) -> None:
-    """Freeze a stage of the model but for its reward head, and give its layers adapters (zeros
-    yet). Call it before the data-parallel wrapper and the optimizer are built, which then have no
-    buffers for what is frozen."""
+    """Freeze a stage of the model except its reward head, and add adapters (all zeros) to its
+    layers. Call it before the data-parallel wrapper and the optimizer are built, which then
+    allocate no buffers for frozen weights."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(("reward_head.", "tie_threshold")))
     for layer in model.decoder.layers:
@@ -223,8 +223,7 @@ def attach(model: torch.nn.Module, args: LoraArgs) -> None:
 
 
 def sum_partial_gradients(chunks: Sequence[torch.nn.Module]) -> None:
-    """Sum over tensor ranks the gradients that each has a part of. Under sequence parallelism
-    Megatron-Core does it."""
+    """Sum partial gradients over tensor ranks. Under sequence parallelism Megatron-Core does it."""
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1 or chunks[0].config.sequence_parallel:
         return
@@ -251,7 +250,7 @@ def delta(
 
 @torch.no_grad()
 def merge(model: torch.nn.Module) -> None:
-    """Add the adapters to the weights and take them away: the plain model with the same rewards."""
+    """Add the adapters to the weights and remove them: a plain model with the same rewards."""
     for module in list(model.modules()):
         for target in PLACES:
             if (adapter := getattr(module, f"lora_{target}", None)) is None:

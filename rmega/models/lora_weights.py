@@ -69,8 +69,8 @@ def initialize(
     seed: int = 0,
     start: PeftFolder | None = None,
 ) -> None:
-    """Give this stage's adapters their start: A from ``seed`` and B zero, or what ``start`` has,
-    and the reward head of ``start``, if it has one."""
+    """Initialize this stage's adapters: A from ``seed`` and B zero, or from ``start``, and the
+    reward head from ``start`` if it has one."""
     rules = {rule.name: rule for rule in adapter_table(geometry, args)}
     for name, parameter in global_parameters(model):
         if name == REWARD_HEAD and start is not None and start.has_head:
@@ -98,8 +98,8 @@ def copy_shard(parameter: torch.Tensor, rule: WeightRule, values: torch.Tensor) 
 
 
 def new_a(rule: WeightRule, seed: int) -> torch.Tensor:
-    """The start of one global A [n r, in], fp32: the same in every layout, for it depends on the
-    tensor's name and ``seed`` alone."""
+    """Initial values of one global A [n r, in], fp32: the same in every layout, because they
+    depend on the tensor's name and ``seed`` alone."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {rule.name}".encode()))
     bound = rule.shape[1] ** -0.5
     return torch.empty(rule.shape).uniform_(-bound, bound, generator=generator)

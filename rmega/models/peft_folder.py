@@ -12,7 +12,7 @@ from rmega.config import LoraArgs
 from rmega.hub import ADAPTER_CONFIG
 from rmega.models import BACKBONES
 from rmega.models.geometry import Geometry
-from rmega.models.hf import HfFolder
+from rmega.models.hf_folder import HfFolder
 from rmega.models.weights import Names
 
 PREFIX = "base_model.model."
@@ -115,7 +115,7 @@ class PeftFolder:
 
 
 def modules_of(names: Names) -> dict[str, tuple[str, ...]]:
-    """Target of ``--lora-target`` -> the family's modules, some with ``.weight`` behind."""
+    """Target of ``--lora-target`` -> the family's modules, some ending with ``.weight``."""
     return {
         "qkv": names.qkv,
         "proj": (names.projection,),

@@ -222,7 +222,7 @@ class Output:
             os.replace(self.partial, self.path)
 
     def close(self) -> None:
-        """Leave a partial file for --resume; one without a line goes away."""
+        """Leave a partial file for --resume; an empty one is removed."""
         if self.path is not None and not self._file.closed:
             self._file.close()
             if self.partial.stat().st_size == 0:

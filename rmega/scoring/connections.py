@@ -147,7 +147,7 @@ class LimitedConnection(H11Protocol):
             self._end()
 
     def _end(self, status: bytes | None = None, header: bytes = b"") -> None:
-        """Close; who does not read what was sent is dropped when it has been given time to."""
+        """Close; a client that does not read what was sent is dropped after a grace period."""
         if self.transport.is_closing():
             return
         if status is not None:

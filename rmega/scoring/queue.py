@@ -17,7 +17,7 @@ from typing import Any
 
 
 class Abandoned(Exception):
-    """The server stops before this request was scored."""
+    """The server stopped before this request was scored."""
 
 
 class Job:

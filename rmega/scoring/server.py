@@ -50,7 +50,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
-        sock.listen(2048)  # who comes before uvicorn accepts waits, is not refused
+        sock.listen(2048)  # clients that come before uvicorn accepts wait instead of being refused
     except (OSError, OverflowError) as error:
         sock.close()
         raise ValueError(
@@ -82,7 +82,7 @@ def run(
             for seconds, action in (
                 (stop_seconds, service.queue.abandon),
                 (stop_seconds + 0.5, pool.close_all),
-                (stop_seconds + 1.5, lambda: os._exit(1)),  # whatever holds the process up
+                (stop_seconds + 1.5, lambda: os._exit(1)),  # whatever blocks the process
             ):
                 timer = threading.Timer(seconds, action)
                 timer.daemon = True

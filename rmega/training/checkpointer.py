@@ -66,17 +66,17 @@ class Checkpointer:
 
     @property
     def saves(self) -> bool:
-        """Whether there is a --save."""
+        """Whether the run has a --save."""
         return self._saver is not None
 
     def note_best(self, accuracy: float, step: int) -> None:
-        """An evaluation of the first validation set."""
+        """Record an evaluation of the first validation set."""
         if self.best is None or accuracy > self.best[0]:
             self.best = (accuracy, step)
 
     def note_rewards(self, dataset: PreferenceDataset, rewards: np.ndarray, step: int) -> None:
-        """An evaluation's ``rewards`` [responses] of a whole validation set: a checkpoint of the
-        same step takes those of its verification comparisons from them, and computes none again."""
+        """Record an evaluation's ``rewards`` [responses] of a whole validation set: a checkpoint of
+        the same step reuses those of its verification comparisons."""
         if self._saver is None:
             return
         at = 0
@@ -91,7 +91,7 @@ class Checkpointer:
         return wanted and self.best is not None and self.best[1] == step
 
     def is_due(self, step: int) -> bool:
-        """Whether a step before the last one is to be saved."""
+        """Whether to save after a step that is not the last one."""
         interval = self.start.config.checkpoint.save_interval
         return (bool(interval) and step % interval == 0) or self.is_best(step)
 
@@ -170,8 +170,7 @@ class Checkpointer:
         where = "without --save there is no file to replay the batch from"
         if self._saver:
             self._wait()
-            # No update was made since the weights went wrong, if they did: these are the ones that
-            # the batch met.
+            # Skipped updates changed nothing, so these are the weights that met the batch.
             run = Path(self.run)
             folder = checkpoint.save(
                 run / "skipped",
@@ -213,7 +212,7 @@ class Checkpointer:
             log(line)
 
     def _info(self, *, with_rewards: bool = True) -> dict[str, Any]:
-        """What a checkpoint says of itself beside the tensors. Called by every rank."""
+        """What a checkpoint records besides its tensors. Called by every rank."""
         s = self.start
         manifest = s.dataset.manifest
         return {

@@ -115,7 +115,7 @@ def implementations(config: TrainingConfig, wrapped, optimizer, device: torch.de
     # Without fusion a half-precision gradient is rounded before it is added: slower, less exact.
     added = "fused" if core.gradient_accumulation_fusion else f"in {dtype_name(dtype)}, then added"
     fused = ", fused" if any(group.get("fused") for group in optimizer.param_groups) else ""
-    # Megatron-Core warns of each at every import (silenced by distributed.quiet_engine): once is
+    # Megatron-Core warns of each at every import (silenced by distributed.quiet_megatron): once is
     # enough. flash_attn is used only where torch has no varlen attention.
     attention = () if varlen_function() else ("flash_attn",)
     absent = [

@@ -174,7 +174,7 @@ def _hours(config: TrainingConfig, step: StepPlan, gpus: int) -> str:
 def dry_run(config: TrainingConfig) -> int:
     """Print the plan of a configuration, without ranks and without weights. Raises ValueError where
     it cannot work."""
-    distributed.quiet_engine()
+    distributed.quiet_megatron()
     p = config.parallel
     replicas = p.data_parallel_size or 1
     config.check(p.tensor_model_parallel_size * p.pipeline_model_parallel_size * replicas)

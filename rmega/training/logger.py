@@ -21,7 +21,7 @@ class Logger:
         self.start, self.metrics, self.spent = start, metrics, spent
         self.first = start.resumed_at or 0
         self.clock = Clock()
-        """Time that is not a step's is taken away with ``clock.lap()``."""
+        """``clock.lap()`` excludes time that was not spent in steps."""
         self.watch = Watch()
         # A short run, too, leaves enough rows for a curve.
         default = max(1, min(10, start.steps // 50))
@@ -32,7 +32,7 @@ class Logger:
             total=start.steps,
             initial=self.first,
             leave=False,
-            disable=None if distributed.rank() == 0 else True,  # None: where stderr is no terminal
+            disable=None if distributed.rank() == 0 else True,  # None: if stderr is not a terminal
         )
 
     def step(self, step: int, report: StepReport, documents, data_time: float) -> bool:
@@ -104,5 +104,5 @@ class Logger:
         return f"; {self.watch.skipped} updates skipped" if self.watch.skipped else ""
 
     def close(self) -> None:
-        """Take the progress bar away."""
+        """Remove the progress bar."""
         self._bar.close()

@@ -43,10 +43,8 @@ def duration(seconds: float) -> str:
 
 
 class TimeSpent:
-    """Time of a run's training from now on, and with what its checkpoint (``info``, resumed at a
-    step) says of the processes before this one. What was done after that checkpoint and is done
-    again is not counted twice.
-    """
+    """Training time of this process, and of the whole run, by what the checkpoint that it resumed
+    from (``info``) recorded. Steps that are repeated after a resume count once."""
 
     def __init__(self, info: Mapping[str, Any], resumed_at: int | None) -> None:
         self._begun, self._resumed_at = time.monotonic(), resumed_at
@@ -97,7 +95,7 @@ class MetricsLog:
     Biases.
 
     Only rank 0 writes. Without a folder only the lines on the terminal remain. tensorboard: "auto"
-    writes for it where it is installed, "on" raises ValueError where it is not. A resumed run
+    uses it where it is installed, "on" raises ValueError where it is not. A resumed run
     (``resumed_at``: its last good step) continues the same Weights & Biases run.
     """
 

@@ -11,7 +11,7 @@ from rmega.training.train import StepReport
 
 HISTORY = 50
 SPIKE = 10.0
-"""A gradient norm of so many times the median of the last ``HISTORY`` steps is warned about."""
+"""Warn of a gradient norm above this many times the median of the last ``HISTORY`` steps."""
 SCORE = 4.0
 """Mean scores beyond this are close to the barrier at 5; and so is a jump by as much within
 ``HISTORY`` steps."""
@@ -19,7 +19,7 @@ FEWEST = 10
 
 
 class Watch:
-    """Looks at every step's report. The same on every rank, because reports are."""
+    """Checks every step's report. The same on every rank, because reports are."""
 
     def __init__(self) -> None:
         self.skipped_in_a_row = 0

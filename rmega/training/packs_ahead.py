@@ -18,9 +18,9 @@ class PacksAhead:
     """Hands out (comparisons, packs on ``device``) of the step that starts after a count of
     comparisons.
 
-    Packs follow from that count alone, so it changes nothing that some are prepared before they are
-    asked for. An error in preparing a step is raised by ``take`` of that step. On a CPU nothing is
-    prepared ahead (unless ``ahead`` says so): the thread would take time from the step that runs.
+    Packs are a function of that count alone, so preparing some early changes nothing. An error in
+    preparing a step is raised by ``take`` of that step. On a CPU nothing is prepared ahead (unless
+    ``ahead`` says so): the thread would take time from the step that runs.
     """
 
     def __init__(
@@ -60,6 +60,6 @@ class PacksAhead:
         return documents, packs
 
     def close(self) -> None:
-        """Forget what is prepared, and end the thread."""
+        """Discard what is prepared, and end the thread."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)

@@ -196,8 +196,8 @@ def _join(rule: WeightRule, parts: list[torch.Tensor]) -> torch.Tensor:
 
 @dataclasses.dataclass
 class LayoutResult:
-    """What a layout gave: loss and gradient norm per step; gradients of the first; parameters and
-    rewards after."""
+    """Results of a layout: loss and gradient norm per step, gradients of the first step, parameters
+    and rewards after the last."""
 
     losses: list[float]
     grad_norms: list[float]

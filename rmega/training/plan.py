@@ -44,11 +44,10 @@ class StagePlan:
     gradients: int
     optimizer: int
     activations: int
-    microbatches_in_flight: float
 
     @property
     def state(self) -> int:
-        """Bytes that are there between steps too."""
+        """Bytes that are needed between steps, too."""
         return self.weights + self.gradients + self.optimizer
 
     @property
@@ -93,20 +92,17 @@ def plan_stages(
 ) -> list[StagePlan]:
     """The plan of every pipeline stage, for micro-batches of ``tokens`` tokens."""
     p, g = config.parallel, geometry
-    tp, pp, vpp = (
-        p.tensor_model_parallel_size,
-        p.pipeline_model_parallel_size,
-        p.virtual_pipeline_model_parallel_size,
-    )
+    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    sp = tp if p.sequence_parallel else 1  # ranks that share the rows outside of tensor parallelism
     groups = -(-g.num_query_groups // tp) * tp if p.pad_attention_heads else g.num_query_groups
     heads = groups * (g.num_attention_heads // g.num_query_groups)
     h, f, d = g.hidden_size, g.ffn_hidden_size, g.head_dim
     per_layer = ((heads + 2 * groups) * d * h + heads * d * h + 3 * f * h) // tp + 2 * h
-    kept_whole = 4 * h / (tp if p.sequence_parallel else 1)
+    kept_whole = 4 * h / sp
     kept_cut = ((2 * heads + 3 * groups) * d + heads * d + 3 * f) / tp
     adapters, r = 0, config.lora.lora_rank
     if r:
-        qkv, tokens_cut = (heads + 2 * groups) * d, tp if p.sequence_parallel else 1
+        qkv = (heads + 2 * groups) * d
         sizes = {
             "qkv": 3 * r * h + r * qkv // tp,
             "proj": r * (heads * d // tp + h),
@@ -117,9 +113,9 @@ def plan_stages(
         # A frozen layer keeps no input; an adapter keeps its input and x A^T, with dropout also a
         # mask of a byte per element, and behind attention the input without what was dropped.
         for target, parts, width in (
-            ("qkv", 3, h / tokens_cut),
+            ("qkv", 3, h / sp),
             ("proj", 1, 0),  # kept by attention in any case
-            ("fc1", 2, h / tokens_cut),
+            ("fc1", 2, h / sp),
             ("fc2", 1, f / tp),
         ):
             kept_whole += parts * r if target in config.lora.targets else -width
@@ -141,10 +137,9 @@ def plan_stages(
             half += h  # final norm
         head = h if stage == pp - 1 else 0  # fp32 in every precision
         trained = layers * adapters if r else half
-        held = in_flight(stage, pp, vpp, microbatches)
+        held = in_flight(stage, pp, p.virtual_pipeline_model_parallel_size, microbatches)
         if p.recompute == "full":
-            one = h / (tp if p.sequence_parallel else 1) * bytes_per_element
-            activations = tokens * (one * layers * held + per_token)
+            activations = tokens * (h / sp * bytes_per_element * layers * held + per_token)
         else:
             activations = tokens * per_token * layers * held
         cut = replicas if p.use_distributed_optimizer else 1
@@ -159,7 +154,6 @@ def plan_stages(
                 gradients=4 * (trained + head),
                 optimizer=((8 + main_copy) * trained + 8 * head) // cut,
                 activations=int(activations),
-                microbatches_in_flight=held,
             )
         )
     return stages

@@ -22,10 +22,10 @@ EXIT_REQUEUE = 75
 """EX_TEMPFAIL: stopped early with everything saved; start again to resume."""
 
 GRACE_SECONDS = 5.0
-"""How long a rank that only lost its peers waits to be ended, before it speaks too."""
+"""How long a rank that only lost its peers waits to be killed, before it reports that itself."""
 
-# What gloo, NCCL and the store say on a rank whose peer is gone. Such a rank has nothing of its own
-# to report.
+# Errors of gloo, NCCL and the store on a rank whose peer is gone. Such a rank has no error of its
+# own to report.
 _ECHOES = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -46,8 +46,8 @@ class StopRequest:
     """Requests to stop early: a signal (SIGTERM, SIGUSR1, SIGINT) or the end of the allotted time.
 
     Signals are noted when they come and acted on between steps, by all ranks together: each rank's
-    wishes travel with the sums of a step. One that comes later than a step's backward pass is acted
-    on after the next step. A second SIGINT ends at once; two within ``SAME_KEY`` seconds are one,
+    requests travel with the sums of a step. One that comes after a step's backward pass is acted on
+    after the next step. A second SIGINT ends at once; two within ``SAME_KEY`` seconds are one,
     because torchrun passes on what the terminal has already sent to all.
     """
 
@@ -72,14 +72,14 @@ class StopRequest:
             self._interrupted = self._interrupted or now
         StopRequest.noted = number
 
-    def wishes(self) -> list[float]:
-        """This rank's wishes: 1 for the one of SIGNALS that was noted, and for the deadline."""
+    def requests(self) -> list[float]:
+        """This rank's requests: 1 for the one of SIGNALS that was noted, and for the deadline."""
         late = self._deadline is not None and time.monotonic() >= self._deadline
         return [*(float(StopRequest.noted == number) for number in self.SIGNALS), float(late)]
 
-    def reason(self, wishes: list[float]) -> str | None:
-        """Why all ranks stop now, or None, by the sums of their wishes: one rank's is enough."""
-        *signals, late = wishes
+    def reason(self, requests: list[float]) -> str | None:
+        """Why all ranks stop now, or None, by the sums of their requests: one rank's is enough."""
+        *signals, late = requests
         for number, count in zip(self.SIGNALS, signals, strict=True):
             if count:
                 return f"signal {number.name}"
@@ -89,9 +89,9 @@ class StopRequest:
         """Why all ranks stop now, or None; asks all ranks."""
         import torch
 
-        wishes = torch.tensor(self.wishes(), device=device)
-        torch.distributed.all_reduce(wishes)
-        return self.reason(wishes.tolist())
+        requests = torch.tensor(self.requests(), device=device)
+        torch.distributed.all_reduce(requests)
+        return self.reason(requests.tolist())
 
 
 def run_ranks(main: Callable[..., Any], *args: Any) -> int:
@@ -101,8 +101,8 @@ def run_ranks(main: Callable[..., Any], *args: Any) -> int:
       ``error: ...``, exit code 2. One that only some other rank finds is printed by that rank, with
       its number and machine.
     - Any other error keeps its traceback, with one line after it; exit code 1.
-    - A rank that only lost its peers waits for a moment to be ended by its launcher, and else says
-      so in one line.
+    - A rank that only lost its peers gives its launcher a moment to kill it, and otherwise reports
+      that in one line.
 
     The line also goes to torchrun's error file, so that torchrun's own report shows it as the root
     cause.

@@ -123,18 +123,18 @@ class StepReport:
     padding: int
     tie_threshold: float | None = None
     """eta of ``--loss rao_kupper``, before the update."""
-    wishes: list[float] = dataclasses.field(default_factory=list)
-    """Sums over all ranks of what ``wishes`` of :func:`train_step` answered."""
+    requests: list[float] = dataclasses.field(default_factory=list)
+    """What ``requests`` of :func:`train_step` returned, summed over all ranks."""
 
 
 SUMMED = (*REPORTED, "num_tokens", "real_tokens", "padding", "num_microbatches")
 
 
 def _sum_gradients(
-    wrapped: Sequence, packs: list[PackedBatch], args: LossArgs, wishes: Callable[[], list[float]]
+    wrapped: Sequence, packs: list[PackedBatch], args: LossArgs, requests: Callable[[], list[float]]
 ) -> torch.Tensor:
     """Gradients of the loss summed over a global batch's pairs into the buffers (reduced over
-    ranks); ``SUMMED`` and the answers of ``wishes``, summed over ranks: fp64 on the device."""
+    ranks); ``SUMMED`` and what ``requests`` returns, summed over ranks: fp64 on the device."""
     for chunk in wrapped:
         chunk.zero_grad_buffer()
     before = _sums_before_backward(wrapped, packs, args)
@@ -152,7 +152,7 @@ def _sum_gradients(
         )
     # From pinned memory, because a copy from elsewhere waits for the device.
     sums = torch.tensor(
-        [*own, *wishes()], dtype=torch.float64, pin_memory=device.type == "cuda"
+        [*own, *requests()], dtype=torch.float64, pin_memory=device.type == "cuda"
     ).to(device, non_blocking=True)
     if first_rank and parallel_state.is_pipeline_last_stage():
         sums[: len(REPORTED)] = sum(report.detach().double() for report in reports)
@@ -173,15 +173,15 @@ def train_step(
     packs: list[PackedBatch],
     args: LossArgs,
     num_samples: int,
-    wishes: Callable[[], list[float]] = list,
+    requests: Callable[[], list[float]] = list,
 ) -> StepReport:
     """One optimizer step on this rank's packs of a global batch of ``num_samples`` comparisons.
-    ``wishes`` is asked after the backward pass; its answers are summed over ranks on the way.
+    ``requests`` is called after the backward pass; what it returns is summed over ranks on the way.
 
     The host waits for the device once, for all that is reported (see ``update_parameters`` for
     optimizers with which it must wait before the update)."""
     optimizer.zero_grad()
-    sums = _sum_gradients(wrapped, packs, args, wishes)
+    sums = _sum_gradients(wrapped, packs, args, requests)
     at = SUMMED.index
     terms = sums[at("num_terms")].clamp(min=1.0)
     loss = (sums[at("base_loss")] + sums[at("penalty")]) / terms
@@ -204,7 +204,7 @@ def train_step(
         real_tokens=int(s["real_tokens"]),
         num_microbatches=int(s["num_microbatches"]),
         padding=int(s["padding"]),
-        wishes=values[len(SUMMED) :],
+        requests=values[len(SUMMED) :],
         tie_threshold=s["tie_threshold"] / max(s["num_terms"], 1.0)
         if args.loss == "rao_kupper"
         else None,

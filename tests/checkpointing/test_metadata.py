@@ -92,7 +92,7 @@ def test_code_in_metadata_is_refused(call, where, run, folder, tmp_path) -> None
     target = craft(run, tmp_path / "run", content)
     with pytest.raises(ValueError, match=r"/\.metadata: not a readable checkpoint: it names "):
         read_metadata(target / "iter_0000001")
-    from rmega.export.write_weights import CheckpointTensors
+    from rmega.export.checkpoint_tensors import CheckpointTensors
 
     with pytest.raises(ValueError, match="it names"):
         CheckpointTensors(target / "iter_0000001")

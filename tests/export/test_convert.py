@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from rmega.checkpointing import checkpoint, run_folder
 from rmega.checkpointing.find import find_checkpoint
 from rmega.export.average import read_part
+from rmega.export.checkpoint_tensors import CheckpointTensors
 from rmega.export.convert import convert, verify_only
 from rmega.export.destination import RECIPE, UNVERIFIED
-from rmega.export.verify import rewards_of_parts, transformers_rewards
-from rmega.export.write_weights import CheckpointTensors, parse_size
+from rmega.export.rewards import rewards_of_parts, transformers_rewards
+from rmega.export.write_weights import parse_size
 from rmega.models import BACKBONES
 from rmega.models.hf import load_hf
 from rmega.models.weights import hf_shapes

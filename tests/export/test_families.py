@@ -56,7 +56,7 @@ def test_a_qwen3_folder_from_text_to_a_verified_export(qwen3: Path, tmp_path: Pa
     """Preprocess, train on two tensor ranks, export, score: every door gives one reward."""
     from rmega.export.convert import convert
     from rmega.export.destination import RECIPE, UNVERIFIED
-    from rmega.export.verify import transformers_rewards
+    from rmega.export.rewards import transformers_rewards
     from rmega.models.hf import read_geometry
     from rmega.scoring.scorer import scorer
     from tests.runs import flags, make_data, train

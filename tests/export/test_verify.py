@@ -122,7 +122,7 @@ def test_flags_that_would_be_ignored(flags, named, folder, run) -> None:
 def with_rewards(run: Path, tmp_path: Path, shift: float, dtype: str = "float32") -> Path:
     """The run with the rewards that its training computed, each off by ``shift``."""
     from rmega.export.average import read_part
-    from rmega.export.verify import rewards_of_parts
+    from rmega.export.rewards import rewards_of_parts
 
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     checkpoint = copy / "iter_0000010"

@@ -494,7 +494,7 @@ def prepare() -> None:
     """Import what the sessions need, so that each of them starts at once."""
     from rmega import distributed
 
-    distributed.quiet_engine()
+    distributed.quiet_megatron()
     import rmega.checkpointing.checkpoint
     import rmega.checkpointing.lock
     from rmega.megatron import cpu

@@ -22,8 +22,8 @@ import ast, collections, importlib, json, sys
 import torch
 from rmega import distributed
 from rmega.megatron import cpu
-distributed.quiet_engine()
-for name in cpu.ENGINE_MODULES:
+distributed.quiet_megatron()
+for name in cpu.MEGATRON_MODULES:
     importlib.import_module(name)
 import rmega.training.components, rmega.training.train, rmega.checkpointing.checkpoint
 engine = {n: m for n, m in sys.modules.items() if n.startswith("megatron.core")}

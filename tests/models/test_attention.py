@@ -9,14 +9,9 @@ import torch.nn.functional as F
 
 from rmega import ops
 from rmega.data.packing import Segments
-from rmega.models import attention, varlen
-from rmega.models.attention import (
-    choose_backend,
-    packed_attention,
-    packed_attention_flash,
-    packed_attention_native,
-    packed_attention_ref,
-)
+from rmega.models import attention, attention_cpu, varlen
+from rmega.models.attention import choose_backend, packed_attention, packed_attention_ref
+from rmega.models.attention_cpu import packed_attention_flash, packed_attention_native
 from rmega.models.varlen import adapt_varlen, packed_attention_varlen, varlen_plan
 
 needs_native = pytest.mark.skipif(
@@ -352,7 +347,7 @@ def test_what_varlen_attention_cannot_run_is_known_before_it_is_called(
 
 def test_cpu_falls_back_where_native_operators_are_off(monkeypatch):
     pack = make_pack(PACKS["pairs"])
-    monkeypatch.setattr(attention, "packed_attention_native", None)
+    monkeypatch.setattr(attention_cpu, "packed_attention_native", None)
     monkeypatch.setattr(ops, "active_implementation", lambda device: "reference")
     q = torch.randn(pack.num_tokens, 2, 16)
     expected = packed_attention_ref(q, q, q, pack, 0.25)

@@ -458,7 +458,9 @@ def half(rank: int, world_size: int, text: str, folder: str, dtype: str, scale: 
     config = layout_config(
         Layout.parse(text), hf_model=folder, steps=6, global_batch_size=6, max_tokens=260, lr=1e-3
     )
-    config.optimizer.initial_loss_scale = scale
+    config.train.precision = dtype
+    if dtype == "fp16":
+        config.optimizer.initial_loss_scale = scale
     wrapped, optimizer, scheduler, geometry, _ = build(config, DTYPES[dtype])
     batcher = make_batcher(config, InMemory(random_comparisons(24, seed=1)), geometry)
     out = []

@@ -101,9 +101,11 @@ def steps(
     try:
         with a_bucket_per_weight():
             wrapped, optimizer, scheduler, geometry, device = build(config, DTYPES[dtype])
-        assert parsed.pp > 1 or len(wrapped[0].bucket_groups) > 1  # later stages have one bucket
-        assert wrapped[0].ddp_config.overlap_param_gather is parsed.gather
-        if parsed.gather:
+        p = config.parallel
+        # Later stages have one bucket.
+        assert p.pipeline_model_parallel_size > 1 or len(wrapped[0].bucket_groups) > 1
+        assert wrapped[0].ddp_config.overlap_param_gather is p.overlap_param_gather
+        if p.overlap_param_gather:
             late = weights_that_come_late(optimizer, wrapped)
         batcher = make_batcher(config, InMemory(random_comparisons(4 * STEPS, seed=3)), geometry)
         reports, rewards = [], []

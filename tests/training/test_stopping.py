@@ -21,12 +21,12 @@ def stop():
 
 def test_wishes(stop):
     request = stop(None)
-    assert request.wishes() == [0, 0, 0, 0] and request.reason(request.wishes()) is None
+    assert request.requests() == [0, 0, 0, 0] and request.reason(request.requests()) is None
     for number in stop.SIGNALS:
         signal.raise_signal(number)
-        assert request.reason(request.wishes()) == f"signal {number.name}"
-    assert stop(0.0).reason(stop(0.0).wishes()) == "--exit-duration-min 0.0 is over"
-    assert stop(1e6).reason(stop(1e6).wishes()) is None
+        assert request.reason(request.requests()) == f"signal {number.name}"
+    assert stop(0.0).reason(stop(0.0).requests()) == "--exit-duration-min 0.0 is over"
+    assert stop(1e6).reason(stop(1e6).requests()) is None
 
 
 def test_sums_over_ranks(stop):
