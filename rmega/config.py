@@ -348,10 +348,20 @@ class TrainingConfig:
     def check(self, world_size: int) -> None:
         """Raise ValueError, naming the flag, on anything that can be known to be wrong before a
         model is read."""
-        t, p = self.train, self.parallel
-        if (t.train_steps is None) == (t.train_epochs is None):
+        if (self.train.train_steps is None) == (self.train.train_epochs is None):
             raise ValueError("give one of --train-steps and --train-epochs")
         self._check_numbers()
+        self._check_ranges()
+        self._check_effects()
+        self._check_losses()
+        self._check_layout(world_size)
+        if self.checkpoint.save_interval and not self.checkpoint.save:
+            raise ValueError("--save-interval needs --save")
+        self.lora.check()
+        self._check_linear_layers()
+
+    def _check_ranges(self) -> None:
+        t, p, o = self.train, self.parallel, self.optimizer
         for flag, value in (
             ("--train-steps", t.train_steps),
             ("--train-epochs", t.train_epochs),
@@ -367,21 +377,21 @@ class TrainingConfig:
             ("--num-layers-in-last-pipeline-stage", p.num_layers_in_last_pipeline_stage),
             ("--distributed-timeout-minutes", p.distributed_timeout_minutes),
             ("--device-memory-gb", p.device_memory_gb),
-            ("--lr", self.optimizer.lr),
-            ("--head-lr", self.optimizer.head_lr),
-            ("--adam-eps", self.optimizer.adam_eps),
-            ("--max-skipped-steps", self.optimizer.max_skipped_steps),
+            ("--lr", o.lr),
+            ("--head-lr", o.head_lr),
+            ("--adam-eps", o.adam_eps),
+            ("--max-skipped-steps", o.max_skipped_steps),
             ("--exit-duration-min", self.checkpoint.exit_duration_min),
         ):
             if value is not None and not value > 0:
                 raise ValueError(f"{flag} {value}: must be greater than 0")
         for flag, value in (
-            ("--weight-decay", self.optimizer.weight_decay),
-            ("--clip-grad", self.optimizer.clip_grad),
+            ("--weight-decay", o.weight_decay),
+            ("--clip-grad", o.clip_grad),
             ("--penalty-weight", self.loss.penalty_weight),
             ("--length-penalty", self.loss.length_penalty),
             ("--batch-centering", self.loss.batch_centering),
-            ("--min-lr", self.optimizer.min_lr),
+            ("--min-lr", o.min_lr),
             ("--eval-interval", t.eval_interval),
             ("--save-interval", self.checkpoint.save_interval),
             ("--keep-last", self.checkpoint.keep_last),
@@ -390,7 +400,6 @@ class TrainingConfig:
         ):
             if value < 0:
                 raise ValueError(f"{flag} {value}: must not be negative")
-        o = self.optimizer
         if o.min_lr > o.lr:
             raise ValueError(f"--min-lr {o.min_lr}: must not be greater than --lr {o.lr}")
         for flag, beta in (("--adam-beta1", o.adam_beta1), ("--adam-beta2", o.adam_beta2)):
@@ -400,32 +409,30 @@ class TrainingConfig:
             raise ValueError(f"--initial-loss-scale {o.initial_loss_scale}: must be at least 1")
         if not 0 <= self.loss.label_smoothing < 0.5:
             raise ValueError(f"--label-smoothing {self.loss.label_smoothing}: must be in [0, 0.5)")
-        self._check_effects()
-        if self.loss.loss == "plackett_luce":
-            for flag, active in (
-                ("--label-smoothing", self.loss.label_smoothing > 0),
-                ("--scale-by-rating", self.loss.scale_by_rating),
-            ):
-                if active:
-                    raise ValueError(
-                        f"{flag}: is defined for pairs, not for --loss plackett_luce, whose choices"
-                        " are among several answers"
-                    )
-        if self.loss.loss == "rao_kupper":
-            for flag, active in (
-                ("--label-smoothing", self.loss.label_smoothing > 0),
-                ("--use-margin", self.loss.use_margin),
-                ("--scale-by-rating", self.loss.scale_by_rating),
-                ("--length-penalty", self.loss.length_penalty > 0),
-            ):
-                if active:
-                    raise ValueError(
-                        f"{flag} does not go with --loss rao_kupper, whose margin is its threshold"
-                    )
-        if not 0 <= self.optimizer.lr_warmup_fraction < 1:
-            raise ValueError(
-                f"--lr-warmup-fraction {self.optimizer.lr_warmup_fraction}: must be in [0, 1)"
-            )
+        if not 0 <= o.lr_warmup_fraction < 1:
+            raise ValueError(f"--lr-warmup-fraction {o.lr_warmup_fraction}: must be in [0, 1)")
+
+    def _check_losses(self) -> None:
+        for loss, names, message in (
+            (
+                "plackett_luce",
+                ("label_smoothing", "scale_by_rating"),
+                ": is defined for pairs, not for --loss plackett_luce, whose choices are among"
+                " several answers",
+            ),
+            (
+                "rao_kupper",
+                ("label_smoothing", "use_margin", "scale_by_rating", "length_penalty"),
+                " does not go with --loss rao_kupper, whose margin is its threshold",
+            ),
+        ):
+            for name in names if self.loss.loss == loss else ():
+                if getattr(self.loss, name):
+                    raise ValueError(_flag(name) + message)
+
+    def _check_layout(self, world_size: int) -> None:
+        """Also switches off overlaps that have nothing to overlap."""
+        p = self.parallel
         if p.context_parallel_size != 1:
             raise ValueError(
                 f"--cp {p.context_parallel_size}: context parallelism is not supported for reward"
@@ -444,9 +451,9 @@ class TrainingConfig:
                 f"--dp {p.data_parallel_size}: {world_size} processes leave {replicas} replicas of "
                 f"--tp {p.tensor_model_parallel_size} x --pp {p.pipeline_model_parallel_size}"
             )
-        if t.global_batch_size < replicas:
+        if self.train.global_batch_size < replicas:
             raise ValueError(
-                f"--global-batch-size {t.global_batch_size} is smaller than the {replicas}"
+                f"--global-batch-size {self.train.global_batch_size} is smaller than the {replicas}"
                 " data-parallel ranks"
             )
         if p.sequence_parallel and p.tensor_model_parallel_size == 1:
@@ -466,11 +473,12 @@ class TrainingConfig:
             raise ValueError(
                 "--overlap-param-gather needs --overlap-grad-reduce, whose buckets it gathers"
             )
-        if self.checkpoint.save_interval and not self.checkpoint.save:
-            raise ValueError("--save-interval needs --save")
-        self.lora.check()
+
+    def _check_linear_layers(self) -> None:
+        """Adapters and fp8 each need an implementation of the linear layers of their own."""
+        m = self.model
         if self.lora.lora_rank:
-            m, needed = self.model, ""
+            needed = ""
             if m.transformer_impl == "transformer_engine":
                 needed = "--transformer-impl transformer_engine"
             elif m.fp8_format != "none":
@@ -480,12 +488,12 @@ class TrainingConfig:
                     f"{needed} does not go with --lora-rank: adapters are on Megatron-Core's own"
                     " linear layers"
                 )
-        if self.model.fp8_format != "none":
-            given = f"--fp8-format {self.model.fp8_format}"
-            if self.model.transformer_impl == "local":
+        if m.fp8_format != "none":
+            given = f"--fp8-format {m.fp8_format}"
+            if m.transformer_impl == "local":
                 raise ValueError(f"{given} needs Transformer Engine, not --transformer-impl local")
-            if t.precision not in ("auto", "bf16"):
-                raise ValueError(f"{given} goes with --precision bf16, not {t.precision}")
+            if self.train.precision not in ("auto", "bf16"):
+                raise ValueError(f"{given} goes with --precision bf16, not {self.train.precision}")
 
     def _check_effects(self) -> None:
         """No flag asks for what the other flags rule out. Switching off what is off anyway, and 0

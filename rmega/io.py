@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,28 @@ def sync_tree(folder: Path | str) -> None:
         sync_folder(parent)
 
 
+@contextlib.contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Give an error that names no file, such as that of a full disk, the name of ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def check_writable(flag: str, folder: Path | str) -> None:
+    """ValueError where ``folder`` cannot be made, or nothing can be written in it."""
+    nearest = Path(folder).absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise ValueError(f"{flag}: {nearest} is a file, not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag}: no permission to write in {nearest}")
+
+
 def write_durably(path: Path | str, text: str) -> None:
     """Write a whole file: after a crash or a power cut it holds the old text or the new one.
 
@@ -41,7 +64,7 @@ def write_durably(path: Path | str, text: str) -> None:
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
+        with naming(path), open(partial, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

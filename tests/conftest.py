@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -37,6 +39,22 @@ def small_llama(tmp_path_factory) -> Path:
     from tests.made_models import make_llama
 
     return make_llama(tmp_path_factory.mktemp("small_llama") / "small_llama")
+
+
+@pytest.fixture
+def small_files():
+    """A context in which no file can grow over 1 KB: writing fails as on a full disk."""
+
+    @contextlib.contextmanager
+    def limited():
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture(scope="session")

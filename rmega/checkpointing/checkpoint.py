@@ -179,7 +179,7 @@ class Saver:
                 with open(partial_folder / COMMON_STATE_FNAME, "wb") as file:
                     torch.save(self._snapshot.common, file)
             except (OSError, RuntimeError) as error:
-                self._snapshot.error = f"{type(error).__name__}: {error}"
+                self._snapshot.fail(error)
         self._snapshot.thread.start()
 
     @property

@@ -325,4 +325,10 @@ class Snapshot:
             self.writer.write()
             self.found = self._afterwards()
         except Exception as error:  # whatever it is, all ranks must hear of it
-            self.error = f"{type(error).__name__}: {error}"
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Note why this rank's file is not written."""
+        # torch.save fails again when it closes a file on a full disk: the disk is the reason.
+        first = error.__context__ if isinstance(error.__context__, OSError) else error
+        self.error = f"{type(first).__name__}: {first}"

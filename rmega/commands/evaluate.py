@@ -24,7 +24,7 @@ import numpy as np
 from rmega.cli import parse_args, run_tool
 from rmega.config import NONE
 from rmega.evaluation.probes import NUM_PROBED
-from rmega.io import refuse_repeated, write_durably
+from rmega.io import check_writable, refuse_repeated, write_durably
 
 NUM_NAMED = 10
 """Rows without a reward that are named one by one."""
@@ -96,10 +96,17 @@ def main(args: EvaluateArgs) -> None:
     check_split(args.split, args.data)
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: must be at least 1")
+    for flag, folder in (
+        ("--json", Path(args.json).parent if args.json else None),
+        ("--save-scores", args.save_scores),
+        ("--report", args.report),
+    ):
+        if folder is not None:  # before an hour of scoring, not after it
+            check_writable(flag, folder)
     if args.report:
         from rmega.report.figures import require_matplotlib
 
-        require_matplotlib("--report")  # before an hour of scoring, not after it
+        require_matplotlib("--report")
     speaks = os.environ.get("RANK", "0") == "0"  # under torchrun every rank scores, one prints
     say: Callable[[str], None] = print if speaks else lambda line: None
     sources = resolve(args.data, split=args.split, flag="--data")

@@ -82,8 +82,13 @@ def _improve(
 ) -> None:
     """Lower the load of the most expensive rank by the best single move or swap with any other
     rank, until none helps."""
-    if len(ranks) == 1:
-        return
+
+    def move(item: int, source: int, target: int) -> None:
+        ranks[source].remove(item)
+        ranks[target].append(item)
+        load[source] -= costs[item]
+        load[target] += costs[item]
+
     for _ in range(rounds):
         top = max(range(len(ranks)), key=lambda r: (load[r], -r))
         best_gain, best = 1e-9 * max(load[top], 1.0), None
@@ -102,15 +107,9 @@ def _improve(
         if best is None:
             return
         other, i, j = best
-        ranks[top].remove(i)
-        ranks[other].append(i)
-        load[top] -= costs[i]
-        load[other] += costs[i]
+        move(i, top, other)
         if j is not None:
-            ranks[other].remove(j)
-            ranks[top].append(j)
-            load[other] -= costs[j]
-            load[top] += costs[j]
+            move(j, other, top)
 
 
 def _cut(

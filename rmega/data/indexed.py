@@ -181,7 +181,7 @@ def open_preferences(prefix: str | Path) -> PreferenceDataset:
             )
         refuse_pointer(prefix + suffix)
     lengths, pointers, documents = _open_index(f"{prefix}.idx")
-    tokens = _memmap(f"{prefix}.bin", np.int32, 0, None)
+    tokens = _memmap(f"{prefix}.bin", np.int32)
     dtype = np.float32 if manifest["format_version"] == 1 else np.float64
     scores = _open_npy(f"{prefix}.scores.npy", dtype, len(lengths))
     source_ids = _open_npy(f"{prefix}.sources.npy", np.uint16, len(documents) - 1)
@@ -195,12 +195,11 @@ def open_preferences(prefix: str | Path) -> PreferenceDataset:
     )
 
 
-def _memmap(path: str, dtype: Any, offset: int, count: int | None) -> np.ndarray:
+def _memmap(path: str, dtype: Any) -> np.ndarray:
     if os.path.getsize(path) == 0:
         return np.zeros(0, dtype)
-    shape = None if count is None else (count,)
     try:
-        return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape).view(np.ndarray)
+        return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
     except ValueError as error:
         raise ValueError(f"{path}: {error}: cut short") from None
 
@@ -221,7 +220,7 @@ def _open_index(path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     need = HEADER.size + 12 * sequences + 8 * documents
     if size < need:
         raise ValueError(f"{path}: {size} bytes, its header needs {need}: cut short")
-    buffer = _memmap(path, np.uint8, 0, None)
+    buffer = _memmap(path, np.uint8)
     lengths = np.frombuffer(buffer, np.int32, sequences, HEADER.size)
     pointers = np.frombuffer(buffer, np.int64, sequences, HEADER.size + 4 * sequences)
     indices = np.frombuffer(buffer, np.int64, documents, HEADER.size + 12 * sequences)

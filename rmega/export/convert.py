@@ -20,7 +20,7 @@ from rmega.export.model_card import kept_comparisons, write_card
 from rmega.export.usage import client_duties, usage
 from rmega.export.write_folder import write_folder
 from rmega.export.write_weights import DTYPES, parse_size
-from rmega.io import fingerprint, one_line
+from rmega.io import fingerprint, naming, one_line
 from rmega.models.geometry import Geometry
 from rmega.models.hf import read_geometry
 
@@ -101,7 +101,7 @@ def convert(
             )
         geometry = dataclasses.replace(geometry, family=family)
     dtype = info.get("dtype", "float32") if dtype == "auto" else dtype
-    with destination.being_written(target) as partial:
+    with naming(output), destination.being_written(target) as partial:
         recipe = write_folder(parts, partial, geometry, dtype, shard_bytes, as_adapter, output)
         passed = verify and _verify(parts, partial, geometry, recipe)
         mark_unverified(partial, recipe["verification"]["reason"] if verify else NO_VERIFY)

@@ -6,6 +6,7 @@ linear layer (3 for qkv, 2 for fc1, else 1).
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 
 import torch
@@ -45,6 +46,18 @@ def adapter_table(geometry: Geometry, args: LoraArgs) -> list[WeightRule]:
                 cut = 0 if target in COLUMN else None
                 rules.append(WeightRule(f"{ours}b{part}", (size, rank), of_b, cut))
     return rules
+
+
+def above_dimensions(geometry: Geometry, args: LoraArgs) -> str:
+    """The targets with a matrix whose smaller dimension the rank exceeds, as "qkv (16), fc1 (32)";
+    "" for none. Accepted, as peft does, for it is exact: the update of such a matrix has no higher
+    rank than its smaller dimension, and the rest of the adapter costs memory only."""
+    smallest: dict[str, int] = {}
+    for rule in adapter_table(dataclasses.replace(geometry, num_layers=1), args):
+        target, _, factor = rule.name.rpartition("lora_")[2].partition(".")
+        size = rule.shape[1] if factor == "a" else rule.shape[0]
+        smallest[target] = min(size, smallest.get(target, size))
+    return ", ".join(f"{name} ({n})" for name, n in smallest.items() if args.lora_rank > n)
 
 
 @torch.no_grad()

@@ -159,11 +159,8 @@ def make_word_encoder(tokenizer: Any, probes: tuple[str, ...]) -> WordEncoder | 
         encoder = _byte_level(backend, specials, pre)
     elif pre is None:
         encoder = _sentencepiece(backend, specials, normalizer)
-    if encoder is None:
+    if encoder is None or any(encoder.encode(p) != encoder.encode_whole(p) for p in probes):
         return None
-    for probe in probes:
-        if encoder.encode(probe) != encoder.encode_whole(probe):
-            return None
     return encoder
 
 

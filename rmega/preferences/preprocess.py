@@ -26,6 +26,7 @@ import numpy as np
 
 from rmega.cli import num_cores
 from rmega.config import NONE
+from rmega.io import naming
 from rmega.preferences import dedup, sources
 from rmega.preferences.assemble import check_outputs, finish
 from rmega.preferences.chunks import CHUNK_BYTES
@@ -107,7 +108,7 @@ def preprocess(args: PreprocessArgs) -> dict[str, Any]:
     plans = [plan_input(s, args.format, mapped=args.map is not None) for s in inputs]
     converter = Converter(tokenizer, plans, args.map, "ties" in args.keep)
     announce(plans, tokenizer, converter)
-    with contextlib.ExitStack() as stack:
+    with naming(prefix), contextlib.ExitStack() as stack:
         work, *_ = [stack.enter_context(WorkFolder(output, inputs)) for output in outputs]
         check_outputs(outputs, force=args.force)  # another process may have written it since
         _convert_all(converter, plans, work, args)

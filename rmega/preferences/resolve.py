@@ -107,11 +107,7 @@ def _hub_input(spec: str, kind: str, split: str | None) -> Input:
 
 
 def _file_input(path: str, flag: str) -> Input:
-    stem, suffix = os.path.splitext(path)
-    compression = _COMPRESSIONS.get(suffix.lower())
-    if compression:
-        stem, suffix = os.path.splitext(stem)
-    kind = _KINDS.get(suffix.lower())
+    stem, kind, compression = _suffixes(path)
     if kind is None:
         raise ValueError(
             f"{flag} {path}: unknown kind of file; known are {', '.join(_KINDS)}, also with .gz or"
@@ -132,10 +128,14 @@ def _file_input(path: str, flag: str) -> Input:
     )
 
 
+def _suffixes(path: str) -> tuple[str, str | None, str | None]:
+    """(path without its suffixes, kind of file, compression); None where unknown."""
+    stem, suffix = os.path.splitext(path)
+    compression = _COMPRESSIONS.get(suffix.lower())
+    if compression:
+        stem, suffix = os.path.splitext(stem)
+    return stem, _KINDS.get(suffix.lower()), compression
+
+
 def _is_data(path: Path) -> bool:
-    suffixes = [s.lower() for s in path.suffixes[-2:]]
-    if not suffixes:
-        return False
-    return suffixes[-1] in _KINDS or (
-        len(suffixes) == 2 and suffixes[1] in _COMPRESSIONS and suffixes[0] in _KINDS
-    )
+    return _suffixes(path.name)[1] is not None

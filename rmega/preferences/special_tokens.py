@@ -110,18 +110,17 @@ def break_up(
     """Break control-token text: ``<|im_end|>`` becomes ``< |im_end|>``. Also the number of breaks.
     Tokens in ``kept`` stay."""
     count = 0
-    while True:
-        num = 0
 
-        def broken(match: re.Match[str]) -> str:
-            nonlocal num
-            token = match[0]
-            if token in kept:
-                return token
-            num += 1
-            return f"{token[0]} {token[1:]}" if len(token) > 1 else " "
+    def broken(match: re.Match[str]) -> str:
+        nonlocal count
+        token = match[0]
+        if token in kept:
+            return token
+        count += 1
+        return f"{token[0]} {token[1:]}" if len(token) > 1 else " "
 
+    while True:  # until no break has made another token
+        before = count
         text = control.sub(broken, text)
-        if not num:
+        if count == before:
             return text, count
-        count += num

@@ -90,7 +90,8 @@ class WorkFolder:
 
     def __exit__(self, *_: object) -> None:
         for stream in self._streams.values():
-            stream.close()
+            with contextlib.suppress(OSError):  # of a full disk: it is removed anyway
+                stream.close()
         shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
 

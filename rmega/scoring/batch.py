@@ -6,6 +6,7 @@ beginning are scored together wherever they stand; rows leave in the order in wh
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from rmega.io import naming
 from rmega.preferences.scorable import ScorableRow
 
 WINDOW_ROWS = 512
@@ -212,8 +214,9 @@ class Output:
 
     def write(self, text: str) -> None:
         """Append text and hand it to the system."""
-        self._file.write(text)
-        self._file.flush()
+        with naming(self.partial) if self.path is not None else contextlib.nullcontext():
+            self._file.write(text)
+            self._file.flush()
 
     def finish(self) -> None:
         """Everything is written: give the file its name."""
@@ -224,6 +227,7 @@ class Output:
     def close(self) -> None:
         """Leave a partial file for --resume; an empty one is removed."""
         if self.path is not None and not self._file.closed:
-            self._file.close()
+            with naming(self.partial):
+                self._file.close()
             if self.partial.stat().st_size == 0:
                 self.partial.unlink()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from rmega.data.fingerprint import is_tokenizer_of, tokenizer_fingerprint
 from rmega.distributed import log
 from rmega.evaluation.files import eval_rows
 from rmega.hub import has_tokenizer, recorded_reward_token
+from rmega.io import check_writable
 from rmega.models.geometry import Geometry
 from rmega.models.rotary import check_length
 from rmega.preferences.load_tokenizer import load_tokenizer
@@ -32,13 +32,7 @@ def check_save(config: TrainingConfig) -> None:
     save, load = config.checkpoint.save, config.checkpoint.load
     if not save:
         return
-    parent = Path(save).absolute()
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise ValueError(f"--save {save}: {parent} is a file, not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"--save {save}: no permission to write in {parent}")
+    check_writable(f"--save {save}", save)
     if resumes_in_place(config):
         if run_folder.ABANDONED in Path(load).name:
             raise ValueError(

@@ -250,6 +250,11 @@ def build(start: Start) -> Model:
             head = f"head from {adapter.folder}"
         origin = "new" if adapter is None else adapter.describe()
         log(f"adapters: {c.lora.describe()}; {'from the checkpoint' if start.found else origin}")
+        if layers := lora_weights.above_dimensions(start.geometry, c.lora):
+            log(
+                f"warning: --lora-rank {c.lora.lora_rank} is larger than the smaller dimension of"
+                f" matrices of {layers}: their update has at most that rank, the rest costs memory"
+            )
     wrapped = components.wrap_model(chunks, c)
     optimizer, scheduler = components.build_optimizer(wrapped, c, start.steps)
     log(

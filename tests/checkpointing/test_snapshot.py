@@ -37,6 +37,18 @@ def test_buffers_lie_side_by_side():
     assert set(made.buffers) == set(tensors)
 
 
+def test_a_full_disk_is_the_reason(tmp_path, small_files):
+    """torch.save fails twice, the second time with a sentence about positions in a zip file."""
+    made = object.__new__(snapshot.Snapshot)
+    with small_files(), open(tmp_path / "x", "wb") as file:
+        try:
+            torch.save(torch.zeros(10_000), file)
+        except RuntimeError as error:
+            made.fail(error)
+            assert "unexpected pos" in str(error)
+    assert made.error == "OSError: [Errno 27] File too large"
+
+
 def test_pinned_once(monkeypatch):
     calls, code = [], [0]
 

@@ -447,6 +447,13 @@ def test_scores_are_not_computed(tmp_path, flag):
     assert evaluate(tmp_path, data=[a], scores=[s], probes=0)["a"]["num_pairs"] == 1
 
 
+@pytest.mark.parametrize("flag", ["json", "save_scores", "report"])
+def test_what_cannot_be_written_is_refused_before_scoring(tmp_path, flag):
+    a = write(tmp_path / "a.jsonl", [pair("long answer", "no")])
+    with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')}: .*a.jsonl is a file, not"):
+        main(EvaluateArgs(data=[a], model="no such model", **{flag: f"{a}/x/out"}))
+
+
 def test_files_have_no_splits(tmp_path):
     a = write(tmp_path / "a.jsonl", [pair("long answer", "no")])
     s = write(tmp_path / "s.jsonl", [{"scores": [1, 0]}])

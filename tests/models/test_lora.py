@@ -18,6 +18,19 @@ from tests.training import test_layouts
 RANK, ALPHA = 4, 6.0
 
 
+def test_a_rank_above_a_matrix_is_named() -> None:
+    """Hidden size 32; keys and values have 2 heads of 8."""
+    from rmega.config import LoraArgs
+    from rmega.models.lora_weights import above_dimensions
+
+    named = {
+        rank: above_dimensions(tiny("llama"), LoraArgs(lora_rank=rank)) for rank in (16, 32, 33)
+    }
+    assert named == {16: "", 32: "qkv (16)", 33: "qkv (16), proj (32), fc1 (32), fc2 (32)"}
+    one = LoraArgs(lora_rank=9999, lora_target="fc1")
+    assert above_dimensions(tiny("internlm2"), one) == "fc1 (32)"
+
+
 def gradients(rank: int, world_size: int, folder: str) -> tuple:
     """Of a step from an adapter folder: rewards, gradients in peft's names, loss."""
     from rmega.config import LoraArgs, LossArgs

@@ -792,6 +792,14 @@ def test_the_validation_part_is_not_shared_either(run: Any, tmp_path: Path) -> N
         run(path, valid_fraction=0.5)
 
 
+def test_a_full_disk_is_named_and_nothing_stays(run: Any, tmp_path: Path, small_files: Any) -> None:
+    path = write(tmp_path / "d.jsonl", rows(400))
+    with small_files(), pytest.raises(OSError) as error:
+        run(path)
+    assert error.value.filename == str(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["d.jsonl"]
+
+
 def test_a_split_needs_a_folder(run: Any, tmp_path: Path) -> None:
     """One of --input or of --holdout."""
     path, held_out = write(tmp_path / "d.jsonl", rows(20)), tmp_path / "h" / "test.jsonl"

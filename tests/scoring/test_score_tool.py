@@ -17,6 +17,7 @@ from rmega.commands.score import ScoreArgs, main, ranking_text
 from rmega.preferences.comparison import Rejected
 from rmega.preferences.scorable import read_rows, scorable
 from rmega.preferences.sources import resolve
+from rmega.scoring.batch import Output
 from rmega.scoring.prefixes import group_by_prefix, parts_of
 from tests.conftest import ROOT
 from tests.dist import run_distributed
@@ -426,3 +427,16 @@ def test_parts_stay_within_a_pack():
     assert all(len(p.prefix) + sum(map(len, p.suffixes)) <= 90 for p in parts)
     assert [[*p.prefix, *s] for p in parts for s in p.suffixes] == sequences
     assert [p.ends_item for p in parts] == [False] * (len(parts) - 1) + [True]
+
+
+def test_a_full_disk_is_named(tmp_path, small_files):
+    """The rows that fit stay for --resume."""
+    output = Output(str(tmp_path / "out.jsonl"))
+    with small_files(), pytest.raises(OSError) as error:
+        try:
+            output.write('{"index": 0}\n')
+            output.write("x" * 2000)
+        finally:
+            output.close()
+    assert error.value.filename == str(tmp_path / "out.jsonl.partial")
+    assert (tmp_path / "out.jsonl.partial").read_text().startswith('{"index": 0}\n')
