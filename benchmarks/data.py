@@ -67,9 +67,10 @@ def comparisons_of(path: str, tokenizer: Any) -> tuple[list[Any], int]:
     from rmega.preferences import sources
     from rmega.preferences.comparison import Rejected
     from rmega.preferences.reader import plan_input
+    from rmega.preferences.resolve import resolve
     from rmega.preferences.worker import Converter
 
-    source = sources.resolve([path], flag="--data")[0]
+    source = resolve([path], flag="--data")[0]
     plan = plan_input(source, flag="--data")
     converter, found, size = Converter(tokenizer, [plan], None), [], 0
     for chunk in sources.read_chunks(source, 0):

@@ -46,7 +46,7 @@ def main(args: Args) -> int:
     from benchmarks.score import with_head
     from rmega.evaluation.probes import pick, probe_texts
     from rmega.evaluation.rows import read_eval_set, scored
-    from rmega.preferences.sources import resolve
+    from rmega.preferences.resolve import resolve
     from rmega.scoring.scorer import load_scorer
 
     with tempfile.TemporaryDirectory() as temporary:

@@ -170,8 +170,8 @@ def main(args: Args) -> int:
 
     from benchmarks.common import environment, save, table
     from rmega.precision import DTYPES
+    from rmega.preferences.resolve import resolve
     from rmega.preferences.scorable import read_rows
-    from rmega.preferences.sources import resolve
     from rmega.scoring.scorer import load_scorer
 
     if args.threads:

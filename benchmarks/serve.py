@@ -136,8 +136,8 @@ def conversations(args: Args, folder: str) -> list[list[list[dict]]]:
     """The conversations of each repeat, and of one before them that warms up; those of a row follow
     each other."""
     from rmega.preferences.load_tokenizer import load_tokenizer
+    from rmega.preferences.resolve import resolve
     from rmega.preferences.scorable import read_rows
-    from rmega.preferences.sources import resolve
 
     tokenizer = load_tokenizer(folder, flag="--model")
     rows = [row for row, _ in read_rows(resolve([args.data], flag="--data")) if row.error is None]

@@ -87,7 +87,7 @@ def main(args: ScoreArgs) -> int:
 
 def inputs_of(args: ScoreArgs) -> list[Any]:
     """The inputs in the order of the flag."""
-    from rmega.preferences.sources import Input, resolve
+    from rmega.preferences.resolve import Input, resolve
 
     found = []
     for spec in args.input:

@@ -12,10 +12,10 @@ import numpy as np
 
 from rmega.evaluation.benchmarks import benchmark_of, rm_bench_domain
 from rmega.evaluation.results import ScoredComparison
-from rmega.preferences import sources
 from rmega.preferences.closest_schema import left_out
 from rmega.preferences.comparison import REASONS, Comparison, Message, Rejected
 from rmega.preferences.reader import plan_input
+from rmega.preferences.resolve import Input
 from rmega.preferences.schemas import Schema, source_of
 
 if TYPE_CHECKING:
@@ -74,9 +74,7 @@ class EvalSet:
         ]
 
 
-def read_eval_set(
-    source: sources.Input, format_name: str = "auto", limit: int | None = None
-) -> EvalSet:
+def read_eval_set(source: Input, format_name: str = "auto", limit: int | None = None) -> EvalSet:
     """All rows of one input (the first ``limit``). ValueError where no schema fits or no row can be
     used."""
     plan = plan_input(source, format_name, "--data")
@@ -91,7 +89,7 @@ def read_eval_set(
 
 
 def _eval_row(
-    row: dict[str, Any] | Rejected, schema: Schema, source: sources.Input, number: int
+    row: dict[str, Any] | Rejected, schema: Schema, source: Input, number: int
 ) -> EvalRow:
     where = f"{source.name}:{number}"
     if isinstance(row, Rejected):

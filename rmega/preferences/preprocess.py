@@ -27,13 +27,13 @@ import numpy as np
 from rmega.cli import num_cores
 from rmega.config import NONE
 from rmega.io import naming
-from rmega.preferences import dedup, sources
+from rmega.preferences import dedup
 from rmega.preferences.assemble import check_outputs, finish
-from rmega.preferences.chunks import CHUNK_BYTES
+from rmega.preferences.chunks import CHUNK_BYTES, Chunk
 from rmega.preferences.comparison import Rejected
 from rmega.preferences.printed import announce, progress_bar, report, say
 from rmega.preferences.reader import Plan, plan_input
-from rmega.preferences.resolve import check_split
+from rmega.preferences.resolve import Input, check_split, resolve
 from rmega.preferences.schemas import schema_named
 from rmega.preferences.tokenizer import PairTokenizer
 from rmega.preferences.work_folder import WorkFolder
@@ -94,8 +94,8 @@ def preprocess(args: PreprocessArgs) -> dict[str, Any]:
     prefix = args.output_prefix
     outputs = [prefix] + ([f"{prefix}.valid"] if args.valid_fraction else [])
     check_outputs(outputs, force=args.force)
-    inputs = sources.resolve(args.input, split=args.split)
-    holdout = sources.resolve(args.holdout, split=args.split, flag="--holdout")
+    inputs = resolve(args.input, split=args.split)
+    holdout = resolve(args.holdout, split=args.split, flag="--holdout")
     tokenizer = PairTokenizer.load(
         args.tokenizer,
         reward_token=args.reward_token,
@@ -164,12 +164,12 @@ def _start_worker(converter: Converter) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
 
 
-def _work(chunk: sources.Chunk) -> ChunkResult:
+def _work(chunk: Chunk) -> ChunkResult:
     assert _CONVERTER is not None
     return _CONVERTER.convert(chunk)
 
 
-def _all_chunks(plans: list[Plan], hashes: dict[str, str]) -> Iterator[sources.Chunk]:
+def _all_chunks(plans: list[Plan], hashes: dict[str, str]) -> Iterator[Chunk]:
     for index, plan in enumerate(plans):
         yield from plan.chunks(index, hashes)
 
@@ -204,8 +204,8 @@ def _convert_all(
 
 
 def _results(
-    converter: Converter, chunks: Iterator[sources.Chunk], workers: int
-) -> Iterator[tuple[sources.Chunk, ChunkResult]]:
+    converter: Converter, chunks: Iterator[Chunk], workers: int
+) -> Iterator[tuple[Chunk, ChunkResult]]:
     """Results in the order of the chunks."""
     if workers == 1:
         for chunk in chunks:
@@ -215,7 +215,7 @@ def _results(
     with ProcessPoolExecutor(
         workers, multiprocessing.get_context(method), _start_worker, (converter,)
     ) as pool:
-        waiting: deque[tuple[sources.Chunk, Future[ChunkResult]]] = deque()
+        waiting: deque[tuple[Chunk, Future[ChunkResult]]] = deque()
         # The first chunk starts the workers. What is garbage by then no fork frees: a process group
         # of gloo ends a process that has none of its threads with a segmentation fault.
         gc.freeze()
@@ -237,7 +237,7 @@ def _results(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _prompts_of(holdout: list[sources.Input]) -> np.ndarray:
+def _prompts_of(holdout: list[Input]) -> np.ndarray:
     """Sorted uint64 hashes of the prompts of the held-out data."""
     prompts: set[int] = set()
     for source in holdout:

@@ -10,7 +10,9 @@ from itertools import chain, islice
 from typing import Any
 
 from rmega.preferences import sources
+from rmega.preferences.chunks import Chunk, Item
 from rmega.preferences.closest_schema import columns_of, what_is_missing
+from rmega.preferences.resolve import Input
 from rmega.preferences.schemas import Schema, recognize, schema_named
 
 SAMPLE_ROWS, SAMPLE_CHUNKS = 50, 8
@@ -21,12 +23,12 @@ SAMPLE_ROWS, SAMPLE_CHUNKS = 50, 8
 class Plan:
     """An input with the schema of its rows."""
 
-    source: sources.Input
+    source: Input
     schema: Schema | None
     """None under --map, and where none is needed and none fits."""
     sample: list[dict[str, Any]] = field(default_factory=list)
     """Its first rows."""
-    stream: Iterator[sources.Chunk] | None = None
+    stream: Iterator[Chunk] | None = None
     """The chunks of an input that can be read only once: a hub's data set, a pipe."""
 
     def __reduce__(self) -> tuple[Any, ...]:  # workers need no more
@@ -44,14 +46,14 @@ class Plan:
             chunk.input_index = index
             yield chunk
 
-    def rows(self) -> Iterator[sources.Item]:
-        """All rows, see `sources.Item`."""
+    def rows(self) -> Iterator[Item]:
+        """All rows, see `Item`."""
         for chunk in self.chunks():
             yield from sources.decode(chunk)
 
 
 def plan_input(
-    source: sources.Input,
+    source: Input,
     format_name: str = "auto",
     flag: str = "--input",
     *,
@@ -64,8 +66,8 @@ def plan_input(
     be read or no schema fits; else the schema is None.
     """
     chunks = sources.read_chunks(source, 0)
-    head: list[sources.Chunk] = []
-    items: list[sources.Item] = []
+    head: list[Chunk] = []
+    items: list[Item] = []
     sample: list[dict[str, Any]] = []
     for chunk in islice(chunks, SAMPLE_CHUNKS):
         head.append(chunk)

@@ -28,6 +28,7 @@ from rmega.preferences.pairs import history
 from rmega.preferences.prompts import PROMPTS, prompt_of, with_system
 from rmega.preferences.ranked import RESPONSE_LISTS, RESPONSE_TEXTS, response_list
 from rmega.preferences.reader import Plan, plan_input
+from rmega.preferences.resolve import Input
 from rmega.preferences.schemas import Schema, recognize
 from rmega.preferences.written import as_list
 
@@ -175,7 +176,7 @@ def _of_no_form(row: Row) -> Rejected:
 
 
 def read_rows(
-    inputs: Sequence[sources.Input], format_name: str = "auto", limit: int | None = None
+    inputs: Sequence[Input], format_name: str = "auto", limit: int | None = None
 ) -> Iterator[tuple[ScorableRow, float | None]]:
     """Every row of the inputs in order (the first ``limit`` of each), with the fraction of all
     bytes read so far; None where the sizes are not known.

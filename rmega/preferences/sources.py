@@ -18,10 +18,8 @@ from rmega.hub import one_line_for_retries
 from rmega.io import checksum, one_line
 from rmega.preferences.chunks import CHUNK_ROWS, Chunk, Item
 from rmega.preferences.json_files import as_item, decode_line, json_chunks, line_chunks
-from rmega.preferences.resolve import Input, resolve
+from rmega.preferences.resolve import Input
 from rmega.preferences.tables import arrow_chunks, csv_chunks, decode_batch
-
-__all__ = ["Chunk", "Input", "Item", "decode", "group_rows", "read_chunks", "resolve"]
 
 
 class HashingFile(io.RawIOBase):

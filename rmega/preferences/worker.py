@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rmega.preferences import dedup, sources
+from rmega.preferences.chunks import Chunk
 from rmega.preferences.closest_schema import columns_of, what_is_missing
 from rmega.preferences.comparison import Comparison, Rejected
 from rmega.preferences.reader import Plan
@@ -88,7 +89,7 @@ class Converter:
             )
         return mapped
 
-    def convert(self, chunk: sources.Chunk) -> ChunkResult:
+    def convert(self, chunk: Chunk) -> ChunkResult:
         """All rows of a chunk; ValueError with file and line under --overlong error."""
         plan, result = self.plans[chunk.input_index], ChunkResult()
         names: dict[str, int] = {}

@@ -21,7 +21,7 @@ from rmega.evaluation.results import ScoredComparison
 from rmega.evaluation.rows import read_eval_set, scored
 from rmega.evaluation.scores import match_scores, read_scores
 from rmega.preferences.comparison import Comparison
-from rmega.preferences.sources import resolve
+from rmega.preferences.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples" / "data" / "demo.valid.jsonl"
@@ -588,7 +588,7 @@ def test_scores_of_all_responses_where_one_was_left_out(tmp_path: Path) -> None:
     """A row whose third response has no rating: scores of all three, or of the rated two."""
     from rmega.evaluation.rows import read_eval_set, rewards_in_order
     from rmega.evaluation.scores import ScoreRow
-    from rmega.preferences.sources import resolve
+    from rmega.preferences.resolve import resolve
 
     row = {"prompt": "p", "responses": ["a", "b", "c"], "ratings": [2, None, 5]}
     (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")

@@ -31,9 +31,10 @@ import pyarrow.parquet as pq
 
 from rmega.data.indexed import open_preferences
 from rmega.data.integrity import verify
-from rmega.preferences import preprocess, sources
+from rmega.preferences import preprocess
 from rmega.preferences.comparison import NO_TEXT, UNRATED, Rejected
 from rmega.preferences.reader import plan_input
+from rmega.preferences.resolve import resolve
 from rmega.preferences.tokenizer import PairTokenizer
 
 Row = dict[str, Any]
@@ -273,7 +274,7 @@ def run_file(path: Path, num_rows: int | None, tokenizer: str, totals: Counter[s
 
 def count_responses(path: Path, tokenizer: str) -> Counter[str]:
     """Responses that the schema reads in the rows that become comparisons."""
-    plan, found = plan_input(sources.resolve([str(path)])[0]), Counter[str]()
+    plan, found = plan_input(resolve([str(path)])[0]), Counter[str]()
     encoder = PairTokenizer.load(tokenizer, max_length=512)
     assert plan.schema is not None
     for _, row, _ in plan.rows():

@@ -17,6 +17,7 @@ from rmega.preferences import sources
 from rmega.preferences.comparison import Comparison, Rejected, assistant, user
 from rmega.preferences.messages import as_message
 from rmega.preferences.pairs import IMPLICIT_PROMPT
+from rmega.preferences.resolve import resolve
 from rmega.preferences.schemas import recognize
 from rmega.preferences.scorable import scorable
 from rmega.preferences.tokenizer import PairTokenizer
@@ -119,7 +120,7 @@ def test_parquet_and_json_give_the_same_conversation(tmp_path: Path) -> None:
 def read(path: Path, **options: Any) -> list[Any]:
     return [
         item
-        for source in sources.resolve([str(path)], **options)
+        for source in resolve([str(path)], **options)
         for chunk in sources.read_chunks(source, 0)
         for item in sources.decode(chunk)
     ]
@@ -370,7 +371,7 @@ ROWS = [{"prompt": f"p{i}", "chosen": f"a{i}", "rejected": f"b{i}"} for i in ran
 
 
 def names(folder: Path, **options: Any) -> list[str]:
-    found = sources.resolve([str(folder)], **options)
+    found = resolve([str(folder)], **options)
     return [str(Path(s.name).relative_to(folder)) for s in found]
 
 

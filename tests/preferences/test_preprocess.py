@@ -24,6 +24,7 @@ from rmega.data.integrity import verify
 from rmega.data.stats import describe, summarize
 from rmega.preferences import dedup, json_files, preprocess, reader, sources, worker
 from rmega.preferences.preprocess import PreprocessArgs
+from rmega.preferences.resolve import resolve
 from rmega.preferences.tokenizer import PairTokenizer
 from rmega.preferences.work_folder import WorkFolder
 from tests.conftest import ROOT
@@ -522,7 +523,7 @@ def test_workers_free_nothing_of_their_parent(
 def test_workers_can_be_spawned(run: Any, tmp_path: Path, small_llama: Path) -> None:
     import pickle
 
-    source = sources.resolve([str(write(tmp_path / "d.jsonl", rows(20)))])[0]
+    source = resolve([str(write(tmp_path / "d.jsonl", rows(20)))])[0]
     tokenizer = PairTokenizer.load(small_llama, max_length=100)
     here = worker.Converter(tokenizer, [reader.plan_input(source)], None)
     there = pickle.loads(pickle.dumps(here))
@@ -711,7 +712,7 @@ def test_hostile_files(tmp_path: Path, small_llama: Path) -> None:
         target.write_bytes(data)
         with contextlib.suppress(ValueError):  # with its one line
             try:
-                source = sources.resolve([str(target)])[0]
+                source = resolve([str(target)])[0]
                 plan = reader.plan_input(source)
                 converter = worker.Converter(tokenizer, [plan], None)
                 for chunk in sources.read_chunks(source, 0):

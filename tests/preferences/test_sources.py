@@ -19,7 +19,9 @@ import pytest
 
 from rmega import hub
 from rmega.preferences import json_files, sources
+from rmega.preferences.chunks import Chunk
 from rmega.preferences.comparison import Rejected
+from rmega.preferences.resolve import resolve
 from rmega.preferences.schemas import schema_named
 
 ROWS = [
@@ -38,7 +40,7 @@ JSONL = jsonl(ROWS)
 def read(
     *specs: Any, hashes: dict[str, str] | None = None, **options: Any
 ) -> list[tuple[int, Any]]:
-    inputs = sources.resolve([str(s) for s in specs], **options)
+    inputs = resolve([str(s) for s in specs], **options)
     return [
         (number, row)
         for i, source in enumerate(inputs)
@@ -160,11 +162,9 @@ def test_chunks_do_not_split_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_grouping_adjacent_rows() -> None:
-    def chunks() -> Iterator[sources.Chunk]:
+    def chunks() -> Iterator[Chunk]:
         for first, keys in ((1, "aab"), (4, "b"), (5, "bcc")):
-            yield sources.Chunk(
-                0, first, [(first + i, {"prompt": k}, "") for i, k in enumerate(keys)]
-            )
+            yield Chunk(0, first, [(first + i, {"prompt": k}, "") for i, k in enumerate(keys)])
 
     items = [item for chunk in sources.group_rows(chunks(), "prompt") for item in chunk.payload]
     assert [(n, "".join(r["prompt"] for r in row["rows"])) for n, row, _ in items] == [
@@ -213,8 +213,7 @@ def test_folders_globs_and_splits(tmp_path: Path) -> None:
 
     def names(*specs: Any, **options: Any) -> list[str]:
         return [
-            s.name.removeprefix(f"{tmp_path}/")
-            for s in sources.resolve([str(s) for s in specs], **options)
+            s.name.removeprefix(f"{tmp_path}/") for s in resolve([str(s) for s in specs], **options)
         ]
 
     assert names(tmp_path) == ["a.jsonl", "b.jsonl", "sub/c.jsonl"]

@@ -15,6 +15,7 @@ from rmega.preferences import sources
 from rmega.preferences.comparison import Comparison, Rejected, assistant, user
 from rmega.preferences.fast_bpe import make_word_encoder
 from rmega.preferences.reader import plan_input
+from rmega.preferences.resolve import resolve
 from rmega.preferences.tokenizer import PairTokenizer, common_prefix_length
 from rmega.preferences.worker import Converter
 from tests.conftest import ROOT
@@ -206,7 +207,7 @@ def check_ids(tokenizer: PairTokenizer, files: list[Path], step: int) -> None:
     assert not tokenizer.messages  # the fast path is taken
     checked = 0
     for name in files:
-        source = sources.resolve([str(name)])[0]
+        source = resolve([str(name)])[0]
         plan = plan_input(source)
         converter = Converter(tokenizer, [plan], None)
         for chunk in sources.read_chunks(source, 0):

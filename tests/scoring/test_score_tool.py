@@ -15,8 +15,8 @@ import pytest
 
 from rmega.commands.score import ScoreArgs, main, ranking_text
 from rmega.preferences.comparison import Rejected
+from rmega.preferences.resolve import resolve
 from rmega.preferences.scorable import read_rows, scorable
-from rmega.preferences.sources import resolve
 from rmega.scoring.batch import Output
 from rmega.scoring.prefixes import group_by_prefix, parts_of
 from tests.conftest import ROOT
