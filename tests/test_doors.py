@@ -225,7 +225,7 @@ def ask(model: Scorer, path: str, body: dict) -> dict:
 
     asyncio.run(talk())
     service.close()
-    queue._scorer = None  # fastapi caches the service, and a model keeps the threads of its groups
+    queue.scorer = None  # fastapi caches the service, and a model keeps the threads of its groups
     return {"status": answer["status"], **json.loads(answer["body"])}
 
 

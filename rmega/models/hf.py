@@ -85,30 +85,16 @@ def source_names(files: Iterable[str], geometry: Geometry, folder: Path | str) -
     return found
 
 
-def rule_name(parameter: str, layer_numbers: dict[int, int]) -> str:
-    """The global rmega tensor of a parameter of one stage; ``layer_numbers``: place in the stage ->
-    global index.
-
-    Transformer Engine keeps a norm's weight inside the linear layer after it.
-    """
-    name = re.sub(
-        r"^decoder\.layers\.(\d+)\.",
-        lambda m: f"decoder.layers.{layer_numbers[int(m[1])]}.",
-        parameter,
-    )
-    return name.replace(
-        "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"
-    ).replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
-
-
 def global_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """(global rmega tensor, parameter) of every parameter of one stage, wrapped or not."""
     core = model
     while not hasattr(core, "decoder"):
         core = core.module
-    layer_numbers = {i: layer.layer_number - 1 for i, layer in enumerate(core.decoder.layers)}
     for name, parameter in core.named_parameters():
-        yield rule_name(name, layer_numbers), parameter
+        if match := re.match(r"decoder\.layers\.(\d+)\.", name):  # numbered within the stage
+            number = core.decoder.layers[int(match[1])].layer_number - 1
+            name = f"decoder.layers.{number}.{name[match.end() :]}"
+        yield name, parameter
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -81,23 +82,13 @@ def _read_rope_dict(config: dict[str, Any], field: str) -> tuple[float, RopeScal
             field,
             f"rotary scaling of type {kind!r} is not supported (only {', '.join(ROPE_TYPES)})",
         )
-    if given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) not in (
-        None,
-        1.0,
-    ):
+    rotated = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if rotated not in (None, 1.0):
         raise refuse(
             config, "partial_rotary_factor", "rotation of a part of each head is not supported"
         )
-    known = {
-        "rope_theta",
-        "rope_type",
-        "type",
-        "factor",
-        "partial_rotary_factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    }
+    fields = {field.name for field in dataclasses.fields(RopeScaling)}
+    known = fields | {"rope_theta", "type", "partial_rotary_factor"}
     if unknown := sorted(key for key in given if key not in known and given[key] is not None):
         raise refuse(config, field, f"unknown rotary parameter {', '.join(unknown)}")
     if kind == "default":

@@ -35,8 +35,7 @@ def write_evaluation_report(
     names = [n for n in names if n == "all files"] + [n for n in names if n != "all files"]
     body = [f"<h1>Evaluation of {page.escape(subject)}</h1>\n"]
     if len(names) > 1:
-        links = "".join(f'<a href="#set-{i}">{page.escape(n)}</a>' for i, n in enumerate(names))
-        body.append(f"<nav>{links}</nav>\n")
+        body.append(page.nav("set", names))
         body.append(
             page.table(
                 ["set", "pairs", "accuracy", "95 % interval", "length bias", "ECE"],
@@ -53,10 +52,11 @@ def write_evaluation_report(
                 ],
             )
         )
-    for i, name in enumerate(names):
-        body.append(
-            _section(i, name, results[name], items[name], worst[name], alone=len(names) == 1)
-        )
+    alone = len(names) == 1
+    body += [
+        _section(i, name, results[name], items[name], worst[name], alone=alone)
+        for i, name in enumerate(names)
+    ]
     body.append(tables.explanations(results[names[0]]["length_unit"]))
     return page.write_page(folder / "report.html", f"Evaluation of {subject}", "".join(body))
 

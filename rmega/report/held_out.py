@@ -22,10 +22,7 @@ def sections(evaluations: Mapping[str, Mapping[int, Result]], order: Iterable[st
         return ""
     out = []
     if len(names) > 1:
-        links = "".join(
-            f'<a href="#held-out-{i}">{page.escape(n)}</a>' for i, n in enumerate(names)
-        )
-        out.append(f"<nav>{links}</nav>\n")
+        out.append(page.nav("held-out", names))
     out += [_section(i, name, evaluations[name]) for i, name in enumerate(names)]
     last = evaluations[names[0]]
     return "".join([*out, tables.explanations(last[max(last)]["length_unit"])])

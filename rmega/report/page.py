@@ -113,6 +113,12 @@ def tiles(rows: Sequence[tuple[str, str, str]]) -> str:
     )
 
 
+def nav(prefix: str, names: Sequence[str]) -> str:
+    """Links to the sections ``prefix-0``, ``prefix-1``, ..."""
+    links = (f'<a href="#{prefix}-{i}">{escape(name)}</a>' for i, name in enumerate(names))
+    return f"<nav>{''.join(links)}</nav>\n"
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table; the first column is text, the others are numbers already written out."""
 

@@ -28,21 +28,19 @@ class Job:
         self.rewards: list[float | None] = [None] * len(sequences)
         self.missing = len(sequences)
         self.future: Future[list[float]] = Future()
+        # A client that left cancels it, and a server that stops fails it, in other threads.
+        self._unless_done = contextlib.suppress(InvalidStateError)
 
     def put(self, index: int, reward: float) -> None:
         self.rewards[index] = reward
         self.missing -= 1
         if self.missing == 0:
-            self._end(lambda: self.future.set_result(self.rewards))
+            with self._unless_done:
+                self.future.set_result(self.rewards)
 
     def fail(self, error: Exception) -> None:
-        self._end(lambda: self.future.set_exception(error))
-
-    def _end(self, set_it: Callable[[], None]) -> None:
-        # a client that left cancels it, and a server that stops fails it, in other threads
-        if not self.future.done():
-            with contextlib.suppress(InvalidStateError):
-                set_it()
+        with self._unless_done:
+            self.future.set_exception(error)
 
 
 class ScoringQueue:
@@ -64,7 +62,8 @@ class ScoringQueue:
         self._closing = False
         self.abandoned = False
         """Whether requests were given up because the server had to stop."""
-        self._scorer: Any = None
+        self.scorer: Any = None
+        """None while it is loading."""
         self.failure: Exception | None = None
         """Why the model could not be loaded."""
         self.waiting_tokens = 0
@@ -77,11 +76,6 @@ class ScoringQueue:
         loaded."""
         self._on_failure = on_failure
         self._thread.start()
-
-    @property
-    def scorer(self) -> Any:
-        """The scorer, None while it is loading."""
-        return self._scorer
 
     def __len__(self) -> int:
         """Sequences that wait."""
@@ -133,7 +127,7 @@ class ScoringQueue:
 
     def _run(self) -> None:
         try:
-            self._scorer = self._load()
+            self.scorer = self._load()
         except Exception as error:  # the program ends with it
             self.failure = error
             if self._on_failure:
@@ -165,7 +159,7 @@ class ScoringQueue:
     def _score(self, batch: list[tuple[Job, int, Sequence[int]]]) -> None:
         start = time.monotonic()
         try:
-            rewards = self._scorer.score_sequences([s for _, _, s in batch])
+            rewards = self.scorer.score_sequences([s for _, _, s in batch])
         except Exception as error:  # such as out of memory: these requests fail, no others
             for job in {id(job): job for job, _, _ in batch}.values():
                 job.fail(error)

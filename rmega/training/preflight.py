@@ -238,9 +238,11 @@ def check_tokenizer(dataset, folder: Path) -> None:
 def evaluated_before(config: TrainingConfig, step: int) -> set[str]:
     """Validation sets that ``--save`` has an evaluation of at the step that a run resumes at. Read
     on rank 0, known to all."""
-    run = config.checkpoint.save
-    rows = distributed.from_rank_0(lambda: eval_rows(run)) if run else []
-    return {str(row.get("name")) for row in rows if row.get("step") == step}
+    if not (run := config.checkpoint.save):
+        return set()
+    return distributed.from_rank_0(
+        lambda: {str(row.get("name")) for row in eval_rows(run) if row.get("step") == step}
+    )
 
 
 def check_same_model(info: dict[str, Any], found: Path, geometry: Geometry, folder: Path) -> None:

@@ -57,7 +57,9 @@ def steps(
         max_tokens=260,
         lr=1e-3,
     )
-    config.optimizer.lr_decay_style, config.optimizer.initial_loss_scale = "cosine", loss_scale
+    config.optimizer.lr_decay_style, config.train.precision = "cosine", dtype
+    if dtype == "fp16":
+        config.optimizer.initial_loss_scale = loss_scale
     dataset = InMemory(random_comparisons(24, seed=1))
     # Several gradient buckets, as in a large model, where shards of the state begin and end inside
     # parameters.

@@ -26,8 +26,9 @@ def steps(
         lr=1e-3,
         **switches,
     )
-    # The default of 65,536 times this model's activation gradients of up to 2.3 does not fit fp16.
-    config.optimizer.initial_loss_scale = 256.0
+    if dtype == torch.float16:
+        # The default of 65,536 times this model's activation gradients of up to 2.3 does not fit.
+        config.train.precision, config.optimizer.initial_loss_scale = "fp16", 256.0
     return run_layout(config, InMemory(random_comparisons(24, seed=1)), dtype)
 
 
