@@ -46,7 +46,7 @@ def parse_args(
         called.name if called.name.startswith("rmega-") else "/".join(called.parts[-2:])
     )
     speaks = os.environ.get("RANK", "0") == "0"
-    given = sys.argv[1:] if argv is None else argv
+    given = [_at_home(text) for text in (sys.argv[1:] if argv is None else argv)]
     if message := _value_lost(cls, given):
         if speaks:
             print(f"error: {message}", file=sys.stderr)
@@ -54,7 +54,7 @@ def parse_args(
     try:
         return tyro.cli(
             cls,
-            args=argv,
+            args=given,
             prog=prog,
             description=description,
             config=(tyro.conf.OmitArgPrefixes,),
@@ -72,6 +72,12 @@ def parse_args(
     except BrokenPipeError:
         _drop_stdout()
         raise SystemExit(0) from None
+
+
+def _at_home(text: str) -> str:
+    """With ``~`` at the beginning of the value expanded: shells leave that of ``--flag=~/x``."""
+    flag, equals, value = text.partition("=") if text.startswith("--") else ("", "", text)
+    return flag + equals + os.path.expanduser(value) if value[:2] in ("~", "~/") else text
 
 
 def _value_lost(cls: type, argv: Sequence[str]) -> str:

@@ -352,6 +352,14 @@ def test_a_flag_that_is_not_there_names_the_one_that_is(argv, said, capsys) -> N
     ]
 
 
+def test_a_tilde_is_the_home_folder(monkeypatch) -> None:
+    """Also where the shell does not see it; other tildes are part of a name."""
+    monkeypatch.setenv("HOME", "/home/me")
+    config = parse(*STEPS, "--save=~/run", "--load", "~/run", "--valid-data-path", "a", "~", "~b/c")
+    assert (config.checkpoint.save, config.checkpoint.load) == ("/home/me/run", "/home/me/run")
+    assert config.data.valid_data_path == ("a", "/home/me", "~b/c")
+
+
 def test_help_of_lists_and_of_the_program(capsys, monkeypatch) -> None:
     monkeypatch.setattr("sys.argv", ["/somewhere/tools/score.py"])
     with pytest.raises(SystemExit):
