@@ -90,7 +90,7 @@ def replay(file: str | Path) -> list[Row]:
             / terms
         )
         ((_, rewards),) = train.run_schedule(
-            wrapped, [pack], train._forward_rewards, forward_only=True
+            wrapped, [pack], train.forward_rewards, forward_only=True
         )
         rows.append(
             Row(

@@ -125,7 +125,7 @@ def test_an_evaluation_that_a_signal_prevented_is_made_up_for(small_llama, data,
 
 def not_finite(rank: int, world_size: int, argv: list[str], number: int) -> tuple[int, str]:
     """A run whose evaluation ``number`` gets a reward that is not finite."""
-    import rmega.training.train as engine
+    import rmega.training.rewards as engine
 
     original, count = engine.compute_rewards, [0]
 
