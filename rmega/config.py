@@ -350,7 +350,7 @@ class TrainingConfig:
         model is read."""
         if (self.train.train_steps is None) == (self.train.train_epochs is None):
             raise ValueError("give one of --train-steps and --train-epochs")
-        self._check_numbers()
+        self._check_values()
         self._check_ranges()
         self._check_effects()
         self._check_losses()
@@ -528,14 +528,23 @@ class TrainingConfig:
                 given = _flag(name) if value is True else f"{_flag(name)} {value}"
                 raise ValueError(f"{given} has no effect without {needed}")
 
-    def _check_numbers(self) -> None:
-        """No flag takes nan or infinity, or an integer that 64 bits do not hold."""
+    def _check_values(self) -> None:
+        """No flag takes nan or infinity, an integer that 64 bits do not hold, or what is no
+        text."""
         for group in dataclasses.fields(self):
             for name, value in dataclasses.asdict(getattr(self, group.name)).items():
                 if isinstance(value, float) and not math.isfinite(value):
                     raise ValueError(f"{_flag(name)} {value}: must be a finite number")
                 if isinstance(value, int) and abs(value) >= 2**63:
                     raise ValueError(f"{_flag(name)} {value}: is too large")
+                for text in value if isinstance(value, tuple) else [value]:
+                    if isinstance(text, str):
+                        try:
+                            text.encode()
+                        except UnicodeEncodeError:  # no file could record it
+                            raise ValueError(
+                                f"{_flag(name)} {text!r}: bytes that are no UTF-8 text in the name"
+                            ) from None
 
     @property
     def token_multiple(self) -> int:

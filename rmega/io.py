@@ -45,6 +45,14 @@ def naming(path: Path | str) -> Iterator[None]:
         raise
 
 
+def check_text(flag: str, value: str) -> None:
+    """ValueError where a name has bytes that are no UTF-8 text, which no JSON file can record."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{flag} {value!r}: bytes that are no UTF-8 text in the name") from None
+
+
 def check_writable(flag: str, folder: Path | str) -> None:
     """ValueError where ``folder`` cannot be made, or nothing can be written in it."""
     nearest = Path(folder).absolute()

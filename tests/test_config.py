@@ -176,6 +176,12 @@ def test_as_dict_is_json_and_complete() -> None:
         ([*STEPS, "--save-interval", "-5", "--save", "x"], 1, "--save-interval -5"),
         ([*STEPS, "--keep-last", "-1"], 1, "--keep-last -1"),
         ([*STEPS, "--min-lr", "1"], 1, "--min-lr 1.0: must not be greater than --lr 2e-05"),
+        ([*STEPS, "--save", "b\udcffc"], 1, "--save 'b\\udcffc': bytes that are no UTF-8 text"),
+        (
+            [*STEPS, "--valid-data-path", "a", "b\udcffc"],
+            1,
+            "--valid-data-path 'b\\udcffc': bytes that are no UTF-8 text",
+        ),
         ([*STEPS, "--lr", "inf"], 1, "--lr inf: must be a finite number"),
         ([*STEPS, "--initial-loss-scale", "0"], 1, "--initial-loss-scale 0.0"),
         ([*STEPS, "--adam-beta1", "1"], 1, "--adam-beta1 1.0"),

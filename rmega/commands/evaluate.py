@@ -72,41 +72,18 @@ class EvaluateArgs:
 
 
 def main(args: EvaluateArgs) -> None:
-    from rmega.evaluation.files import FORMAT_VERSION
     from rmega.evaluation.probes import pick, probe_texts
-    from rmega.evaluation.results import evaluate, to_json, worst_mistakes
+    from rmega.evaluation.results import evaluate
     from rmega.evaluation.rows import read_eval_set, scored
     from rmega.evaluation.table import table_of
-    from rmega.preferences.resolve import check_split, resolve
+    from rmega.preferences.resolve import resolve
 
+    check(args)
     if args.join:
         from rmega.evaluation.joined import join
 
-        others = [option.name for option in fields(args) if option.name != "join"]
-        refuse_others(args, others, "--join", "reads evaluations")
         print(join(args.join))
         return
-    if not args.data:
-        raise ValueError("--data: files to evaluate on were expected")
-    if (args.model is None) == (args.scores is None):
-        raise ValueError("give either --model or --scores")
-    if args.scores is not None:
-        names = ["dtype", "reward_token", *(["probes"] if args.probes else [])]
-        refuse_others(args, names, "--scores", "computes no rewards")
-    check_split(args.split, args.data)
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit {args.limit}: must be at least 1")
-    for flag, folder in (
-        ("--json", Path(args.json).parent if args.json else None),
-        ("--save-scores", args.save_scores),
-        ("--report", args.report),
-    ):
-        if folder is not None:  # before an hour of scoring, not after it
-            check_writable(flag, folder)
-    if args.report:
-        from rmega.report.figures import require_matplotlib
-
-        require_matplotlib("--report")
     speaks = os.environ.get("RANK", "0") == "0"  # under torchrun every rank scores, one prints
     say: Callable[[str], None] = print if speaks else lambda line: None
     sources = resolve(args.data, split=args.split, flag="--data")
@@ -120,10 +97,10 @@ def main(args: EvaluateArgs) -> None:
     with ExitStack() as stack:
         scorer = None
         if args.model:
-            from rmega.scoring import scorer
+            from rmega.scoring.scorer import scorer as open_scorer
 
             scorer = stack.enter_context(
-                scorer.scorer(args.model, dtype=args.dtype, reward_token=args.reward_token)
+                open_scorer(args.model, dtype=args.dtype, reward_token=args.reward_token)
             )
             if scorer.tokenizer is not None:
                 say(f"{args.model}: {scorer.tokenizer.reading}")
@@ -153,8 +130,51 @@ def main(args: EvaluateArgs) -> None:
             "left_out": data.left_out,
             "notes": dict(data.notes),
         }
-    if not speaks:
+    if speaks:
+        write(args, sets, rewards, items, results)
+
+
+def check(args: EvaluateArgs) -> None:
+    """ValueError for flags that do not go together, before an hour of scoring, not after it."""
+    from rmega.preferences.resolve import check_split
+
+    if args.join:
+        others = [option.name for option in fields(args) if option.name != "join"]
+        refuse_others(args, others, "--join", "reads evaluations")
         return
+    if not args.data:
+        raise ValueError("--data: files to evaluate on were expected")
+    if (args.model is None) == (args.scores is None):
+        raise ValueError("give either --model or --scores")
+    if args.scores is not None:
+        names = ["dtype", "reward_token", *(["probes"] if args.probes else [])]
+        refuse_others(args, names, "--scores", "computes no rewards")
+    check_split(args.split, args.data)
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit}: must be at least 1")
+    for flag, folder in (
+        ("--json", Path(args.json).parent if args.json else None),
+        ("--save-scores", args.save_scores),
+        ("--report", args.report),
+    ):
+        if folder is not None:
+            check_writable(flag, folder)
+    if args.report:
+        from rmega.report.figures import require_matplotlib
+
+        require_matplotlib("--report")
+
+
+def write(
+    args: EvaluateArgs,
+    sets: list[Any],
+    rewards: list[list[np.ndarray]],
+    items: dict[str, list[Any]],
+    results: dict[str, Any],
+) -> None:
+    """The files of --save-scores, --json and --report."""
+    from rmega.evaluation.files import FORMAT_VERSION
+    from rmega.evaluation.results import to_json, worst_mistakes
 
     subject = args.model or ", ".join(args.scores or [])
     if args.save_scores:
@@ -164,7 +184,7 @@ def main(args: EvaluateArgs) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         numbers = to_json({"format_version": FORMAT_VERSION, "subject": subject, "sets": results})
         write_durably(path, json.dumps(numbers, indent=1, allow_nan=False) + "\n")
-        say(f"\nnumbers: {path}")
+        print(f"\nnumbers: {path}")
     if args.report:
         from rmega.report.evaluation import write_evaluation_report
 
@@ -175,7 +195,7 @@ def main(args: EvaluateArgs) -> None:
             items,
             {label: worst_mistakes(own) for label, own in items.items()},
         )
-        say(f"\nreport: {page}")
+        print(f"\nreport: {page}")
 
 
 def refuse_others(args: EvaluateArgs, names: Iterable[str], chosen: str, does: str) -> None:

@@ -19,6 +19,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -136,25 +137,7 @@ def score(args: ScoreArgs, rank: int) -> int:
             for message in model.tokenizer.messages if model.tokenizer else []:
                 say(message)
             rows = read_rows(inputs, args.format, args.limit)
-            skip, check = from_first_rank(
-                (output.num_rows, output.last and output.last[0]) if output else None
-            )
-            for row, _ in itertools.islice(rows, skip):
-                if row.index == check:
-                    [result] = score_rows(model, [row])
-                    if output:
-                        output.check(
-                            row,
-                            result,
-                            best_of=args.best_of,
-                            tolerance=1e-3 if info["dtype"] == "fp32" else 0.1,
-                        )
-                skip -= 1
-            if skip:
-                raise ValueError(
-                    f"--resume: {args.output} holds {skip:,} rows more than the input: another"
-                    " --input"
-                )
+            skip_written(args, model, rows, output)
             if output and output.num_rows:
                 say(f"resuming after {output.num_rows:,} rows of {output.partial}")
             start = time.monotonic()
@@ -210,6 +193,27 @@ def score(args: ScoreArgs, rank: int) -> int:
         if output:
             output.close()
     return 0
+
+
+def skip_written(args: ScoreArgs, model: Any, rows: Iterator[Any], output: Any) -> None:
+    """Skip the rows that an interrupted --output holds, on every rank; the last one with rewards is
+    scored again and must agree. ``output``: the first rank's, else None."""
+    from rmega.scoring.batch import score_rows
+
+    tolerance = 1e-3 if model.describe()["dtype"] == "fp32" else 0.1
+    skip, check = from_first_rank(
+        (output.num_rows, output.last and output.last[0]) if output else None
+    )
+    for row, _ in itertools.islice(rows, skip):
+        if row.index == check:
+            [result] = score_rows(model, [row])
+            if output:
+                output.check(row, result, best_of=args.best_of, tolerance=tolerance)
+        skip -= 1
+    if skip:
+        raise ValueError(
+            f"--resume: {args.output} holds {skip:,} rows more than the input: another --input"
+        )
 
 
 def from_first_rank(value: Any) -> Any:

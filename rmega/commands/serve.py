@@ -7,8 +7,8 @@
 In OpenRLHF: --reward.remote_url http://127.0.0.1:5000/get_reward. Clients of vLLM's /classify and
 /pooling can be pointed here, too; /docs is a page of all endpoints. Needs pip install
 'rmega[serve]'. Several GPUs: one process each (CUDA_VISIBLE_DEVICES, --port) behind a load balancer
-that polls /health.
-After SIGTERM or Ctrl-C the accepted requests have --stop-seconds to finish; the exit code is 0.
+that polls /health. After SIGTERM or Ctrl-C the accepted requests have --stop-seconds to finish; the
+exit code is 0.
 """
 
 from __future__ import annotations

@@ -107,8 +107,8 @@ def wrong_prompts(
     prefixes were cut).
 
     No text becomes longer than the longest of ``comparisons`` and no pass larger than
-    ``max_tokens`` or than the comparison itself, so that neither the model's positions nor
-    the memory of the training are exceeded: a prefix that is too long loses its oldest tokens after
+    ``max_tokens`` or than the comparison itself, so that neither the model's positions nor the
+    memory of the training are exceeded: a prefix that is too long loses its oldest tokens after
     those with which all prefixes begin.
     """
     longest = max(len(c.prefix) + len(s) for c in comparisons for s in c.suffixes)

@@ -137,8 +137,8 @@ def finish(
 
 
 def _source_table(work: WorkFolder, documents: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Names of sources, and uint16 [N]. Where the source column has a value per row,
-    the files' names are used instead."""
+    """Names of sources, and uint16 [N]. Where the source column has a value per row, the
+    files' names are used instead."""
     if len(work.source_names) <= MAX_SOURCES:
         return work.source_names, documents["source"].astype(np.uint16)
     labels = sorted({s.label for s in work.inputs})

@@ -132,9 +132,9 @@ def script_of(comparison: Comparison) -> int:
 def find_duplicates(documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(duplicate of an earlier one [N] bool, part of a contradiction [N] bool).
 
-    Two comparisons of the same responses to the same prompt are duplicates if their
-    rankings agree. If some rankings differ, all of them contradict each other: nothing tells which
-    one is right.
+    Two comparisons of the same responses to the same prompt are duplicates if their rankings
+    agree. If some rankings differ, all of them contradict each other: nothing tells which one is
+    right.
     """
     num = len(documents)
     duplicate, contradiction = np.zeros(num, bool), np.zeros(num, bool)

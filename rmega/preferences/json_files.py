@@ -1,4 +1,4 @@
-"""Chunks of JSON lines and of JSON files, whatever the name of the file promises."""
+"""Chunks of JSON and JSON-lines files; each is also read under the other's name."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ MAX_DEPTH = 100
 
 
 def line_chunks(source: Input, index: int, stream: Any) -> Iterator[Chunk]:
+    """Blocks of whole lines, not decoded."""
     line, rest = 1, b""
     block = stream.read(CHUNK_BYTES).removeprefix(b"\xef\xbb\xbf")
     if source.kind == "lines" and _is_one_value(block):
@@ -53,6 +54,7 @@ def _is_one_value(block: bytes) -> bool:
 
 
 def json_chunks(source: Input, index: int, stream: Any) -> Iterator[Chunk]:
+    """Rows of a file that is one JSON value; ValueError where there are none."""
     data = stream.read()
     try:
         value = json.loads(data.decode("utf-8-sig"))
@@ -131,6 +133,7 @@ def _item_chunks(index: int, rows: list[Any], row_bytes: int) -> Iterator[Chunk]
 
 
 def as_item(number: int, row: Any) -> Item:
+    """A decoded value as a row, or rejected."""
     if isinstance(row, dict):
         if _deeper_than(row, MAX_DEPTH):  # it could not be sent to a worker
             return number, Rejected("too_deep"), ""
@@ -153,6 +156,7 @@ def _deeper_than(value: Any, limit: int) -> bool:
 
 
 def decode_line(number: int, line: bytes) -> Item:
+    """One line as a row, or rejected."""
     if len(line) > MAX_ROW_BYTES:
         return number, Rejected("broken_row", f"longer than {MAX_ROW_BYTES >> 20} MiB"), ""
     try:

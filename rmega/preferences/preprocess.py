@@ -26,7 +26,7 @@ import numpy as np
 
 from rmega.cli import num_cores
 from rmega.config import NONE
-from rmega.io import naming
+from rmega.io import check_text, naming
 from rmega.preferences import dedup
 from rmega.preferences.assemble import check_outputs, finish
 from rmega.preferences.chunks import CHUNK_BYTES, Chunk
@@ -95,6 +95,8 @@ def preprocess(args: PreprocessArgs) -> dict[str, Any]:
     outputs = [prefix] + ([f"{prefix}.valid"] if args.valid_fraction else [])
     check_outputs(outputs, force=args.force)
     inputs = resolve(args.input, split=args.split)
+    for source in inputs:
+        check_text("--input", source.name)  # of a folder or glob
     holdout = resolve(args.holdout, split=args.split, flag="--holdout")
     tokenizer = PairTokenizer.load(
         args.tokenizer,
@@ -131,6 +133,14 @@ def preprocess(args: PreprocessArgs) -> dict[str, Any]:
 def _check(args: PreprocessArgs) -> None:
     if not args.input:
         raise ValueError("--input: name at least one file")
+    for flag, names in (
+        ("--input", args.input),
+        ("--tokenizer", [args.tokenizer]),
+        ("--output-prefix", [args.output_prefix]),
+        ("--holdout", args.holdout),
+    ):
+        for name in names:
+            check_text(flag, name)
     if os.path.basename(args.output_prefix) in ("", ".", ".."):
         raise ValueError(
             f"--output-prefix {args.output_prefix}: is a folder; add the name that the files begin"

@@ -801,6 +801,19 @@ def test_a_full_disk_is_named_and_nothing_stays(run: Any, tmp_path: Path, small_
     assert [p.name for p in tmp_path.iterdir()] == ["d.jsonl"]
 
 
+def test_names_that_are_no_text_are_refused_at_the_start(run: Any, tmp_path: Path) -> None:
+    """The manifest, which is written last, could not record them."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xffc"))
+    folder.mkdir()
+    path = write(folder / "d.jsonl", rows(20))
+    for files in ([path], [folder], [tmp_path / "*" / "d.jsonl"]):
+        with pytest.raises(ValueError, match="--input .*b.udcffc.*: bytes that are no UTF-8 text"):
+            run(files)
+    shutil.copy(path, tmp_path)
+    with pytest.raises(ValueError, match="--output-prefix .*: bytes that are no UTF-8 text"):
+        run(tmp_path / "d.jsonl", "b\udcffc/out")
+
+
 def test_a_split_needs_a_folder(run: Any, tmp_path: Path) -> None:
     """One of --input or of --holdout."""
     path, held_out = write(tmp_path / "d.jsonl", rows(20)), tmp_path / "h" / "test.jsonl"
