@@ -79,18 +79,14 @@ def replay(file: str | Path) -> list[Row]:
         optimizer.zero_grad()
         sums = train.forward_backward(wrapped, [pack], config.loss)
         terms = max(sums["num_terms"], 1.0)
-        norm = (
-            math.sqrt(
-                sum(
-                    p.main_grad.double().square().sum().item()
-                    for p in wrapped[0].parameters()
-                    if p.requires_grad
-                )
-            )
-            / terms
-        )
+        squares = [
+            p.main_grad.double().square().sum().item()
+            for p in wrapped[0].parameters()
+            if p.requires_grad
+        ]
+        norm = math.sqrt(sum(squares)) / terms
         ((_, rewards),) = train.run_schedule(
-            wrapped, [pack], train._forward_rewards, forward_only=True
+            wrapped, [pack], train.forward_rewards, forward_only=True
         )
         rows.append(
             Row(
@@ -120,11 +116,8 @@ def table(rows: list[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    print(
-        table(
-            replay(parse_args(ReplayArgs, argv, prog="tools/replay.py", description=__doc__).file)
-        )
-    )
+    args = parse_args(ReplayArgs, argv, prog="tools/replay.py", description=__doc__)
+    print(table(replay(args.file)))
 
 
 def cli() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 FEW = 20  # pairs on one side below which a difference of accuracies is not worth a word
@@ -155,69 +156,56 @@ def _calibration_finding(j: dict[str, Any]) -> dict[str, str]:
     return finding("calibration", "warn", f"{word}: {head}; {fitted}.")
 
 
-def _other_findings(j: dict[str, Any]) -> list[dict[str, str]]:
-    out = []
+def _other_findings(j: dict[str, Any]) -> Iterator[dict[str, str]]:
     if j["num_ties"] > 0.01 * j["num_pairs"]:
-        out.append(
-            finding(
-                "ties",
-                "warn",
-                f"{j['num_ties']:,} of {j['num_pairs']:,} pairs have equal rewards; each counts"
-                " as half right. Rewards stored with few digits do that.",
-            )
+        yield finding(
+            "ties",
+            "warn",
+            f"{j['num_ties']:,} of {j['num_pairs']:,} pairs have equal rewards; each counts as half"
+            " right. Rewards stored with few digits do that.",
         )
-    if j["prompt"]["share_of_variance"] > 0.95:
-        out.append(
-            finding(
-                "prompt",
-                "warn",
-                f"{percent(j['prompt']['share_of_variance'])} of the reward's variance lies"
-                " between prompts: the response itself moves the reward little.",
-            )
+    swap, prompt = j["swap"], j["prompt"]
+    if prompt["share_of_variance"] > 0.95:
+        yield finding(
+            "prompt",
+            "warn",
+            f"{percent(prompt['share_of_variance'])} of the reward's variance lies between prompts:"
+            " the response itself moves the reward little.",
         )
-    swap = j["swap"]
     if abs(swap["accuracy"] + j["accuracy"] - 1) > 1e-9:
-        out.append(
-            finding(
-                "swap",
-                "bad",
-                "Accuracy and accuracy with chosen and rejected swapped "
-                "do not add up to one: the metric is broken.",
-            )
+        yield finding(
+            "swap",
+            "bad",
+            "Accuracy and accuracy with chosen and rejected swapped do not add up to one: the"
+            " metric is broken.",
         )
     if "changed_share" in swap:
-        good = swap["changed_share"] <= 0.005
-        text = (
+        yield finding(
+            "swap",
+            "good" if swap["changed_share"] <= 0.005 else "bad",
             f"Scored again with the responses in reverse order, {percent(swap['changed_share'])} of"
             f" {swap['num_comparisons']:,} comparisons changed their order (largest difference of a"
-            f" reward {swap['max_difference']:.2g})."
+            f" reward {swap['max_difference']:.2g}).",
         )
-        out.append(finding("swap", "good" if good else "bad", text))
-    prompt = j["prompt"]
     if "blank_accuracy" in prompt:
         good = abs(prompt["blank_accuracy"] - 0.5) < 1e-9
-        out.append(
-            finding(
-                "prompt only",
-                "good" if good else "bad",
-                "With every response blanked the accuracy is"
-                f" {percent(prompt['blank_accuracy'])} "
-                + (
-                    "(all ties), as it must be."
-                    if good
-                    else "and must be 50 %: something other than the response decides."
-                ),
-            )
+        end = (
+            "(all ties), as it must be."
+            if good
+            else "and must be 50 %: something other than the response decides."
+        )
+        yield finding(
+            "prompt only",
+            "good" if good else "bad",
+            "With every response blanked the accuracy is"
+            f" {percent(prompt['blank_accuracy'])} {end}",
         )
     if "shuffled_accuracy" in prompt:
-        out.append(
-            finding(
-                "wrong prompt",
-                "note",
-                "With each pair of responses put under another pair's prompt the accuracy is"
-                f" {percent(prompt['shuffled_accuracy'])} (own prompt:"
-                f" {percent(prompt['own_accuracy'])} on the same {prompt['num_comparisons']:,}"
-                " comparisons); the closer, the less the prompt matters to the model.",
-            )
+        yield finding(
+            "wrong prompt",
+            "note",
+            "With each pair of responses put under another pair's prompt the accuracy is"
+            f" {percent(prompt['shuffled_accuracy'])} (own prompt:"
+            f" {percent(prompt['own_accuracy'])} on the same {prompt['num_comparisons']:,}"
+            " comparisons); the closer, the less the prompt matters to the model.",
         )
-    return out

@@ -90,9 +90,6 @@ class RMSNorm(torch.nn.Module):
 class SwiGLU(MegatronModule):
     """silu(gate) * up for x = [gate, up] along the last axis."""
 
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__(config)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.swiglu(x)
 

@@ -19,8 +19,9 @@ from rmega.evaluation.token_probes import View
 from rmega.io import write_durably
 from rmega.training import disk, preflight
 from rmega.training.logs import TimeSpent
+from rmega.training.rewards import compute_rewards
 from rmega.training.start import Model, Start
-from rmega.training.train import StepReport, compute_rewards
+from rmega.training.train import StepReport
 
 HF_FILES = (
     "tokenizer.json",

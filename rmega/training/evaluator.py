@@ -8,9 +8,9 @@ from rmega import distributed
 from rmega.distributed import log
 from rmega.evaluation.in_training import Evaluations
 from rmega.evaluation.results import flat_summary
-from rmega.training import train
 from rmega.training.checkpointer import Checkpointer
 from rmega.training.logs import MetricsLog
+from rmega.training.rewards import evaluate
 from rmega.training.start import Model, Start
 from rmega.training.stopping import StopRequest
 
@@ -73,9 +73,7 @@ class Evaluator:
                     raise Interrupted(reason)
 
             batcher = self.start.batcher.over(dataset)
-            rewards, evaluation = train.evaluate(
-                self.model.wrapped, batcher, device, advance, probed
-            )
+            rewards, evaluation = evaluate(self.model.wrapped, batcher, device, advance, probed)
         if bad := evaluation.get("not_finite"):
             log(
                 f"warning: step {step}: {name}: {bad} of {evaluation['num_rewards']} rewards are"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 from tqdm import tqdm
 
@@ -11,7 +12,19 @@ from rmega.distributed import log
 from rmega.training.logs import MetricsLog, TimeSpent, duration, memory_mb, train_line
 from rmega.training.monitor import Watch
 from rmega.training.start import Start
-from rmega.training.train import Clock, StepReport
+from rmega.training.train import StepReport
+
+
+class Clock:
+    """Time since it was made or last read, in seconds."""
+
+    def __init__(self) -> None:
+        self._at = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        self._at, elapsed = now, now - self._at
+        return elapsed
 
 
 class Logger:

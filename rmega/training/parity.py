@@ -32,6 +32,7 @@ from rmega.models.lora_weights import adapter_table, initialize
 from rmega.models.peft_folder import PeftFolder
 from rmega.models.weights import WeightRule
 from rmega.training import components, train
+from rmega.training.rewards import compute_rewards
 
 REWARD_BATCHES = 8  # of the dataset, which may be of any size
 SIZES = {
@@ -229,12 +230,10 @@ def run_layout(
         norms.append(report.grad_norm)
         consumed += len(documents)
     params = gather_global(wrapped, geometry, lambda p: p.data, config.lora)
-    rewards = torch.from_numpy(
-        train.compute_rewards(wrapped, batcher, device, batches=REWARD_BATCHES)
-    )
+    rewards = compute_rewards(wrapped, batcher, device, batches=REWARD_BATCHES)
     if distributed.rank() != 0:
         return None
-    return LayoutResult(losses, norms, grads, params, rewards)
+    return LayoutResult(losses, norms, grads, params, torch.from_numpy(rewards))
 
 
 def _first_gradients(wrapped, packs, config: TrainingConfig, geometry) -> dict[str, torch.Tensor]:

@@ -37,6 +37,7 @@ def gradients(rank: int, world_size: int, folder: str) -> tuple:
     from rmega.models.lora_weights import adapter_table
     from rmega.training import components, train
     from rmega.training.parity import Layout, build, gather_global, layout_config
+    from rmega.training.rewards import compute_rewards
 
     lora = LoraArgs(lora_rank=RANK, lora_alpha=ALPHA)
     config = layout_config(
@@ -52,7 +53,7 @@ def gradients(rank: int, world_size: int, folder: str) -> tuple:
     wrapped, _, _, geometry, device = build(config)
     data = InMemory(random_comparisons(10, seed=1))
     batcher = components.make_batcher(config, data, geometry)
-    rewards = train.compute_rewards(wrapped, batcher, device)
+    rewards = compute_rewards(wrapped, batcher, device)
     sums = train.forward_backward(wrapped, batcher.packs(batcher.documents(0)), config.loss)
     rules = {rule.name: rule for rule in adapter_table(geometry, lora)}
     grads = {}

@@ -82,12 +82,13 @@ def step(rank: int, world_size: int, folder: str) -> tuple:
     from rmega.models.lora_weights import adapter_table
     from rmega.training import components, train
     from rmega.training.parity import build, gather_global
+    from rmega.training.rewards import compute_rewards
 
     config = configuration("1", folder)
     config.loss.batch_centering = 0.0
     wrapped, _, _, geometry, device = build(config)
     batcher = components.make_batcher(config, InMemory(random_comparisons(10, seed=1)), geometry)
-    rewards = train.compute_rewards(wrapped, batcher, device)
+    rewards = compute_rewards(wrapped, batcher, device)
     losses, rules = [], {rule.name: rule for rule in adapter_table(geometry, config.lora)}
     for consumed in (CONSUMED + 10, CONSUMED):
         packs = batcher.packs(np.arange(10), consumed)

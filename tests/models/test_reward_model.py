@@ -535,7 +535,7 @@ def test_bins_do_not_matter(capacity: int, folders, alone) -> None:
     """Cut into any number of packs, also with comparisons that are longer than a bin, by the path
     of an evaluation."""
     from rmega.data.batching import Batcher
-    from rmega.training.train import compute_rewards
+    from rmega.training.rewards import compute_rewards
 
     batcher = Batcher(InMemory(EDGES), global_batch_size=len(EDGES), max_tokens=capacity, seed=0)
     assert (len(batcher.plan(np.arange(len(EDGES)))[0]) > 1) == (capacity < 200)
@@ -549,6 +549,7 @@ def test_a_head_of_zeros_needs_no_forward(folders, monkeypatch) -> None:
     """The evaluation before the first step knows its result; with any other head it is computed."""
     from rmega.data.batching import Batcher
     from rmega.training import train
+    from rmega.training.rewards import compute_rewards
 
     calls: list[int] = []
     schedule = train.run_schedule
@@ -557,7 +558,7 @@ def test_a_head_of_zeros_needs_no_forward(folders, monkeypatch) -> None:
     batcher = Batcher(InMemory(EDGES), global_batch_size=2, max_tokens=100, seed=0)
 
     def rewards() -> np.ndarray:
-        return train.compute_rewards([model], batcher, torch.device("cpu"), done.append)
+        return compute_rewards([model], batcher, torch.device("cpu"), done.append)
 
     with torch.no_grad():
         computed = rewards()

@@ -83,6 +83,7 @@ def steps(
     from rmega.training import train
     from rmega.training.components import make_batcher
     from rmega.training.parity import Layout, build, gather_global, layout_config
+    from rmega.training.rewards import compute_rewards
 
     parsed = Layout.parse(layout)
     config = layout_config(
@@ -116,7 +117,7 @@ def steps(
                 scheduler.step(1)
                 reports.append((report.loss, report.grad_norm))
                 if step == 1:
-                    rewards = train.compute_rewards(wrapped, batcher, device).tolist()
+                    rewards = compute_rewards(wrapped, batcher, device).tolist()
                 if step == 2:
                     checkpoint.save(
                         save,

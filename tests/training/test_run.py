@@ -65,10 +65,11 @@ def test_signals_at_random_steps(ranks, small_llama, data, unbroken, tmp_path):
 
 def interrupted_evaluation(rank: int, world_size: int, argv: list[str], number: int) -> int:
     """A run whose last rank gets SIGTERM in the middle of its evaluation ``number``."""
+    import rmega.training.evaluator as evaluator
     import rmega.training.train as engine
 
     original, evaluations, within = engine.run_schedule, [], []
-    evaluate = engine.evaluate
+    evaluate = evaluator.evaluate
 
     def counted(*args):
         evaluations.append(0)
@@ -86,11 +87,11 @@ def interrupted_evaluation(rank: int, world_size: int, argv: list[str], number: 
             assert len(evaluations) != number or evaluations[-1] <= 2, "the evaluation went on"
         return original(*args, forward_only=forward_only)
 
-    engine.run_schedule, engine.evaluate = run_schedule, counted
+    engine.run_schedule, evaluator.evaluate = run_schedule, counted
     try:
         return runs.train(rank, world_size, argv)
     finally:
-        engine.run_schedule, engine.evaluate = original, evaluate
+        engine.run_schedule, evaluator.evaluate = original, evaluate
 
 
 @pytest.mark.parametrize("number,saved", [(1, []), (2, [4]), (3, [4, STEPS])])
@@ -125,7 +126,7 @@ def test_an_evaluation_that_a_signal_prevented_is_made_up_for(small_llama, data,
 
 def not_finite(rank: int, world_size: int, argv: list[str], number: int) -> tuple[int, str]:
     """A run whose evaluation ``number`` gets a reward that is not finite."""
-    import rmega.training.train as engine
+    import rmega.training.rewards as engine
 
     original, count = engine.compute_rewards, [0]
 
