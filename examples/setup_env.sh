@@ -7,6 +7,9 @@
 RMEGA_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 RMEGA_CACHE="$RMEGA_ROOT/.cache"
 RMEGA_TORCH=2.13.0  # what an environment without a torch of 2.10 or newer gets
+# Container images often set this. Then every start of Python would compile 2,000 modules of torch
+# and Megatron-Core again, which takes 4 s: pip leaves that to the first import (below).
+unset PYTHONDONTWRITEBYTECODE
 
 rmega_fail() { echo "error: $*" >&2; return 1; }
 
