@@ -523,8 +523,7 @@ class TrainingConfig:
             (self.parallel, "num_layers_in_last_pipeline_stage", stages),
         ):
             value = getattr(group, name)
-            default = type(group).__dataclass_fields__[name].default
-            if value and value not in (default, "off") and not effective:
+            if value and value not in (getattr(type(group), name), "off") and not effective:
                 given = _flag(name) if value is True else f"{_flag(name)} {value}"
                 raise ValueError(f"{given} has no effect without {needed}")
 

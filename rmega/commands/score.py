@@ -198,12 +198,11 @@ def score(args: ScoreArgs, rank: int) -> int:
 def skip_written(args: ScoreArgs, model: Any, rows: Iterator[Any], output: Any) -> None:
     """Skip the rows that an interrupted --output holds, on every rank; the last one with rewards is
     scored again and must agree. ``output``: the first rank's, else None."""
+    from rmega.distributed import from_rank_0
     from rmega.scoring.batch import score_rows
 
     tolerance = 1e-3 if model.describe()["dtype"] == "fp32" else 0.1
-    skip, check = from_first_rank(
-        (output.num_rows, output.last and output.last[0]) if output else None
-    )
+    skip, check = from_rank_0(lambda: (output.num_rows, output.last and output.last[0]))
     for row, _ in itertools.islice(rows, skip):
         if row.index == check:
             [result] = score_rows(model, [row])
@@ -214,17 +213,6 @@ def skip_written(args: ScoreArgs, model: Any, rows: Iterator[Any], output: Any) 
         raise ValueError(
             f"--resume: {args.output} holds {skip:,} rows more than the input: another --input"
         )
-
-
-def from_first_rank(value: Any) -> Any:
-    """The first rank's value on every rank of torchrun."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return value
-    import torch.distributed as dist
-
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def summary(counts: dict[str, int], seconds: float, max_length: int | None) -> str:
