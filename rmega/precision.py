@@ -9,6 +9,7 @@ accuracy or round to bf16. Only a measurement tells.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 
 import torch
@@ -41,8 +42,16 @@ def _timed(a: torch.Tensor, b: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def _fp32_error(a: torch.Tensor, b: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((a @ b).double() - exact).norm().item() / exact.norm().item()
+@functools.cache
+def _measure(dtype: torch.dtype, setting: str, threads: int, matmul: str) -> tuple[float, float]:
+    """(GFLOP/s, error of the fp32 matmul relative to fp64) with this setting of fp32 matmuls;
+    measured once per process. ``threads`` and ``matmul`` are what it also depends on."""
+    torch.set_float32_matmul_precision(setting)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(SIZE, SIZE, generator=generator) for _ in range(2))
+    exact = a.double() @ b.double()
+    error = ((a @ b).double() - exact).norm().item() / exact.norm().item()
+    return _rate(a.to(dtype), b.to(dtype)), error
 
 
 def choose(
@@ -64,24 +73,19 @@ def choose(
             setting,
             f"{dtype_name(dtype)}, fp32 matmul {setting}, {torch.cuda.get_device_name(device)}",
         )
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(SIZE, SIZE, generator=generator) for _ in range(2))
-    exact = a.double() @ b.double()
-    torch.set_float32_matmul_precision("highest")
-    plain, floor = _rate(a, b), _fp32_error(a, b, exact)
-    setting, rate = ("highest", plain) if matmul_precision == "auto" else (matmul_precision, plain)
-    why = ""
+    threads = torch.get_num_threads()
+    machine = (threads, ops.active_matmul("cpu", torch.bfloat16))
+    setting, why = "highest" if matmul_precision == "auto" else matmul_precision, ""
+    rate, floor = _measure(torch.float32, setting, *machine)
     if matmul_precision == "auto":
-        torch.set_float32_matmul_precision("medium")
-        medium, error = _rate(a, b), _fp32_error(a, b, exact)
-        if error <= 2 * floor and medium > 1.1 * plain:
+        medium, error = _measure(torch.float32, "medium", *machine)
+        if error <= 2 * floor and medium > 1.1 * rate:
             setting, rate = "medium", medium
         elif error > 2 * floor:
             why = f" (medium rounds to bf16 here: error {error:.0e} against {floor:.0e})"
+    half, _ = _measure(torch.bfloat16, setting, *machine)
     torch.set_float32_matmul_precision(setting)
-    half = _rate(a.bfloat16(), b.bfloat16())
     dtype = DTYPES.get(precision) or (torch.bfloat16 if half >= 1.5 * rate else torch.float32)
-    threads = torch.get_num_threads()
     return Precision(
         dtype,
         setting,

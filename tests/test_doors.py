@@ -194,8 +194,8 @@ def escaped(tokenizer: PairTokenizer, messages: list[dict]) -> list[dict]:
     return [{**m, "content": tokenizer.escape(m["content"])[0]} for m in messages]
 
 
-def ask(model: Scorer, path: str, body: dict) -> dict:
-    """The server's answer, without a network."""
+def ask(model: Scorer, *requests: tuple[str, dict]) -> list[dict]:
+    """The server's answers to (path, body), without a network."""
     pytest.importorskip("fastapi", reason="the extra serve is not installed")
     pytest.importorskip("prometheus_client", reason="the extra serve is not installed")
     from rmega.scoring.limits import Limits
@@ -205,28 +205,31 @@ def ask(model: Scorer, path: str, body: dict) -> dict:
 
     queue = ScoringQueue([model].pop, max_tokens=8192, wait=0.0)
     service = RewardService(queue, Limits(), model="m")
-    answer: dict[str, Any] = {"body": b""}
-
-    async def receive() -> dict:
-        return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
-
-    async def send(message: dict) -> None:
-        answer["status"] = message.get("status", answer.get("status"))
-        answer["body"] += message.get("body", b"")
+    answers = []
 
     async def talk() -> None:
         queue.start()
         while queue.scorer is None:
             await asyncio.sleep(0.001)
-        scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
-        await make_app(service)(
-            {**scope, "http_version": "1.1", "scheme": "http", "server": ("x", 1)}, receive, send
-        )
+        app, scope = make_app(service), {"type": "http", "method": "POST", "query_string": b""}
+        scope |= {"headers": [], "http_version": "1.1", "scheme": "http", "server": ("x", 1)}
+        for path, body in requests:
+            sent: list[dict] = []
+
+            async def receive(content: bytes = json.dumps(body).encode()) -> dict:
+                return {"type": "http.request", "body": content, "more_body": False}
+
+            async def send(message: dict, sent: list[dict] = sent) -> None:
+                sent.append(message)
+
+            await app({**scope, "path": path}, receive, send)
+            assert sent[0]["status"] == 200, sent
+            answers.append(json.loads(b"".join(message.get("body", b"") for message in sent)))
 
     asyncio.run(talk())
     service.close()
     queue.scorer = None  # fastapi caches the service, and a model keeps the threads of its groups
-    return {"status": answer["status"], **json.loads(answer["body"])}
+    return answers
 
 
 def scored_by_tool(folder: Path, rows: list[dict], tmp_path: Path) -> list[float]:
@@ -320,15 +323,20 @@ def test_every_door_gives_the_same(
         if "add_generation_prompt" in tokenizer.template:
             with pytest.raises(ValueError, match="generation prompt"):
                 model.encode(prompt)
-        close(ask(model, "/score", {"conversations": CONVERSATIONS})["rewards"], rewards)
-        close(ask(model, "/get_reward", {"query": texts})["rewards"], rewards)
         bare = [i[: len(i) - (not foreign)] for i in ids]  # without the reward token
-        for given in (texts, ids, bare):
-            answer = ask(model, "/classify", {"input": given, "use_activation": False})
+        *own, first, second, third = ask(
+            model,
+            ("/score", {"conversations": CONVERSATIONS}),
+            ("/get_reward", {"query": texts}),
+            *(("/classify", {"input": g, "use_activation": False}) for g in (texts, ids, bare)),
+        )
+        for answer in own:
+            close(answer["rewards"], rewards)
+        for answer in (first, second, third):
             close([row["probs"][0] for row in answer["data"]], rewards)
         at_day(monkeypatch, "2026-12-25")  # a client's clock goes on
-        again = Plain(folder, TEMPLATES[name] or tokenizer.template, tokenizer.reward_token_id)
-        texts = [again.text(escaped(tokenizer, c)) for c in CONVERSATIONS]
+        plain.template = TEMPLATES[name] or tokenizer.template
+        texts = [plain.text(escaped(tokenizer, c)) for c in CONVERSATIONS]
         if "format in a variable" not in name:  # what it prints is not known to be a date
             assert [model.encode(text) for text in texts] == ids
         manifest = tokenizer.manifest()

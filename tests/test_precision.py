@@ -23,17 +23,13 @@ def fake_rates(
 ) -> None:
     """Pretend to be a machine with these rates and this error of "medium"."""
 
-    def rate(a, b, repeats=5):
-        if a.dtype == torch.bfloat16:
-            return half
-        return medium if torch.get_float32_matmul_precision() == "medium" else plain
+    def measure(dtype, setting, threads, matmul):
+        error = medium_error if setting == "medium" else 1e-7
+        if dtype is torch.bfloat16:
+            return half, error
+        return (medium if setting == "medium" else plain), error
 
-    monkeypatch.setattr(precision, "_rate", rate)
-    monkeypatch.setattr(
-        precision,
-        "_fp32_error",
-        lambda *a: medium_error if torch.get_float32_matmul_precision() == "medium" else 1e-7,
-    )
+    monkeypatch.setattr(precision, "_measure", measure)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +75,23 @@ def test_on_this_machine_auto_is_as_exact_as_fp32() -> None:
     torch.set_float32_matmul_precision("highest")
     assert ours <= 3 * error(), chosen.description
     assert "GFLOP/s" in chosen.description and chosen.dtype == torch.float32
+
+
+def test_a_process_measures_once(monkeypatch) -> None:
+    """A server or an evaluation that loads several models asks the machine for the first."""
+    precision._measure.cache_clear()
+    first = precision.choose()
+    monkeypatch.setattr(precision, "_rate", None)  # would fail
+    torch.set_float32_matmul_precision("high")
+    assert precision.choose() == first
+    assert torch.get_float32_matmul_precision() == first.matmul_precision
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.raises(TypeError):
+            precision.choose()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def ask(rank: int, world_size: int) -> tuple:

@@ -37,7 +37,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -499,36 +498,25 @@ def outcome(subject: Subject, path: Path, file: Path, kind: str) -> str:
 def fuzz(count: int, seed: int, folder: Path) -> Counter[tuple[str, str, str]]:
     """(subject, kind, outcome) -> number of ``count`` damaged inputs. A breach is an outcome, too:
     it is printed, and its folder stays."""
-    from rmega import precision
-
-    choose, known = precision.choose_together, {}
-
-    def choose_once(*args: Any) -> Any:  # it measures the machine, which takes longer than a model
-        key = str(args)
-        if key not in known:
-            known[key] = choose(*args)
-        return known[key]
-
     counts: Counter[tuple[str, str, str]] = Counter()
-    with mock.patch.object(precision, "choose_together", choose_once):
-        subjects = make_subjects(folder / "healthy")
-        for name, kind, number in cases(subjects, count, seed):
-            rng = random.Random(f"{seed} {number} damage")
-            subject, work = subjects[name], folder / f"case{number}"
-            shutil.copytree(subject.folder, work)
-            file, kind = damage_one(subject, kind, work, rng)
-            try:
-                result = outcome(subject, work / subject.inside, file, kind)
-            except Breach as breach:
-                result = BREACH
-                print(f"{name}: {kind}: {file}: {breach}", file=sys.stderr, flush=True)
-                if breach.__cause__ is not None:
-                    traceback.print_exception(breach.__cause__, limit=-4)
-            else:
-                shutil.rmtree(work)
-            counts[name, kind, result] += 1
-            if sys.stderr.isatty():
-                sys.stderr.write(f"\r{number + 1} of {count}")
+    subjects = make_subjects(folder / "healthy")
+    for name, kind, number in cases(subjects, count, seed):
+        rng = random.Random(f"{seed} {number} damage")
+        subject, work = subjects[name], folder / f"case{number}"
+        shutil.copytree(subject.folder, work)
+        file, kind = damage_one(subject, kind, work, rng)
+        try:
+            result = outcome(subject, work / subject.inside, file, kind)
+        except Breach as breach:
+            result = BREACH
+            print(f"{name}: {kind}: {file}: {breach}", file=sys.stderr, flush=True)
+            if breach.__cause__ is not None:
+                traceback.print_exception(breach.__cause__, limit=-4)
+        else:
+            shutil.rmtree(work)
+        counts[name, kind, result] += 1
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{number + 1} of {count}")
     return counts
 
 

@@ -18,7 +18,10 @@ NVCC = (
 )
 KERNELS = sorted(path.name for path in (CSRC / "cuda").glob("*.cu"))
 
-SHIPPED = ("c++17", (80, 90))
+OPTIMIZED, UNOPTIMIZED = ("c++17", 90), ("c++20", 80)
+"""A standard and an architecture: torch 2.10 builds with the one standard, 2.13 with the other, and
+the newer architecture's instructions are looked at below. Neither changes what the optimizer does,
+which takes most of the time."""
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
@@ -30,24 +33,22 @@ def test_each_op_has_its_kernel():
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """(kernel, standard, archs) -> (result of nvcc, folder with out.o and the PTX), made once."""
+    """(kernel, standard, arch) -> (result of nvcc, folder with out.o and the PTX), made once."""
 
     @functools.cache
-    def make(kernel: str, standard: str, archs: tuple[int, ...]):
+    def make(kernel: str, standard: str, arch: int):
         folder = tmp_path_factory.mktemp(Path(kernel).stem)
         command = [
             NVCC,
             f"-std={standard}",
-            *(["-O3"] if archs else ["-Xcicc", "-O0"]),
-            "--threads=2",
+            *(["-O3"] if (standard, arch) == OPTIMIZED else ["-Xcicc", "-O0", "-Xptxas", "-O0"]),
             "-c",
             str(CSRC / "cuda" / kernel),
             "-o",
             str(folder / "out.o"),
             "--keep",
             f"--keep-dir={folder}",
-            *[f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs],
-            "-gencode=arch=compute_90,code=compute_90",
+            f"-gencode=arch=compute_{arch},code=[sm_{arch},compute_{arch}]",
             "--Werror=all-warnings",
             "-Xcompiler=-Wall,-fPIC",
         ]
@@ -58,21 +59,19 @@ def compiled(tmp_path_factory):
 
 
 @needs_nvcc
-# torch 2.10 builds with the one standard, 2.13 with the other. Optimizer and assembler see the same
-# code: once is enough.
-@pytest.mark.parametrize("standard, archs", [SHIPPED, ("c++20", ())])
+@pytest.mark.parametrize("standard, arch", [OPTIMIZED, UNOPTIMIZED])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_compiles(kernel, standard, archs, compiled):
-    done, folder = compiled(kernel, standard, archs)
+def test_compiles(kernel, standard, arch, compiled):
+    done, folder = compiled(kernel, standard, arch)
     assert done.returncode == 0, done.stderr
     assert (folder / "out.o").stat().st_size > 0
 
 
 def kernels_of(source: str, compiled) -> dict[str, str]:
     """Mangled name -> PTX of each kernel of a file."""
-    done, folder = compiled(source, *SHIPPED)
+    done, folder = compiled(source, *OPTIMIZED)
     assert done.returncode == 0, done.stderr
-    (ptx,) = [p.read_text() for p in folder.glob("*.ptx") if ".target sm_90" in p.read_text()]
+    (ptx,) = [p.read_text() for p in folder.glob("*.ptx")]
     texts = re.split(r"(?=\.entry )", ptx)[1:]
     return {re.search(r"\.entry (\w+)", text)[1]: text for text in texts}
 
