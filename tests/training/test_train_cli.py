@@ -28,8 +28,9 @@ from tests.conftest import ROOT
 from tests.dist import run_distributed
 
 START = math.log(2) - 0.04 * math.log(5)  # focal loss with the log barrier where every score is 0
-STEPS, PAIRS = 6, 16
-LAYOUT = ["--tp", "2", "--pp", "2", "--num-layers-in-first-pipeline-stage", "3"]
+STEPS, PAIRS = 6, 8
+LAYOUT = ["--tp", "2", "--pp", "1"]
+OTHER = ["--tp", "2", "--pp", "2", "--num-layers-in-first-pipeline-stage", "3"]
 
 
 def tool(name: str, *argv: str) -> int:
@@ -47,8 +48,8 @@ def data(preference_files: Path, small_llama: Path, tmp_path_factory) -> dict[st
     folder = tmp_path_factory.mktemp("data")
     sources = {
         "hh": ("messages.jsonl.gz", 0, 200),
-        "valid": ("messages.jsonl.gz", 200, 240),
-        "uf": ("argilla.jsonl.gz", 0, 45),
+        "valid": ("messages.jsonl.gz", 200, 220),
+        "uf": ("argilla.jsonl.gz", 0, 21),
     }
     for name, (file, start, end) in sources.items():
         with gzip.open(preference_files / file, "rt", encoding="utf-8") as lines:
@@ -114,15 +115,15 @@ def losses(run: Path | str) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def tp2_pp2(data, small_llama, tmp_path_factory) -> tuple[Path, str]:
+def tp2(data, small_llama, tmp_path_factory) -> tuple[Path, str]:
     """The acceptance's own command line: (run folder, what it printed)."""
-    run = tmp_path_factory.mktemp("run") / "tp2_pp2"
+    run = tmp_path_factory.mktemp("run") / "tp2"
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--nproc-per-node",
-        "4",
+        "2",
         "--master-port",
         "0",
         "--rdzv-backend",
@@ -165,8 +166,8 @@ def single(data, small_llama, tmp_path_factory) -> Path:
     return run
 
 
-def test_first_loss_is_the_known_one_and_it_falls(tp2_pp2) -> None:
-    run, said = tp2_pp2
+def test_first_loss_is_the_known_one_and_it_falls(tp2) -> None:
+    run, said = tp2
     curve = losses(run)
     assert (
         len(curve) == STEPS
@@ -197,12 +198,12 @@ def test_first_loss_is_the_known_one_and_it_falls(tp2_pp2) -> None:
         "pairs/s",
     ):
         assert f"{name}: " in lines[0]
-    assert "new head (zero)" in said and "tp 2, pp 2, dp 1" in said
+    assert "new head (zero)" in said and "tp 2, pp 1, dp 1" in said
     assert said.count(f"done: {STEPS} steps") == 1  # one rank speaks
 
 
-def test_it_equals_the_single_process_run(tp2_pp2, single) -> None:
-    run, _ = tp2_pp2
+def test_it_equals_the_single_process_run(tp2, single) -> None:
+    run, _ = tp2
     for ours, alone in zip(rows(run), rows(single), strict=True):
         assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
@@ -214,12 +215,12 @@ def test_it_equals_the_single_process_run(tp2_pp2, single) -> None:
     assert ours[-1]["reward_std"] == pytest.approx(alone[-1]["reward_std"], rel=1e-4)
 
 
-def test_resume_goes_on_as_if_nothing_had_been(tp2_pp2, data, small_llama, tmp_path) -> None:
-    """From the middle: the same layout gives the same numbers, bit for bit; one rank gives them to
-    1e-5."""
-    run, _ = tp2_pp2
+def test_resume_goes_on_as_if_nothing_had_been(tp2, data, small_llama, tmp_path) -> None:
+    """From the middle: the same layout gives the same numbers, bit for bit; four ranks and one give
+    them to 1e-5."""
+    run, _ = tp2
     half = run / "iter_0000003"
-    for name, layout, ranks in (("same", LAYOUT, 4), ("other", [], 1)):
+    for name, layout, ranks in (("same", LAYOUT, 2), ("more", OTHER, 4), ("one", [], 1)):
         arguments = [
             *layout,
             *argv(small_llama, data["hh"]),
@@ -231,7 +232,8 @@ def test_resume_goes_on_as_if_nothing_had_been(tp2_pp2, data, small_llama, tmp_p
         assert run_distributed(train_cli, ranks, arguments) == [0] * ranks
     assert [row["step"] for row in rows(tmp_path / "same")] == [4, 5, 6]
     assert losses(tmp_path / "same") == losses(run)[3:]
-    assert losses(tmp_path / "other") == pytest.approx(losses(run)[3:], rel=1e-5)
+    for name in ("more", "one"):
+        assert losses(tmp_path / name) == pytest.approx(losses(run)[3:], rel=1e-5)
 
 
 def test_a_finished_run_is_not_run_again(single, data, small_llama) -> None:
@@ -326,8 +328,8 @@ def test_ranking_loss_starts_at_ln_2_and_replicas_agree(data, small_llama, tmp_p
     assert info["consumed"] == count and info["config"]["parallel"]["data_parallel_size"] == 2
 
 
-def test_the_export_gives_the_same_rewards_in_transformers(tp2_pp2, data, tmp_path, capsys) -> None:
-    run, _ = tp2_pp2
+def test_the_export_gives_the_same_rewards_in_transformers(tp2, data, tmp_path, capsys) -> None:
+    run, _ = tp2
     assert tool("convert_to_hf.py", "--load", str(run), "--output", str(tmp_path / "hf")) == 0
     from transformers import AutoModelForSequenceClassification
 
