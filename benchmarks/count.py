@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import sys
 import traceback
 from collections import Counter
@@ -186,10 +187,11 @@ PATHS: dict[str, tuple[str, dict[str, bool]]] = {
 """Name of a path -> family of the model, and the path; "separate" also makes the index per call."""
 
 
+@functools.cache
 def per_layer(path: str) -> list[dict[str, Any]]:
     """Forward and backward of one layer that is neither the first nor the pruned last one."""
     family, switches = PATHS[path]
-    (more, tokens), (less, _) = (passes(layers, family, **switches) for layers in (4, 3))
+    (more, tokens), (less, _) = (passes(layers, family, **switches) for layers in (3, 2))
     unit = tokens * WIDTH["hidden_size"] * 4
     rows = []
     for name, a, b in zip(("forward", "backward"), more, less, strict=True):

@@ -10,7 +10,6 @@ comparisons, the checkpoint's weights must reproduce them, too.
 from __future__ import annotations
 
 import dataclasses
-import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,7 +150,6 @@ def verify_export(
     say(f"scoring {len(sequences)} responses by the training path")
     rewards = rewards_of_parts(parts, items, list(dict.fromkeys(("float32", dtype))))
     exact, rounded = rewards[0], rewards[-1]
-    gc.collect()
     say(f"scoring them by transformers {transformers.__version__} from {folder}")
     served = transformers_rewards(folder, geometry, sequences, pad_token_id, adapter_of=base)
     largest = scale = torch.zeros(())
