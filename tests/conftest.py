@@ -12,12 +12,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST = (
-    "test_layouts test_convert test_cuda_build test_documents test_faults test_train_cli"
-    " test_checkpoint test_doors test_average test_in_training test_lora test_machines"
-    " test_timeouts test_adapters test_server test_tokenizer test_resume"
-    " test_verification_rewards test_cuda_kernels test_run_folder test_reward_model test_hub"
+    "test_layouts test_convert test_cuda_build test_checkpoint test_run test_faults"
+    " test_in_training test_lora test_average test_documents test_train_cli test_doors"
+    " test_cuda_kernels test_machines test_losses_of_runs test_timeouts test_server"
+    " test_adapters test_run_folder test_lora_dropout test_resume test_verification_rewards"
+    " test_param_gather test_reward_model test_count"
 ).split()
-"""Files that take longer than 20 seconds; these go first, so that two workers end together."""
+"""Files that take longer than 15 seconds; these go first, so that two workers end together."""
 sys.path.insert(0, str(ROOT))  # tests.dist, examples and tools are no installed packages
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import datetime
 import functools
 import importlib
 import os
@@ -21,6 +22,8 @@ import types
 from collections.abc import Callable
 
 import torch
+import torch.distributed
+from torch.distributed import distributed_c10d
 
 CPU = torch.device("cpu")
 HALF = (torch.bfloat16, torch.float16)
@@ -146,6 +149,30 @@ def _patch_tensor() -> None:
     torch.Tensor.type, torch.Tensor.cuda = type_, cuda
 
 
+class _GlooGroup(torch.distributed.ProcessGroupGloo):
+    """A group of gloo whose sockets are served by one thread for all groups of this process.
+
+    Of its own accord each group has a thread, which wakes every 10 ms whether or not it has
+    anything to do. Megatron-Core makes about thirty groups: with two ranks on two cores their
+    threads took 2 % of each core, and a sum of 0.4 MB twice as long.
+    """
+
+    def __init__(self, store, rank: int, size: int, timeout: datetime.timedelta) -> None:
+        options = torch.distributed.ProcessGroupGloo._Options()
+        options._devices = _gloo_devices(os.environ.get("GLOO_SOCKET_IFNAME", ""))
+        options._threads = 2 * len(options._devices)  # as torch has it
+        options._timeout = timeout
+        super().__init__(store, rank, size, options)
+
+
+@functools.cache
+def _gloo_devices(interfaces: str) -> list:
+    """As torch makes them: one for each interface that is named, or the default one."""
+    gloo = torch.distributed.ProcessGroupGloo
+    names = [name for name in interfaces.split(",") if name]
+    return [gloo.create_device(interface=name) for name in names] or [gloo.create_default_device()]
+
+
 def install() -> None:
     """Make Megatron-Core use the CPU. Call before models, wrappers or optimizers are built;
     harmless when repeated."""
@@ -153,6 +180,7 @@ def install() -> None:
         importlib.import_module(name)
     if not _replaced:
         _patch_tensor()
+        distributed_c10d.ProcessGroupGloo = _GlooGroup
         random = sys.modules["megatron.core.tensor_parallel.random"]
         random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
         random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
