@@ -4,9 +4,10 @@ Megatron-Core for longer than an import.
 Megatron-Core names the device "cuda" and asks ``torch.cuda`` for the current device, streams and
 random states. ``install`` gives the modules under ``megatron.core`` (and no others) a ``torch``
 whose ``cuda`` is the CPU. Nothing outside Megatron-Core sees a difference: the methods of
-``Tensor`` that cannot be replaced per module look at their caller first. ``installed`` lists what
-was replaced, and a test compares it with a list per release, so that a new release of
-Megatron-Core fails loudly instead of half working.
+``Tensor`` that cannot be replaced per module look at their caller first, and process groups of
+gloo answer as before (``_GlooGroup``). ``installed`` lists what was replaced, and a test compares
+it with a list per release, so that a new release of Megatron-Core fails loudly instead of half
+working.
 """
 
 from __future__ import annotations
@@ -157,11 +158,15 @@ class _GlooGroup(torch.distributed.ProcessGroupGloo):
     threads took 2 % of each core, and a sum of 0.4 MB twice as long.
     """
 
-    def __init__(self, store, rank: int, size: int, timeout: datetime.timedelta) -> None:
+    def __init__(self, store, rank: int, size: int, timeout: datetime.timedelta, **more) -> None:
         options = torch.distributed.ProcessGroupGloo._Options()
-        options._devices = _gloo_devices(os.environ.get("GLOO_SOCKET_IFNAME", ""))
-        options._threads = 2 * len(options._devices)  # as torch has it
-        options._timeout = timeout
+        devices = _gloo_devices(os.environ.get("GLOO_SOCKET_IFNAME", ""))
+        given = {"_timeout": timeout, "_devices": devices, "_threads": 2 * len(devices), **more}
+        if not all(hasattr(options, name) for name in given):  # of a torch that has other options
+            super().__init__(store, rank, size, timeout, **more)
+            return
+        for name, value in given.items():
+            setattr(options, name, value)
         super().__init__(store, rank, size, options)
 
 

