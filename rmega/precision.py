@@ -42,16 +42,30 @@ def _timed(a: torch.Tensor, b: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-@functools.cache
-def _measure(dtype: torch.dtype, setting: str, threads: int, matmul: str) -> tuple[float, float]:
-    """(GFLOP/s, error of the fp32 matmul relative to fp64) with this setting of fp32 matmuls;
-    measured once per process. ``threads`` and ``matmul`` are what it also depends on."""
-    torch.set_float32_matmul_precision(setting)
+def _operands() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(SIZE, SIZE, generator=generator) for _ in range(2))
+    return tuple(torch.randn(SIZE, SIZE, generator=generator) for _ in range(2))
+
+
+@functools.cache
+def _measured_rate(dtype: torch.dtype, setting: str, threads: int, matmul: str) -> float:
+    """GFLOP/s with this setting of fp32 matmuls, measured once per process. ``threads`` and
+    ``matmul`` are what it also depends on."""
+    torch.set_float32_matmul_precision(setting)
+    a, b = _operands()
+    return _rate(a.to(dtype), b.to(dtype))
+
+
+@functools.cache
+def _measured_errors() -> tuple[float, float]:
+    """Errors of fp32 matmuls set to "highest" and to "medium", relative to fp64."""
+    a, b = _operands()
     exact = a.double() @ b.double()
-    error = ((a @ b).double() - exact).norm().item() / exact.norm().item()
-    return _rate(a.to(dtype), b.to(dtype)), error
+    errors = []
+    for setting in ("highest", "medium"):
+        torch.set_float32_matmul_precision(setting)
+        errors.append(((a @ b).double() - exact).norm().item() / exact.norm().item())
+    return tuple(errors)
 
 
 def choose(
@@ -76,14 +90,15 @@ def choose(
     threads = torch.get_num_threads()
     machine = (threads, ops.active_matmul("cpu", torch.bfloat16))
     setting, why = "highest" if matmul_precision == "auto" else matmul_precision, ""
-    rate, floor = _measure(torch.float32, setting, *machine)
+    rate = _measured_rate(torch.float32, setting, *machine)
     if matmul_precision == "auto":
-        medium, error = _measure(torch.float32, "medium", *machine)
+        medium = _measured_rate(torch.float32, "medium", *machine)
+        floor, error = _measured_errors()
         if error <= 2 * floor and medium > 1.1 * rate:
             setting, rate = "medium", medium
         elif error > 2 * floor:
             why = f" (medium rounds to bf16 here: error {error:.0e} against {floor:.0e})"
-    half, _ = _measure(torch.bfloat16, setting, *machine)
+    half = _measured_rate(torch.bfloat16, setting, *machine)
     torch.set_float32_matmul_precision(setting)
     dtype = DTYPES.get(precision) or (torch.bfloat16 if half >= 1.5 * rate else torch.float32)
     return Precision(

@@ -23,13 +23,11 @@ def fake_rates(
 ) -> None:
     """Pretend to be a machine with these rates and this error of "medium"."""
 
-    def measure(dtype, setting, threads, matmul):
-        error = medium_error if setting == "medium" else 1e-7
-        if dtype is torch.bfloat16:
-            return half, error
-        return (medium if setting == "medium" else plain), error
+    def rate(dtype, setting, threads, matmul):
+        return half if dtype is torch.bfloat16 else medium if setting == "medium" else plain
 
-    monkeypatch.setattr(precision, "_measure", measure)
+    monkeypatch.setattr(precision, "_measured_rate", rate)
+    monkeypatch.setattr(precision, "_measured_errors", lambda: (1e-7, medium_error))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +77,7 @@ def test_on_this_machine_auto_is_as_exact_as_fp32() -> None:
 
 def test_a_process_measures_once(monkeypatch) -> None:
     """A server or an evaluation that loads several models asks the machine for the first."""
-    precision._measure.cache_clear()
+    precision._measured_rate.cache_clear()
     first = precision.choose()
     monkeypatch.setattr(precision, "_rate", None)  # would fail
     torch.set_float32_matmul_precision("high")

@@ -154,8 +154,8 @@ class _GlooGroup(torch.distributed.ProcessGroupGloo):
     """A group of gloo whose sockets are served by one thread for all groups of this process.
 
     Of its own accord each group has a thread, which wakes every 10 ms whether or not it has
-    anything to do. Megatron-Core makes about thirty groups: with two ranks on two cores their
-    threads took 2 % of each core, and a sum of 0.4 MB twice as long.
+    anything to do. Megatron-Core makes about twenty groups per rank, whose threads take time from
+    the arithmetic and hold up sums over ranks.
     """
 
     def __init__(self, store, rank: int, size: int, timeout: datetime.timedelta, **more) -> None:

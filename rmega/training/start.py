@@ -233,7 +233,7 @@ class Model:
 def build(start: Start) -> Model:
     """Model, gradient buffers, optimizer and schedule; weights from the Hugging Face folder, and
     everything from the checkpoint where the run resumes from one."""
-    # Megatron-Core collects garbage at every save: not among modules and data, which takes 0.2 s.
+    # Megatron-Core collects garbage at every save, while training waits: not among all modules.
     gc.freeze()
     c = start.config
     chunks = components.build_model(

@@ -6,12 +6,17 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
+from rmega import distributed
 from tests.conftest import ROOT
+from tests.dist import run_distributed
 
 ENGINE = ".".join(importlib.metadata.version("megatron-core").split(".")[:2])
 GOLDEN = ROOT / "tests" / "golden" / f"cpu_modules_{ENGINE}.txt"  # one list per release
@@ -123,6 +128,36 @@ def test_outside_the_engine_nothing_changes(probe: dict) -> None:
         "Generator": [],
     }
     assert probe["type"] == "torch.FloatTensor"
+
+
+def sockets(rank: int, world_size: int, interface: str) -> tuple[int, int, set, float]:
+    """After a run's groups were made: how many there are, threads that serve their sockets,
+    timeouts in seconds, and a sum over the ranks."""
+    from rmega.config import ParallelArgs
+
+    parallel = ParallelArgs(tensor_model_parallel_size=world_size, distributed_timeout_minutes=1.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLOO_SOCKET_IFNAME", interface)
+        distributed.initialize(parallel)
+    groups = torch.distributed.distributed_c10d._world.pg_map
+    timeouts = {g._get_backend(torch.device("cpu")).options._timeout for g in groups}
+    names = [Path(f"/proc/self/task/{task}/comm") for task in os.listdir("/proc/self/task")]
+    threads = [name.read_text() for name in names if name.exists()]
+    (total,) = distributed.sum_over_ranks(torch.ones(1)).tolist()
+    return (
+        len(groups),
+        sum("gloo_tcp_loop" in name for name in threads),
+        {t.total_seconds() for t in timeouts},
+        total,
+    )
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc")
+@pytest.mark.parametrize("interface", ["", "lo"])
+def test_groups_of_gloo_share_a_thread(interface):
+    """One for each interface that was ever named; torch has one for each group."""
+    for groups, threads, timeouts, total in run_distributed(sockets, 2, interface):
+        assert groups > 10 and 1 <= threads <= 2 and timeouts == {90.0} and total == 2
 
 
 def test_inside_the_engine_only_torch_changes(probe: dict) -> None:
