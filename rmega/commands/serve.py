@@ -178,8 +178,8 @@ def main(args: ServeArgs) -> None:
         + ("" if finished or queue.scorer is None else "; those in progress were given up"),
         flush=True,
     )
-    if not finished:  # threads that read the model or score are not waited for
-        os._exit(0)
+    sys.stderr.flush()
+    os._exit(0)  # as ``run`` wants it
 
 
 def mean_and_std(model: str, folder: Path) -> tuple[float, float]:

@@ -70,9 +70,9 @@ def run(
     """Load the model and serve (``server`` is uvicorn's) until SIGTERM or SIGINT.
 
     Requests that were taken have ``stop_seconds`` to be scored; then they are answered with 503,
-    and connections that are still open are dropped. Returns whether all threads have ended; the
-    caller has to leave by ``os._exit`` where they have not. Raises what the loading of the model
-    raised.
+    and connections that are still open are dropped. Returns whether all threads have ended. The
+    caller leaves by ``os._exit``: it waits for no thread, and while Python ends a signal that is
+    repeated would give the exit code. Raises what the loading of the model raised.
     """
 
     def stop(*_: Any) -> None:
@@ -92,20 +92,18 @@ def run(
     # uvicorn puts its own handlers in their place while it runs, and raises the signal again when
     # it has stopped: that one must not end the program with the signal's exit code.
     timers: list[threading.Timer] = []
-    signals = signal.SIGINT, signal.SIGTERM
-    for number in signals:
-        signal.signal(number, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     handle_exit = server.handle_exit
     server.handle_exit = lambda *args: (stop(), handle_exit(*args))
     service.queue.start(on_failure=stop)
     server.run(sockets)
-    for number in signals:  # nor may one that is repeated while the program ends
-        signal.signal(number, signal.SIG_IGN)
     finished = service.queue.scorer is not None and not service.queue.abandoned
     if service.queue.failure or finished:
         for timer in timers:
             timer.cancel()
     if service.queue.failure:
+        for number, handler in before.items():
+            signal.signal(number, handler)
         raise service.queue.failure
     if server.force_exit:  # asked twice
         sys.stdout.flush()

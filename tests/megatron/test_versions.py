@@ -34,6 +34,7 @@ def test_newer_releases_are_noted(monkeypatch, torch: str, engine: str, noted: l
 def test_the_note_goes_to_stderr(capsys, monkeypatch) -> None:
     from rmega import distributed
 
+    distributed.finish()  # what an earlier test of this process joined
     monkeypatch.setitem(versions.NEWEST_TESTED, "torch", (1, 0))
     distributed.initialize()
     distributed.finish()
